@@ -1,0 +1,202 @@
+"""Checks of what a caller passed, before anything runs. Each error names the argument, what it
+was, and what is accepted."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+Features = Tensor | Sequence[Tensor]
+Mask = Tensor | Sequence[Tensor] | None
+
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+class Layers(NamedTuple):
+    """Checked input: one entry a layer (a single tensor is one entry, with its leading axes).
+
+    Of masks there are none, one for all layers, or one a layer.
+    """
+
+    students: list[Tensor]
+    teachers: list[Tensor]
+    masks: list[Tensor]
+    is_list: bool
+
+
+def option(name: str, value: object, accepted: Sequence[object]) -> None:
+    """``value`` is one of ``accepted``."""
+    if value not in accepted:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, accepted))}; got {value!r}")
+
+
+def number(name: str, value: object) -> float:
+    """``value`` is a finite number, zero or more."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name} must be a number; got {type(value).__name__}")
+    if not 0 <= value < float("inf"):
+        raise ValueError(f"{name} must be finite and not negative; got {value!r}")
+    return float(value)
+
+
+def flag(name: str, value: object) -> None:
+    """``value`` is True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False; got {value!r}")
+
+
+def layers(
+    student: Features, teacher: Features, mask: Mask, *, min_rows: int, equal_widths: bool
+) -> Layers:
+    """Students, teachers and masks that fit one another, as lists.
+
+    Raises:
+        TypeError: something is not a tensor, or not of a floating (mask: boolean) dtype.
+        ValueError: ranks, shapes, devices or lengths do not fit, or too few rows are valid.
+    """
+    is_list = not isinstance(student, Tensor)
+    students = _as_list("student", student, is_list)
+    teachers = _as_list("teacher", teacher, is_list)
+    if len(students) != len(teachers):
+        raise ValueError(
+            "student and teacher must have the same number of layers; "
+            f"got {len(students)} and {len(teachers)}"
+        )
+    masks = _masks(mask, is_list, len(students))
+    for i, (x, y) in enumerate(zip(students, teachers, strict=True)):
+        where = f"[{i}]" if is_list else ""
+        _pair(f"student{where}", f"teacher{where}", x, y, is_list, min_rows)
+        if equal_widths and x.shape[-1] != y.shape[-1]:
+            raise ValueError(
+                f"student{where} and teacher{where} must have the same width for this measure; "
+                f"got {x.shape[-1]} and {y.shape[-1]} (covariance_distance takes a rotation)"
+            )
+        if isinstance(mask, Tensor):
+            _mask("mask", mask, x, min_rows)
+        elif masks:
+            _mask(f"mask{where}", masks[i], x, min_rows)
+    for name, side in (("student", students), ("teacher", teachers)):
+        for tensor in side:
+            if tensor.dtype != side[0].dtype or tensor.device != side[0].device:
+                raise ValueError(
+                    f"all layers of {name} must have one dtype and one device; got "
+                    f"{side[0].dtype} on {side[0].device} and {tensor.dtype} on {tensor.device}"
+                )
+    return Layers(students, teachers, masks, is_list)
+
+
+def rotations(
+    rotation: Features | None, students: list[Tensor], teachers: list[Tensor], is_list: bool
+) -> list[Tensor]:
+    """One (D2, D1) matrix a layer, or an empty list for the identity."""
+    if rotation is None:
+        return []
+    matrices = _as_list("rotation", rotation, is_list)
+    if len(matrices) != len(students):
+        raise ValueError(
+            f"rotation must have one matrix a layer; got {len(matrices)} for {len(students)} layers"
+        )
+    for q, x, y in zip(matrices, students, teachers, strict=True):
+        _floating("rotation", q)
+        expected = (y.shape[-1], x.shape[-1])
+        if tuple(q.shape) != expected:
+            raise ValueError(
+                "rotation must be (teacher width, student width) = "
+                f"{expected}; got {tuple(q.shape)}"
+            )
+        if q.device != y.device:
+            raise ValueError(
+                f"rotation and teacher must be on the same device; got {q.device} and {y.device}"
+            )
+    return matrices
+
+
+def _as_list(name: str, value: Features, is_list: bool) -> list[Tensor]:
+    if not is_list:
+        if not isinstance(value, Tensor):
+            raise TypeError(
+                f"{name} must be a tensor, because student is one; got {type(value).__name__}"
+            )
+        return [value]
+    if not isinstance(value, list | tuple):
+        raise TypeError(f"{name} must be a tensor or a list of tensors; got {type(value).__name__}")
+    if not value:
+        raise ValueError(f"{name} must have at least one layer; got an empty list")
+    for i, tensor in enumerate(value):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name}[{i}] must be a tensor; got {type(tensor).__name__}")
+    return list(value)
+
+
+def _floating(name: str, tensor: Tensor) -> None:
+    if tensor.dtype not in _DTYPES:
+        raise TypeError(f"{name} must be float64, float32, bfloat16 or float16; got {tensor.dtype}")
+
+
+def _pair(x_name: str, y_name: str, x: Tensor, y: Tensor, is_list: bool, min_rows: int) -> None:
+    for name, tensor in ((x_name, x), (y_name, y)):
+        _floating(name, tensor)
+        if is_list and tensor.dim() != 2:
+            raise ValueError(f"{name} must be (N, D) in a list; got {tuple(tensor.shape)}")
+        if tensor.dim() < 2:
+            raise ValueError(f"{name} must be (..., N, D); got {tuple(tensor.shape)}")
+        if tensor.shape[-1] == 0:
+            raise ValueError(
+                f"{name} must have at least one feature a row; got {tuple(tensor.shape)}"
+            )
+    if x.device != y.device:
+        raise ValueError(
+            f"{x_name} and {y_name} must be on the same device; got {x.device} and {y.device}"
+        )
+    if x.shape[-2] != y.shape[-2]:
+        raise ValueError(
+            f"{x_name} and {y_name} must have the same number of rows; "
+            f"got {x.shape[-2]} and {y.shape[-2]}"
+        )
+    if x.shape[:-2] != y.shape[:-2]:
+        raise ValueError(
+            f"{x_name} and {y_name} must have the same leading axes; "
+            f"got {tuple(x.shape)} and {tuple(y.shape)}"
+        )
+    if x.shape[-2] < min_rows:
+        raise ValueError(
+            f"{x_name} and {y_name} must have at least {min_rows} rows for this measure; "
+            f"got {x.shape[-2]}"
+        )
+
+
+def _masks(mask: Mask, is_list: bool, count: int) -> list[Tensor]:
+    if mask is None:
+        return []
+    if isinstance(mask, Tensor):
+        return [mask]
+    if not is_list:
+        raise TypeError(f"mask must be a boolean tensor or None; got {type(mask).__name__}")
+    masks = _as_list("mask", mask, is_list)
+    if len(masks) != count:
+        raise ValueError(f"mask must have one entry a layer, {count}; got {len(masks)}")
+    return masks
+
+
+def _mask(name: str, mask: Tensor, x: Tensor, min_rows: int) -> None:
+    if mask.dtype != torch.bool:
+        raise TypeError(f"{name} must be boolean, True = valid; got {mask.dtype}")
+    if mask.shape != x.shape[:-1]:
+        raise ValueError(
+            f"{name} must be {tuple(x.shape[:-1])}, one entry a row; got {tuple(mask.shape)}"
+        )
+    if mask.device != x.device:
+        raise ValueError(
+            f"{name} and student must be on the same device; got {mask.device} and {x.device}"
+        )
+    # On a GPU, or while torch.compile traces, reading the mask would make the host wait: there
+    # the value is NaN instead.
+    if mask.device.type == "cpu" and mask.numel() and not torch.compiler.is_compiling():
+        fewest = int(mask.sum(-1).min())
+        if fewest < min_rows:
+            raise ValueError(
+                f"{name} must leave at least {min_rows} valid rows for this measure; got {fewest}"
+            )

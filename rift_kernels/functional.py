@@ -1,0 +1,391 @@
+"""The public functions. Each docstring is the specification; each body checks, chooses and calls.
+
+One alphabet of dimensions throughout the package: N rows (samples or tokens), D1 student width,
+D2 teacher width, L layers. ``Xc`` and ``Yc`` are the student's and the teacher's valid rows minus
+their mean, ``n`` of them; ``||.||`` is the Frobenius and ``||.||_*`` the nuclear norm.
+
+What all functions share
+    Features are ``(..., N, D)``, the leading axes being a batch, one value each; or lists of L
+    tensors ``(N, D_l)`` of any widths, for a vector of L values. float64, float32, bfloat16 and
+    float16, student and teacher not necessarily alike.
+
+    ``mask`` is boolean ``(..., N)``, True = valid; for a list, one mask for all or a list of masks.
+    Masked rows are selected away: whatever they hold, NaN included, has no effect, and their
+    gradient is 0.
+
+    The value is float32, or float64 where an input is float64; accumulation is in that dtype and
+    sums of squares are in float64. Autocast changes nothing. Gradients flow to whichever input
+    requires them, in its own dtype; they cannot be differentiated again. The value does not change
+    when features are shifted or scaled by a constant (where the measure itself is so invariant).
+    Results are deterministic on a given device and thread count. NaN or Inf in a valid row makes
+    that layer's value NaN.
+
+    ``precision="high"`` keeps products at full precision of their operands; ``"medium"`` lets them
+    follow torch's TF32/bf16 settings for matrix products. ``backend`` is ``"auto"``, ``"eager"``,
+    ``"triton"`` or ``"cuda"``; an explicit choice that cannot run raises ``RuntimeError``.
+
+    Wrong input raises ``TypeError`` or ``ValueError`` that names the argument before anything runs.
+    Too few valid rows raise ``ValueError``; where only the mask tells and reading it would stall
+    (on a GPU, under torch.compile) the value is NaN instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, overload
+
+from torch import Tensor
+
+from . import checks, dispatch, ops
+from .checks import Features, Mask
+
+PRECISIONS = ("high", "medium")
+SCALES = ("relative", "coral", "none")
+
+
+class SecondMoments(NamedTuple):
+    """Counts, means and centered second moments of student X and teacher Y.
+
+    ``count (...)``, float64, no gradient; ``student_mean (..., D1)``, ``teacher_mean (..., D2)``;
+    ``student = Xc^T Xc (..., D1, D1)``, ``cross = Xc^T Yc (..., D1, D2)``,
+    ``teacher = Yc^T Yc (..., D2, D2)``: sums, not divided by the count.
+    """
+
+    count: Tensor  # type: ignore[assignment]
+    student_mean: Tensor
+    teacher_mean: Tensor
+    student: Tensor
+    cross: Tensor
+    teacher: Tensor
+
+
+def linear_cka(
+    student: Features,
+    teacher: Features,
+    *,
+    mask: Mask = None,
+    debiased: bool = True,
+    precision: str = "high",
+    backend: str = "auto",
+) -> Tensor:
+    """Linear centered kernel alignment: 1 for features equal up to rotation, shift and scale.
+
+    ``||Xc^T Yc||^2 / (||Xc^T Xc|| ||Yc^T Yc||)``; debiased, ``H(X, Y) / sqrt(H(X, X) H(Y, Y))``
+    with the unbiased estimator of HSIC ::
+
+        H(X, Y) = [||Xc^T Yc||^2 - n/(n-2) sum_i r_i q_i + (sum r)(sum q)/((n-1)(n-2))] / (n(n-3))
+
+    and row energies ``r_i = ||xc_i||^2``, ``q_i = ||yc_i||^2``. The biased value of *independent*
+    features is near 1 when N is small beside D; the debiased one is near 0, may be negative and is
+    never clamped.
+
+    Args:
+        student: (..., N, D1), or a list of (N, D1_l).
+        teacher: (..., N, D2), or a list of (N, D2_l).
+        mask: boolean (..., N), True = valid.
+        debiased: correct the bias of small batches; needs n >= 4, else n >= 2.
+        precision, backend: see the module.
+
+    Returns:
+        (...) or (L,). 0 with gradient 0 where student or teacher has no variance.
+
+    Sources: Kornblith et al. 2019 (CKA), Song et al. 2012 (HSIC_1), Nguyen et al. 2021 (debiased).
+    """
+    checks.flag("debiased", debiased)
+    return _measure(
+        "cka",
+        (debiased,),
+        student,
+        teacher,
+        mask,
+        precision,
+        backend,
+        min_rows=4 if debiased else 2,
+    )
+
+
+def procrustes_similarity(
+    student: Features,
+    teacher: Features,
+    *,
+    mask: Mask = None,
+    method: str = "newton_schulz",
+    precision: str = "high",
+    backend: str = "auto",
+) -> Tensor:
+    """How well the best orthogonal map takes one onto the other: in [0, 1], 1 for a rotation.
+
+    ``max_Q <Xc Q, Yc> / (||Xc|| ||Yc||) = ||Xc^T Yc||_* / (||Xc|| ||Yc||)``. The gradient of the
+    nuclear norm is the polar factor, which stays finite where that of an SVD does not.
+
+    Args:
+        student: (..., N, D1), or a list of (N, D1_l).
+        teacher: (..., N, D2), or a list of (N, D2_l); D1 and D2 may differ.
+        mask: boolean (..., N), True = valid; n >= 2.
+        method: ``"newton_schulz"``, matrix products only, or ``"svd"``, exact and slow. They agree
+            to 1e-6 unless most of the nuclear norm lies in singular values under 1e-6 of the
+            largest.
+        precision, backend: see the module.
+
+    Returns:
+        (...) or (L,). 0 with gradient 0 where student or teacher has no variance.
+
+    Source: Williams et al. 2021 (shape metrics).
+    """
+    checks.option("method", method, ("newton_schulz", "svd"))
+    return _measure("procrustes", (method,), student, teacher, mask, precision, backend)
+
+
+def covariance_distance(
+    student: Features,
+    teacher: Features,
+    *,
+    mask: Mask = None,
+    scale: str = "relative",
+    mean_weight: float = 0.0,
+    rotation: Features | None = None,
+    precision: str = "high",
+    backend: str = "auto",
+) -> Tensor:
+    """Squared distance of the covariances, the teacher's rotated by Q.
+
+    ``||S_s - Q^T S_t Q||^2 * s + mean_weight * ||mu_s - mu_t Q||^2`` with ``S = Xc^T Xc / (n-1)``
+    and ``s`` = 1 (``"none"``), ``1 / (4 D1^2)`` (``"coral"``) or ``1 / ||Q^T S_t Q||^2``
+    (``"relative"``).
+
+    Args:
+        student: (..., N, D1), or a list of (N, D1_l).
+        teacher: (..., N, D2), or a list of (N, D2_l); D2 = D1 without a rotation.
+        mask: boolean (..., N), True = valid; n >= 2.
+        scale: see above. ``"relative"`` does not change when both features are scaled alike.
+        mean_weight: weight of the squared distance of the means; it is not scaled by ``s``.
+        rotation: Q, (D2, D1) with orthonormal columns (rows if D2 < D1), or None for the identity;
+            a list for lists. Orthogonality is not checked. Q gets a gradient if it requires one.
+        precision, backend: see the module.
+
+    Returns:
+        (...) or (L,). With ``"relative"``, the first term and its gradient are 0 where the teacher
+        has no variance.
+
+    Sources: RIFT, arXiv 2503.07399 (the rotated covariance match); Sun & Saenko 2016 (CORAL).
+    """
+    checks.option("scale", scale, SCALES)
+    mean_weight = checks.number("mean_weight", mean_weight)
+    return _measure(
+        "covariance",
+        (scale, mean_weight),
+        student,
+        teacher,
+        mask,
+        precision,
+        backend,
+        equal_widths=rotation is None,
+        rotation=rotation,
+    )
+
+
+def bures_distance(
+    student: Features,
+    teacher: Features,
+    *,
+    mask: Mask = None,
+    squared: bool = True,
+    mean_weight: float = 0.0,
+    method: str = "newton_schulz",
+    precision: str = "high",
+    backend: str = "auto",
+) -> Tensor:
+    """2-Wasserstein distance of the Gaussians with the features' covariances.
+
+    ``tr(S_s) + tr(S_t) - 2 tr((S_s^1/2 S_t S_s^1/2)^1/2) + mean_weight * ||mu_s - mu_t||^2`` with
+    ``S = Xc^T Xc / (n-1)``; its square root if not ``squared``, whose gradient at distance 0 is 0.
+    The usual Wasserstein distance is ``mean_weight=1``.
+
+    Args:
+        student, teacher: (..., N, D), or lists of (N, D_l), of equal widths.
+        mask: boolean (..., N), True = valid; n >= 2.
+        squared: return the square of the distance.
+        mean_weight: weight of the squared distance of the means.
+        method: ``"newton_schulz"``, matrix products only, or ``"eigh"``, exact and slow.
+        precision, backend: see the module.
+
+    Returns:
+        (...) or (L,), >= 0.
+
+    Sources: Dowson & Landau 1982; Bhatia, Jain & Lim 2019.
+    """
+    checks.flag("squared", squared)
+    mean_weight = checks.number("mean_weight", mean_weight)
+    checks.option("method", method, ("newton_schulz", "eigh"))
+    return _measure(
+        "bures",
+        (squared, mean_weight, method),
+        student,
+        teacher,
+        mask,
+        precision,
+        backend,
+        equal_widths=True,
+    )
+
+
+@overload
+def cross_covariance(
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    mask: Mask = ...,
+    correction: int = ...,
+    precision: str = ...,
+    backend: str = ...,
+) -> Tensor: ...
+
+
+@overload
+def cross_covariance(
+    student: Sequence[Tensor],
+    teacher: Sequence[Tensor],
+    *,
+    mask: Mask = ...,
+    correction: int = ...,
+    precision: str = ...,
+    backend: str = ...,
+) -> list[Tensor]: ...
+
+
+def cross_covariance(
+    student: Features,
+    teacher: Features,
+    *,
+    mask: Mask = None,
+    correction: int = 1,
+    precision: str = "high",
+    backend: str = "auto",
+) -> Tensor | list[Tensor]:
+    """Centered cross-covariance ``Xc^T Yc / (n - correction)``.
+
+    Args:
+        student: (..., N, D1), or a list of (N, D1_l).
+        teacher: (..., N, D2), or a list of (N, D2_l).
+        mask: boolean (..., N), True = valid; n > ``correction``.
+        correction: 1 for the unbiased estimate, 0 to divide by n.
+        precision, backend: see the module.
+
+    Returns:
+        (..., D1, D2), or a list of (D1_l, D2_l). Differentiable in both inputs.
+    """
+    if isinstance(correction, bool) or not isinstance(correction, int):
+        raise TypeError(f"correction must be an integer; got {correction!r}")
+    if correction < 0:
+        raise ValueError(f"correction must not be negative; got {correction}")
+    moments = _moments(student, teacher, mask, "xy", correction + 1, precision, backend)
+    results = []
+    for layer in moments:
+        divisor = (layer.count - correction).to(layer.cross.dtype)[..., None, None]
+        divisor = divisor.masked_fill(divisor <= 0, float("nan"))
+        results.append(layer.cross / divisor)
+    return results[0] if isinstance(student, Tensor) else results
+
+
+@overload
+def second_moments(
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    mask: Mask = ...,
+    precision: str = ...,
+    backend: str = ...,
+) -> SecondMoments: ...
+
+
+@overload
+def second_moments(
+    student: Sequence[Tensor],
+    teacher: Sequence[Tensor],
+    *,
+    mask: Mask = ...,
+    precision: str = ...,
+    backend: str = ...,
+) -> list[SecondMoments]: ...
+
+
+def second_moments(
+    student: Features,
+    teacher: Features,
+    *,
+    mask: Mask = None,
+    precision: str = "high",
+    backend: str = "auto",
+) -> SecondMoments | list[SecondMoments]:
+    """Count, means and the centered second moments that every measure here is made of.
+
+    Args:
+        student: (..., N, D1), or a list of (N, D1_l).
+        teacher: (..., N, D2), or a list of (N, D2_l).
+        mask: boolean (..., N), True = valid; n >= 1.
+        precision, backend: see the module.
+
+    Returns:
+        :class:`SecondMoments`, or a list of them. All but the count are differentiable.
+    """
+    moments = _moments(student, teacher, mask, "xx xy yy", 1, precision, backend)
+    return moments[0] if isinstance(student, Tensor) else moments
+
+
+def _measure(
+    name: str,
+    settings: tuple[Any, ...],
+    student: Features,
+    teacher: Features,
+    mask: Mask,
+    precision: str,
+    backend: str,
+    *,
+    min_rows: int = 2,
+    equal_widths: bool = False,
+    rotation: Features | None = None,
+) -> Tensor:
+    checks.option("precision", precision, PRECISIONS)
+    given = checks.layers(student, teacher, mask, min_rows=min_rows, equal_widths=equal_widths)
+    teachers = given.teachers
+    matrices = checks.rotations(rotation, given.students, teachers, given.is_list)
+    backend = dispatch.choose_backend(backend, teachers[0].device)
+    if matrices:
+        teachers = _rotate(teachers, given.masks, matrices, precision)
+    gram = tuple(
+        dispatch.use_gram(name, x.shape[-2], x.shape[-1], y.shape[-1])
+        for x, y in zip(given.students, teachers, strict=True)
+    )
+    call = ops.Call(name, settings, gram, precision, backend)
+    values = ops.measure(call, given.students, teachers, given.masks)
+    return values.unsqueeze(0) if given.is_list and len(teachers) == 1 else values
+
+
+def _rotate(
+    teachers: list[Tensor], masks: list[Tensor], matrices: list[Tensor], precision: str
+) -> list[Tensor]:
+    if masks:
+        # The rotation's gradient sums over rows, and 0 * NaN is not 0.
+        pairs = zip(teachers, masks * (len(teachers) // len(masks)), strict=True)
+        teachers = [y.masked_fill(~mask.unsqueeze(-1), 0.0) for y, mask in pairs]
+    return [ops.rotate(y, q, precision) for y, q in zip(teachers, matrices, strict=True)]
+
+
+def _moments(
+    student: Features,
+    teacher: Features,
+    mask: Mask,
+    wanted: str,
+    min_rows: int,
+    precision: str,
+    backend: str,
+) -> list[SecondMoments]:
+    checks.option("precision", precision, PRECISIONS)
+    given = checks.layers(student, teacher, mask, min_rows=min_rows, equal_widths=False)
+    backend = dispatch.choose_backend(backend, given.teachers[0].device)
+    results = []
+    for i, (x, y) in enumerate(zip(given.students, given.teachers, strict=True)):
+        masks = given.masks[i : i + 1] or given.masks[:1]
+        mean_x, mean_y, count, *blocks = ops.moments(x, y, masks, wanted, precision, backend)
+        results.append(SecondMoments(count, mean_x, mean_y, *blocks))
+    return results

@@ -1,0 +1,154 @@
+"""The loss module: settings, and a call into :mod:`rift_kernels.functional`. No mathematics."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations
+
+from . import checks, dispatch, functional
+from .checks import Features, Mask
+
+MEASURES = ("cka", "procrustes", "covariance", "bures")
+REDUCTIONS = ("mean", "sum", "none")
+ROTATIONS = ("identity", "learned")
+
+
+class RIFTLoss(nn.Module):
+    """Keep a student's features similar to a frozen teacher's while it is finetuned.
+
+    ``weight * reduce(1 - similarity)`` for ``"cka"`` and ``"procrustes"``,
+    ``weight * reduce(distance)`` for ``"covariance"`` and ``"bures"``. Add it to the task loss::
+
+        loss = task_loss + rift(student_features, teacher_features)
+
+    Args:
+        measure: ``"cka"`` (:func:`~rift_kernels.linear_cka`), ``"procrustes"``
+            (:func:`~rift_kernels.procrustes_similarity`), ``"covariance"``
+            (:func:`~rift_kernels.covariance_distance`) or ``"bures"``
+            (:func:`~rift_kernels.bures_distance`, squared).
+        debiased: for ``"cka"``.
+        weight: multiplies the loss.
+        reduction: over layers and batches: ``"mean"``, ``"sum"`` or ``"none"``.
+        rotation: for ``"covariance"``: ``"identity"``, or ``"learned"`` for a matrix Q with
+            orthonormal columns that is a parameter of this module and starts at the identity: give
+            it to the optimiser. Q serves one pair of widths, so no lists of layers.
+        student_width, teacher_width: D1 and D2, needed for a learned rotation.
+        scale, mean_weight: for ``"covariance"`` (both) and ``"bures"`` (``mean_weight``).
+        precision, backend: see :mod:`rift_kernels.functional`.
+
+    Shape:
+        student (..., N, D1), teacher (..., N, D2), mask (..., N) boolean or None; or lists.
+        Returns a scalar, or one value a layer for ``reduction="none"``.
+
+    Raises:
+        TypeError, ValueError: naming the argument, at construction or at the call.
+    """
+
+    def __init__(
+        self,
+        measure: str = "cka",
+        *,
+        debiased: bool = True,
+        weight: float = 1.0,
+        reduction: str = "mean",
+        rotation: str = "identity",
+        student_width: int | None = None,
+        teacher_width: int | None = None,
+        scale: str = "relative",
+        mean_weight: float = 0.0,
+        precision: str = "high",
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        checks.option("measure", measure, MEASURES)
+        checks.option("reduction", reduction, REDUCTIONS)
+        checks.option("rotation", rotation, ROTATIONS)
+        checks.option("scale", scale, functional.SCALES)
+        checks.option("precision", precision, functional.PRECISIONS)
+        checks.option("backend", backend, ("auto", *dispatch.BACKENDS))
+        checks.flag("debiased", debiased)
+        self.measure = measure
+        self.debiased = debiased
+        self.weight = checks.number("weight", weight)
+        self.reduction = reduction
+        self.scale = scale
+        self.mean_weight = checks.number("mean_weight", mean_weight)
+        self.precision = precision
+        self.backend = backend
+        if self.mean_weight and measure not in ("covariance", "bures"):
+            raise ValueError(
+                f"mean_weight must be 0 for measure={measure!r}, which does not see the mean; "
+                f"got {mean_weight!r}"
+            )
+        self.rotation: nn.Linear | None = None
+        if rotation == "learned":
+            self.rotation = _rotation(measure, student_width, teacher_width)
+
+    def forward(self, student: Features, teacher: Features, mask: Mask = None) -> Tensor:
+        """The loss of these features; see the class."""
+        if self.measure == "cka":
+            values = 1 - functional.linear_cka(
+                student,
+                teacher,
+                mask=mask,
+                debiased=self.debiased,
+                precision=self.precision,
+                backend=self.backend,
+            )
+        elif self.measure == "procrustes":
+            values = 1 - functional.procrustes_similarity(
+                student, teacher, mask=mask, precision=self.precision, backend=self.backend
+            )
+        elif self.measure == "covariance":
+            values = functional.covariance_distance(
+                student,
+                teacher,
+                mask=mask,
+                scale=self.scale,
+                mean_weight=self.mean_weight,
+                rotation=None if self.rotation is None else self.rotation.weight,
+                precision=self.precision,
+                backend=self.backend,
+            )
+        else:
+            values = functional.bures_distance(
+                student,
+                teacher,
+                mask=mask,
+                mean_weight=self.mean_weight,
+                precision=self.precision,
+                backend=self.backend,
+            )
+        if self.reduction == "mean":
+            values = values.mean()
+        elif self.reduction == "sum":
+            values = values.sum()
+        return self.weight * values
+
+    def extra_repr(self) -> str:
+        """The settings that matter for the measure."""
+        settings = f"{self.measure!r}, weight={self.weight}, reduction={self.reduction!r}"
+        return settings + (f", debiased={self.debiased}" if self.measure == "cka" else "")
+
+
+def _rotation(measure: str, student_width: int | None, teacher_width: int | None) -> nn.Linear:
+    """A layer whose weight is Q (D2, D1), kept orthogonal by torch and starting at the identity."""
+    if measure != "covariance":
+        raise ValueError(
+            f"rotation='learned' needs measure='covariance'; measure={measure!r} "
+            "has no rotation to learn"
+        )
+    layer = nn.Linear(
+        _width("student_width", student_width), _width("teacher_width", teacher_width), bias=False
+    )
+    with torch.no_grad():
+        nn.init.eye_(layer.weight)
+    parametrizations.orthogonal(layer, "weight")
+    return layer
+
+
+def _width(name: str, width: int | None) -> int:
+    if isinstance(width, bool) or not isinstance(width, int) or width < 1:
+        raise ValueError(f"{name} must be a positive integer for rotation='learned'; got {width!r}")
+    return width

@@ -1,0 +1,309 @@
+"""Heads: from second moments of centered features to a value and the coefficients of its gradient.
+
+Every gradient has one form (``n`` valid rows, ``Xc`` and ``Yc`` centered):
+
+    covariance form   grad_X = center(Xc xx + Yc xy^T + wx * Xc) + bx     xx (D1, D1), xy (D1, D2)
+                      grad_Y = center(Yc yy + Xc xy   + wy * Yc) + by     yy (D2, D2)
+    Gram form         grad_X = center(xx Xc + xy   Yc + wx * Xc) + bx     all blocks (N, N)
+                      grad_Y = center(yy Yc + xy^T Xc + wy * Yc) + by
+
+so a measure is one function here, which asks the backend for the blocks it needs, once per form,
+and names the coefficients. Values are combined in float64, of blocks scaled to unit norm, so that
+no power of the features' scale can over- or underflow and no absolute epsilon is needed.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import matrix_functions
+
+
+class Centered(NamedTuple):
+    """What is known of one layer before a measure is chosen; leading axes are a batch."""
+
+    x: Tensor  # (..., N, D1), centered, masked rows zero
+    y: Tensor  # (..., N, D2)
+    mean_x: Tensor  # (..., D1)
+    mean_y: Tensor  # (..., D2)
+    count: Tensor  # type: ignore[assignment]  # (...), float64: the number of valid rows
+
+
+class Coefficients(NamedTuple):
+    """The gradient's coefficients; None where a term is absent or its gradient is not wanted."""
+
+    xx: Tensor | None = None
+    xy: Tensor | None = None
+    yy: Tensor | None = None
+    wx: Tensor | None = None  # (..., 1) or (..., N)
+    wy: Tensor | None = None
+    bx: Tensor | None = None  # (..., D1)
+    by: Tensor | None = None  # (..., D2)
+
+
+class Wanted(NamedTuple):
+    """The sides whose gradient is wanted."""
+
+    student: bool
+    teacher: bool
+
+
+Head = tuple[Tensor, Coefficients]
+
+
+def _safe_inverse(x: Tensor) -> Tensor:
+    """1 / x, and 0 at 0: what has no variance contributes nothing. NaN stays NaN."""
+    return (1.0 / x).masked_fill_(x == 0, 0.0)
+
+
+def _norm(matrix: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(matrix, dim=(-2, -1), dtype=torch.float64)
+
+
+def _inner(a: Tensor, b: Tensor) -> Tensor:
+    return (a * b).sum((-2, -1), dtype=torch.float64)
+
+
+def _times(matrix: Tensor, factor: Tensor) -> Tensor:
+    """A block times one number per layer, in the block's dtype."""
+    return matrix * factor.to(matrix.dtype)[..., None, None]
+
+
+def _scale_(matrix: Tensor, *factors: Tensor) -> Tensor:
+    """:func:`_times` for each factor, in place."""
+    for factor in factors:
+        matrix.mul_(factor.to(matrix.dtype)[..., None, None])
+    return matrix
+
+
+def _trace(energy: Tensor) -> Tensor:
+    return energy.sum(-1, dtype=torch.float64)
+
+
+def _identity_minus(matrix: Tensor) -> Tensor:
+    return torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device) - matrix
+
+
+def _nan_below(value: Tensor, count: Tensor, minimum: int) -> Tensor:
+    """NaN where too few rows are valid: a mask on a GPU cannot be checked without waiting."""
+    return value.masked_fill(count < minimum, float("nan"))
+
+
+def cka(f: Centered, backend: ModuleType, gram: bool, want: Wanted, debiased: bool) -> Head:
+    """Linear CKA. With unit-norm blocks the biased value is ``<Kx, Ky> = ||C||^2``."""
+    # The Gram form needs no cross block: its gradient is (beta Ky + alpha Kx) Xc.
+    xx, xy, yy = backend.moments(f.x, f.y, gram, "xx yy" if gram else "xx xy yy")
+    norm_x, norm_y = _norm(xx), _norm(yy)
+    inverse_x, inverse_y = _safe_inverse(norm_x), _safe_inverse(norm_y)
+    cross_scale = (inverse_x * inverse_y).sqrt()
+    if gram:
+        xx, yy = _scale_(xx, inverse_x), _scale_(yy, inverse_y)
+        hxy = _inner(xx, yy)
+    else:
+        hxy = (_norm(xy) * cross_scale).square()
+    # 1, or 0 where there is no variance, or NaN.
+    hxx, hyy = norm_x * inverse_x, norm_y * inverse_y
+    wx = wy = None
+    if debiased:
+        n = f.count
+        a = n / (n - 2)
+        b = 1 / ((n - 1) * (n - 2))
+        # The Gram diagonal rather than a second sum, so that both round alike.
+        rx = xx.diagonal(dim1=-2, dim2=-1).double() if gram else _energy(backend, f.x, inverse_x)
+        ry = yy.diagonal(dim1=-2, dim2=-1).double() if gram else _energy(backend, f.y, inverse_y)
+        sx, sy = rx.sum(-1), ry.sum(-1)
+        hxy = hxy - a * (rx * ry).sum(-1) + b * sx * sy
+        hxx = hxx - a * rx.square().sum(-1) + b * sx.square()
+        hyy = hyy - a * ry.square().sum(-1) + b * sy.square()
+    # Relative to 1, the squared norm of a unit block: below rounding there is no similarity.
+    eps = torch.finfo(xx.dtype).eps
+    inverse_hxx = (1 / hxx).masked_fill_(hxx <= eps, 0.0)
+    inverse_hyy = (1 / hyy).masked_fill_(hyy <= eps, 0.0)
+    inverse_s = (inverse_hxx * inverse_hyy).sqrt()
+    value = _nan_below(hxy * inverse_s, f.count, 4 if debiased else 2)
+
+    beta = 2 * inverse_s
+    alpha_x, alpha_y = -2 * value * inverse_hxx, -2 * value * inverse_hyy
+    if debiased:
+        a, b = a.unsqueeze(-1), b.unsqueeze(-1)
+        ux, uy = b * sx.unsqueeze(-1) - a * rx, b * sy.unsqueeze(-1) - a * ry
+        wx = beta.unsqueeze(-1) * uy + alpha_x.unsqueeze(-1) * ux
+        wy = beta.unsqueeze(-1) * ux + alpha_y.unsqueeze(-1) * uy
+        wx = (wx * inverse_x.unsqueeze(-1)).to(f.x.dtype)
+        wy = (wy * inverse_y.unsqueeze(-1)).to(f.x.dtype)
+    if gram:
+        blocks = Coefficients(
+            xx=_times(_times(xx, alpha_x) + _times(yy, beta), inverse_x) if want.student else None,
+            yy=_times(_times(yy, alpha_y) + _times(xx, beta), inverse_y) if want.teacher else None,
+        )
+    else:
+        # Two factors each, because their product may not be a float32.
+        blocks = Coefficients(
+            xx=_scale_(xx, inverse_x, alpha_x * inverse_x) if want.student else None,
+            xy=_scale_(xy, cross_scale, beta * cross_scale) if any(want) else None,
+            yy=_scale_(yy, inverse_y, alpha_y * inverse_y) if want.teacher else None,
+        )
+    return value, blocks._replace(wx=wx, wy=wy)
+
+
+def _energy(backend: ModuleType, x: Tensor, inverse: Tensor) -> Tensor:
+    return backend.row_energy(x).double() * inverse.unsqueeze(-1)
+
+
+def procrustes(f: Centered, backend: ModuleType, gram: bool, want: Wanted, method: str) -> Head:
+    """Nuclear norm of the cross-covariance over the norms of the features.
+
+    The nuclear norm is ``<C, polar(C)>``; in Gram form it is the fidelity of Kx and Ky.
+    """
+    exact = method == "svd"
+    energy_x = _trace(backend.row_energy(f.x))
+    energy_y = _trace(backend.row_energy(f.y))
+    inverse_x, inverse_y = _safe_inverse(energy_x), _safe_inverse(energy_y)
+    scale = (inverse_x * inverse_y).sqrt()
+    if gram:
+        forth, back, nuclear = _transport(f, backend, gram, exact)
+    else:
+        factor, nuclear = _polar(f, backend, gram, exact)
+    value = _nan_below(nuclear * scale, f.count, 2)
+    own_x, own_y = -value * inverse_x, -value * inverse_y
+    if gram:
+        # A difference of near-equal terms: one matrix, formed in float64 and kept so.
+        eye = torch.eye(forth.shape[-1], dtype=forth.dtype, device=forth.device)
+        return value, Coefficients(
+            xx=_times(forth, scale) + _times(eye, own_x) if want.student else None,
+            yy=_times(back, scale) + _times(eye, own_y) if want.teacher else None,
+        )
+    return value, Coefficients(
+        xy=_times(factor, scale).to(f.x.dtype),
+        wx=own_x.to(f.x.dtype).unsqueeze(-1),
+        wy=own_y.to(f.x.dtype).unsqueeze(-1),
+    )
+
+
+def _polar(f: Centered, backend: ModuleType, gram: bool, exact: bool) -> tuple[Tensor, Tensor]:
+    """Polar factor and nuclear norm of the cross block."""
+    _, xy, _ = backend.moments(f.x, f.y, gram, "xy")
+    solve = matrix_functions.polar_svd if exact else matrix_functions.polar
+    return solve(xy.double())
+
+
+def _transport(
+    f: Centered, backend: ModuleType, gram: bool, exact: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Transport maps between the own blocks, and their fidelity.
+
+    The blocks are summed in float64: the map inverts one of them, and where that is singular the
+    rounding of a float32 sum would be what is inverted.
+    """
+    xx, _, yy = backend.moments(f.x.double(), f.y.double(), gram, "xx yy")
+    solve = matrix_functions.transport_eigh if exact else matrix_functions.transport
+    return solve(xx, yy)
+
+
+def bures(
+    f: Centered,
+    backend: ModuleType,
+    gram: bool,
+    want: Wanted,
+    squared: bool,
+    mean_weight: float,
+    method: str,
+) -> Head:
+    """2-Wasserstein distance of two Gaussians.
+
+    The cross term is the fidelity of the covariances; in Gram form it is the nuclear norm of
+    ``Xc Yc^T``, which is bounded where a covariance is singular.
+    """
+    exact = method == "eigh"
+    inverse_n = 1 / (f.count - 1)
+    traces = _trace(backend.row_energy(f.x)) + _trace(backend.row_energy(f.y))
+    if gram:
+        factor, cross = _polar(f, backend, gram, exact)
+    else:
+        forth, back, cross = _transport(f, backend, gram, exact)
+    # Rounding may leave a distance of nothing a little below zero; clamp passes NaN on.
+    value = ((traces - 2 * cross) * inverse_n).clamp(min=0)
+    mean_value, bias = _mean_term(f, mean_weight)
+    value = _nan_below(value + mean_value, f.count, 2)
+    outer = torch.ones_like(value)
+    if not squared:
+        value = value.sqrt()
+        outer = 0.5 * _safe_inverse(value)
+    scale = 2 * outer * inverse_n
+    dtype = f.x.dtype
+    if bias is not None:
+        bias = bias * outer.unsqueeze(-1).to(dtype)
+    if gram:
+        weight = scale.to(dtype).unsqueeze(-1)
+        blocks = Coefficients(xy=_times(factor, -scale).to(dtype), wx=weight, wy=weight.clone())
+    else:
+        blocks = Coefficients(
+            xx=_times(_identity_minus(forth), scale) if want.student else None,
+            yy=_times(_identity_minus(back), scale) if want.teacher else None,
+        )
+    return value, blocks._replace(bx=bias, by=None if bias is None else -bias)
+
+
+def covariance(
+    f: Centered, backend: ModuleType, gram: bool, want: Wanted, scale: str, mean_weight: float
+) -> Head:
+    """``||S_s - S_t||^2``, divided by ``||S_t||^2``, by ``4 D^2``, or by nothing.
+
+    The Gram form works on ``U = Xc - Yc`` and ``V = Xc + Yc``, because then
+    ``||S_s - S_t||^2 = (<U U^T, V V^T> + <U V^T, V U^T>) / 2 (n-1)^2`` is small with U, while
+    ``||Kx||^2 - 2 ||Xc Yc^T||^2 + ||Ky||^2`` is a difference of large numbers.
+    """
+    inverse_n = 1 / (f.count - 1)
+    if gram:
+        uu, uv, vv = backend.moments(f.x - f.y, f.x + f.y, gram, "xx xy yy")
+        both = uv + uv.mT
+        yy = (uu + vv - both) / 4
+        norm_y = _norm(yy)
+    else:
+        xx, _, yy = backend.moments(f.x, f.y, gram, "xx yy")
+        difference = xx - yy
+        norm_y = _norm(yy)
+    if scale == "relative":
+        inverse_unit = _safe_inverse(norm_y)
+    else:
+        unit = 2 * f.x.shape[-1] if scale == "coral" else 1
+        inverse_unit = inverse_n / unit
+    if gram:
+        uu, vv, uv = (_times(block, inverse_unit) for block in (uu, vv, uv))
+        value = (0.5 * (_inner(uu, vv) + _inner(uv, uv.mT))).clamp(min=0)
+    else:
+        difference = _times(difference, inverse_unit)
+        value = _norm(difference).square()
+    mean_value, bias = _mean_term(f, mean_weight)
+    # What the teacher's own norm in the denominator adds to its gradient.
+    denominator = value if scale == "relative" else torch.zeros_like(value)
+    outer = _nan_below(4 * inverse_unit, f.count, 2)
+    value = _nan_below(value + mean_value, f.count, 2)
+    yy = _times(yy, inverse_unit)
+    if gram:
+        both = uv + uv.mT
+        coefficients = Coefficients(
+            xx=_times((uu + vv + both) / 4, outer) if want.student else None,
+            # - Xc Yc^T
+            xy=_times((uu - vv - uv + uv.mT) / 4, outer),
+            yy=_times(yy, outer * (1 - denominator)) if want.teacher else None,
+        )
+    else:
+        coefficients = Coefficients(
+            xx=_times(difference, outer) if want.student else None,
+            yy=-_times(difference + _times(yy, denominator), outer) if want.teacher else None,
+        )
+    return value, coefficients._replace(bx=bias, by=None if bias is None else -bias)
+
+
+def _mean_term(f: Centered, mean_weight: float) -> tuple[Tensor | float, Tensor | None]:
+    """``mean_weight * ||mean_x - mean_y||^2`` and its gradient with respect to each row of X."""
+    if mean_weight == 0:
+        return 0.0, None
+    difference = f.mean_x - f.mean_y
+    value = mean_weight * difference.double().square().sum(-1)
+    return value, difference * (2 * mean_weight / f.count).to(difference.dtype).unsqueeze(-1)

@@ -1,0 +1,368 @@
+"""The registered operators and their autograd: the only boundary that torch.compile sees.
+
+Per measure one forward operator ``<measure>_fwd`` (features -> values, and what the backward
+needs); one backward operator ``features_bwd`` for all of them. Each takes lists, one entry a layer,
+so that a backend may serve all layers in one launch. Autograd stays outside the operators: a
+registered formula costs several times more per call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import measures
+from .backends import eager
+
+NAMESPACE = "rift_kernels"
+_LIBRARY = torch.library.Library(NAMESPACE, "DEF")
+_LAYERS = "Tensor[] students, Tensor[] teachers, Tensor[] masks, bool[] gram"
+_HOW = "bool student_grad, bool teacher_grad, str precision, str backend"
+_TENSORS_A_LAYER = 2 + len(measures.Coefficients._fields)
+
+
+def _backend(name: str) -> ModuleType:
+    """The module that implements the primitives; dispatch has already refused any other name."""
+    return {"eager": eager}[name]
+
+
+def _compute_dtype(*tensors: Tensor) -> torch.dtype:
+    """float64 where an input is float64, else float32."""
+    return torch.float64 if torch.float64 in {t.dtype for t in tensors} else torch.float32
+
+
+@contextmanager
+def _full_precision(device: torch.device, precision: str) -> Iterator[None]:
+    """Products in the dtype of their operands, whatever autocast and the TF32 settings say."""
+    with ExitStack() as stack:
+        if torch.is_autocast_enabled(device.type):
+            stack.enter_context(torch.autocast(device.type, enabled=False))
+        if precision == "high":
+            library: Any = torch.backends.cuda if device.type == "cuda" else torch.backends.mkldnn
+            matmul = library.matmul
+            before = matmul.fp32_precision
+            if before not in ("ieee", "none"):
+                matmul.fp32_precision = "ieee"
+                stack.callback(setattr, matmul, "fp32_precision", before)
+        yield
+
+
+def _register(schema: str, implementation: Callable[..., Any]) -> None:
+    name = schema.split("(")[0]
+    _LIBRARY.define(schema)
+    _LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
+    # The implementations are shape-agnostic PyTorch, so they are their own fakes.
+    torch.library.register_fake(f"{NAMESPACE}::{name}", implementation, lib=_LIBRARY)
+
+
+def _center(
+    student: Tensor, teacher: Tensor, mask: Tensor | None, backend: ModuleType
+) -> measures.Centered:
+    dtype = _compute_dtype(student, teacher)
+    x, mean_x, count = backend.center(student, mask, dtype)
+    y, mean_y, _ = backend.center(teacher, mask, dtype)
+    return measures.Centered(x, y, mean_x, mean_y, count)
+
+
+def _tensors(optional: Iterable[Tensor | None], like: Tensor) -> list[Tensor]:
+    """An operator returns tensors only, no two of them the same: None becomes an empty one."""
+    return [like.new_empty(0) if t is None else t.contiguous() for t in optional]
+
+
+def _mask_of_each(masks: Sequence[Tensor], layers: int) -> Sequence[Tensor | None]:
+    """No mask, one mask for all layers, or one each."""
+    if len(masks) == layers:
+        return masks
+    return [masks[0] if masks else None] * layers
+
+
+def _measure_fwd(
+    head: Callable[..., measures.Head],
+    students: list[Tensor],
+    teachers: list[Tensor],
+    masks: list[Tensor],
+    gram: list[bool],
+    student_grad: bool,
+    teacher_grad: bool,
+    precision: str,
+    backend: str,
+) -> tuple[Tensor, list[Tensor]]:
+    """Values, and per layer the centered features and the coefficients (empty where absent)."""
+    primitives = _backend(backend)
+    want = measures.Wanted(student_grad, teacher_grad)
+    values, saved = [], []
+    with _full_precision(students[0].device, precision):
+        for x, y, mask, use_gram in zip(
+            students, teachers, _mask_of_each(masks, len(students)), gram, strict=True
+        ):
+            features = _center(x, y, mask, primitives)
+            value, coefficients = head(features, primitives, use_gram, want)
+            values.append(value.to(features.x.dtype))
+            if student_grad or teacher_grad:
+                saved += [features.x, features.y, *_tensors(coefficients, features.x)]
+    return values[0] if len(values) == 1 else torch.stack(values), saved
+
+
+def _cka_fwd(*call: Any) -> tuple[Tensor, list[Tensor]]:
+    *layers, debiased = call
+    return _measure_fwd(partial(measures.cka, debiased=debiased), *layers)
+
+
+def _procrustes_fwd(*call: Any) -> tuple[Tensor, list[Tensor]]:
+    *layers, method = call
+    return _measure_fwd(partial(measures.procrustes, method=method), *layers)
+
+
+def _covariance_fwd(*call: Any) -> tuple[Tensor, list[Tensor]]:
+    *layers, scale, mean_weight = call
+    return _measure_fwd(partial(measures.covariance, scale=scale, mean_weight=mean_weight), *layers)
+
+
+def _bures_fwd(*call: Any) -> tuple[Tensor, list[Tensor]]:
+    *layers, squared, mean_weight, method = call
+    return _measure_fwd(
+        partial(measures.bures, squared=squared, mean_weight=mean_weight, method=method), *layers
+    )
+
+
+def _features_bwd(
+    grad_values: Tensor,
+    saved: list[Tensor],
+    masks: list[Tensor],
+    gram: list[bool],
+    student_grad: bool,
+    teacher_grad: bool,
+    precision: str,
+    backend: str,
+    student_dtype: torch.dtype,
+    teacher_dtype: torch.dtype,
+) -> list[Tensor]:
+    """The wanted gradients, all students first."""
+    primitives = _backend(backend)
+    layers = len(gram)
+    grad_students, grad_teachers = [], []
+    with _full_precision(grad_values.device, precision):
+        for i, mask in enumerate(_mask_of_each(masks, layers)):
+            scale = grad_values if layers == 1 else grad_values[i]
+            x, y, *rest = saved[i * _TENSORS_A_LAYER : (i + 1) * _TENSORS_A_LAYER]
+            c = measures.Coefficients(*(t if t.dim() > 1 or t.numel() else None for t in rest))
+            cross = None if c.xy is None else c.xy.mT
+            if student_grad:
+                side = (scale, x, y, mask, c.xx, c.xy, c.wx, c.bx)
+                grad_students.append(primitives.features_bwd(*side, gram[i], student_dtype))
+            if teacher_grad:
+                side = (scale, y, x, mask, c.yy, cross, c.wy, c.by)
+                grad_teachers.append(primitives.features_bwd(*side, gram[i], teacher_dtype))
+    return grad_students + grad_teachers
+
+
+def _moments_fwd(
+    student: Tensor, teacher: Tensor, masks: list[Tensor], wanted: str, precision: str, backend: str
+) -> list[Tensor]:
+    """Centered features, count, means, and the wanted blocks (empty where not wanted)."""
+    primitives = _backend(backend)
+    with _full_precision(student.device, precision):
+        f = _center(student, teacher, masks[0] if masks else None, primitives)
+        blocks = primitives.moments(f.x, f.y, False, wanted)
+    return [*f, *_tensors(blocks, f.x)]
+
+
+def _matmul(a: Tensor, b: Tensor, precision: str) -> Tensor:
+    with _full_precision(a.device, precision):
+        return a @ b
+
+
+_register(f"cka_fwd({_LAYERS}, {_HOW}, bool debiased) -> (Tensor, Tensor[])", _cka_fwd)
+_register(f"procrustes_fwd({_LAYERS}, {_HOW}, str method) -> (Tensor, Tensor[])", _procrustes_fwd)
+_register(
+    f"covariance_fwd({_LAYERS}, {_HOW}, str scale, float mean_weight) -> (Tensor, Tensor[])",
+    _covariance_fwd,
+)
+_register(
+    f"bures_fwd({_LAYERS}, {_HOW}, bool squared, float mean_weight, str method)"
+    " -> (Tensor, Tensor[])",
+    _bures_fwd,
+)
+_register(
+    f"features_bwd(Tensor grad_values, Tensor[] saved, Tensor[] masks, bool[] gram, {_HOW},"
+    " ScalarType student_dtype, ScalarType teacher_dtype) -> Tensor[]",
+    _features_bwd,
+)
+_register(
+    "moments_fwd(Tensor student, Tensor teacher, Tensor[] masks, str wanted, str precision,"
+    " str backend) -> Tensor[]",
+    _moments_fwd,
+)
+_register("matmul(Tensor a, Tensor b, str precision) -> Tensor", _matmul)
+
+
+class Call(NamedTuple):
+    """What a measure needs beside its tensors."""
+
+    measure: str
+    settings: tuple[Any, ...]
+    gram: tuple[bool, ...]
+    precision: str
+    backend: str
+
+
+def _refuse_double_backward() -> None:
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "rift_kernels gradients cannot be differentiated again, so backward does not take "
+            "create_graph=True; rift_kernels.reference has native autograd throughout"
+        )
+
+
+class _Measure(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, call: Call, sides: tuple[bool, bool], *tensors: Tensor) -> Tensor:
+        layers = len(call.gram)
+        students, teachers = list(tensors[:layers]), list(tensors[layers : 2 * layers])
+        masks = list(tensors[2 * layers :])
+        values, saved = _forward(call, sides, students, teachers, masks)
+        ctx.save_for_backward(*masks, *saved)
+        ctx.call, ctx.sides, ctx.masks = call, sides, len(masks)
+        ctx.dtypes = students[0].dtype, teachers[0].dtype
+        return values
+
+    @staticmethod
+    def backward(ctx: Any, grad_values: Tensor) -> tuple[Tensor | None, ...]:
+        _refuse_double_backward()
+        call, (student_grad, teacher_grad) = ctx.call, ctx.sides
+        layers = len(call.gram)
+        masks, saved = ctx.saved_tensors[: ctx.masks], ctx.saved_tensors[ctx.masks :]
+        grads = torch.ops.rift_kernels.features_bwd(
+            grad_values,
+            saved,
+            masks,
+            call.gram,
+            student_grad,
+            teacher_grad,
+            call.precision,
+            call.backend,
+            *ctx.dtypes,
+        )
+        missing = [None] * layers
+        grad_students = grads[:layers] if student_grad else missing
+        grad_teachers = grads[-layers:] if teacher_grad else missing
+        return (None, None, *grad_students, *grad_teachers, *([None] * ctx.masks))
+
+
+def _forward(
+    call: Call,
+    sides: tuple[bool, bool],
+    students: list[Tensor],
+    teachers: list[Tensor],
+    masks: list[Tensor],
+) -> tuple[Tensor, list[Tensor]]:
+    operator = getattr(torch.ops.rift_kernels, f"{call.measure}_fwd")
+    how = (*sides, call.precision, call.backend)
+    return operator(students, teachers, masks, call.gram, *how, *call.settings)
+
+
+def measure(
+    call: Call, students: list[Tensor], teachers: list[Tensor], masks: list[Tensor]
+) -> Tensor:
+    """The values of a measure, differentiable once with respect to students and teachers."""
+    wanted = torch.is_grad_enabled()
+    sides = (
+        wanted and any(t.requires_grad for t in students),
+        wanted and any(t.requires_grad for t in teachers),
+    )
+    if not any(sides):
+        return _forward(call, sides, students, teachers, masks)[0]
+    tensors = [*students, *teachers, *masks]
+    if torch.compiler.is_compiling():
+        # Dynamo refuses one tensor in two places, such as a teacher that serves several layers.
+        for i, tensor in enumerate(tensors):
+            if any(tensor is other for other in tensors[:i]):
+                tensors[i] = tensor.view_as(tensor)
+    return _Measure.apply(call, sides, *tensors)
+
+
+class _Moments(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, wanted: str, precision: str, backend: str, x: Tensor, y: Tensor, *masks: Tensor
+    ) -> tuple[Tensor, ...]:
+        centered_x, centered_y, *rest = torch.ops.rift_kernels.moments_fwd(
+            x, y, list(masks), wanted, precision, backend
+        )
+        mean_x, mean_y, count, *blocks = rest
+        ctx.save_for_backward(centered_x, centered_y, count, *masks)
+        ctx.how = (True, True, precision, backend, x.dtype, y.dtype)
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(count)
+        return mean_x, mean_y, count, *blocks
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        _refuse_double_backward()
+        centered_x, centered_y, count, *masks = ctx.saved_tensors
+        grad_mean_x, grad_mean_y, _, *blocks = grads
+        # torch.compile hands in a zero for a block that was not wanted.
+        grad_xx, grad_xy, grad_yy = (None if g is None or g.dim() < 2 else g for g in blocks)
+        per_row = (1 / count).to(centered_x.dtype).unsqueeze(-1)
+        # <G, Xc^T Xc> has the gradient Xc (G + G^T).
+        coefficients = measures.Coefficients(
+            xx=None if grad_xx is None else grad_xx + grad_xx.mT,
+            xy=grad_xy,
+            yy=None if grad_yy is None else grad_yy + grad_yy.mT,
+            bx=None if grad_mean_x is None else grad_mean_x * per_row,
+            by=None if grad_mean_y is None else grad_mean_y * per_row,
+        )
+        grad_x, grad_y = torch.ops.rift_kernels.features_bwd(
+            torch.ones_like(count),
+            [centered_x, centered_y, *_tensors(coefficients, centered_x)],
+            masks,
+            [False],
+            *ctx.how,
+        )
+        return (None, None, None, grad_x, grad_y, *([None] * len(masks)))
+
+
+def moments(
+    student: Tensor,
+    teacher: Tensor,
+    masks: list[Tensor],
+    wanted: str,
+    precision: str,
+    backend: str,
+) -> tuple[Tensor, ...]:
+    """``mean_x, mean_y, count, xx, xy, yy``, differentiable once; blocks not wanted are empty."""
+    return _Moments.apply(wanted, precision, backend, student, teacher, *masks)
+
+
+class _Rotate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, precision: str, features: Tensor, rotation: Tensor) -> Tensor:
+        dtype = _compute_dtype(features, rotation)
+        wide, matrix = features.to(dtype), rotation.to(dtype)
+        ctx.save_for_backward(features, rotation)
+        ctx.precision = precision
+        return torch.ops.rift_kernels.matmul(wide, matrix, precision)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        _refuse_double_backward()
+        features, rotation = ctx.saved_tensors
+        product = partial(torch.ops.rift_kernels.matmul, precision=ctx.precision)
+        grad_features = grad_rotation = None
+        if ctx.needs_input_grad[1]:
+            grad_features = product(grad, rotation.to(grad.dtype).mT).to(features.dtype)
+        if ctx.needs_input_grad[2]:
+            rows, grad_rows = features.to(grad.dtype).flatten(0, -2), grad.flatten(0, -2)
+            grad_rotation = product(rows.mT, grad_rows).to(rotation.dtype)
+        return None, grad_features, grad_rotation
+
+
+def rotate(features: Tensor, rotation: Tensor, precision: str) -> Tensor:
+    """``features @ rotation`` at least in float32, differentiable in both."""
+    return _Rotate.apply(precision, features, rotation)
