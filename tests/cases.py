@@ -1,0 +1,213 @@
+"""The inputs every test draws from: shapes, dtypes, masks, offsets and similarities.
+
+All features are made in float64 from a seed and then rounded to the dtype under test, so that the
+oracle sees exactly the numbers that the code under test sees.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import rift_kernels as rk
+from rift_kernels import reference
+
+HALF = (torch.bfloat16, torch.float16)
+DTYPES = (torch.float64, torch.float32, *HALF)
+
+# Relative error of a gradient. For the half types the rounding of the gradient itself is the floor:
+# 1.7e-3 and 2e-4.
+GRADIENT_TOLERANCE = {
+    torch.float64: 1e-9,
+    torch.float32: 1e-4,
+    torch.bfloat16: 4e-3,
+    torch.float16: 4e-3,
+}
+VALUE_TOLERANCE = {
+    torch.float64: 1e-10,
+    torch.float32: 2e-6,
+    torch.bfloat16: 2e-6,
+    torch.float16: 2e-6,
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """Features of a given shape: the teacher is a noisy linear image of the student."""
+
+    name: str
+    rows: int
+    student_width: int
+    teacher_width: int
+    batch: tuple[int, ...] = ()
+    offset: float = 0.0
+    masked: bool = False
+    strided: bool = False
+
+    def features(self, dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, Tensor, Tensor | None]:
+        generator = torch.Generator().manual_seed(seed)
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+        x = normal(*self.batch, self.rows, self.student_width)
+        mix = normal(self.student_width, self.teacher_width) / self.student_width**0.5
+        y = x @ mix + 0.7 * normal(*self.batch, self.rows, self.teacher_width)
+        x, y = (x + self.offset).to(dtype), (y + self.offset).to(dtype)
+        mask = None
+        if self.masked:
+            mask = torch.rand(*self.batch, self.rows, generator=generator) < 0.7
+            mask[..., :4] = True
+        if self.strided:
+            x, y = _interleave(x), _interleave(y)
+        return x, y, mask
+
+
+def _interleave(x: Tensor) -> Tensor:
+    """The same numbers, neither contiguous nor aligned."""
+    room = torch.full((*x.shape[:-1], 2 * x.shape[-1] + 1), float("nan"), dtype=x.dtype)
+    view = room[..., 1::2]
+    view.copy_(x)
+    return view
+
+
+CASES = (
+    Case("tall", 70, 12, 12),
+    Case("wide", 9, 40, 40),
+    Case("square", 33, 33, 33),
+    Case("blocks", 450, 210, 210),
+    Case("odd", 37, 7, 7),
+    Case("fewest rows", 4, 5, 5),
+    Case("one feature", 20, 1, 1),
+    Case("widths differ", 50, 13, 24),
+    Case("widths differ, few rows", 12, 31, 17),
+    Case("batch", 21, 10, 10, batch=(3,)),
+    Case("two batch axes", 9, 16, 16, batch=(2, 3)),
+    Case("offset", 64, 16, 16, offset=30.0),
+    Case("masked", 60, 11, 11, masked=True),
+    Case("masked batch", 30, 24, 24, batch=(2,), masked=True),
+    Case("masked, offset", 40, 30, 30, offset=10.0, masked=True),
+    Case("strided", 26, 18, 18, strided=True),
+)
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A public function with its settings, and its oracle."""
+
+    name: str
+    function: Callable[..., Tensor]
+    oracle: Callable[..., Tensor]
+    settings: dict[str, Any] = field(default_factory=dict)
+    method: str | None = None
+    min_rows: int = 2
+    equal_widths: bool = False
+
+    def __call__(self, x: Any, y: Any, **more: Any) -> Tensor:
+        how = {} if self.method is None else {"method": self.method}
+        return self.function(x, y, **self.settings, **how, **more)
+
+    def reference(self, x: Any, y: Any, **more: Any) -> Tensor:
+        return self.oracle(x, y, **self.settings, **more)
+
+    def takes(self, case: Case) -> bool:
+        widths_fit = case.student_width == case.teacher_width or not self.equal_widths
+        return widths_fit and case.rows >= self.min_rows
+
+
+def _measure(name: str, function: str, **more: Any) -> Measure:
+    return Measure(name, getattr(rk, function), getattr(reference, function), **more)
+
+
+CKA = _measure("cka", "linear_cka", min_rows=4)
+CKA_BIASED = _measure("cka biased", "linear_cka", settings={"debiased": False})
+PROCRUSTES = _measure("procrustes", "procrustes_similarity")
+PROCRUSTES_SVD = _measure("procrustes svd", "procrustes_similarity", method="svd")
+COVARIANCE = _measure("covariance", "covariance_distance", equal_widths=True)
+CORAL = _measure(
+    "coral",
+    "covariance_distance",
+    settings={"scale": "coral", "mean_weight": 0.3},
+    equal_widths=True,
+)
+COVARIANCE_PLAIN = _measure(
+    "covariance unscaled", "covariance_distance", settings={"scale": "none"}, equal_widths=True
+)
+BURES = _measure("bures", "bures_distance", equal_widths=True)
+BURES_ROOT = _measure(
+    "bures root",
+    "bures_distance",
+    settings={"squared": False, "mean_weight": 0.5},
+    equal_widths=True,
+)
+BURES_EIGH = _measure("bures eigh", "bures_distance", method="eigh", equal_widths=True)
+
+MEASURES = (
+    CKA,
+    CKA_BIASED,
+    PROCRUSTES,
+    PROCRUSTES_SVD,
+    COVARIANCE,
+    CORAL,
+    COVARIANCE_PLAIN,
+    BURES,
+    BURES_ROOT,
+    BURES_EIGH,
+)
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """``||actual - expected|| / ||expected||`` in float64; the absolute error where that is 0."""
+    expected = expected.double().cpu()
+    difference = (actual.double().cpu() - expected).norm()
+    return float(difference / expected.norm() if expected.norm() > 0 else difference)
+
+
+def value_and_gradients(
+    function: Callable[..., Tensor], x: Tensor, y: Tensor, scale: float = 1.0, **more: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The values, and the gradients of both inputs for a random incoming gradient times scale."""
+    # No clone: it would make strided features contiguous.
+    x, y = x.detach().requires_grad_(), y.detach().requires_grad_()
+    values = function(x, y, **more)
+    generator = torch.Generator().manual_seed(1)
+    incoming = scale * (torch.rand(values.shape, generator=generator).double() + 0.5)
+    values.backward(incoming.to(values.dtype).to(values.device))
+    assert x.grad is not None
+    assert y.grad is not None
+    return values.detach(), x.grad, y.grad
+
+
+def rotation(width: int, seed: int = 0) -> Tensor:
+    """A random orthogonal matrix, float64."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.linalg.qr(torch.randn(width, width, generator=generator, dtype=torch.float64))[0]
+
+
+@cache
+def near_pair(
+    rows: int, width: int, distance: float, rotated: bool, seed: int = 0
+) -> tuple[Tensor, Tensor]:
+    """A student whose debiased CKA with its teacher is about ``1 - distance``; float64.
+
+    The spectrum decays like that of trained features. ``rotated``: the student is a rotation of a
+    near copy of the teacher.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    spectrum = torch.arange(1, width + 1, dtype=torch.float64) ** -0.5
+    y = torch.randn(rows, width, generator=generator, dtype=torch.float64) * spectrum
+    y = y @ rotation(width, seed + 1)
+    noise = torch.randn(rows, width, generator=generator, dtype=torch.float64)
+    noise = noise @ (torch.diag(spectrum) @ rotation(width, seed + 2))
+    low, high = 0.0, 3.0
+    for _ in range(25):
+        middle = (low + high) / 2
+        similarity = rk.linear_cka(y + middle * noise, y)
+        low, high = (middle, high) if 1 - float(similarity) < distance else (low, middle)
+    x = y + low * noise
+    return (x @ rotation(width, seed + 3) if rotated else x), y

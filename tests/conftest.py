@@ -1,0 +1,40 @@
+"""Fixtures: where tests run, which form they take, and no uninitialised memory that looks fine."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+
+from rift_kernels import dispatch
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    """The device that the numerical tests run on: RIFT_TEST_DEVICE, default the CPU."""
+    return torch.device(os.environ.get("RIFT_TEST_DEVICE", "cpu"))
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_memory() -> Iterator[None]:
+    """torch.empty returns NaN, so that reading before writing shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
+def _backend_from_the_call_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(dispatch.ENVIRONMENT_VARIABLE, raising=False)
+
+
+@pytest.fixture
+def force_form(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Make every call take the "gram" or the "covariance" form, whatever costs less."""
+
+    def force(form: str) -> None:
+        monkeypatch.setattr(dispatch, "use_gram", lambda *_: form == "gram")
+
+    return force

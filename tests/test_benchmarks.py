@@ -1,0 +1,294 @@
+"""The benchmarks run, say what is wrong or missing, and write the README's tables."""
+
+from __future__ import annotations
+
+import copy
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks import (
+    baselines,
+    compare,
+    environment,
+    gpu_check,
+    measure,
+    oracle,
+    report,
+    run,
+    schema,
+    tables,
+)
+from benchmarks.providers import NAIVE, Provider, providers
+from benchmarks.workloads import MEASURES, Workload, features
+from rift_kernels import dispatch
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What ``python -m benchmarks.run --profile smoke`` writes."""
+    folder = tmp_path_factory.mktemp("results")
+    arguments = ["--profile", "smoke", "--device", "cpu", "--out", str(folder)]
+    assert run.main(arguments) == 0
+    (path,) = folder.iterdir()
+    return json.loads(path.read_text())
+
+
+def test_result_is_complete(result: dict[str, Any]) -> None:
+    schema.validate(result)
+    assert [w["measure"] for w in result["workloads"]] == list(MEASURES)
+    for workload in result["workloads"]:
+        assert workload["reason"] is None
+        ours = workload["results"]["rift_kernels eager"]
+        assert ours["reason"] is None
+        assert not ours["wrong"]
+        assert set(workload["noise"]) == set(measure.CLOCKS)
+
+
+def test_unavailable_backends_say_why(result: dict[str, Any]) -> None:
+    reasons = {provider["name"]: provider["reason"] for provider in result["providers"]}
+    text = tables.summary(result)
+    for backend in dispatch.BACKENDS:
+        reason = dispatch.reason_against(backend)
+        assert reasons[f"rift_kernels {backend}"] == reason
+        assert reason is None or f"rift_kernels {backend}: {reason}" in text
+
+
+def test_schema_names_the_place(result: dict[str, Any]) -> None:
+    broken = copy.deepcopy(result)
+    del broken["workloads"][1]["rounds"]
+    with pytest.raises(ValueError, match=r"workloads\[1\]: missing keys \['rounds'\]"):
+        schema.validate(broken)
+    broken = copy.deepcopy(result)
+    broken["workloads"][0]["results"][NAIVE]["seconds"]["both"]["q50"] = "fast"
+    with pytest.raises(ValueError, match=r"seconds\.both\.q50 must be"):
+        schema.validate(broken)
+
+
+def test_results_are_never_overwritten(
+    result: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(environment, "slug", lambda _: "same")
+    paths = {run.write(result, tmp_path) for _ in range(3)}
+    assert len(paths) == 3
+
+
+def _entry(workload: Workload, candidates: list[Provider], seconds: float = 5) -> dict[str, Any]:
+    peaks = dict.fromkeys(("float64", "float32", "bfloat16"), 1e9)
+    entry = compare.describe(workload, candidates, peaks, 1e9)
+    compare.complete(entry, workload, candidates, CPU, seconds, max_rounds=5)
+    return entry
+
+
+def test_wrong_answers_are_marked() -> None:
+    def half(students: list[Tensor], teachers: list[Tensor]) -> Tensor:
+        return baselines.cka_biased(students[0], teachers[0]) / 2
+
+    def nan_gradient(students: list[Tensor], teachers: list[Tensor]) -> Tensor:
+        return baselines.cka_biased(students[0], teachers[0]) + 0 * (students[0].sum() * 0).sqrt()
+
+    def no_gradient(students: list[Tensor], teachers: list[Tensor]) -> Tensor:
+        return half(students, teachers).detach()
+
+    candidates = [
+        providers(CPU, compiled=False)[0],
+        *(Provider(f.__name__, {"cka_biased": f}) for f in (half, nan_gradient, no_gradient)),
+    ]
+    results = _entry(Workload("cka_biased", 16, 8), candidates)["results"]
+    assert not results[NAIVE]["wrong"]
+    assert results["half"]["wrong"]
+    assert results["half"]["value_error"] > 0.1
+    assert results["nan_gradient"]["wrong"]
+    assert results["nan_gradient"]["gradient_error"] is None
+    assert "does not require grad" in results["no_gradient"]["reason"]
+
+
+def test_wrong_answers_are_not_praised(result: dict[str, Any]) -> None:
+    fast = copy.deepcopy(result)
+    entry = fast["workloads"][0]["results"]["rift_kernels eager"]
+    entry["seconds"]["both"]["q50"] = 1e-9
+    entry.update(wrong=True, gradient_error=0.3)
+    text = tables.summary(fast)
+    assert "**wrong** by 3e-1" in text
+    assert run.failures(fast) == ["rift_kernels eager: cka_biased 16 x 8 float32: wrong"]
+    assert run.failures({"workloads": [{"results": {}}]}) == ["nothing was measured"]
+
+
+def test_providers_that_all_fail_say_so() -> None:
+    def broken(*_: list[Tensor]) -> Tensor:
+        raise NotImplementedError("one\ntwo")
+
+    entry = _entry(Workload("cka_biased", 16, 8), [Provider(NAIVE, {"cka_biased": broken})])
+    assert entry["results"] == {NAIVE: {"reason": "NotImplementedError: one"}}
+
+
+def test_what_does_not_fit_says_so() -> None:
+    workload = Workload("cka_biased", 16, 8)
+    candidates = providers(CPU, compiled=False)
+    assert "budget was spent" in _entry(workload, candidates, seconds=0)["reason"]
+
+    def slow(*_: list[Tensor]) -> Tensor:
+        raise AssertionError("never called")
+
+    hopeless = Provider("slow", {"cka_biased": slow}, flops=lambda _: 1e12)
+    results = _entry(workload, [candidates[0], hopeless])["results"]
+    assert "predicted to take 1000.0 s" in results["slow"]["reason"]
+    assert results[NAIVE]["reason"] is None
+
+
+def test_peak_memory_is_the_largest_sum_of_what_lives() -> None:
+    mebibyte = 2**20
+
+    def values(students: list[Tensor], _: list[Tensor]) -> Tensor:
+        # One MiB each: exp, which the backward needs, and a sum that dies.
+        return (students[0].exp() + 1).sum()
+
+    inputs = [torch.zeros(mebibyte // 4, requires_grad=True)]
+    peaks = measure.peak_memory(measure.Task(values, inputs, inputs), CPU)
+    assert 2 <= peaks["forward"] / mebibyte < 2.1
+    # exp, and the gradient.
+    assert 2 <= peaks["backward"] / mebibyte < 2.1
+    assert peaks["both"] == max(peaks["forward"], peaks["backward"])
+
+
+@pytest.mark.parametrize("debiased", [False, True])
+def test_large_oracle_is_the_definition(debiased: bool) -> None:
+    workload = Workload("cka_debiased" if debiased else "cka_biased", 24, 8)
+    students, teachers = features(workload, CPU)
+    students = [x.detach().double().requires_grad_() for x in students]
+    values = oracle._large_cka(students[0], teachers[0].double(), debiased)
+    gradients = torch.autograd.grad(values, students)
+    errors = oracle.Oracle(workload, students, teachers).errors(values, gradients)
+    assert max(errors) < 1e-10
+
+
+def test_report(result: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    readme = tmp_path / "README.md"
+    record = {
+        "runs": [
+            {
+                **{"way": "plain", "weight": 0.0, "rate": 1e-3, "seed": seed},
+                **{"new_accuracy": 80.0 + seed, "old_accuracy": 90.0},
+                **{"similarity": 0.5, "step_ms": 1.0},
+            }
+            for seed in range(2)
+        ],
+        "hardware": "a machine",
+        "versions": {"torch": "2"},
+        "seconds": 3.0,
+    }
+    demo = tmp_path / "demo.txt"
+    demo.write_text(json.dumps(record))
+    options = ["--readme", str(readme), "--results", str(tmp_path), "--demo", str(demo)]
+    readme.write_text("# Title\n")
+    run.write({**result, "profile": "cpu"}, tmp_path)
+    assert report.main(options) == 1
+    assert "needs the markers" in capsys.readouterr().err
+
+    sections = (f"<!-- {name}:begin -->\n<!-- {name}:end -->" for name in ("demo", "benchmarks"))
+    readme.write_text("\n\n".join(["# Title", *sections, "The rest.\n"]))
+    assert report.main([*options, "--check"]) == 1
+    assert report.main(options) == 0
+    assert report.main([*options, "--check"]) == 0
+    text = readme.read_text()
+    assert text.startswith("# Title\n")
+    assert text.endswith("The rest.\n")
+    assert result["environment"]["commit"][:12] in text
+    assert "biased, 16 x 8 float32" in text
+    assert "80.5 ± 0.7" in text
+
+    readme.write_text(text.replace("16 x 8", "16 x 9"))
+    assert report.main([*options, "--check"]) == 1
+
+
+@pytest.mark.skipif(
+    not (environment.ROOT / ".git").exists(), reason="only git knows which results are published"
+)
+def test_readme_is_what_the_results_say() -> None:
+    assert report.main(["--check"]) == 0
+
+
+def test_report_takes_the_newest_of_each_device(result: dict[str, Any], tmp_path: Path) -> None:
+    for device, date, profile in (
+        ("a", "2030-01-02", "cpu"),
+        ("a", "2030-01-01", "cpu"),
+        ("a", "2030-01-03", "smoke"),
+        ("b", "2029-01-01", "gpu"),
+    ):
+        where = {**result["environment"], "device": device, "date": date}
+        text = json.dumps({**result, "profile": profile, "environment": where})
+        (tmp_path / f"{device}-{date}.json").write_text(text)
+    (tmp_path / "gpu-check.json").write_text("{}")
+    assert [path.name for path in report.newest(tmp_path)] == [
+        "a-2030-01-02.json",
+        "b-2029-01-01.json",
+    ]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_gpu_check_says_that_it_needs_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+    assert gpu_check.main() == 2
+    assert "needs a GPU" in capsys.readouterr().out
+
+
+def test_gpu_check_fails_where_a_part_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    outcomes = {
+        "build": {"ok": True, "note": "nothing to build"},
+        "tests": {"ok": False, "note": "no test ran", "passed": 0, "failed": 0, "skipped": 3},
+        "bench": {"ok": True, "note": ""},
+    }
+    for part, outcome in outcomes.items():
+        monkeypatch.setitem(gpu_check.PARTS, part, lambda *_, outcome=outcome: outcome)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(environment, "describe", lambda _: {})
+    monkeypatch.setenv("OUT", str(tmp_path))
+    assert gpu_check.main() == 1
+    assert "tests  FAILED, 0 passed, 0 failed, 3 skipped: no test ran" in capsys.readouterr().out
+    (summary,) = tmp_path.glob("gpu-check-*.json")
+    assert json.loads(summary.read_text())["parts"] == outcomes
+
+    monkeypatch.setenv("PART", "bench")
+    assert gpu_check.main() == 0
+
+
+@pytest.mark.parametrize(
+    ("code", "limit", "note"),
+    [
+        ("print('done')", 60, ""),
+        ("raise SystemExit(3)", 60, "exit status 3"),
+        ("import time; time.sleep(60)", 0.2, "stopped after 0 s"),
+    ],
+)
+def test_gpu_check_limits_its_processes(
+    code: str, limit: float, note: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(gpu_check.LIMITS, "tests", limit)
+    outcome = gpu_check._process("tests", [sys.executable, "-c", code], tmp_path / "log.txt")
+    assert outcome["note"] == note
+    assert outcome["ok"] == (not note)
+
+
+def test_gpu_check_reads_the_outcome_of_the_tests(tmp_path: Path) -> None:
+    path = tmp_path / "tests.xml"
+    path.write_text(
+        '<testsuites><testsuite><testcase classname="t" name="good"/>'
+        '<testcase classname="t" name="bad"><failure/></testcase>'
+        '<testcase classname="t" name="no"><skipped message="no triton"/></testcase>'
+        "</testsuite></testsuites>"
+    )
+    assert gpu_check.read_junit(path) == {
+        "passed": 1,
+        "failed": 1,
+        "skipped": 1,
+        "failures": ["t::bad"],
+        "skip_reasons": {"no triton": 1},
+    }

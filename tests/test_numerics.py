@@ -1,0 +1,235 @@
+"""Where others go wrong: offsets, scales, gradients near similarity 1, nothing, NaN, masks."""
+
+import pytest
+import torch
+
+import rift_kernels as rk
+from rift_kernels import reference
+from tests import cases
+
+FORMS = ("covariance", "gram")
+INVARIANT = [cases.CKA, cases.CKA_BIASED, cases.PROCRUSTES, cases.PROCRUSTES_SVD]
+SHIFT_INVARIANT = [*INVARIANT, cases.COVARIANCE, cases.BURES, cases.BURES_EIGH]
+DISTANCES = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
+DISTANCE_IDS = [f"{d:.0e}" for d in DISTANCES]
+
+
+def by_name(measures):
+    return pytest.mark.parametrize("measure", measures, ids=lambda m: m.name)
+
+
+def pair(rows: int = 200, width: int = 24) -> tuple[torch.Tensor, torch.Tensor]:
+    x, y, _ = cases.Case("", rows, width, width).features(torch.float64)
+    return x, y
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    ("dtype", "shift", "tolerance"),
+    [(torch.float64, 1000.0, 1e-6), (torch.float32, 30.0, 1e-5)],
+    ids=["float64", "float32"],
+)
+@by_name(SHIFT_INVARIANT)
+def test_shift_changes_nothing(measure, dtype, shift, tolerance, form, force_form, device) -> None:
+    force_form(form)
+    x, y = (t.to(device) for t in pair())
+    expected = measure(x, y)
+    shifted = measure((x + shift).to(dtype), (y - shift).to(dtype))
+    scale = max(1.0, float(expected))
+    assert float(shifted) == pytest.approx(float(expected), abs=tolerance * scale)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("factor", [1e-6, 1e-4, 1e4, 1e6])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@by_name(INVARIANT)
+def test_scale_changes_nothing(measure, dtype, factor, form, force_form, device) -> None:
+    force_form(form)
+    x, y = (t.to(device, dtype) for t in pair())
+    expected, grad_x, _ = cases.value_and_gradients(measure, x, y)
+    scaled, grad_scaled, _ = cases.value_and_gradients(measure, x * factor, y / factor)
+    assert float(scaled) == pytest.approx(float(expected), rel=1e-6)
+    assert cases.relative_error(grad_scaled * factor, grad_x) < 1e-4
+
+
+@pytest.mark.parametrize("factor", [1e-6, 1e6])
+def test_relative_covariance_distance_is_free_of_a_common_scale(factor, device) -> None:
+    x, y = (t.to(device, torch.float32) for t in pair())
+    expected = rk.covariance_distance(x, y)
+    scaled = rk.covariance_distance(x * factor, y * factor)
+    assert float(scaled) == pytest.approx(float(expected), rel=1e-6)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("rotated", [False, True], ids=["near", "rotated"])
+@pytest.mark.parametrize("distance", DISTANCES, ids=DISTANCE_IDS)
+@pytest.mark.parametrize("dtype", [torch.float32, *cases.HALF], ids=str)
+@by_name([cases.CKA, cases.CKA_BIASED])
+def test_gradient_near_one(measure, dtype, distance, rotated, form, force_form, device) -> None:
+    force_form(form)
+    x, y = (t.to(dtype) for t in cases.near_pair(512, 64, distance, rotated))
+    # As torch.amp.GradScaler starts.
+    scale = 2.0**16 if dtype == torch.float16 else 1.0
+    expected = cases.value_and_gradients(measure.reference, x.double(), y.double(), scale=scale)
+    actual = cases.value_and_gradients(measure, x.to(device), y.to(device), scale=scale)
+    assert float(1 - actual[0]) == pytest.approx(float(1 - expected[0]), abs=2e-6)
+    for got, wanted in zip(actual[1:], expected[1:], strict=True):
+        assert cases.relative_error(got, wanted) <= 4e-3
+
+
+@pytest.mark.parametrize("rotated", [False, True], ids=["near", "rotated"])
+@pytest.mark.parametrize("distance", DISTANCES, ids=DISTANCE_IDS)
+@by_name([cases.PROCRUSTES, cases.BURES, cases.COVARIANCE])
+def test_other_gradients_near_the_teacher(measure, distance, rotated, device) -> None:
+    x, y = (t.bfloat16() for t in cases.near_pair(512, 64, distance, rotated))
+    expected = cases.value_and_gradients(measure.reference, x.double(), y.double())
+    actual = cases.value_and_gradients(measure, x.to(device), y.to(device))
+    assert cases.relative_error(actual[1], expected[1]) <= 4e-3
+    assert cases.relative_error(actual[2], expected[2]) <= 4e-3
+
+
+def test_gradient_with_a_massive_activation(device) -> None:
+    """One row and one feature hundreds of times larger than the rest, as in language models."""
+    x, y = (t.clone() for t in cases.near_pair(256, 48, 1e-2, rotated=False))
+    for features in (x, y):
+        features[0] *= 300
+        features[:, 5] *= 100
+    x, y = x.float(), y.float()
+    expected = cases.value_and_gradients(cases.CKA.reference, x.double(), y.double())
+    actual = cases.value_and_gradients(cases.CKA, x.to(device), y.to(device))
+    # Debiasing removes that row's share, nearly all of ||A||^2, and with it the averaging of
+    # rounding errors.
+    assert float(actual[0]) == pytest.approx(float(expected[0]), abs=1e-5)
+    assert cases.relative_error(actual[1], expected[1]) <= 1e-3
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("value", [0.0, 0.1, 1e5])
+@pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
+@pytest.mark.parametrize("side", ["student", "teacher", "both"])
+@by_name(INVARIANT)
+def test_no_variance_is_zero(measure, side, dtype, value, form, force_form, device) -> None:
+    force_form(form)
+    x, y = (t.to(device, dtype) for t in pair(rows=33))
+    constant = torch.full_like(x, value if dtype != torch.float16 else min(value, 6e4))
+    if side in ("student", "both"):
+        x = constant
+    if side in ("teacher", "both"):
+        y = constant
+    values, grad_x, grad_y = cases.value_and_gradients(measure, x, y)
+    assert float(values) == 0
+    assert not grad_x.any()
+    assert not grad_y.any()
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_distances_without_variance(form, force_form, device) -> None:
+    force_form(form)
+    x, _ = (t.to(device, torch.float32) for t in pair(rows=33))
+    constant = torch.full_like(x, 0.1)
+    for measure in (cases.COVARIANCE, cases.BURES, cases.BURES_ROOT):
+        values, grad_x, grad_y = cases.value_and_gradients(measure, constant, constant)
+        assert float(values) == 0
+        assert not grad_x.any()
+        assert not grad_y.any()
+    # Nothing to be relative to.
+    values, grad_x, _ = cases.value_and_gradients(cases.COVARIANCE, x, constant)
+    assert float(values) == 0
+    assert not grad_x.any()
+    # All of the teacher is missing.
+    values, grad_x, _ = cases.value_and_gradients(cases.COVARIANCE, constant, x)
+    assert float(values) == pytest.approx(1)
+    assert not grad_x.any()
+
+
+@pytest.mark.parametrize("form", FORMS)
+@by_name(cases.MEASURES)
+def test_identical_features(measure, form, force_form, device) -> None:
+    force_form(form)
+    x = pair(rows=40)[0].to(device, torch.float32)
+    values, grad_x, _ = cases.value_and_gradients(measure, x, x)
+    is_similarity = measure in INVARIANT
+    # A root is as uncertain as the root of the rounding.
+    tolerance = 5e-3 if measure is cases.BURES_ROOT else 2e-6
+    assert float(values) == pytest.approx(1.0 if is_similarity else 0.0, abs=tolerance)
+    assert torch.isfinite(grad_x).all()
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("side", [0, 1], ids=["student", "teacher"])
+@by_name(cases.MEASURES)
+def test_nan_and_inf_propagate(measure, side, bad, form, force_form, device) -> None:
+    """Only into the layer that holds them."""
+    force_form(form)
+    features = [t.clone().to(device) for t in cases.CASES[9].features(torch.float32)[:2]]
+    features[side][1, 2, 3] = bad
+    values = measure(*features)
+    assert values.isnan().tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("garbage", [float("nan"), float("inf"), 1e30])
+@by_name(cases.MEASURES)
+def test_masked_rows_are_harmless(measure, garbage, form, force_form, device) -> None:
+    force_form(form)
+    case = next(case for case in cases.CASES if case.name == "masked batch")
+    x, y, mask = (t.to(device) for t in case.features(torch.float32))
+    expected = cases.value_and_gradients(measure, x, y, mask=mask)
+    x[~mask], y[~mask] = garbage, -garbage
+    actual = cases.value_and_gradients(measure, x, y, mask=mask)
+    for got, wanted in zip(actual, expected, strict=True):
+        assert torch.equal(got, wanted)
+
+
+@by_name(cases.MEASURES)
+def test_all_true_mask_is_no_mask(measure, device) -> None:
+    x, y = (t.to(device, torch.float32) for t in pair(rows=30))
+    mask = torch.ones(30, dtype=torch.bool, device=device)
+    with_mask = cases.value_and_gradients(measure, x, y, mask=mask)
+    without = cases.value_and_gradients(measure, x, y)
+    for got, wanted in zip(with_mask, without, strict=True):
+        assert cases.relative_error(got, wanted) < 1e-5
+
+
+@by_name(cases.MEASURES)
+def test_repeats_are_bitwise_equal(measure, device) -> None:
+    x, y = (t.to(device, torch.bfloat16) for t in pair(rows=120, width=130))
+    first = cases.value_and_gradients(measure, x, y)
+    for _ in range(3):
+        for got, wanted in zip(cases.value_and_gradients(measure, x, y), first, strict=True):
+            assert torch.equal(got, wanted)
+
+
+def test_biased_cka_of_noise_is_saturated_and_debiased_is_not(device) -> None:
+    """Why debiased is the default."""
+    generator = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(32, 768, generator=generator).to(device) for _ in range(2))
+    assert float(rk.linear_cka(x, y, debiased=False)) > 0.9
+    assert abs(float(rk.linear_cka(x, y))) < 0.1
+
+
+def test_covariance_and_cka_measure_different_things(device) -> None:
+    """Permuted rows keep the covariance and lose CKA; a rotation keeps CKA, not the covariance."""
+    y = pair()[0].to(device)
+    permuted = y[torch.randperm(len(y), generator=torch.Generator().manual_seed(0)).to(device)]
+    rotated = y @ cases.rotation(y.shape[1]).to(device)
+    assert float(rk.covariance_distance(permuted, y)) < 1e-12
+    assert float(rk.linear_cka(permuted, y)) < 0.2
+    assert float(rk.linear_cka(rotated, y)) == pytest.approx(1)
+    spread = y * torch.arange(1, y.shape[1] + 1, device=device)
+    turned = spread @ cases.rotation(y.shape[1]).to(device)
+    assert float(rk.covariance_distance(turned, spread)) > 0.3
+
+
+def test_reference_agrees_with_the_definition_by_hand() -> None:
+    """The oracle itself, on numbers small enough for paper."""
+    x = torch.tensor([[0.0], [1.0], [2.0], [5.0]], dtype=torch.float64)
+    y = torch.tensor([[1.0], [0.0], [2.0], [3.0]], dtype=torch.float64)
+    correlation = torch.corrcoef(torch.cat([x, y], 1).T)[0, 1]
+    biased = reference.linear_cka(x, y, debiased=False)
+    assert float(biased) == pytest.approx(float(correlation**2))
+    assert float(reference.procrustes_similarity(x, y)) == pytest.approx(float(correlation.abs()))
+    # One dimension: Bures is the squared difference of the standard deviations.
+    expected = (x.std() - y.std()).square()
+    assert float(reference.bures_distance(x, y)) == pytest.approx(float(expected))

@@ -1,0 +1,105 @@
+"""The package as installed: what importing it imports, who imports whom, and its report."""
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import rift_kernels as rk
+from rift_kernels import dispatch
+
+PACKAGE = Path(rk.__file__).parent
+# Who may import whom inside the package; what is not listed may import nothing of it.
+ALLOWED = {
+    "__init__": {"reference", "_version", "dispatch", "functional", "losses"},
+    "__main__": {"dispatch"},
+    "losses": {"checks", "dispatch", "functional"},
+    "functional": {"checks", "dispatch", "ops"},
+    "ops": {"measures", "backends"},
+    "measures": {"matrix_functions"},
+    "dispatch": {"_version"},
+}
+
+
+def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(PACKAGE.parent), **environment},
+        check=False,
+    )
+
+
+def test_import_leaves_triton_and_extras_alone() -> None:
+    code = (
+        "import sys; sys.modules['triton'] = None; import rift_kernels; "
+        "extras = {'sklearn', 'matplotlib', 'rich', 'scipy', 'pytest'}; "
+        "print(sorted(extras & {name.split('.')[0] for name in sys.modules}))"
+    )
+    result = python(code)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == "[]"
+    assert "'triton'" not in python("import sys, rift_kernels; print(list(sys.modules))").stdout
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: p.stem)
+def test_imports_run_one_way(path) -> None:
+    allowed = ALLOWED.get(path.stem if path.parent == PACKAGE else "", set())
+    imported = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            imported |= {node.module.split(".")[0]} if node.module else {a.name for a in node.names}
+        elif isinstance(node, ast.ImportFrom | ast.Import):
+            names = (
+                [node.module] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names]
+            )
+            assert not any(str(name).startswith("rift_kernels") for name in names)
+    assert imported <= allowed
+
+
+def test_report() -> None:
+    result = subprocess.run(
+        [sys.executable, "-m", "rift_kernels"], capture_output=True, text=True, check=True
+    )
+    assert result.stdout.strip() == rk.backend_report().strip()
+    assert "eager    ready" in result.stdout
+    for backend in dispatch.BACKENDS:
+        assert (dispatch.reason_against(backend) or "ready") in result.stdout
+
+
+def test_public_names() -> None:
+    assert set(rk.__all__) <= set(dir(rk))
+    for name in rk.__all__:
+        if name != "__version__":
+            assert getattr(rk, name).__doc__, name
+
+
+def test_eager_on_a_gpu_warns_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "_warned", False)
+    gpu = torch.device("cuda")
+    with pytest.warns(UserWarning, match="eager backend on this GPU: .*Triton"):
+        assert dispatch.choose_backend("auto", gpu) == "eager"
+    assert dispatch.choose_backend("auto", gpu) == "eager"
+    monkeypatch.setattr(dispatch, "_warned", False)
+    # An explicit choice is not worth a warning.
+    assert dispatch.choose_backend("eager", gpu) == "eager"
+
+
+@pytest.mark.parametrize(
+    ("measure", "gram", "covariance"),
+    [
+        ("cka", (64, 768, 768), (4096, 768, 768)),
+        ("cka", (1000, 768, 768), (2000, 768, 768)),
+        ("procrustes", (64, 768, 768), (1024, 256, 256)),
+        ("bures", (64, 768, 768), (1024, 256, 256)),
+        ("covariance", (64, 768, 768), (512, 768, 768)),
+    ],
+)
+def test_cheaper_form(measure, gram, covariance) -> None:
+    assert dispatch.use_gram(measure, *gram)
+    assert not dispatch.use_gram(measure, *covariance)
