@@ -1,0 +1,60 @@
+"""The demo's result file as a Markdown table: a row a way of finetuning, mean and deviation."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+from .tables import markdown
+
+Runs = Sequence[dict[str, Any]]
+
+_TITLES = {
+    "pretrained": "pretrained, before finetuning",
+    "plain": "plain finetuning",
+    "cka": "+ RIFT, debiased CKA",
+    "covariance": "+ RIFT, covariance matching",
+}
+_COLUMNS = {
+    "new_accuracy": ("new task, %", 1),
+    "old_accuracy": ("old task kept, %", 1),
+    "similarity": ("similarity to pretrained", 2),
+    "step_ms": ("ms a step", 1),
+}
+
+
+def section(record: dict[str, Any]) -> str:
+    """The table and its caption."""
+    plans: dict[tuple[str, float, float], list[dict[str, Any]]] = {}
+    for run in record["runs"]:
+        plans.setdefault((run["way"], run["weight"], run["rate"]), []).append(run)
+    highest = max(rate for way, _, rate in plans if way == "plain")
+    rows = []
+    for (way, weight, rate), runs in plans.items():
+        title = _TITLES.get(way, way)
+        if weight:
+            title += f", weight {weight:g}"
+        elif way == "plain" and rate < highest:
+            title += f", learning rate / {highest / rate:g}"
+        rows.append(
+            [title, *(_cell(runs, field, digits) for field, (_, digits) in _COLUMNS.items())]
+        )
+    header = ["", *(title for title, _ in _COLUMNS.values())]
+    versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
+    caption = (
+        f"Mean ± standard deviation over {len({run['seed'] for run in record['runs']})} seeds; "
+        f"{record['hardware']}; {versions}; {record['seconds']:.0f} s in all."
+    )
+    return f"{markdown(header, rows)}\n\n{caption}"
+
+
+def _cell(runs: Runs, field: str, digits: int) -> str:
+    values = [run[field] for run in runs]
+    if any(value is None or math.isnan(value) for value in values):
+        return "-"
+    mean = f"{statistics.fmean(values):.{digits}f}"
+    if field == "step_ms" or len(values) == 1:
+        return mean
+    return f"{mean} ± {statistics.stdev(values):.{digits}f}"

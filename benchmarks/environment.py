@@ -1,0 +1,86 @@
+"""Where and with what a result was measured."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+import re
+import shutil
+import subprocess
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import rift_kernels
+
+ROOT = Path(__file__).resolve().parent.parent
+UNKNOWN = "unknown"
+_PACKAGES = ("triton", "numpy", "ckatorch", "pytorch-cka")
+
+
+def describe(device: torch.device) -> dict[str, Any]:
+    """Hardware, versions, commit and date. Whatever cannot be found out is "unknown"."""
+    commit = _output("git", "rev-parse", "HEAD")
+    changes = _output("git", "status", "--porcelain", "--untracked-files=no")
+    return {
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "device": device_name(device),
+        "cpu": cpu_name(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+        "driver": _driver() if device.type == "cuda" else None,
+        "system": f"{platform.system()} {platform.machine()}",
+        "commit": commit,
+        "dirty": None if commit == UNKNOWN else changes != "",
+        "versions": versions(),
+    }
+
+
+def versions() -> dict[str, str | None]:
+    """Package -> version, None where it is not installed."""
+    found: dict[str, str | None] = {
+        "rift_kernels": rift_kernels.__version__,
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "cuda": torch.version.cuda,
+    }
+    for package in _PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = None
+    return found
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
+
+
+def slug(name: str) -> str:
+    """A name fit for a file: "NVIDIA H200" -> "nvidia-h200"."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def cpu_name() -> str:
+    information = Path("/proc/cpuinfo")
+    if information.exists():
+        match = re.search(r"^model name\s*:\s*(.+)$", information.read_text(), re.MULTILINE)
+        if match:
+            return match.group(1).strip()
+    return platform.processor() or platform.machine() or UNKNOWN
+
+
+def _driver() -> str:
+    lines = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    return lines.splitlines()[0] if lines else UNKNOWN
+
+
+def _output(*command: str) -> str:
+    if shutil.which(command[0]) is None:
+        return UNKNOWN
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    return done.stdout.strip() if done.returncode == 0 else UNKNOWN

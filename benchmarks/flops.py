@@ -1,0 +1,60 @@
+"""The model that predicts before anything is measured: floating point operations of the products.
+
+Forward and student gradient, N rows, both widths D. A product (m, k) @ (k, n) is 2 m k n; half of
+that where the result is symmetric and the implementation knows it. What is no matrix product is not
+modelled: element-wise work, launches, and the decompositions behind Procrustes and Bures, for which
+there is no prediction.
+"""
+
+from __future__ import annotations
+
+from rift_kernels import dispatch
+
+from .workloads import CKA_MEASURES, Workload
+
+
+def naive(w: Workload) -> float | None:
+    """Products in full; the backward of ``x^T x`` costs two."""
+    counts = {
+        "cka_biased": 12 * w.rows * w.width**2,
+        "cka_debiased": 8 * w.rows**2 * w.width,
+        "covariance": 8 * w.rows * w.width**2,
+    }
+    return _layers(w, counts.get(w.measure))
+
+
+def hand_derived(w: Workload) -> float | None:
+    return _layers(w, 10 * w.rows * w.width**2)
+
+
+def ckatorch(w: Workload) -> float | None:
+    """Two Gram matrices, then fifteen products of N x N matrices."""
+    return _layers(w, 8 * w.rows**2 * w.width + 30 * w.rows**3)
+
+
+def pytorch_cka(w: Workload) -> float | None:
+    return _layers(w, 8 * w.rows**2 * w.width)
+
+
+def rift_kernels(w: Workload) -> float | None:
+    """Symmetric products at half, in the form that the package chooses."""
+    if w.measure in CKA_MEASURES:
+        gram, covariance = 4 * w.rows**2 * w.width, 8 * w.rows * w.width**2
+    elif w.measure == "covariance":
+        gram, covariance = 8 * w.rows**2 * w.width, 4 * w.rows * w.width**2
+    else:
+        return None
+    measure = "cka" if w.measure in CKA_MEASURES else w.measure
+    use_gram = dispatch.use_gram(measure, w.rows, w.width, w.width)
+    return _layers(w, gram if use_gram else covariance)
+
+
+def optimal(w: Workload) -> float | None:
+    """The fewest known for CKA: N (D1+D2) (3 D1+D2) over columns, N^2 (3 D1+D2) over rows."""
+    if w.measure not in CKA_MEASURES:
+        return None
+    return _layers(w, min(8 * w.rows * w.width**2, 4 * w.rows**2 * w.width))
+
+
+def _layers(w: Workload, count: float | None) -> float | None:
+    return None if count is None else count * w.layers

@@ -1,0 +1,157 @@
+"""``python -m benchmarks.gpu_check``: everything that needs a GPU, in nine minutes and offline.
+
+Installs nothing: this interpreter and what it has. Three parts, each a process with a time limit:
+build what there is to build, run the tests on the GPU, run the benchmarks. ``PART=tests`` or
+``PART=bench`` runs one of the last two. ``OUT`` is the folder for the results (default
+``benchmarks/results``): the benchmark's file, ``gpu-check-<date>.json`` with the outcome of the
+parts, and ``logs/``. Exits with 0 if all is well, 1 if something failed, 2 without a GPU.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import environment
+
+ROOT = environment.ROOT
+# Seconds. All parts together end within nine minutes.
+LIMITS = {"build": 50.0, "tests": 270.0, "bench": 200.0}
+
+Outcome = dict[str, Any]
+
+
+def build(_: Path, log: Path) -> Outcome:
+    if not (ROOT / "csrc").is_dir():
+        return {"ok": True, "note": "nothing to build: there is no csrc/"}
+    return _process("build", [sys.executable, "setup.py", "build_ext", "--inplace"], log)
+
+
+def tests(_: Path, log: Path) -> Outcome:
+    """The whole suite on the GPU; an outcome without a single passed test is a failure."""
+    report = log.with_suffix(".xml")
+    report.unlink(missing_ok=True)
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", f"--junitxml={report}"]
+    outcome = _process("tests", command, log, RIFT_TEST_DEVICE="cuda")
+    counts = read_junit(report) if report.exists() else {"passed": 0}
+    if outcome["ok"] and counts["passed"] == 0:
+        outcome.update(ok=False, note="no test ran")
+    return {**outcome, **counts}
+
+
+def bench(out: Path, log: Path) -> Outcome:
+    options = ["--profile", "gpu", "--device", "cuda", "--out", str(out)]
+    command = [sys.executable, "-m", "benchmarks.run", *options]
+    return _process("bench", command, log)
+
+
+PARTS = {"build": build, "tests": tests, "bench": bench}
+
+
+def read_junit(report: Path) -> dict[str, Any]:
+    """Passed, failed, skipped, the names of what failed, and how often each reason to skip."""
+    failed: list[str] = []
+    reasons: dict[str, int] = {}
+    cases = list(ElementTree.parse(report).iter("testcase"))
+    for case in cases:
+        skipped = case.find("skipped")
+        if case.find("failure") is not None or case.find("error") is not None:
+            failed.append(f"{case.get('classname')}::{case.get('name')}")
+        elif skipped is not None:
+            reason = skipped.get("message", "")
+            reasons[reason] = reasons.get(reason, 0) + 1
+    skips = sum(reasons.values())
+    return {
+        "passed": len(cases) - len(failed) - skips,
+        "failed": len(failed),
+        "skipped": skips,
+        "failures": failed,
+        "skip_reasons": reasons,
+    }
+
+
+def _process(part: str, command: list[str], log: Path, **variables: str) -> Outcome:
+    """Run a command from the repository root, its output into ``log``, within its part's limit."""
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    variables["PYTHONPATH"] = os.pathsep.join(paths)
+    start = time.monotonic()
+    with log.open("w", encoding="utf-8") as file:
+        process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env={**os.environ, **variables},
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        try:
+            code = process.wait(LIMITS[part])
+            note = "" if code == 0 else f"exit status {code}"
+        except subprocess.TimeoutExpired:
+            # Its children, too: compilers run in processes of their own.
+            os.killpg(process.pid, signal.SIGKILL)
+            code = process.wait()
+            note = f"stopped after {LIMITS[part]:.0f} s"
+    seconds = round(time.monotonic() - start, 1)
+    return {"ok": code == 0, "note": note, "seconds": seconds, "log": str(log)}
+
+
+def _lines(part: str, outcome: Outcome) -> list[str]:
+    """A part's summary; of one that failed, the end of its log as well."""
+    state = "ok" if outcome["ok"] else "FAILED"
+    if "failed" in outcome:
+        state += ", {passed} passed, {failed} failed, {skipped} skipped".format(**outcome)
+    if outcome["note"]:
+        state += f": {outcome['note']}"
+    lines = [f"{part:<6} {state}"]
+    lines += [f"       failed: {name}" for name in outcome.get("failures", [])]
+    lines += [f"       skipped {n}: {why}" for why, n in outcome.get("skip_reasons", {}).items()]
+    if "log" in outcome:
+        text = Path(outcome["log"]).read_text(encoding="utf-8", errors="replace")
+        if part == "bench" or not outcome["ok"]:
+            lines += text.splitlines()[-40:]
+    return lines
+
+
+def main() -> int:
+    if not torch.cuda.is_available():
+        print("gpu-check needs a GPU that torch can use, and this machine has none.")
+        return 2
+    chosen = os.environ.get("PART", "all")
+    if chosen not in ("all", "tests", "bench"):
+        print(f"PART must be all, tests or bench; got {chosen!r}")
+        return 2
+    now = datetime.datetime.now(datetime.timezone.utc)
+    out = Path(os.environ.get("OUT", ROOT / "benchmarks" / "results")).resolve()
+    logs = out / "logs"
+    logs.mkdir(parents=True, exist_ok=True)
+    outcomes = {}
+    for part, function in PARTS.items():
+        if chosen in ("all", part) or part == "build":
+            print(f"{part} ...", flush=True)
+            outcomes[part] = function(out, logs / f"{part}.txt")
+    summary = {
+        "schema": "rift_kernels gpu-check 1",
+        "environment": environment.describe(torch.device("cuda")),
+        "parts": outcomes,
+    }
+    path = out / f"gpu-check-{now:%Y%m%d-%H%M%S}.json"
+    path.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+    for part, outcome in outcomes.items():
+        print("\n".join(_lines(part, outcome)))
+    print(f"wrote {path}")
+    return 0 if all(outcome["ok"] for outcome in outcomes.values()) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

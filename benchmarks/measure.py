@@ -1,0 +1,182 @@
+"""How things are measured: time in interleaved rounds, peak memory, and the machine's two peaks.
+
+Time on a GPU is between events, and so includes the gaps between launches that the host leaves; the
+wall time of the same call, from before its first launch until the device is done, stands beside it.
+Every call gets the same features, so that what fits into a cache may still be there.
+
+Memory is what torch's allocator handed out, above what was allocated before: inputs do not count,
+results do. Scratch space that a BLAS library takes for itself is not seen on a CPU.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from .providers import Values
+
+PHASES = ("forward", "backward", "both")
+CLOCKS = (*PHASES, "wall")
+MIN_ROUNDS = 5
+QUANTILES = {"q20": 0.2, "q50": 0.5, "q80": 0.8}
+
+Seconds = dict[str, float]
+
+
+class Task:
+    """One provider's computation, on given features."""
+
+    def __init__(self, values: Values, students: list[Tensor], teachers: list[Tensor]) -> None:
+        self._values, self._students, self._teachers = values, students, teachers
+
+    def forward(self) -> Tensor:
+        return self._values(self._students, self._teachers)
+
+    def backward(self, values: Tensor) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(values, self._students, torch.ones_like(values))
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def time_once(task: Task, device: torch.device) -> Seconds:
+    """Seconds of each clock for one forward and backward."""
+    synchronize(device)
+    marks = [_Mark(device)]
+    values = task.forward()
+    marks.append(_Mark(device))
+    task.backward(values)
+    marks.append(_Mark(device))
+    synchronize(device)
+    start, middle, end = marks
+    return {
+        "forward": middle.since(start),
+        "backward": end.since(middle),
+        "both": end.since(start),
+        "wall": time.perf_counter() - start.host,
+    }
+
+
+class _Mark:
+    """A point in time: on a GPU, when the device has come to it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.host = time.perf_counter()
+        self._event: Any = None
+        if device.type == "cuda":
+            event: Any = torch.cuda.Event
+            self._event = event(enable_timing=True)
+            self._event.record()
+
+    def since(self, earlier: _Mark) -> float:
+        """Seconds; on a GPU both marks have been passed."""
+        if self._event is None:
+            return self.host - earlier.host
+        return earlier._event.elapsed_time(self._event) / 1e3
+
+
+def time_rounds(
+    tasks: Mapping[str, Task], device: torch.device, deadline: float, max_rounds: int
+) -> dict[str, list[Seconds]]:
+    """Every task once a round, each round starting with another, until ``deadline``.
+
+    Whatever disturbs the machine thus disturbs all of them. There are at least ``MIN_ROUNDS``.
+    """
+    samples: dict[str, list[Seconds]] = {name: [] for name in tasks}
+    names = deque(tasks)
+    for done in range(max_rounds):
+        if done >= MIN_ROUNDS and time.monotonic() > deadline:
+            break
+        for name in names:
+            samples[name].append(time_once(tasks[name], device))
+        names.rotate(-1)
+    return samples
+
+
+def quantiles(samples: list[Seconds]) -> dict[str, dict[str, float]]:
+    """Clock -> quantile -> seconds."""
+    result = {}
+    for clock in CLOCKS:
+        seconds = torch.tensor([sample[clock] for sample in samples], dtype=torch.float64)
+        result[clock] = {name: seconds.quantile(q).item() for name, q in QUANTILES.items()}
+    return result
+
+
+def peak_memory(task: Task, device: torch.device) -> dict[str, int]:
+    """Bytes at the peak of each phase; what the forward keeps counts in the backward."""
+    peaks = _peaks_on_gpu(task, device) if device.type == "cuda" else _peaks_on_cpu(task)
+    forward, backward = peaks
+    return {"forward": forward, "backward": backward, "both": max(peaks)}
+
+
+def _peaks_on_gpu(task: Task, device: torch.device) -> tuple[int, int]:
+    synchronize(device)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    values = task.forward()
+    forward = torch.cuda.max_memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    task.backward(values)
+    return forward - before, torch.cuda.max_memory_allocated(device) - before
+
+
+def _peaks_on_cpu(task: Task) -> tuple[int, int]:
+    """The largest running sum of the allocations and releases that torch's profiler records."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        with record_function("benchmark_forward"):
+            values = task.forward()
+        with record_function("benchmark_backward"):
+            task.backward(values)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(path))
+        events = json.loads(path.read_text(encoding="utf-8"))["traceEvents"]
+    (middle,) = (event["ts"] for event in events if event.get("name") == "benchmark_backward")
+    changes = [event for event in events if event.get("name") == "[memory]"]
+    allocated = forward = backward = 0
+    for change in sorted(changes, key=lambda event: event["ts"]):
+        allocated += change["args"]["Bytes"]
+        if change["ts"] < middle:
+            forward = max(forward, allocated)
+            # The backward starts from what the forward leaves.
+            backward = allocated
+        else:
+            backward = max(backward, allocated)
+    return forward, backward
+
+
+def matmul_peak(dtype: torch.dtype, width: int, device: torch.device) -> float:
+    """FLOP/s of a large square product, the best of a few."""
+    a = torch.randn(width, width, device=device).to(dtype)
+    b = torch.randn(width, width, device=device).to(dtype)
+    return 2 * width**3 / _best(lambda: a @ b, device)
+
+
+def copy_bandwidth(mebibytes: int, device: torch.device) -> float:
+    """Bytes/s read and written by a copy, the best of a few."""
+    source = torch.rand(mebibytes << 18, device=device)
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / _best(lambda: target.copy_(source), device)
+
+
+def _best(function: Callable[[], Tensor], device: torch.device, repeats: int = 5) -> float:
+    seconds = []
+    for _ in range(repeats + 1):
+        synchronize(device)
+        start = time.perf_counter()
+        function()
+        synchronize(device)
+        seconds.append(time.perf_counter() - start)
+    # The first one warms up.
+    return min(seconds[1:])

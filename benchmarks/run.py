@@ -1,0 +1,148 @@
+"""``python -m benchmarks.run``: compare all providers side by side, write one JSON file.
+
+The file has the form that ``benchmarks/schema.py`` describes and is never overwritten. The
+predictions are printed before anything is measured. Exits with 1 if rift_kernels failed or was
+wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import compare, environment, measure, tables
+from .providers import NAIVE, OURS, Provider, providers
+from .schema import SCHEMA, validate
+from .workloads import PROFILES, Profile, Workload
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16)
+RESULTS = environment.ROOT / "benchmarks" / "results"
+
+Result = dict[str, Any]
+
+
+def run(
+    name: str,
+    profile: Profile,
+    device: torch.device,
+    candidates: Sequence[Provider],
+    budget: float,
+) -> Result:
+    """Measure a profile's workloads in about ``budget`` seconds, divided among them as it goes."""
+    end = time.monotonic() + budget
+    peaks = {
+        compare.dtype_name(dtype): measure.matmul_peak(dtype, profile.probe, device)
+        for dtype in DTYPES
+    }
+    bandwidth = measure.copy_bandwidth(profile.probe // 8, device)
+    entries = [compare.describe(w, candidates, peaks, bandwidth) for w in profile.workloads]
+    print(tables.predictions(entries), flush=True)
+    _warm_up(device, profile.compiled)
+    # What the cheap ones leave of their part goes to those that need more.
+    pairs = sorted(zip(entries, profile.workloads, strict=True), key=_predicted_cost)
+    for done, (entry, workload) in enumerate(_progress(pairs)):
+        seconds = (end - time.monotonic()) / (len(pairs) - done)
+        compare.complete(entry, workload, candidates, device, seconds, profile.max_rounds)
+    return {
+        "schema": SCHEMA,
+        "profile": name,
+        "environment": environment.describe(device),
+        "peaks": {"matmul_flops": peaks, "copy_bytes": bandwidth},
+        "providers": [{"name": p.name, "reason": p.reason} for p in candidates],
+        "workloads": entries,
+    }
+
+
+def write(result: Result, folder: Path) -> Path:
+    """Write a result under a name of its own and return the path."""
+    validate(result)
+    folder.mkdir(parents=True, exist_ok=True)
+    now = datetime.datetime.now(datetime.timezone.utc)
+    stem = f"{environment.slug(result['environment']['device'])}-{now:%Y%m%d-%H%M%S}"
+    path, number = folder / f"{stem}.json", 1
+    while path.exists():
+        number += 1
+        path = folder / f"{stem}-{number}.json"
+    with path.open("x", encoding="utf-8") as file:
+        json.dump(result, file, indent=1, allow_nan=False)
+        file.write("\n")
+    return path
+
+
+def failures(result: Result) -> list[str]:
+    """What of ours failed or was wrong."""
+    found = [] if any(w["results"] for w in result["workloads"]) else ["nothing was measured"]
+    for workload in result["workloads"]:
+        for name, entry in workload["results"].items():
+            if name.startswith(OURS) and (entry["reason"] or entry["wrong"]):
+                what = entry["reason"] or "wrong"
+                found.append(f"{name}: {workload['measure']} {workload['shape']}: {what}")
+    return found
+
+
+def _warm_up(device: torch.device, compiled: bool) -> None:
+    """What a process does once and slowly, whatever the workload."""
+    ones = torch.ones(1, device=device, requires_grad=True)
+    measure.peak_memory(measure.Task(lambda x, y: x[0] * y[0], [ones], [ones]), device)
+    if compiled:
+        try:
+            torch.compile(lambda x: x.sin().sum())(ones).backward()
+        except Exception as error:
+            # Every workload will then say the same in its place.
+            print(f"torch.compile does not work here: {error}")
+
+
+def _predicted_cost(pair: tuple[compare.Entry, Workload]) -> float:
+    return pair[0]["predicted_seconds"].get(NAIVE) or 0.0
+
+
+def _progress(
+    pairs: Sequence[tuple[compare.Entry, Workload]],
+) -> Iterator[tuple[compare.Entry, Workload]]:
+    """A progress bar, or a line each where tqdm is not installed."""
+    try:
+        from tqdm import tqdm  # type: ignore[import-untyped,unused-ignore]
+    except ImportError:
+        for i, pair in enumerate(pairs, 1):
+            print(f"[{i}/{len(pairs)}] {pair[1]}", file=sys.stderr, flush=True)
+            yield pair
+        return
+    bar = tqdm(pairs, unit="workload")
+    for pair in bar:
+        bar.set_description(str(pair[1]))
+        yield pair
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__)
+    parser.add_argument("--profile", choices=PROFILES, help="default: gpu on a GPU, else cpu")
+    parser.add_argument("--device", help="default: cuda where there is one, else cpu")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result file")
+    parser.add_argument("--budget", type=float, help="seconds; default: the profile's")
+    options = parser.parse_args(arguments)
+
+    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    name = options.profile or ("gpu" if device.type == "cuda" else "cpu")
+    profile = PROFILES[name]
+    candidates = providers(device, profile.compiled)
+    budget = options.budget or profile.budget
+    result = run(name, profile, device, candidates, budget)
+
+    path = write(result, options.out)
+    print(f"\n{tables.details(result)}\n\n{tables.summary(result)}\n\nwrote {path}")
+    failed = failures(result)
+    for failure in failed:
+        print(f"FAILED {failure}")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,103 @@
+"""The form of a result file, and a check that a result has it.
+
+A workload's ``results`` has an entry for each provider that does its measure and can run here: with
+a ``reason`` where it was not measured, else with seconds per clock and quantile, bytes per phase,
+and its errors against float64. An error of None is NaN or infinite.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .measure import CLOCKS, PHASES, QUANTILES
+
+SCHEMA = "rift_kernels benchmark 1"
+
+_NUMBER = (int, float)
+_OPTIONAL_NUMBER = (int, float, type(None))
+_OPTIONAL_TEXT = (str, type(None))
+
+_RESULT = {
+    "schema": str,
+    "profile": str,
+    "environment": {
+        "date": str,
+        "device": str,
+        "cpu": str,
+        "cores": int,
+        "threads": int,
+        "gpu": _OPTIONAL_TEXT,
+        "driver": _OPTIONAL_TEXT,
+        "system": str,
+        "commit": str,
+        "dirty": (bool, type(None)),
+        "versions": dict,
+    },
+    "peaks": {"matmul_flops": dict, "copy_bytes": _NUMBER},
+    "providers": [{"name": str, "reason": _OPTIONAL_TEXT}],
+    "workloads": [
+        {
+            "measure": str,
+            "shape": str,
+            "rows": int,
+            "width": int,
+            "layers": int,
+            "dtype": str,
+            "floor_seconds": _OPTIONAL_NUMBER,
+            "predicted_seconds": dict,
+            "reason": _OPTIONAL_TEXT,
+            "rounds": int,
+            "noise": dict,
+            "results": dict,
+        }
+    ],
+}
+_MEASURED = {
+    "reason": type(None),
+    "seconds": {clock: dict.fromkeys(QUANTILES, _NUMBER) for clock in CLOCKS},
+    "memory": dict.fromkeys(PHASES, int),
+    "value_error": _OPTIONAL_NUMBER,
+    "gradient_error": _OPTIONAL_NUMBER,
+    "wrong": bool,
+}
+_NOT_MEASURED = {"reason": str}
+
+
+def validate(result: Any) -> None:
+    """Return if ``result`` is a benchmark result.
+
+    Raises:
+        ValueError: it is not; the message says where.
+    """
+    _check(result, _RESULT, "result")
+    if result["schema"] != SCHEMA:
+        raise ValueError(f"result.schema must be {SCHEMA!r}; got {result['schema']!r}")
+    names = {provider["name"] for provider in result["providers"]}
+    for i, workload in enumerate(result["workloads"]):
+        where = f"result.workloads[{i}].results"
+        for name, entry in workload["results"].items():
+            if name not in names:
+                raise ValueError(f"{where} names {name!r}, which is not in result.providers")
+            measured = isinstance(entry, dict) and entry.get("reason") is None
+            _check(entry, _MEASURED if measured else _NOT_MEASURED, f"{where}[{name!r}]")
+
+
+def _check(value: Any, form: Any, where: str) -> None:
+    if isinstance(form, dict):
+        _expect(isinstance(value, dict), where, "an object", value)
+        missing, unknown = sorted(form.keys() - value.keys()), sorted(value.keys() - form.keys())
+        if missing or unknown:
+            raise ValueError(f"{where}: missing keys {missing}, unknown keys {unknown}")
+        for key, inner in form.items():
+            _check(value[key], inner, f"{where}.{key}")
+    elif isinstance(form, list):
+        _expect(isinstance(value, list), where, "a list", value)
+        for i, item in enumerate(value):
+            _check(item, form[0], f"{where}[{i}]")
+    else:
+        _expect(isinstance(value, form), where, str(form), value)
+
+
+def _expect(condition: bool, where: str, expected: str, value: Any) -> None:
+    if not condition:
+        raise ValueError(f"{where} must be {expected}; got {value!r}")
