@@ -1,15 +1,15 @@
 """``python -m benchmarks.report``: write the README's tables from result files.
 
-The demo's, and of the benchmarks, for each device, the newest that git knows (without git, the
-newest one): `git add` a result to publish it. ``--check`` writes nothing and exits with 1 where the
-README differs.
+The demo's, and of the benchmarks, for each device, the newest. ``--check`` writes nothing and exits
+with 1 where the README is not what the files that it names say; newer ones are no error, so that a
+run of one's own may lie beside them.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import subprocess
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,7 +28,7 @@ class ReportError(Exception):
 def newest(folder: Path) -> dict[Path, tables.Result]:
     """The newest full result of each device."""
     latest: dict[str, tuple[Path, tables.Result]] = {}
-    for path in _known_to_git(folder):
+    for path in sorted(folder.glob("*.json")):
         result = json.loads(path.read_text(encoding="utf-8"))
         # Other kinds of files lie there, too.
         if result.get("schema") != SCHEMA or result["profile"] == "smoke":
@@ -38,8 +38,22 @@ def newest(folder: Path) -> dict[Path, tables.Result]:
         if device not in latest or latest[device][1]["environment"]["date"] < date:
             latest[device] = path, result
     if not latest:
-        raise ReportError(f"no benchmark result in {folder} that git knows: git add one")
+        raise ReportError(f"no benchmark result in {folder}: run python -m benchmarks.run")
     return dict(latest[device] for device in sorted(latest))
+
+
+def named(readme: str, folder: Path) -> dict[Path, tables.Result]:
+    """The results that the README's tables say they come from."""
+    names = re.findall(r"^From `(?:.*/)?([^/`]+\.json)`\.$", readme, re.MULTILINE)
+    if not names:
+        raise ReportError("the README names no benchmark result: run python -m benchmarks.report")
+    results = {}
+    for path in (folder / name for name in names):
+        if not path.exists():
+            raise ReportError(f"the README names {path}, which does not exist")
+        results[path] = json.loads(path.read_text(encoding="utf-8"))
+        validate(results[path])
+    return results
 
 
 def section(results: dict[Path, tables.Result]) -> str:
@@ -59,15 +73,6 @@ def updated(readme: str, name: str, text: str) -> str:
     return f"{readme[: begin + len(first)]}\n{text}\n{readme[end:]}"
 
 
-def _known_to_git(folder: Path) -> list[Path]:
-    command = ["git", "ls-files", "-z", "*.json"]
-    try:
-        listed = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return sorted(folder.glob("*.json"))
-    return sorted(folder / name for name in listed.stdout.split("\0") if name)
-
-
 def _short(path: Path) -> str:
     return (
         str(path.relative_to(environment.ROOT))
@@ -85,7 +90,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         before = options.readme.read_text(encoding="utf-8")
-        after = updated(before, "benchmarks", section(newest(options.results)))
+        results = named(before, options.results) if options.check else newest(options.results)
+        after = updated(before, "benchmarks", section(results))
         record = json.loads(options.demo.read_text(encoding="utf-8"))
         after = updated(after, "demo", demo.section(record))
     except (OSError, ReportError, ValueError) as error:

@@ -29,8 +29,8 @@ EXPLANATION = (
     "is that of a count of floating point operations at the measured peak of a matrix product. "
     "Memory is ours over naive eager's, at the peak and without the inputs. The roofline is the "
     "least time that the optimal count of operations or one pass over the features allows on this "
-    "machine, as a share of ours; its peak is that of torch.mm, which other libraries can exceed. A "
-    "gradient error is relative, against float64. **Wrong** is a "
+    "machine, as a share of ours; its peak is that of torch.mm, which other libraries can exceed. "
+    "A gradient error is relative, against float64. **Wrong** is a "
     f"value off by more than {VALUE_TOLERANCE} or a gradient by more than {GRADIENT_TOLERANCE:.0%},"
     " at whatever speed."
 )
