@@ -57,7 +57,7 @@ Head = tuple[Tensor, Coefficients]
 
 def _safe_inverse(x: Tensor) -> Tensor:
     """1 / x, and 0 at 0: what has no variance contributes nothing. NaN stays NaN."""
-    return (1.0 / x).masked_fill_(x == 0, 0.0)
+    return x.reciprocal().masked_fill_(x == 0, 0.0)
 
 
 def _norm(matrix: Tensor) -> Tensor:
@@ -68,16 +68,28 @@ def _inner(a: Tensor, b: Tensor) -> Tensor:
     return (a * b).sum((-2, -1), dtype=torch.float64)
 
 
-def _times(matrix: Tensor, factor: Tensor) -> Tensor:
+def _for_blocks(factor: Tensor, block: Tensor) -> Tensor:
+    """One number per layer in the shape and dtype that multiply a block."""
+    factor = factor.to(block.dtype)
+    # Of a single layer as a scalar: torch has a faster way for those.
+    return factor[..., None, None] if factor.dim() else factor
+
+
+def _times(block: Tensor, factor: Tensor) -> Tensor:
     """A block times one number per layer, in the block's dtype."""
-    return matrix * factor.to(matrix.dtype)[..., None, None]
+    return block * _for_blocks(factor, block)
 
 
-def _scale_(matrix: Tensor, *factors: Tensor) -> Tensor:
+def _scale_(block: Tensor, *factors: Tensor) -> Tensor:
     """:func:`_times` for each factor, in place."""
     for factor in factors:
-        matrix.mul_(factor.to(matrix.dtype)[..., None, None])
-    return matrix
+        block.mul_(_for_blocks(factor, block))
+    return block
+
+
+def _combined(a: Tensor, factor_a: Tensor, b: Tensor, factor_b: Tensor) -> Tensor:
+    """The sum of two blocks, each times one number per layer."""
+    return _times(a, factor_a).addcmul_(b, _for_blocks(factor_b, b))
 
 
 def _trace(energy: Tensor) -> Tensor:
@@ -94,64 +106,65 @@ def _nan_below(value: Tensor, count: Tensor, minimum: int) -> Tensor:
 
 
 def cka(f: Centered, backend: ModuleType, gram: bool, want: Wanted, debiased: bool) -> Head:
-    """Linear CKA. With unit-norm blocks the biased value is ``<Kx, Ky> = ||C||^2``."""
+    """Linear CKA. With unit-norm blocks the biased value is ``<Kx, Ky> = ||C||^2``.
+
+    Student and teacher lie side by side in one axis of length 2, because small calls are made of
+    small operations: ``own`` is H(X, X) and H(Y, Y), ``cross`` is H(X, Y).
+    """
     # The Gram form needs no cross block: its gradient is (beta Ky + alpha Kx) Xc.
     xx, xy, yy = backend.moments(f.x, f.y, gram, "xx yy" if gram else "xx xy yy")
-    norm_x, norm_y = _norm(xx), _norm(yy)
-    inverse_x, inverse_y = _safe_inverse(norm_x), _safe_inverse(norm_y)
-    cross_scale = (inverse_x * inverse_y).sqrt()
+    norms = torch.stack([_norm(xx), _norm(yy)], -1)
+    inverse = _safe_inverse(norms)
+    inverse_x, inverse_y = inverse.unbind(-1)
     if gram:
         xx, yy = _scale_(xx, inverse_x), _scale_(yy, inverse_y)
-        hxy = _inner(xx, yy)
+        cross = _inner(xx, yy)
     else:
-        hxy = (_norm(xy) * cross_scale).square()
+        cross_scale = inverse.sqrt().prod(-1)
+        cross = (_norm(xy) * cross_scale).square()
     # 1, or 0 where there is no variance, or NaN.
-    hxx, hyy = norm_x * inverse_x, norm_y * inverse_y
+    own = norms * inverse
+    if debiased:
+        n = f.count[..., None, None]
+        a, b = n / (n - 2), ((n - 1) * (n - 2)).reciprocal()
+        # The Gram diagonal rather than a second sum, so that both round alike.
+        energies = [t.diagonal(dim1=-2, dim2=-1) for t in (xx, yy)] if gram else None
+        energy = torch.stack(energies or [backend.row_energy(t) for t in (f.x, f.y)], -2).double()
+        energy = energy if gram else energy * inverse.unsqueeze(-1)
+        total = energy.sum(-1, keepdim=True)
+        correction = b * (total @ total.mT) - a * (energy @ energy.mT)
+        own = own + correction.diagonal(dim1=-2, dim2=-1)
+        cross = cross + correction[..., 0, 1]
+    # Relative to 1, the squared norm of a unit block: below rounding there is no similarity.
+    inverse_own = own.reciprocal().masked_fill_(own <= torch.finfo(xx.dtype).eps, 0.0)
+    inverse_root = inverse_own.prod(-1).sqrt()
+    value = _nan_below(cross * inverse_root, f.count, 4 if debiased else 2)
+    if not any(want):
+        return value, Coefficients()
+
+    beta = 2 * inverse_root
+    alpha = -2 * value.unsqueeze(-1) * inverse_own
+    alpha_x, alpha_y = alpha.unbind(-1)
     wx = wy = None
     if debiased:
-        n = f.count
-        a = n / (n - 2)
-        b = 1 / ((n - 1) * (n - 2))
-        # The Gram diagonal rather than a second sum, so that both round alike.
-        rx = xx.diagonal(dim1=-2, dim2=-1).double() if gram else _energy(backend, f.x, inverse_x)
-        ry = yy.diagonal(dim1=-2, dim2=-1).double() if gram else _energy(backend, f.y, inverse_y)
-        sx, sy = rx.sum(-1), ry.sum(-1)
-        hxy = hxy - a * (rx * ry).sum(-1) + b * sx * sy
-        hxx = hxx - a * rx.square().sum(-1) + b * sx.square()
-        hyy = hyy - a * ry.square().sum(-1) + b * sy.square()
-    # Relative to 1, the squared norm of a unit block: below rounding there is no similarity.
-    eps = torch.finfo(xx.dtype).eps
-    inverse_hxx = (1 / hxx).masked_fill_(hxx <= eps, 0.0)
-    inverse_hyy = (1 / hyy).masked_fill_(hyy <= eps, 0.0)
-    inverse_s = (inverse_hxx * inverse_hyy).sqrt()
-    value = _nan_below(hxy * inverse_s, f.count, 4 if debiased else 2)
-
-    beta = 2 * inverse_s
-    alpha_x, alpha_y = -2 * value * inverse_hxx, -2 * value * inverse_hyy
-    if debiased:
-        a, b = a.unsqueeze(-1), b.unsqueeze(-1)
-        ux, uy = b * sx.unsqueeze(-1) - a * rx, b * sy.unsqueeze(-1) - a * ry
-        wx = beta.unsqueeze(-1) * uy + alpha_x.unsqueeze(-1) * ux
-        wy = beta.unsqueeze(-1) * ux + alpha_y.unsqueeze(-1) * uy
-        wx = (wx * inverse_x.unsqueeze(-1)).to(f.x.dtype)
-        wy = (wy * inverse_y.unsqueeze(-1)).to(f.x.dtype)
+        u = b * total - a * energy
+        w = alpha.unsqueeze(-1) * u + beta[..., None, None] * u.flip(-2)
+        # Copies, because an operator must not return two views of one tensor.
+        wx, wy = (row.to(xx.dtype, copy=True) for row in (w * inverse.unsqueeze(-1)).unbind(-2))
     if gram:
+        x_from_y, y_from_x = beta * inverse_x, beta * inverse_y
         blocks = Coefficients(
-            xx=_times(_times(xx, alpha_x) + _times(yy, beta), inverse_x) if want.student else None,
-            yy=_times(_times(yy, alpha_y) + _times(xx, beta), inverse_y) if want.teacher else None,
+            xx=_combined(xx, alpha_x * inverse_x, yy, x_from_y) if want.student else None,
+            yy=_combined(yy, alpha_y * inverse_y, xx, y_from_x) if want.teacher else None,
         )
     else:
         # Two factors each, because their product may not be a float32.
         blocks = Coefficients(
             xx=_scale_(xx, inverse_x, alpha_x * inverse_x) if want.student else None,
-            xy=_scale_(xy, cross_scale, beta * cross_scale) if any(want) else None,
+            xy=_scale_(xy, cross_scale, beta * cross_scale),
             yy=_scale_(yy, inverse_y, alpha_y * inverse_y) if want.teacher else None,
         )
     return value, blocks._replace(wx=wx, wy=wy)
-
-
-def _energy(backend: ModuleType, x: Tensor, inverse: Tensor) -> Tensor:
-    return backend.row_energy(x).double() * inverse.unsqueeze(-1)
 
 
 def procrustes(f: Centered, backend: ModuleType, gram: bool, want: Wanted, method: str) -> Head:

@@ -109,7 +109,7 @@ def test_lists_of_layers(measure, form, force_form, device) -> None:
 
 def test_lists_with_masks(device) -> None:
     xs, ys = zip(*(pair(10, 6) for _ in range(2)), strict=True)
-    xs, ys = [x.to(device) for x in xs], [y.to(device) for y in ys]
+    xs, ys = [x.detach().to(device) for x in xs], [y.detach().to(device) for y in ys]
     mask = (torch.arange(10) < 7).to(device)
     shared = rk.linear_cka(xs, ys, mask=mask)
     each = rk.linear_cka(xs, ys, mask=[mask, mask])
