@@ -26,7 +26,7 @@ def describe(device: torch.device) -> dict[str, Any]:
     commit = _output("git", "rev-parse", "HEAD")
     changes = _output("git", "status", "--porcelain", "--untracked-files=no")
     return {
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "device": device_name(device),
         "cpu": cpu_name(),
         "cores": os.cpu_count(),

@@ -131,7 +131,7 @@ def main() -> int:
     if chosen not in ("all", "tests", "bench"):
         print(f"PART must be all, tests or bench; got {chosen!r}")
         return 2
-    now = datetime.datetime.now(datetime.timezone.utc)
+    now = datetime.datetime.now(datetime.UTC)
     out = Path(os.environ.get("OUT", ROOT / "benchmarks" / "results")).resolve()
     logs = out / "logs"
     logs.mkdir(parents=True, exist_ok=True)

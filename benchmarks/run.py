@@ -65,7 +65,7 @@ def write(result: Result, folder: Path) -> Path:
     """Write a result under a name of its own and return the path."""
     validate(result)
     folder.mkdir(parents=True, exist_ok=True)
-    now = datetime.datetime.now(datetime.timezone.utc)
+    now = datetime.datetime.now(datetime.UTC)
     stem = f"{environment.slug(result['environment']['device'])}-{now:%Y%m%d-%H%M%S}"
     path, number = folder / f"{stem}.json", 1
     while path.exists():
