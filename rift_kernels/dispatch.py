@@ -36,7 +36,7 @@ def choose_backend(backend: str, device: torch.device) -> str:
     """
     source = "backend"
     if backend == "auto":
-        backend = os.environ.get(ENVIRONMENT_VARIABLE, "auto")
+        backend = os.environ.get(ENVIRONMENT_VARIABLE) or "auto"
         source = ENVIRONMENT_VARIABLE
     if backend != "auto":
         if backend not in BACKENDS:
@@ -76,8 +76,8 @@ def use_gram(measure: str, rows: int, student_width: int, teacher_width: int) ->
     if measure == "covariance":
         # The Gram form works on two N x D matrices, U and V: 8 N^2 D < 4 N D^2.
         return 2 * n < d1
-    # Twelve Newton-Schulz steps: three products each for a polar factor, four for transport.
-    polar, transport = 12 * 3 * 2, 12 * 4 * 2
+    # Newton-Schulz: 15 steps of three products for a polar factor, 12 of four for transport.
+    polar, transport = 15 * 3 * 2, 12 * 4 * 2
     if measure == "procrustes":
         gram = n * n * (3 * d1 + d2) + transport * n**3
         covariance = 4 * n * d1 * d2 + polar * min(d1, d2) ** 2 * max(d1, d2)

@@ -10,10 +10,28 @@ import torch
 from torch import Tensor
 
 # x -> a x + b x^3 + c x^5, applied to the singular values one step after the other. Each step is
-# the minimax approximation of 1 on the interval that the step before it maps [1e-6, 1] to (the
-# construction of Amsel et al., "The Polar Express", 2025), with 2 % of room at the upper end so
-# that rounding cannot push a value out of it. The composition is 1 +- 8e-12 on [1e-6, 1].
-QUINTIC_STEPS = (
+# the minimax approximation of 1 on the interval that the step before it leaves (the construction of
+# Amsel et al., "The Polar Express", 2025), taken at x / 1.01 while that begins near 0, so that
+# rounding cannot push a value out of it. The composition is 1 +- 8e-12 on [1.4e-8, 1] ...
+POLAR_STEPS = (
+    (8.430001641116219, -24.538215610980146, 17.85658121065871),
+    (4.21500009576927, -3.0672765655713934, 0.5580181490157177),
+    (4.214996784647683, -3.0672743802388998, 0.5580179212257459),
+    (4.214982828337792, -3.067265169101808, 0.558016961095201),
+    (4.214924003743099, -3.067226344891715, 0.5580129142228003),
+    (4.214676080521806, -3.067062714003846, 0.5579958580531962),
+    (4.2136314836704996, -3.0663732440893647, 0.5579239911814617),
+    (4.209235599330123, -3.063471287397628, 0.5576215140550829),
+    (4.190832170225531, -3.05131301319703, 0.5563543772491656),
+    (4.11542955358439, -3.001340045860062, 0.5511487721102696),
+    (3.8322615881727287, -2.811217060313529, 0.5313886809514625),
+    (3.054893207710098, -2.2629438860336766, 0.47505519611371466),
+    (2.127756620713766, -1.508131192585516, 0.40112969296112466),
+    (1.8800624807876143, -1.2564453859618612, 0.3763864519568857),
+    (1.8750007690251558, -1.2500015160192837, 0.3750007469941105),
+)
+# ... and on [1e-6, 1], for singular values that are roots of eigenvalues: below, rounding rules.
+TRANSPORT_STEPS = (
     (8.429958930684629, -24.53805022316512, 17.8564522111289),
     (4.214927770625356, -3.067228037906838, 0.5580128644966584),
     (4.214691955561186, -3.067069848982002, 0.5579956483968701),
@@ -41,7 +59,7 @@ def _divide(matrix: Tensor, divisor: Tensor) -> Tensor:
 def polar(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """The polar factor ``U V^T`` of ``matrix = U S V^T``, and the nuclear norm ``sum(S)``.
 
-    Newton-Schulz: 12 odd quintic steps, three products each. Singular values under 1e-6 of the
+    Newton-Schulz: odd quintic steps, three products each. Singular values under 1.4e-8 of the
     Frobenius norm count in part, those that are 0 not at all, so the factor stays bounded and
     finite where the derivative of an SVD is not.
 
@@ -54,7 +72,7 @@ def polar(matrix: Tensor) -> tuple[Tensor, Tensor]:
     wide = matrix.shape[-2] < matrix.shape[-1]
     x = matrix.mT if wide else matrix
     x = _divide(x, _frobenius_norm(x))
-    for a, b, c in QUINTIC_STEPS:
+    for a, b, c in POLAR_STEPS:
         gram = x.mT @ x
         x = a * x + x @ (b * gram + c * (gram @ gram))
     factor = x.mT if wide else x
@@ -75,9 +93,10 @@ def transport(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     ``forth = a^-1/2 (a^1/2 b a^1/2)^1/2 a^-1/2`` solves ``forth a forth = b``; ``back`` is its
     inverse; the fidelity is ``tr((a^1/2 b a^1/2)^1/2) = <a, forth>``.
 
-    Coupled Newton-Schulz on the pair (b, a): the same polynomials as :func:`polar` act on the
+    Coupled Newton-Schulz on the pair (b, a): polynomials like those of :func:`polar` act on the
     eigenvalues of ``a b``, and the two iterates converge to ``forth`` and ``back`` with no matrix
-    inverted and no square root taken.
+    inverted and no square root taken. Roots of these eigenvalues under 1e-6 of the norms count in
+    part.
 
     Args:
         a, b: (..., N, N), symmetric positive semidefinite, float64.
@@ -88,7 +107,7 @@ def transport(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     norm_a, norm_b = _frobenius_norm(a), _frobenius_norm(b)
     y, z = _divide(b, norm_b), _divide(a, norm_a)
     eye = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
-    for c1, c3, c5 in QUINTIC_STEPS:
+    for c1, c3, c5 in TRANSPORT_STEPS:
         product = z @ y
         step = c1 * eye + c3 * product + c5 * (product @ product)
         y, z = y @ step, step @ z

@@ -9,7 +9,7 @@ Every gradient has one form (``n`` valid rows, ``Xc`` and ``Yc`` centered):
 
 so a measure is one function here, which asks the backend for the blocks it needs, once per form,
 and names the coefficients. Values are combined in float64, of blocks scaled to unit norm, so that
-no power of the features' scale can over- or underflow and no absolute epsilon is needed.
+only the blocks themselves can over- or underflow and no absolute epsilon is needed.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ class Centered(NamedTuple):
     mean_x: Tensor  # (..., D1)
     mean_y: Tensor  # (..., D2)
     count: Tensor  # type: ignore[assignment]  # (...), float64: the number of valid rows
+    mask: Tensor | None  # (..., N), True = valid
 
 
 class Coefficients(NamedTuple):
@@ -56,8 +57,8 @@ Head = tuple[Tensor, Coefficients]
 
 
 def _safe_inverse(x: Tensor) -> Tensor:
-    """1 / x, and 0 at 0: what has no variance contributes nothing. NaN stays NaN."""
-    return x.reciprocal().masked_fill_(x == 0, 0.0)
+    """1 / x, and 0 at 0: what has no variance contributes nothing. NaN and overflow give NaN."""
+    return (x.reciprocal() + (x - x)).masked_fill_(x == 0, 0.0)
 
 
 def _norm(matrix: Tensor) -> Tensor:
@@ -92,10 +93,6 @@ def _combined(a: Tensor, factor_a: Tensor, b: Tensor, factor_b: Tensor) -> Tenso
     return _times(a, factor_a).addcmul_(b, _for_blocks(factor_b, b))
 
 
-def _trace(energy: Tensor) -> Tensor:
-    return energy.sum(-1, dtype=torch.float64)
-
-
 def _identity_minus(matrix: Tensor) -> Tensor:
     return torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device) - matrix
 
@@ -108,12 +105,23 @@ def _nan_below(value: Tensor, count: Tensor, minimum: int) -> Tensor:
 def cka(f: Centered, backend: ModuleType, gram: bool, want: Wanted, debiased: bool) -> Head:
     """Linear CKA. With unit-norm blocks the biased value is ``<Kx, Ky> = ||C||^2``.
 
+    Debiased in Gram form, it is the biased value of U-centered Gram matrices. In covariance form
+    the same correction is made of row energies; there, digits are lost where a single row holds
+    nearly all of ``||A||^2``.
+
     Student and teacher lie side by side in one axis of length 2, because small calls are made of
     small operations: ``own`` is H(X, X) and H(Y, Y), ``cross`` is H(X, Y).
     """
     # The Gram form needs no cross block: its gradient is (beta Ky + alpha Kx) Xc.
     xx, xy, yy = backend.moments(f.x, f.y, gram, "xx yy" if gram else "xx xy yy")
+    eps = torch.finfo(xx.dtype).eps
     norms = torch.stack([_norm(xx), _norm(yy)], -1)
+    if debiased and gram:
+        xx, yy = _u_center_(xx, f), _u_center_(yy, f)
+        # What rounding leaves where nothing is left is no variance; an overflow stays one.
+        noise = 4 * eps * norms
+        norms = torch.stack([_norm(xx), _norm(yy)], -1) + (noise - noise)
+        norms = norms.masked_fill(norms <= noise, 0.0)
     inverse = _safe_inverse(norms)
     inverse_x, inverse_y = inverse.unbind(-1)
     if gram:
@@ -124,19 +132,19 @@ def cka(f: Centered, backend: ModuleType, gram: bool, want: Wanted, debiased: bo
         cross = (_norm(xy) * cross_scale).square()
     # 1, or 0 where there is no variance, or NaN.
     own = norms * inverse
-    if debiased:
+    by_rows = debiased and not gram
+    if by_rows:
         n = f.count[..., None, None]
         a, b = n / (n - 2), ((n - 1) * (n - 2)).reciprocal()
-        # The Gram diagonal rather than a second sum, so that both round alike.
-        energies = [t.diagonal(dim1=-2, dim2=-1) for t in (xx, yy)] if gram else None
-        energy = torch.stack(energies or [backend.row_energy(t) for t in (f.x, f.y)], -2).double()
-        energy = energy if gram else energy * inverse.unsqueeze(-1)
+        energy = torch.stack([backend.row_energy(f.x), backend.row_energy(f.y)], -2)
+        energy = energy * inverse.unsqueeze(-1)
         total = energy.sum(-1, keepdim=True)
         correction = b * (total @ total.mT) - a * (energy @ energy.mT)
         own = own + correction.diagonal(dim1=-2, dim2=-1)
         cross = cross + correction[..., 0, 1]
-    # Relative to 1, the squared norm of a unit block: below rounding there is no similarity.
-    inverse_own = own.reciprocal().masked_fill_(own <= torch.finfo(xx.dtype).eps, 0.0)
+    # Relative to 1, the squared norm of a unit block: what is left of it by less than this is made
+    # of rounding, and counts as nothing.
+    inverse_own = own.reciprocal().masked_fill_(own <= 16 * eps, 0.0)
     inverse_root = inverse_own.prod(-1).sqrt()
     value = _nan_below(cross * inverse_root, f.count, 4 if debiased else 2)
     if not any(want):
@@ -145,26 +153,46 @@ def cka(f: Centered, backend: ModuleType, gram: bool, want: Wanted, debiased: bo
     beta = 2 * inverse_root
     alpha = -2 * value.unsqueeze(-1) * inverse_own
     alpha_x, alpha_y = alpha.unbind(-1)
+    if gram:
+        x_from_y, y_from_x = beta * inverse_x, beta * inverse_y
+        return value, Coefficients(
+            xx=_combined(xx, alpha_x * inverse_x, yy, x_from_y) if want.student else None,
+            yy=_combined(yy, alpha_y * inverse_y, xx, y_from_x) if want.teacher else None,
+        )
     wx = wy = None
-    if debiased:
+    if by_rows:
         u = b * total - a * energy
         w = alpha.unsqueeze(-1) * u + beta[..., None, None] * u.flip(-2)
         # Copies, because an operator must not return two views of one tensor.
         wx, wy = (row.to(xx.dtype, copy=True) for row in (w * inverse.unsqueeze(-1)).unbind(-2))
-    if gram:
-        x_from_y, y_from_x = beta * inverse_x, beta * inverse_y
-        blocks = Coefficients(
-            xx=_combined(xx, alpha_x * inverse_x, yy, x_from_y) if want.student else None,
-            yy=_combined(yy, alpha_y * inverse_y, xx, y_from_x) if want.teacher else None,
-        )
-    else:
+    return value, Coefficients(
         # Two factors each, because their product may not be a float32.
-        blocks = Coefficients(
-            xx=_scale_(xx, inverse_x, alpha_x * inverse_x) if want.student else None,
-            xy=_scale_(xy, cross_scale, beta * cross_scale),
-            yy=_scale_(yy, inverse_y, alpha_y * inverse_y) if want.teacher else None,
-        )
-    return value, blocks._replace(wx=wx, wy=wy)
+        xx=_scale_(xx, inverse_x, alpha_x * inverse_x) if want.student else None,
+        xy=_scale_(xy, cross_scale, beta * cross_scale),
+        yy=_scale_(yy, inverse_y, alpha_y * inverse_y) if want.teacher else None,
+        wx=wx,
+        wy=wy,
+    )
+
+
+def _u_center_(k: Tensor, f: Centered) -> Tensor:
+    """U-center a Gram matrix in place: its diagonal becomes 0, and so does the sum of every row.
+
+    ``<Kx, Ky> / (n (n-3))`` of such matrices is the unbiased estimator of HSIC (Szekely & Rizzo
+    2014). It is summed from what is left, and so does not cancel where one row is far longer than
+    all others, as ``||C||^2 - sum_i r_i q_i + ...`` does.
+    """
+    n = f.count.unsqueeze(-1)
+    k.diagonal(dim1=-2, dim2=-1).zero_()
+    rows = k.sum(-1, dtype=torch.float64)
+    shift = (rows - rows.sum(-1, keepdim=True) / (2 * (n - 1))) / (n - 2)
+    shift = shift.to(k.dtype)
+    k.sub_(shift.unsqueeze(-1)).sub_(shift.unsqueeze(-2))
+    k.diagonal(dim1=-2, dim2=-1).zero_()
+    if f.mask is not None:
+        masked = ~f.mask
+        k.masked_fill_(masked.unsqueeze(-1), 0.0).masked_fill_(masked.unsqueeze(-2), 0.0)
+    return k
 
 
 def procrustes(f: Centered, backend: ModuleType, gram: bool, want: Wanted, method: str) -> Head:
@@ -173,14 +201,14 @@ def procrustes(f: Centered, backend: ModuleType, gram: bool, want: Wanted, metho
     The nuclear norm is ``<C, polar(C)>``; in Gram form it is the fidelity of Kx and Ky.
     """
     exact = method == "svd"
-    energy_x = _trace(backend.row_energy(f.x))
-    energy_y = _trace(backend.row_energy(f.y))
+    energy_x = backend.row_energy(f.x).sum(-1)
+    energy_y = backend.row_energy(f.y).sum(-1)
     inverse_x, inverse_y = _safe_inverse(energy_x), _safe_inverse(energy_y)
-    scale = (inverse_x * inverse_y).sqrt()
+    scale = inverse_x.sqrt() * inverse_y.sqrt()
     if gram:
         forth, back, nuclear = _transport(f, backend, gram, exact)
     else:
-        factor, nuclear = _polar(f, backend, gram, exact)
+        factor, nuclear = _polar(f.x, f.y, backend, gram, exact)
     value = _nan_below(nuclear * scale, f.count, 2)
     own_x, own_y = -value * inverse_x, -value * inverse_y
     if gram:
@@ -197,9 +225,11 @@ def procrustes(f: Centered, backend: ModuleType, gram: bool, want: Wanted, metho
     )
 
 
-def _polar(f: Centered, backend: ModuleType, gram: bool, exact: bool) -> tuple[Tensor, Tensor]:
+def _polar(
+    x: Tensor, y: Tensor, backend: ModuleType, gram: bool, exact: bool
+) -> tuple[Tensor, Tensor]:
     """Polar factor and nuclear norm of the cross block."""
-    _, xy, _ = backend.moments(f.x, f.y, gram, "xy")
+    _, xy, _ = backend.moments(x, y, gram, "xy")
     solve = matrix_functions.polar_svd if exact else matrix_functions.polar
     return solve(xy.double())
 
@@ -233,9 +263,10 @@ def bures(
     """
     exact = method == "eigh"
     inverse_n = 1 / (f.count - 1)
-    traces = _trace(backend.row_energy(f.x)) + _trace(backend.row_energy(f.y))
+    traces = backend.row_energy(f.x).sum(-1) + backend.row_energy(f.y).sum(-1)
+    # Both terms in float64: close to the teacher the distance is a small difference of them.
     if gram:
-        factor, cross = _polar(f, backend, gram, exact)
+        factor, cross = _polar(f.x.double(), f.y.double(), backend, gram, exact)
     else:
         forth, back, cross = _transport(f, backend, gram, exact)
     # Rounding may leave a distance of nothing a little below zero; clamp passes NaN on.

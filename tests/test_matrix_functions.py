@@ -1,5 +1,7 @@
 """Newton-Schulz against exact factorisations."""
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
@@ -35,9 +37,14 @@ MATRICES = {
 }
 
 
-def test_steps_map_the_interval_to_one() -> None:
-    x = torch.logspace(-6, 0, 100_001, dtype=torch.float64)
-    for a, b, c in matrix_functions.QUINTIC_STEPS:
+@pytest.mark.parametrize(
+    ("steps", "lowest"),
+    [(matrix_functions.POLAR_STEPS, 1.4e-8), (matrix_functions.TRANSPORT_STEPS, 1e-6)],
+    ids=["polar", "transport"],
+)
+def test_steps_map_the_interval_to_one(steps, lowest) -> None:
+    x = torch.logspace(math.log10(lowest), 0, 100_001, dtype=torch.float64)
+    for a, b, c in steps:
         x = x * (a + x**2 * (b + c * x**2))
     assert float((x - 1).abs().max()) < 1e-11
 
@@ -111,12 +118,18 @@ def test_transport_propagates_nan_per_matrix(solve) -> None:
 
 
 def rank_deficient(kind: str) -> tuple[Tensor, Tensor]:
-    """Features whose 256 x 256 cross-covariance has full or lower rank."""
+    """Features whose 256 x 256 cross-covariance has full or lower rank, or a steep spectrum."""
     rows = 100 if kind == "few rows" else 1024
-    x = normal(rows, 256) / torch.arange(1, 257) ** 0.5
+    x = normal(rows, 256) / torch.arange(1, 257) ** (2 if kind == "steep" else 0.5)
     if kind == "bottleneck":
         x = normal(rows, 100) @ normal(100, 256, seed=3)
     y = x @ cases.rotation(256) + 0.03 * normal(rows, 256, seed=4)
+    if kind == "steep":
+        y = x + 0.5 * normal(rows, 256, seed=4) / torch.arange(1, 257) ** 2
+    if kind == "massive activation":
+        for features in (x, y):
+            features[0] *= 300
+            features[:, 5] *= 100
     if kind == "dead features":
         x[:, 100:], y[:, 80:] = 0, 0
     return x, y
@@ -132,6 +145,8 @@ def rank_deficient(kind: str) -> tuple[Tensor, Tensor]:
             for kind, form in (
                 ("full rank", "covariance"),
                 ("dead features", "covariance"),
+                ("steep", "covariance"),
+                ("massive activation", "covariance"),
                 ("few rows", "covariance"),
                 ("few rows", "gram"),
             )

@@ -1,5 +1,7 @@
 """Where others go wrong: offsets, scales, gradients near similarity 1, nothing, NaN, masks."""
 
+import math
+
 import pytest
 import torch
 
@@ -40,7 +42,7 @@ def test_shift_changes_nothing(measure, dtype, shift, tolerance, form, force_for
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("factor", [1e-6, 1e-4, 1e4, 1e6])
+@pytest.mark.parametrize("factor", [1e-17, 1e-6, 1e-4, 1e4, 1e6, 1e17])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @by_name(INVARIANT)
 def test_scale_changes_nothing(measure, dtype, factor, form, force_form, device) -> None:
@@ -88,19 +90,88 @@ def test_other_gradients_near_the_teacher(measure, distance, rotated, device) ->
     assert cases.relative_error(actual[2], expected[2]) <= 4e-3
 
 
-def test_gradient_with_a_massive_activation(device) -> None:
-    """One row and one feature hundreds of times larger than the rest, as in language models."""
-    x, y = (t.clone() for t in cases.near_pair(256, 48, 1e-2, rotated=False))
+@pytest.mark.parametrize(
+    ("rows", "width", "factor", "form"),
+    [
+        (128, 300, 300, "gram"),
+        (128, 300, 3000, "gram"),
+        (256, 48, 300, "gram"),
+        # The correction is made of row energies here, and costs a digit with every factor of ten.
+        (256, 48, 300, "covariance"),
+    ],
+)
+def test_massive_activation(rows, width, factor, form, force_form, device) -> None:
+    """One row and one feature far larger than the rest, as in language models.
+
+    Debiasing removes that row's share, which is nearly all of ``||A||^2``.
+    """
+    force_form(form)
+    x, y = (t.clone() for t in cases.near_pair(rows, width, 1e-2, rotated=False))
     for features in (x, y):
-        features[0] *= 300
+        features[0] *= factor
         features[:, 5] *= 100
     x, y = x.float(), y.float()
     expected = cases.value_and_gradients(cases.CKA.reference, x.double(), y.double())
     actual = cases.value_and_gradients(cases.CKA, x.to(device), y.to(device))
-    # Debiasing removes that row's share, nearly all of ||A||^2, and with it the averaging of
-    # rounding errors.
     assert float(actual[0]) == pytest.approx(float(expected[0]), abs=1e-5)
     assert cases.relative_error(actual[1], expected[1]) <= 1e-3
+    assert cases.relative_error(actual[2], expected[2]) <= 1e-3
+
+
+@pytest.mark.parametrize("shape", [(4, 768), (6, 768), (8, 4096), (32, 8192)], ids=str)
+def test_debiased_with_few_rows_of_wide_features(shape, device) -> None:
+    """Where the bias is thousands of times the value that is left without it."""
+    generator = torch.Generator().manual_seed(0)
+    x, noise = (torch.randn(shape, generator=generator) for _ in range(2))
+    value = rk.linear_cka(x.to(device), noise.to(device))
+    expected = float(reference.linear_cka(x.double(), noise.double()))
+    assert float(value) == pytest.approx(expected, abs=2e-6)
+    x, y = x.bfloat16(), (x + 5e-3 * noise).bfloat16()
+    right = cases.value_and_gradients(cases.CKA.reference, x.double(), y.double())
+    actual = cases.value_and_gradients(cases.CKA, x.to(device), y.to(device))
+    assert float(actual[0]) == pytest.approx(float(right[0]), abs=2e-6)
+    assert cases.relative_error(actual[1], right[1]) <= 4e-3
+    assert cases.relative_error(actual[2], right[2]) <= 4e-3
+
+
+@pytest.mark.parametrize("shape", [(8, 5), (16, 64), (32, 768)], ids=str)
+def test_one_distinct_row_is_no_similarity(shape, device) -> None:
+    """Without that row's own share nothing varies; what rounding leaves must not be divided by."""
+    rows, width = shape
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1, width, generator=generator).repeat(rows, 1)
+    x[0] += torch.randn(width, generator=generator)
+    y = torch.randn(rows, width, generator=generator)
+    values, grad_x, grad_y = cases.value_and_gradients(cases.CKA, x.to(device), y.to(device))
+    assert float(values) == 0
+    assert not grad_x.any()
+    assert not grad_y.any()
+
+
+@pytest.mark.parametrize("measure", [cases.BURES, cases.BURES_ROOT], ids=lambda m: m.name)
+@pytest.mark.parametrize("form", FORMS)
+def test_bures_close_to_the_teacher(measure, form, force_form, device) -> None:
+    """A millionth of what its two terms are."""
+    force_form(form)
+    generator = torch.Generator().manual_seed(0)
+    y = torch.randn(160, 32, generator=generator)
+    x = y + 1e-3 * torch.randn(160, 32, generator=generator)
+    expected = cases.value_and_gradients(measure.reference, x.double(), y.double())
+    actual = cases.value_and_gradients(measure, x.to(device), y.to(device))
+    assert float(actual[0]) == pytest.approx(float(expected[0]), rel=1e-3)
+    assert cases.relative_error(actual[1], expected[1]) <= 1e-3
+    assert cases.relative_error(actual[2], expected[2]) <= 1e-3
+
+
+@pytest.mark.parametrize("form", FORMS)
+@by_name(cases.MEASURES)
+def test_overflow_is_never_a_number_that_looks_right(measure, form, force_form, device) -> None:
+    force_form(form)
+    x, y = (t.to(device, torch.float32) for t in pair(rows=20))
+    x[3, 2] = 2e19
+    expected = float(measure.reference(x.double(), y.double()))
+    value = float(measure(x, y))
+    assert not math.isfinite(value) or value == pytest.approx(expected, rel=1e-3)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -180,6 +251,16 @@ def test_masked_rows_are_harmless(measure, garbage, form, force_form, device) ->
     actual = cases.value_and_gradients(measure, x, y, mask=mask)
     for got, wanted in zip(actual, expected, strict=True):
         assert torch.equal(got, wanted)
+
+
+@by_name(cases.MEASURES)
+def test_gradient_of_masked_rows_is_zero_whatever_comes_in(measure, device) -> None:
+    case = next(case for case in cases.CASES if case.name == "masked")
+    x, y, mask = (t.to(device) for t in case.features(torch.float32))
+    x.requires_grad_()
+    (measure(x, y, mask=mask) * float("nan")).backward()
+    assert not x.grad[~mask].any()
+    assert x.grad[mask].isnan().all()
 
 
 @by_name(cases.MEASURES)

@@ -49,8 +49,8 @@ def center(x: Tensor, mask: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, 
 
 
 def row_energy(centered: Tensor) -> Tensor:
-    """``||x_i||^2`` of every row: (..., N)."""
-    return torch.linalg.vector_norm(centered, dim=-1).square_()
+    """``||x_i||^2`` of every row, summed in float64: (..., N)."""
+    return torch.linalg.vector_norm(centered, dim=-1, dtype=torch.float64).square_()
 
 
 def moments(x: Tensor, y: Tensor, gram: bool, wanted: str) -> tuple[Tensor | None, ...]:
@@ -150,6 +150,8 @@ def features_bwd(
             grad -= (total / count).unsqueeze(-2)
     if bias is not None:
         grad += bias.unsqueeze(-2)
+    grad.mul_(scale.to(grad.dtype)[..., None, None])
     if mask is not None:
+        # Last, so that it is 0 whatever comes in.
         grad.masked_fill_(~mask.unsqueeze(-1), 0.0)
-    return grad.mul_(scale.to(grad.dtype)[..., None, None]).to(dtype)
+    return grad.to(dtype)
