@@ -3,6 +3,7 @@ was, and what is accepted."""
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -35,11 +36,12 @@ def option(name: str, value: object, accepted: Sequence[object]) -> None:
 
 def number(name: str, value: object) -> float:
     """``value`` is a finite number, zero or more."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a number; got {type(value).__name__}")
-    if not 0 <= value < float("inf"):
+    result = float(value)
+    if not 0 <= result < float("inf"):
         raise ValueError(f"{name} must be finite and not negative; got {value!r}")
-    return float(value)
+    return result
 
 
 def flag(name: str, value: object) -> None:
@@ -122,7 +124,8 @@ def _as_list(name: str, value: Features, is_list: bool) -> list[Tensor]:
             )
         return [value]
     if not isinstance(value, list | tuple):
-        raise TypeError(f"{name} must be a tensor or a list of tensors; got {type(value).__name__}")
+        accepted = "a tensor or a list of tensors" if name == "student" else "a list, as student is"
+        raise TypeError(f"{name} must be {accepted}; got {type(value).__name__}")
     if not value:
         raise ValueError(f"{name} must have at least one layer; got an empty list")
     for i, tensor in enumerate(value):
@@ -132,6 +135,9 @@ def _as_list(name: str, value: Features, is_list: bool) -> list[Tensor]:
 
 
 def _floating(name: str, tensor: Tensor) -> None:
+    if tensor.layout != torch.strided or tensor.is_nested:
+        kind = "nested" if tensor.is_nested else tensor.layout
+        raise TypeError(f"{name} must be a dense tensor; got {kind}")
     if tensor.dtype not in _DTYPES:
         raise TypeError(f"{name} must be float64, float32, bfloat16 or float16; got {tensor.dtype}")
 

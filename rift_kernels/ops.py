@@ -8,8 +8,7 @@ registered formula costs several times more per call.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from . import measures
 from .backends import eager
+from .precision import full_precision
 
 NAMESPACE = "rift_kernels"
 _LIBRARY = torch.library.Library(NAMESPACE, "DEF")
@@ -37,22 +37,6 @@ def _compute_dtype(*tensors: Tensor) -> torch.dtype:
     return torch.float64 if torch.float64 in {t.dtype for t in tensors} else torch.float32
 
 
-@contextmanager
-def _full_precision(device: torch.device, precision: str) -> Iterator[None]:
-    """Products in the dtype of their operands, whatever autocast and the TF32 settings say."""
-    with ExitStack() as stack:
-        if torch.is_autocast_enabled(device.type):
-            stack.enter_context(torch.autocast(device.type, enabled=False))
-        if precision == "high":
-            library: Any = torch.backends.cuda if device.type == "cuda" else torch.backends.mkldnn
-            matmul = library.matmul
-            before = matmul.fp32_precision
-            if before not in ("ieee", "none"):
-                matmul.fp32_precision = "ieee"
-                stack.callback(setattr, matmul, "fp32_precision", before)
-        yield
-
-
 def _register(schema: str, implementation: Callable[..., Any]) -> None:
     name = schema.split("(")[0]
     _LIBRARY.define(schema)
@@ -67,7 +51,7 @@ def _center(
     dtype = _compute_dtype(student, teacher)
     x, mean_x, count = backend.center(student, mask, dtype)
     y, mean_y, _ = backend.center(teacher, mask, dtype)
-    return measures.Centered(x, y, mean_x, mean_y, count)
+    return measures.Centered(x, y, mean_x, mean_y, count, mask)
 
 
 def _tensors(optional: Iterable[Tensor | None], like: Tensor) -> list[Tensor]:
@@ -97,15 +81,18 @@ def _measure_fwd(
     primitives = _backend(backend)
     want = measures.Wanted(student_grad, teacher_grad)
     values, saved = [], []
-    with _full_precision(students[0].device, precision):
+    with full_precision(students[0].device, precision):
         for x, y, mask, use_gram in zip(
             students, teachers, _mask_of_each(masks, len(students)), gram, strict=True
         ):
             features = _center(x, y, mask, primitives)
             value, coefficients = head(features, primitives, use_gram, want)
             values.append(value.to(features.x.dtype))
-            if student_grad or teacher_grad:
-                saved += [features.x, features.y, *_tensors(coefficients, features.x)]
+            if any(want):
+                crossed = coefficients.xy is not None
+                own_x = features.x if crossed or want.student else None
+                own_y = features.y if crossed or want.teacher else None
+                saved += _tensors((own_x, own_y, *coefficients), features.x)
     return values[0] if len(values) == 1 else torch.stack(values), saved
 
 
@@ -147,7 +134,7 @@ def _features_bwd(
     primitives = _backend(backend)
     layers = len(gram)
     grad_students, grad_teachers = [], []
-    with _full_precision(grad_values.device, precision):
+    with full_precision(grad_values.device, precision):
         for i, mask in enumerate(_mask_of_each(masks, layers)):
             scale = grad_values if layers == 1 else grad_values[i]
             x, y, *rest = saved[i * _TENSORS_A_LAYER : (i + 1) * _TENSORS_A_LAYER]
@@ -167,14 +154,14 @@ def _moments_fwd(
 ) -> list[Tensor]:
     """Centered features, count, means, and the wanted blocks (empty where not wanted)."""
     primitives = _backend(backend)
-    with _full_precision(student.device, precision):
+    with full_precision(student.device, precision):
         f = _center(student, teacher, masks[0] if masks else None, primitives)
         blocks = primitives.moments(f.x, f.y, False, wanted)
-    return [*f, *_tensors(blocks, f.x)]
+    return [f.x, f.y, f.mean_x, f.mean_y, f.count, *_tensors(blocks, f.x)]
 
 
 def _matmul(a: Tensor, b: Tensor, precision: str) -> Tensor:
-    with _full_precision(a.device, precision):
+    with full_precision(a.device, precision):
         return a @ b
 
 
@@ -220,6 +207,17 @@ def _refuse_double_backward() -> None:
         )
 
 
+def _savable(tensor: Tensor) -> Tensor:
+    """A tensor made in inference mode cannot be saved for the backward; its copy can."""
+    if (
+        torch.compiler.is_compiling()
+        or not tensor.is_inference()
+        or torch.is_inference_mode_enabled()
+    ):
+        return tensor
+    return tensor.clone()
+
+
 class _Measure(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, call: Call, sides: tuple[bool, bool], *tensors: Tensor) -> Tensor:
@@ -227,7 +225,7 @@ class _Measure(torch.autograd.Function):
         students, teachers = list(tensors[:layers]), list(tensors[layers : 2 * layers])
         masks = list(tensors[2 * layers :])
         values, saved = _forward(call, sides, students, teachers, masks)
-        ctx.save_for_backward(*masks, *saved)
+        ctx.save_for_backward(*map(_savable, masks), *saved)
         ctx.call, ctx.sides, ctx.masks = call, sides, len(masks)
         ctx.dtypes = students[0].dtype, teachers[0].dtype
         return values
@@ -237,7 +235,9 @@ class _Measure(torch.autograd.Function):
         _refuse_double_backward()
         call, (student_grad, teacher_grad) = ctx.call, ctx.sides
         layers = len(call.gram)
-        masks, saved = ctx.saved_tensors[: ctx.masks], ctx.saved_tensors[ctx.masks :]
+        # Read once: activation checkpointing recomputes at the first look and forbids a second.
+        tensors = ctx.saved_tensors
+        masks, saved = tensors[: ctx.masks], tensors[ctx.masks :]
         grads = torch.ops.rift_kernels.features_bwd(
             grad_values,
             saved,
@@ -276,8 +276,6 @@ def measure(
         wanted and any(t.requires_grad for t in students),
         wanted and any(t.requires_grad for t in teachers),
     )
-    if not any(sides):
-        return _forward(call, sides, students, teachers, masks)[0]
     tensors = [*students, *teachers, *masks]
     if torch.compiler.is_compiling():
         # Dynamo refuses one tensor in two places, such as a teacher that serves several layers.
@@ -296,7 +294,7 @@ class _Moments(torch.autograd.Function):
             x, y, list(masks), wanted, precision, backend
         )
         mean_x, mean_y, count, *blocks = rest
-        ctx.save_for_backward(centered_x, centered_y, count, *masks)
+        ctx.save_for_backward(centered_x, centered_y, count, *map(_savable, masks))
         ctx.how = (True, True, precision, backend, x.dtype, y.dtype)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(count)
@@ -342,10 +340,11 @@ def moments(
 
 class _Rotate(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, precision: str, features: Tensor, rotation: Tensor) -> Tensor:
-        dtype = _compute_dtype(features, rotation)
+    def forward(
+        ctx: Any, precision: str, dtype: torch.dtype, features: Tensor, rotation: Tensor
+    ) -> Tensor:
         wide, matrix = features.to(dtype), rotation.to(dtype)
-        ctx.save_for_backward(features, rotation)
+        ctx.save_for_backward(_savable(features), _savable(rotation))
         ctx.precision = precision
         return torch.ops.rift_kernels.matmul(wide, matrix, precision)
 
@@ -355,14 +354,15 @@ class _Rotate(torch.autograd.Function):
         features, rotation = ctx.saved_tensors
         product = partial(torch.ops.rift_kernels.matmul, precision=ctx.precision)
         grad_features = grad_rotation = None
-        if ctx.needs_input_grad[1]:
-            grad_features = product(grad, rotation.to(grad.dtype).mT).to(features.dtype)
         if ctx.needs_input_grad[2]:
+            grad_features = product(grad, rotation.to(grad.dtype).mT).to(features.dtype)
+        if ctx.needs_input_grad[3]:
             rows, grad_rows = features.to(grad.dtype).flatten(0, -2), grad.flatten(0, -2)
             grad_rotation = product(rows.mT, grad_rows).to(rotation.dtype)
-        return None, grad_features, grad_rotation
+        return None, None, grad_features, grad_rotation
 
 
-def rotate(features: Tensor, rotation: Tensor, precision: str) -> Tensor:
-    """``features @ rotation`` at least in float32, differentiable in both."""
-    return _Rotate.apply(precision, features, rotation)
+def rotate(student: Tensor, teacher: Tensor, rotation: Tensor, precision: str) -> Tensor:
+    """``teacher @ rotation``, to be compared with this student, differentiable in both factors."""
+    dtype = _compute_dtype(student, teacher, rotation)
+    return _Rotate.apply(precision, dtype, teacher, rotation)

@@ -2,13 +2,15 @@
 
 import warnings
 from collections.abc import Iterator
+from contextlib import ExitStack
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 import rift_kernels as rk
-from rift_kernels import reference
+from rift_kernels import precision, reference
 from tests import cases
 
 FORMS = ("covariance", "gram")
@@ -144,7 +146,31 @@ def test_mixed_dtypes(device) -> None:
         assert a.grad.dtype == dtype_x
         assert b.grad.dtype == dtype_y
         expected = reference.linear_cka(a.detach().double(), b.detach().double())
-        assert float(value) == pytest.approx(float(expected), abs=2e-6)
+        assert float(value.detach()) == pytest.approx(float(expected), abs=2e-6)
+
+
+def test_float64_student_with_a_float32_teacher_and_rotation() -> None:
+    x, y, _ = cases.Case("", 40, 12, 12).features(torch.float64)
+    y, q = y.float(), cases.rotation(12).float()
+    value = rk.covariance_distance(x, y, rotation=q)
+    expected = reference.covariance_distance(x, y.double(), rotation=q.double())
+    torch.testing.assert_close(value, expected, rtol=1e-12, atol=0)
+
+
+def test_tensors_of_inference_mode(device) -> None:
+    """A teacher's features, and a mask, made under torch.inference_mode()."""
+    x, y, mask = (t.to(device) for t in cases.CASES[12].features(torch.float32))
+    q = cases.rotation(11).float().to(device).requires_grad_()
+    expected = cases.value_and_gradients(rk.linear_cka, x, y, mask=mask)
+    with torch.inference_mode():
+        frozen, frozen_mask = y.clone(), mask.clone()
+        assert torch.equal(rk.linear_cka(x, frozen, mask=frozen_mask), expected[0])
+    x.requires_grad_()
+    rk.linear_cka(x, frozen, mask=frozen_mask).backward()
+    assert x.grad is not None
+    rk.covariance_distance(x, frozen, rotation=q).backward()
+    assert q.grad is not None
+    rk.cross_covariance(x, frozen, mask=frozen_mask).sum().backward()
 
 
 def test_empty_batch() -> None:
@@ -177,6 +203,42 @@ def test_features_may_change_in_place_after_the_call() -> None:
     features += 1
     value.backward()
     assert x.grad is not None
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@by_name([cases.CKA, cases.PROCRUSTES, cases.COVARIANCE, cases.BURES])
+def test_under_activation_checkpointing(measure, reentrant, device) -> None:
+    x, y = (t.detach().to(device) for t in pair())
+    expected = cases.value_and_gradients(lambda a, b: measure(a * 2, b), x, y)
+    actual = cases.value_and_gradients(
+        lambda a, b: checkpoint(lambda c, d: measure(c * 2, d), a, b, use_reentrant=reentrant), x, y
+    )
+    for got, wanted in zip(actual, expected, strict=True):
+        assert torch.equal(got, wanted)
+
+
+@by_name(cases.MEASURES)
+def test_forward_mode_raises(measure) -> None:
+    """Better than a derivative of zero."""
+    x, y = (t.detach() for t in pair())
+    with pytest.raises(RuntimeError):
+        torch.func.jvp(lambda a: measure(a, y), (x,), (torch.ones_like(x),))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_frozen_teacher_is_not_kept(form, force_form) -> None:
+    """Where its features are no part of the student's gradient."""
+    force_form(form)
+    sizes = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        sizes.append(tensor.numel())
+        return tensor
+
+    x, y = pair(20, 30)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        rk.linear_cka(x, y.detach())
+    assert sizes.count(600) == (1 if form == "gram" else 2)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -294,6 +356,39 @@ def test_autocast_does_not_reach_the_rotation(device) -> None:
     expected = rk.covariance_distance(x, y, rotation=q)
     with torch.autocast(device.type, dtype=torch.bfloat16):
         assert torch.equal(rk.covariance_distance(x, y, rotation=q), expected)
+
+
+@pytest.mark.parametrize("library", ["cuda", "mkldnn"])
+def test_full_precision_leaves_the_settings_as_they_were(library) -> None:
+    """What is inherited stays inherited, also with two threads inside at once."""
+    device = torch.device("cuda" if library == "cuda" else "cpu")
+    reduced = "tf32" if library == "cuda" else "bf16"
+    backend = getattr(torch.backends, library)
+    parent = torch.backends if library == "cuda" else backend
+
+    def inside() -> ExitStack:
+        stack = ExitStack()
+        stack.enter_context(precision.full_precision(device, "high"))
+        assert backend.matmul.fp32_precision == "ieee"
+        return stack
+
+    before = parent.fp32_precision
+    try:
+        parent.fp32_precision = reduced
+        assert backend.matmul.fp32_precision == reduced
+        first, second = inside(), inside()
+        first.close()
+        assert backend.matmul.fp32_precision == "ieee"
+        second.close()
+        assert backend.matmul.fp32_precision == reduced
+        parent.fp32_precision = "ieee"
+        assert backend.matmul.fp32_precision == "ieee"
+        backend.matmul.fp32_precision = reduced
+        inside().close()
+        assert backend.matmul.fp32_precision == reduced
+    finally:
+        backend.matmul.fp32_precision = "none"
+        parent.fp32_precision = before
 
 
 @pytest.mark.parametrize("setting", ["high", "medium"])

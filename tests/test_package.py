@@ -19,7 +19,7 @@ ALLOWED = {
     "__main__": {"dispatch"},
     "losses": {"checks", "dispatch", "functional"},
     "functional": {"checks", "dispatch", "ops"},
-    "ops": {"measures", "backends"},
+    "ops": {"measures", "backends", "precision"},
     "measures": {"matrix_functions"},
     "dispatch": {"_version"},
 }
