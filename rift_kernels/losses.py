@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Self
+
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
@@ -32,7 +35,9 @@ class RIFTLoss(nn.Module):
         reduction: over layers and batches: ``"mean"``, ``"sum"`` or ``"none"``.
         rotation: for ``"covariance"``: ``"identity"``, or ``"learned"`` for a matrix Q with
             orthonormal columns that is a parameter of this module and starts at the identity: give
-            it to the optimiser. Q serves one pair of widths, so no lists of layers.
+            it to the optimiser. Q serves one pair of widths, so no lists of layers. It stays in
+            float32 when the model around it is cast to half precision. torch cannot pickle such a
+            module: save its ``state_dict()``.
         student_width, teacher_width: D1 and D2, needed for a learned rotation.
         scale, mean_weight: for ``"covariance"`` (both) and ``"bures"`` (``mean_weight``).
         precision, backend: see :mod:`rift_kernels.functional`.
@@ -42,7 +47,8 @@ class RIFTLoss(nn.Module):
         Returns a scalar, or one value a layer for ``reduction="none"``.
 
     Raises:
-        TypeError, ValueError: naming the argument, at construction or at the call.
+        TypeError, ValueError: naming the argument, at construction or at the call; also for a
+            setting that the measure does not have.
     """
 
     def __init__(
@@ -76,14 +82,25 @@ class RIFTLoss(nn.Module):
         self.mean_weight = checks.number("mean_weight", mean_weight)
         self.precision = precision
         self.backend = backend
-        if self.mean_weight and measure not in ("covariance", "bures"):
-            raise ValueError(
-                f"mean_weight must be 0 for measure={measure!r}, which does not see the mean; "
-                f"got {mean_weight!r}"
-            )
+        for name, default, users in (
+            ("debiased", True, ("cka",)),
+            ("scale", "relative", ("covariance",)),
+            ("mean_weight", 0.0, ("covariance", "bures")),
+        ):
+            given = getattr(self, name)
+            if given != default and measure not in users:
+                raise ValueError(
+                    f"{name} must be {default!r} for measure={measure!r}, which does not use it; "
+                    f"got {given!r}"
+                )
         self.rotation: nn.Linear | None = None
         if rotation == "learned":
             self.rotation = _rotation(measure, student_width, teacher_width)
+        elif student_width is not None or teacher_width is not None:
+            raise ValueError(
+                "student_width and teacher_width must be None without rotation='learned'; "
+                f"got {student_width!r} and {teacher_width!r}"
+            )
 
     def forward(self, student: Features, teacher: Features, mask: Mask = None) -> Tensor:
         """The loss of these features; see the class."""
@@ -107,7 +124,7 @@ class RIFTLoss(nn.Module):
                 mask=mask,
                 scale=self.scale,
                 mean_weight=self.mean_weight,
-                rotation=None if self.rotation is None else self.rotation.weight,
+                rotation=self._matrix(),
                 precision=self.precision,
                 backend=self.backend,
             )
@@ -125,6 +142,23 @@ class RIFTLoss(nn.Module):
         elif self.reduction == "sum":
             values = values.sum()
         return self.weight * values
+
+    def _matrix(self) -> Tensor | None:
+        """The learned Q, formed at full precision: autocast would leave it orthogonal to 1e-3."""
+        if self.rotation is None:
+            return None
+        with torch.autocast(next(self.rotation.parameters()).device.type, enabled=False):
+            return self.rotation.weight
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Whatever moves or casts a module, but a rotation is never cast to half precision."""
+
+        def moved(tensor: Tensor) -> Tensor:
+            result = fn(tensor)
+            half = result.dtype in (torch.bfloat16, torch.float16)
+            return tensor.to(result.device) if half else result
+
+        return super()._apply(moved, recurse)
 
     def extra_repr(self) -> str:
         """The settings that matter for the measure."""

@@ -24,6 +24,8 @@ ANY_FUNCTION = [
     (TypeError, r"teacher must be a tensor, because student is one; got list", (X, [SQUARE]), {}),
     (TypeError, r"student must be a tensor or a list of tensors; got float", (1.0, SQUARE), {}),
     (TypeError, r"student\[1\] must be a tensor; got int", ([X, 3], [X, X]), {}),
+    (TypeError, r"teacher must be a list, as student is; got Tensor", ([X], X), {}),
+    (TypeError, r"student must be a dense tensor; got torch.sparse_coo", (X.to_sparse(), X), {}),
     (ValueError, r"student must be \(\.\.\., N, D\); got \(8,\)", (X[:, 0], SQUARE), {}),
     (ValueError, r"same number of rows; got 8 and 7", (X, SQUARE[:7]), {}),
     (ValueError, r"same leading axes; got \(2, 8, 3\) and \(8, 3\)", (X.expand(2, 8, 3), X), {}),
@@ -66,7 +68,9 @@ ONE_FUNCTION = [
     (rk.covariance_distance, ValueError, r"rotation must have one matrix a layer; got 1 for 2", ([X, X], [Y, Y]), {"rotation": [torch.ones(5, 3)]}),
     (rk.cross_covariance, TypeError, r"correction must be an integer; got 0.5", (X, X), {"correction": 0.5}),
     (rk.cross_covariance, ValueError, r"correction must not be negative; got -1", (X, X), {"correction": -1}),
-    (rk.cross_covariance, ValueError, r"at least 2 rows .*; got 1", (X[:1], X[:1]), {}),
+    (rk.cross_covariance, ValueError, r"at least 2 rows .*; got 1", (X[:1], X[:1]), {"correction": 0}),
+    (rk.cross_covariance, ValueError, r"at least 9 rows .*; got 8", (X, X), {"correction": 8}),
+    (rk.second_moments, ValueError, r"at least 2 rows .*; got 1", (X[:1], X[:1]), {}),
 ]  # fmt: skip
 
 LOSS = [
@@ -79,7 +83,10 @@ LOSS = [
     (ValueError, r"weight must be finite and not negative; got -1", {"weight": -1}),
     (TypeError, r"weight must be a number; got bool", {"weight": True}),
     (ValueError, r"scale must be one of", {"scale": "big"}),
-    (ValueError, r"mean_weight must be 0 for measure='cka'", {"mean_weight": 1.0}),
+    (ValueError, r"mean_weight must be 0.0 for measure='cka', .*; got 1.0", {"mean_weight": 1.0}),
+    (ValueError, r"scale must be 'relative' for measure='bures', .*; got 'coral'", {"measure": "bures", "scale": "coral"}),
+    (ValueError, r"debiased must be True for measure='procrustes', .*; got False", {"measure": "procrustes", "debiased": False}),
+    (ValueError, r"student_width and teacher_width must be None without rotation='learned'; got 3 and None", {"student_width": 3}),
     (ValueError, r"precision must be one of", {"precision": "low"}),
     (ValueError, r"backend must be one of", {"backend": "jax"}),
     (TypeError, r"debiased must be True or False", {"debiased": None}),
@@ -112,6 +119,8 @@ def test_environment_variable_is_checked_too(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setenv("RIFT_KERNELS_BACKEND", "numpy")
     with pytest.raises(ValueError, match=r"RIFT_KERNELS_BACKEND must be one of .*; got 'numpy'"):
         rk.linear_cka(X, X)
+    monkeypatch.setenv("RIFT_KERNELS_BACKEND", "")
+    rk.linear_cka(X, X)
     monkeypatch.setenv("RIFT_KERNELS_BACKEND", "cuda")
     with pytest.raises(RuntimeError, match="RIFT_KERNELS_BACKEND='cuda' cannot run"):
         rk.linear_cka(X, X)

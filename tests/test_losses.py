@@ -97,6 +97,48 @@ def test_learned_rotation(widths, device) -> None:
     torch.testing.assert_close(gram, torch.eye(narrow, device=device), atol=1e-5, rtol=0)
 
 
+def learned(width: int, device: torch.device) -> rk.RIFTLoss:
+    """A loss whose rotation is not the identity any more."""
+    widths = {"student_width": width, "teacher_width": width}
+    loss = rk.RIFTLoss("covariance", rotation="learned", **widths).to(device)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in loss.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return loss
+
+
+@pytest.mark.parametrize("dtype", cases.HALF, ids=str)
+def test_learned_rotation_in_a_half_precision_model(dtype, device) -> None:
+    """As in ``model.bfloat16()``: a rotation rounded to 8 bits is none."""
+    model = torch.nn.ModuleDict({"layer": torch.nn.Linear(24, 24), "loss": learned(24, device)})
+    before = model["loss"].rotation.weight.detach().clone()
+    model.to(device).to(dtype)
+    assert model["layer"].weight.dtype == dtype
+    assert torch.equal(model["loss"].rotation.weight, before)
+    optimiser = torch.optim.SGD(model["loss"].parameters(), lr=0.1)
+    x, y = (t.to(device, dtype) for t in features(64, 24))
+    values = []
+    for _ in range(5):
+        optimiser.zero_grad()
+        value = model["loss"](x, y)
+        value.backward()
+        optimiser.step()
+        values.append(float(value.detach()))
+    assert values == sorted(values, reverse=True)
+    assert model["loss"].double().rotation.weight.dtype == torch.float64
+
+
+def test_autocast_does_not_reach_a_learned_rotation(device) -> None:
+    loss = learned(24, device)
+    x, y = (t.detach().to(device) for t in features(64, 24))
+    expected = cases.value_and_gradients(loss, x, y)
+    with torch.autocast(device.type, dtype=torch.bfloat16):
+        actual = cases.value_and_gradients(loss, x, y)
+    for got, wanted in zip(actual, expected, strict=True):
+        assert torch.equal(got, wanted)
+
+
 def test_state_dict_round_trip() -> None:
     def make() -> rk.RIFTLoss:
         return rk.RIFTLoss("covariance", rotation="learned", student_width=4, teacher_width=5)
