@@ -2,13 +2,14 @@
 
 Nothing is shared with the rest of the package, so that it cannot share a defect. Values and
 gradients are right in float64; in lower precision they suffer from everything the package avoids.
-Same names, arguments and meaning as :mod:`rift_kernels.functional`, without ``precision``,
-``backend`` and the checks; rows are selected with ``features[mask]``.
+Same names, arguments and meaning as :mod:`rift_kernels.functional`, without ``method``,
+``precision``, ``backend``, the checks and empty batches; rows are selected with ``features[mask]``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -48,16 +49,16 @@ def covariance_distance(
     mask: Mask = None,
     scale: str = "relative",
     mean_weight: float = 0.0,
-    rotation: Tensor | None = None,
+    rotation: Features | None = None,
 ) -> Tensor:
     """``||S_s - Q^T S_t Q||^2 * scale + mean_weight * ||mu_s - mu_t Q||^2``."""
 
-    def value(x: Tensor, y: Tensor) -> Tensor:
-        covariance_x, covariance_y = torch.cov(x.T), torch.cov(y.T)
+    def value(x: Tensor, y: Tensor, q: Tensor | None = None) -> Tensor:
+        covariance_x, covariance_y = (_centered(z).T @ _centered(z) / (len(z) - 1) for z in (x, y))
         mean_y = y.mean(0)
-        if rotation is not None:
-            covariance_y = rotation.T @ covariance_y @ rotation
-            mean_y = mean_y @ rotation
+        if q is not None:
+            covariance_y = q.T @ covariance_y @ q
+            mean_y = mean_y @ q
         distance = (covariance_x - covariance_y).square().sum()
         if scale == "relative":
             distance = distance / covariance_y.square().sum()
@@ -65,7 +66,10 @@ def covariance_distance(
             distance = distance / (4 * x.shape[1] ** 2)
         return distance + mean_weight * (x.mean(0) - mean_y).square().sum()
 
-    return _each_layer(value, student, teacher, mask)
+    if rotation is None or isinstance(rotation, Tensor):
+        return _each_layer(partial(value, q=rotation), student, teacher, mask)
+    layers = zip(*_lists(student, teacher, mask), rotation, strict=True)
+    return torch.stack([_each_layer(partial(value, q=q), x, y, m) for x, y, m, q in layers])
 
 
 def bures_distance(
@@ -93,9 +97,12 @@ def bures_distance(
 
 
 def cross_covariance(
-    student: Tensor, teacher: Tensor, *, mask: Tensor | None = None, correction: int = 1
-) -> Tensor:
+    student: Features, teacher: Features, *, mask: Mask = None, correction: int = 1
+) -> Any:
     """``Xc^T Yc / (n - correction)``."""
+    if not isinstance(student, Tensor):
+        layers = zip(*_lists(student, teacher, mask), strict=True)
+        return [cross_covariance(x, y, mask=m, correction=correction) for x, y, m in layers]
 
     def value(x: Tensor, y: Tensor) -> Tensor:
         return _centered(x).T @ _centered(y) / (len(x) - correction)
@@ -103,10 +110,11 @@ def cross_covariance(
     return _each_layer(value, student, teacher, mask)
 
 
-def second_moments(
-    student: Tensor, teacher: Tensor, *, mask: Tensor | None = None
-) -> tuple[Tensor, ...]:
+def second_moments(student: Features, teacher: Features, *, mask: Mask = None) -> Any:
     """``count, mean_x, mean_y, Xc^T Xc, Xc^T Yc, Yc^T Yc``."""
+    if not isinstance(student, Tensor):
+        layers = zip(*_lists(student, teacher, mask), strict=True)
+        return [second_moments(x, y, mask=m) for x, y, m in layers]
     functions = (
         lambda x, _: torch.tensor(float(len(x)), dtype=torch.float64, device=x.device),
         lambda x, _: x.mean(0),
@@ -139,15 +147,16 @@ def _hsic_unbiased(k: Tensor, l: Tensor) -> Tensor:  # noqa: E741
     return (both + sums - mixed) / (n * (n - 3))
 
 
-def _each_layer(
-    value: Callable[[Tensor, Tensor], Tensor], student: Features, teacher: Any, mask: Any
-) -> Tensor:
+def _each_layer(value: Callable[..., Tensor], student: Any, teacher: Any, mask: Any) -> Tensor:
     """The values of all layers, in the shape that the leading axes give."""
     if isinstance(student, Tensor) and student.dim() == 2:
         x, y = (student, teacher) if mask is None else (student[mask], teacher[mask])
         return value(x, y)
-    is_list = not isinstance(student, Tensor)
-    shared = mask is None or (is_list and isinstance(mask, Tensor))
-    masks: Any = [mask] * len(student) if shared else mask
-    layers = zip(student, teacher, masks, strict=True)
+    layers = zip(*_lists(student, teacher, mask), strict=True)
     return torch.stack([_each_layer(value, x, y, m) for x, y, m in layers])
+
+
+def _lists(student: Any, teacher: Any, mask: Any) -> tuple[Any, Any, Any]:
+    """Students, teachers and masks, one each for every layer."""
+    shared = mask is None or (not isinstance(student, Tensor) and isinstance(mask, Tensor))
+    return student, teacher, [mask] * len(student) if shared else mask
