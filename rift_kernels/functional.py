@@ -92,8 +92,9 @@ def linear_cka(
         (...) or (L,), in [-1, 1] ([0, 1] biased). 0 with gradient 0 where student or teacher has no
         variance, or debiased none beyond rounding: when at most one row differs from the others.
 
-    Accuracy, float32: 2e-6; less where a single row is hundreds of times longer than all others
-    (debiased, n >= D1 + D2: a row 1000 times longer costs 2e-4).
+    Accuracy, float32: 2e-6, except where a single row is hundreds of times longer than all others,
+    debiased, and n >= D1 + D2: at 1000 times 2e-4 are lost, at several thousand times all of it,
+    and the value is 0.
 
     Sources: Kornblith et al. 2019 (CKA), Song et al. 2012 (HSIC_1), Nguyen et al. 2021 (debiased).
     """

@@ -88,11 +88,6 @@ def _scale_(block: Tensor, *factors: Tensor) -> Tensor:
     return block
 
 
-def _combined(a: Tensor, factor_a: Tensor, b: Tensor, factor_b: Tensor) -> Tensor:
-    """The sum of two blocks, each times one number per layer."""
-    return _times(a, factor_a).addcmul_(b, _for_blocks(factor_b, b))
-
-
 def _identity_minus(matrix: Tensor) -> Tensor:
     return torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device) - matrix
 
@@ -103,65 +98,90 @@ def _nan_below(value: Tensor, count: Tensor, minimum: int) -> Tensor:
 
 
 def cka(f: Centered, backend: ModuleType, gram: bool, want: Wanted, debiased: bool) -> Head:
-    """Linear CKA. With unit-norm blocks the biased value is ``<Kx, Ky> = ||C||^2``.
+    """Linear CKA: ``H(X, Y) / sqrt(H(X, X) H(Y, Y))``; biased, ``H(X, Y) = <Kx, Ky> = ||C||^2``."""
+    form = _cka_gram if gram else _cka_covariance
+    value, coefficients = form(f, backend, want, debiased)
+    return _nan_below(value, f.count, 4 if debiased else 2), coefficients
 
-    Debiased in Gram form, it is the biased value of U-centered Gram matrices. In covariance form
-    the same correction is made of row energies; there, digits are lost where a single row holds
-    nearly all of ``||A||^2``.
 
-    Student and teacher lie side by side in one axis of length 2, because small calls are made of
-    small operations: ``own`` is H(X, X) and H(Y, Y), ``cross`` is H(X, Y).
+def _cka_gram(f: Centered, backend: ModuleType, want: Wanted, debiased: bool) -> Head:
+    """``<Kx, Ky>`` of Gram matrices of unit norm; debiased, of U-centered ones."""
+    xx, _, yy = backend.moments(f.x, f.y, True, "xx yy")
+    if debiased:
+        norm_x, norm_y = (_u_center_(k, f) for k in (xx, yy))
+    else:
+        norm_x, norm_y = _norm(xx), _norm(yy)
+    inverse_x, inverse_y = _safe_inverse(norm_x), _safe_inverse(norm_y)
+    _scale_(xx, inverse_x)
+    _scale_(yy, inverse_y)
+    value = _inner(xx, yy)
+    slope_x, slope_y = 2 * inverse_x, 2 * inverse_y
+    return value, Coefficients(
+        xx=_scale_(yy - _times(xx, value), slope_x) if want.student else None,
+        yy=_scale_(xx - _times(yy, value), slope_y) if want.teacher else None,
+    )
+
+
+def _u_center_(k: Tensor, f: Centered) -> Tensor:
+    """U-center a Gram matrix in place, diagonal and row sums becoming 0; returns the norm of it.
+
+    ``<Kx, Ky> / (n (n-3))`` of such matrices is the unbiased estimator of HSIC (Szekely & Rizzo
+    2014). It is summed from what is left, and so does not cancel where one row is far longer than
+    all others, as ``||C||^2 - sum_i r_i q_i + ...`` does.
     """
-    # The Gram form needs no cross block: its gradient is (beta Ky + alpha Kx) Xc.
-    xx, xy, yy = backend.moments(f.x, f.y, gram, "xx yy" if gram else "xx xy yy")
-    eps = torch.finfo(xx.dtype).eps
+    # What rounding leaves where nothing is left; NaN where k has overflowed.
+    noise = 4 * torch.finfo(k.dtype).eps * _norm(k)
+    n = f.count.unsqueeze(-1)
+    k.diagonal(dim1=-2, dim2=-1).zero_()
+    rows = k.sum(-1, dtype=torch.float64)
+    shift = (rows - rows.sum(-1, keepdim=True) / (2 * (n - 1))) / (n - 2)
+    shift = shift.to(k.dtype)
+    k.sub_(shift.unsqueeze(-1)).sub_(shift.unsqueeze(-2))
+    k.diagonal(dim1=-2, dim2=-1).zero_()
+    if f.mask is not None:
+        masked = ~f.mask
+        k.masked_fill_(masked.unsqueeze(-1), 0.0).masked_fill_(masked.unsqueeze(-2), 0.0)
+    norm = _norm(k)
+    return norm.masked_fill(norm <= noise, 0.0) + (noise - noise)
+
+
+def _cka_covariance(f: Centered, backend: ModuleType, want: Wanted, debiased: bool) -> Head:
+    """``||C||^2`` of unit-norm A and B; debiased, less what the rows' energies explain.
+
+    That correction loses digits where a single row holds nearly all of ``||A||^2``. ``h`` is
+    H(X, X), H(Y, Y), and ``r`` holds the energies of both; the factors ``a`` and ``b`` are those of
+    :func:`rift_kernels.linear_cka`.
+    """
+    xx, xy, yy = backend.moments(f.x, f.y, False, "xx xy yy")
     norms = torch.stack([_norm(xx), _norm(yy)], -1)
-    if debiased and gram:
-        xx, yy = _u_center_(xx, f), _u_center_(yy, f)
-        # What rounding leaves where nothing is left is no variance; an overflow stays one.
-        noise = 4 * eps * norms
-        norms = torch.stack([_norm(xx), _norm(yy)], -1) + (noise - noise)
-        norms = norms.masked_fill(norms <= noise, 0.0)
     inverse = _safe_inverse(norms)
     inverse_x, inverse_y = inverse.unbind(-1)
-    if gram:
-        xx, yy = _scale_(xx, inverse_x), _scale_(yy, inverse_y)
-        cross = _inner(xx, yy)
-    else:
-        cross_scale = inverse.sqrt().prod(-1)
-        cross = (_norm(xy) * cross_scale).square()
+    cross_scale = inverse.sqrt().prod(-1)
+    cross = (_norm(xy) * cross_scale).square()
     # 1, or 0 where there is no variance, or NaN.
-    own = norms * inverse
-    by_rows = debiased and not gram
-    if by_rows:
+    h = norms * inverse
+    if debiased:
         n = f.count[..., None, None]
         a, b = n / (n - 2), ((n - 1) * (n - 2)).reciprocal()
-        energy = torch.stack([backend.row_energy(f.x), backend.row_energy(f.y)], -2)
-        energy = energy * inverse.unsqueeze(-1)
-        total = energy.sum(-1, keepdim=True)
-        correction = b * (total @ total.mT) - a * (energy @ energy.mT)
-        own = own + correction.diagonal(dim1=-2, dim2=-1)
+        r = torch.stack([backend.row_energy(f.x), backend.row_energy(f.y)], -2)
+        r = r * inverse.unsqueeze(-1)
+        total = r.sum(-1, keepdim=True)
+        correction = b * (total @ total.mT) - a * (r @ r.mT)
+        h = h + correction.diagonal(dim1=-2, dim2=-1)
         cross = cross + correction[..., 0, 1]
     # Relative to 1, the squared norm of a unit block: what is left of it by less than this is made
     # of rounding, and counts as nothing.
-    inverse_own = own.reciprocal().masked_fill_(own <= 16 * eps, 0.0)
-    inverse_root = inverse_own.prod(-1).sqrt()
-    value = _nan_below(cross * inverse_root, f.count, 4 if debiased else 2)
+    inverse_h = h.reciprocal().masked_fill_(h <= 16 * torch.finfo(xx.dtype).eps, 0.0)
+    inverse_root = inverse_h.prod(-1).sqrt()
+    value = cross * inverse_root
     if not any(want):
         return value, Coefficients()
-
     beta = 2 * inverse_root
-    alpha = -2 * value.unsqueeze(-1) * inverse_own
+    alpha = -2 * value.unsqueeze(-1) * inverse_h
     alpha_x, alpha_y = alpha.unbind(-1)
-    if gram:
-        x_from_y, y_from_x = beta * inverse_x, beta * inverse_y
-        return value, Coefficients(
-            xx=_combined(xx, alpha_x * inverse_x, yy, x_from_y) if want.student else None,
-            yy=_combined(yy, alpha_y * inverse_y, xx, y_from_x) if want.teacher else None,
-        )
     wx = wy = None
-    if by_rows:
-        u = b * total - a * energy
+    if debiased:
+        u = b * total - a * r
         w = alpha.unsqueeze(-1) * u + beta[..., None, None] * u.flip(-2)
         # Copies, because an operator must not return two views of one tensor.
         wx, wy = (row.to(xx.dtype, copy=True) for row in (w * inverse.unsqueeze(-1)).unbind(-2))
@@ -173,26 +193,6 @@ def cka(f: Centered, backend: ModuleType, gram: bool, want: Wanted, debiased: bo
         wx=wx,
         wy=wy,
     )
-
-
-def _u_center_(k: Tensor, f: Centered) -> Tensor:
-    """U-center a Gram matrix in place: its diagonal becomes 0, and so does the sum of every row.
-
-    ``<Kx, Ky> / (n (n-3))`` of such matrices is the unbiased estimator of HSIC (Szekely & Rizzo
-    2014). It is summed from what is left, and so does not cancel where one row is far longer than
-    all others, as ``||C||^2 - sum_i r_i q_i + ...`` does.
-    """
-    n = f.count.unsqueeze(-1)
-    k.diagonal(dim1=-2, dim2=-1).zero_()
-    rows = k.sum(-1, dtype=torch.float64)
-    shift = (rows - rows.sum(-1, keepdim=True) / (2 * (n - 1))) / (n - 2)
-    shift = shift.to(k.dtype)
-    k.sub_(shift.unsqueeze(-1)).sub_(shift.unsqueeze(-2))
-    k.diagonal(dim1=-2, dim2=-1).zero_()
-    if f.mask is not None:
-        masked = ~f.mask
-        k.masked_fill_(masked.unsqueeze(-1), 0.0).masked_fill_(masked.unsqueeze(-2), 0.0)
-    return k
 
 
 def procrustes(f: Centered, backend: ModuleType, gram: bool, want: Wanted, method: str) -> Head:
