@@ -45,7 +45,8 @@ def section(record: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
     caption = (
         f"Mean ± standard deviation over {len({run['seed'] for run in record['runs']})} seeds; "
-        f"{record['hardware']}; {versions}; {record['seconds']:.0f} s in all."
+        f"{record['hardware']}; {versions}; commit {record['commit'][:12]}; "
+        f"{record['seconds']:.0f} s in all."
     )
     return f"{markdown(header, rows)}\n\n{caption}"
 

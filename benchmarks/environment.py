@@ -22,7 +22,7 @@ _PACKAGES = ("triton", "numpy", "ckatorch", "pytorch-cka")
 
 
 def describe(device: torch.device) -> dict[str, Any]:
-    """Hardware, versions, commit and date. Whatever cannot be found out is "unknown"."""
+    """Hardware, versions, commit and date; "unknown" or None where that cannot be found out."""
     commit = _output("git", "rev-parse", "HEAD")
     changes = _output("git", "status", "--porcelain", "--untracked-files=no")
     return {

@@ -2,7 +2,7 @@
 
 Installs nothing: this interpreter and what it has. Three parts, each a process with a time limit:
 build what there is to build, run the tests on the GPU, run the benchmarks. ``PART=tests`` or
-``PART=bench`` runs one of the last two. ``OUT`` is the folder for the results (default
+``PART=bench`` builds, and runs that one alone. ``OUT`` is the folder for the results (default
 ``benchmarks/results``): the benchmark's file, ``gpu-check-<date>.json`` with the outcome of the
 parts, and ``logs/``. Exits with 0 if all is well, 1 if something failed, 2 without a GPU.
 """

@@ -2,7 +2,7 @@
 
 The file has the form that ``benchmarks/schema.py`` describes and is never overwritten. The
 predictions are printed before anything is measured. Exits with 1 if rift_kernels failed or was
-wrong.
+wrong, or nothing was measured.
 """
 
 from __future__ import annotations

@@ -21,6 +21,7 @@ import copy
 import json
 import math
 import platform
+import subprocess
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -230,9 +231,9 @@ def measure(model: Transformer, teacher: Transformer, data: Data) -> Run:
 
 def run_all(plans: Sequence[Plan], seeds: int, device: torch.device, console: Console) -> list[Run]:
     """Every plan with every seed. Where the output is no terminal: no bar, but a line a seed."""
-    shape = TextColumn("{task.description}"), BarColumn(), TaskProgressColumn()
+    columns = TextColumn("{task.description}"), BarColumn(), TaskProgressColumn()
     runs = []
-    with Progress(*shape, console=console, disable=not console.is_terminal) as bar:
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
         job = bar.add_task("", total=seeds * (PRETRAINING_STEPS + len(plans) * STEPS))
 
         def tick() -> None:
@@ -286,11 +287,11 @@ def draw_curve(axes: Axes, runs: Sequence[Run], plans: Sequence[Plan], field: st
     """The means, joined; a cross at each, a standard deviation long to every side."""
     way = plans[0].way
     name, colour, _ = MEASURES.get(way, (way, GREY, ()))
-    x, dx = np.array([spread(runs, plan, "new_accuracy") for plan in plans]).T
-    y, dy = np.array([spread(runs, plan, field) for plan in plans]).T
-    axes.errorbar(x, y, dy, dx, fmt="none", ecolor=colour, elinewidth=1, alpha=0.3, zorder=2)
-    dots, label = {PLAIN: "s-", PROBE: "D-"}.get(way, "o-"), f"+ RIFT, {name}"
-    label = label if way in MEASURES else "_"  # the others are written on
+    x, sd_x = np.array([spread(runs, plan, "new_accuracy") for plan in plans]).T
+    y, sd_y = np.array([spread(runs, plan, field) for plan in plans]).T
+    axes.errorbar(x, y, sd_y, sd_x, fmt="none", ecolor=colour, elinewidth=1, alpha=0.3, zorder=2)
+    dots = {PLAIN: "s-", PROBE: "D-"}.get(way, "o-")
+    label = f"+ RIFT, {name}" if way in MEASURES else "_"  # the others are written on
     axes.plot(x, y, dots, color=colour, lw=2, ms=7, mec="white", zorder=3, label=label)
     halo = [withStroke(linewidth=2.5, foreground="white")]
     sides = {"cka": ("right", (-1, -14)), PLAIN: ("right", (-7, -3))}
@@ -345,6 +346,15 @@ def draw(runs: Sequence[Run], plans: Sequence[Plan], seeds: int, path: Path) -> 
     figure.savefig(path, dpi=160)
 
 
+def commit() -> str:
+    command = ["git", "rev-parse", "HEAD"]
+    try:
+        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+    except OSError:
+        return "unknown"
+    return done.stdout.strip() if done.returncode == 0 else "unknown"
+
+
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     add = parser.add_argument
@@ -386,15 +396,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     seconds = round(time.perf_counter() - start, 1)
     print_table(runs, plans, console)
     draw(runs, plans, options.seeds, options.out / "tradeoff.png")
-    settings = {"seeds": options.seeds, "shots": SHOTS, "steps": STEPS, "batch": BATCH}
-    settings |= {
-        **MODEL,
-        "pretraining_steps": PRETRAINING_STEPS,
-        "pretraining_rate": PRETRAINING_RATE,
-    }
+    settings = {"seeds": options.seeds, "shots": SHOTS, "steps": STEPS, "batch": BATCH, **MODEL}
+    settings |= {"pretraining_steps": PRETRAINING_STEPS, "pretraining_rate": PRETRAINING_RATE}
     versions = {module.__name__: module.__version__ for module in (rk, torch, sklearn)}
     versions["python"] = platform.python_version()
-    record = {"hardware": hardware, "seconds": seconds, "versions": versions}
+    record = {"hardware": hardware, "seconds": seconds, "versions": versions, "commit": commit()}
     record |= {"settings": settings, "runs": runs}
     (options.out / "results.json").write_text(json.dumps(record, indent=1) + "\n", "utf-8")
     console.print(f"{seconds:.0f} s. Wrote tradeoff.png and results.json into {options.out}")

@@ -101,17 +101,17 @@ def rotations(
         raise ValueError(
             f"rotation must have one matrix a layer; got {len(matrices)} for {len(students)} layers"
         )
-    for q, x, y in zip(matrices, students, teachers, strict=True):
-        _floating("rotation", q)
+    for i, (q, x, y) in enumerate(zip(matrices, students, teachers, strict=True)):
+        name = f"rotation[{i}]" if is_list else "rotation"
+        _floating(name, q)
         expected = (y.shape[-1], x.shape[-1])
         if tuple(q.shape) != expected:
             raise ValueError(
-                "rotation must be (teacher width, student width) = "
-                f"{expected}; got {tuple(q.shape)}"
+                f"{name} must be (teacher width, student width) = {expected}; got {tuple(q.shape)}"
             )
         if q.device != y.device:
             raise ValueError(
-                f"rotation and teacher must be on the same device; got {q.device} and {y.device}"
+                f"{name} and teacher must be on the same device; got {q.device} and {y.device}"
             )
     return matrices
 

@@ -17,8 +17,9 @@ What all functions share
     sums of squares are in float64. Autocast changes nothing. Gradients flow to whichever input
     requires them, in its own dtype; they cannot be differentiated again, nor in forward mode. The
     value does not change when features are shifted or scaled by a constant (where the measure
-    itself is so invariant), for float32 as long as they are of a size between 1e-17 and 1e17;
-    beyond, squares overflow to NaN or Inf. Results are deterministic on a given device and thread
+    itself is so invariant), for float32 as long as they are of a size between 1e-17 and 1e17:
+    squares of larger ones overflow to NaN or Inf, smaller ones lose digits and in the end count as
+    no variance. Results are deterministic on a given device and thread
     count. NaN or Inf in a valid row makes that layer's value NaN.
 
     ``precision="high"`` keeps products at full precision of their operands; ``"medium"`` lets them
@@ -92,9 +93,8 @@ def linear_cka(
         (...) or (L,), in [-1, 1] ([0, 1] biased). 0 with gradient 0 where student or teacher has no
         variance, or debiased none beyond rounding: when at most one row differs from the others.
 
-    Accuracy, float32: 2e-6, except where a single row is hundreds of times longer than all others,
-    debiased, and n >= D1 + D2: at 1000 times 2e-4 are lost, at several thousand times all of it,
-    and the value is 0.
+    Accuracy, float32: 2e-6. Debiased with n >= D1 + D2, it is less where a single row is far longer
+    than all others: 1e-4 at 100 times, 2e-3 at 1000 times; what cannot be told from rounding is 0.
 
     Sources: Kornblith et al. 2019 (CKA), Song et al. 2012 (HSIC_1), Nguyen et al. 2021 (debiased).
     """
@@ -131,8 +131,9 @@ def procrustes_similarity(
         mask: boolean (..., N), True = valid; n >= 2.
         method: ``"newton_schulz"``, matrix products only, or ``"svd"``, exact. In the former,
             singular values of ``Xc^T Yc`` under 1.4e-8 of its norm (1e-6 in Gram form) count in
-            part: nothing to the value, and 5e-4 of the gradient where standard deviations fall as
-            steeply as ``k^-2``.
+            part. That is nothing to the value, but where standard deviations fall as steeply as
+            ``k^-2`` it is felt in the gradient (5e-4; 3e-3 in Gram form), the more the closer the
+            value is to 1.
         precision, backend: see the module.
 
     Returns:
@@ -215,8 +216,10 @@ def bures_distance(
         squared: return the square of the distance.
         mean_weight: weight of the squared distance of the means.
         method: ``"newton_schulz"``, matrix products only, or ``"eigh"``, exact. In the former,
-            singular values of ``Xc Yc^T`` under 1e-6 of its norm count in part: 2e-3 of a small
-            distance and 2e-2 of its gradient where standard deviations fall like ``k^-2``.
+            singular values of ``Xc Yc^T`` under 1e-6 of its norm (1.4e-8 in Gram form) count in
+            part. Where standard deviations fall as steeply as ``k^-2`` and n >= D, this adds 5e-6
+            to a distance between features of size 1: too much close to the teacher, where
+            ``"eigh"`` is right.
         precision, backend: see the module.
 
     Returns:

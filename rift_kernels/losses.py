@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -104,38 +104,19 @@ class RIFTLoss(nn.Module):
 
     def forward(self, student: Features, teacher: Features, mask: Mask = None) -> Tensor:
         """The loss of these features; see the class."""
+        how: dict[str, Any] = {"mask": mask, "precision": self.precision, "backend": self.backend}
         if self.measure == "cka":
-            values = 1 - functional.linear_cka(
-                student,
-                teacher,
-                mask=mask,
-                debiased=self.debiased,
-                precision=self.precision,
-                backend=self.backend,
-            )
+            values = 1 - functional.linear_cka(student, teacher, debiased=self.debiased, **how)
         elif self.measure == "procrustes":
-            values = 1 - functional.procrustes_similarity(
-                student, teacher, mask=mask, precision=self.precision, backend=self.backend
-            )
+            values = 1 - functional.procrustes_similarity(student, teacher, **how)
         elif self.measure == "covariance":
+            how |= {"scale": self.scale, "mean_weight": self.mean_weight}
             values = functional.covariance_distance(
-                student,
-                teacher,
-                mask=mask,
-                scale=self.scale,
-                mean_weight=self.mean_weight,
-                rotation=self._matrix(),
-                precision=self.precision,
-                backend=self.backend,
+                student, teacher, rotation=self._matrix(), **how
             )
         else:
             values = functional.bures_distance(
-                student,
-                teacher,
-                mask=mask,
-                mean_weight=self.mean_weight,
-                precision=self.precision,
-                backend=self.backend,
+                student, teacher, mean_weight=self.mean_weight, **how
             )
         if self.reduction == "mean":
             values = values.mean()
@@ -144,7 +125,7 @@ class RIFTLoss(nn.Module):
         return self.weight * values
 
     def _matrix(self) -> Tensor | None:
-        """The learned Q, formed at full precision: autocast would leave it orthogonal to 1e-3."""
+        """The learned Q, formed without autocast, under which it would not be orthogonal."""
         if self.rotation is None:
             return None
         with torch.autocast(next(self.rotation.parameters()).device.type, enabled=False):

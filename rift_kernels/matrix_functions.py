@@ -12,7 +12,7 @@ from torch import Tensor
 # x -> a x + b x^3 + c x^5, applied to the singular values one step after the other. Each step is
 # the minimax approximation of 1 on the interval that the step before it leaves (the construction of
 # Amsel et al., "The Polar Express", 2025), taken at x / 1.01 while that begins near 0, so that
-# rounding cannot push a value out of it. The composition is 1 +- 8e-12 on [1.4e-8, 1] ...
+# rounding cannot push a value out of it. The composition is 1 +- 3e-12 on [1.4e-8, 1] ...
 POLAR_STEPS = (
     (8.430001641116219, -24.538215610980146, 17.85658121065871),
     (4.21500009576927, -3.0672765655713934, 0.5580181490157177),
@@ -30,7 +30,7 @@ POLAR_STEPS = (
     (1.8800624807876143, -1.2564453859618612, 0.3763864519568857),
     (1.8750007690251558, -1.2500015160192837, 0.3750007469941105),
 )
-# ... and on [1e-6, 1], for singular values that are roots of eigenvalues: below, rounding rules.
+# ... and 1 +- 8e-12 on [1e-6, 1] for roots of eigenvalues: below, rounding rules.
 TRANSPORT_STEPS = (
     (8.429958930684629, -24.53805022316512, 17.8564522111289),
     (4.214927770625356, -3.067228037906838, 0.5580128644966584),

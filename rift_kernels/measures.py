@@ -8,8 +8,9 @@ Every gradient has one form (``n`` valid rows, ``Xc`` and ``Yc`` centered):
                       grad_Y = center(yy Yc + xy^T Xc + wy * Yc) + by
 
 so a measure is one function here, which asks the backend for the blocks it needs, once per form,
-and names the coefficients. Values are combined in float64, of blocks scaled to unit norm, so that
-only the blocks themselves can over- or underflow and no absolute epsilon is needed.
+and names the coefficients. Values are combined in float64, where the measure is relative of blocks
+scaled to unit norm, so that only the blocks themselves can over- or underflow and no absolute
+epsilon is needed.
 """
 
 from __future__ import annotations
@@ -88,8 +89,12 @@ def _scale_(block: Tensor, *factors: Tensor) -> Tensor:
     return block
 
 
-def _identity_minus(matrix: Tensor) -> Tensor:
-    return torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device) - matrix
+def _plus_diagonal_(block: Tensor, number: Tensor | float) -> Tensor:
+    """A block plus a multiple of the identity, one for all layers or one per layer, in place."""
+    block.diagonal(dim1=-2, dim2=-1).add_(
+        number.unsqueeze(-1) if isinstance(number, Tensor) else number
+    )
+    return block
 
 
 def _nan_below(value: Tensor, count: Tensor, minimum: int) -> Tensor:
@@ -99,9 +104,7 @@ def _nan_below(value: Tensor, count: Tensor, minimum: int) -> Tensor:
 
 def cka(f: Centered, backend: ModuleType, gram: bool, want: Wanted, debiased: bool) -> Head:
     """Linear CKA: ``H(X, Y) / sqrt(H(X, X) H(Y, Y))``; biased, ``H(X, Y) = <Kx, Ky> = ||C||^2``."""
-    form = _cka_gram if gram else _cka_covariance
-    value, coefficients = form(f, backend, want, debiased)
-    return _nan_below(value, f.count, 4 if debiased else 2), coefficients
+    return (_cka_gram if gram else _cka_covariance)(f, backend, want, debiased)
 
 
 def _cka_gram(f: Centered, backend: ModuleType, want: Wanted, debiased: bool) -> Head:
@@ -114,7 +117,7 @@ def _cka_gram(f: Centered, backend: ModuleType, want: Wanted, debiased: bool) ->
     inverse_x, inverse_y = _safe_inverse(norm_x), _safe_inverse(norm_y)
     _scale_(xx, inverse_x)
     _scale_(yy, inverse_y)
-    value = _inner(xx, yy)
+    value = _nan_below(_inner(xx, yy), f.count, 4 if debiased else 2)
     slope_x, slope_y = 2 * inverse_x, 2 * inverse_y
     return value, Coefficients(
         xx=_scale_(yy - _times(xx, value), slope_x) if want.student else None,
@@ -173,7 +176,7 @@ def _cka_covariance(f: Centered, backend: ModuleType, want: Wanted, debiased: bo
     # of rounding, and counts as nothing.
     inverse_h = h.reciprocal().masked_fill_(h <= 16 * torch.finfo(xx.dtype).eps, 0.0)
     inverse_root = inverse_h.prod(-1).sqrt()
-    value = cross * inverse_root
+    value = _nan_below(cross * inverse_root, f.count, 4 if debiased else 2)
     if not any(want):
         return value, Coefficients()
     beta = 2 * inverse_root
@@ -213,10 +216,9 @@ def procrustes(f: Centered, backend: ModuleType, gram: bool, want: Wanted, metho
     own_x, own_y = -value * inverse_x, -value * inverse_y
     if gram:
         # A difference of near-equal terms: one matrix, formed in float64 and kept so.
-        eye = torch.eye(forth.shape[-1], dtype=forth.dtype, device=forth.device)
         return value, Coefficients(
-            xx=_times(forth, scale) + _times(eye, own_x) if want.student else None,
-            yy=_times(back, scale) + _times(eye, own_y) if want.teacher else None,
+            xx=_plus_diagonal_(_scale_(forth, scale), own_x) if want.student else None,
+            yy=_plus_diagonal_(_scale_(back, scale), own_y) if want.teacher else None,
         )
     return value, Coefficients(
         xy=_times(factor, scale).to(f.x.dtype),
@@ -286,8 +288,8 @@ def bures(
         blocks = Coefficients(xy=_times(factor, -scale).to(dtype), wx=weight, wy=weight.clone())
     else:
         blocks = Coefficients(
-            xx=_times(_identity_minus(forth), scale) if want.student else None,
-            yy=_times(_identity_minus(back), scale) if want.teacher else None,
+            xx=_scale_(_plus_diagonal_(forth, -1.0), -scale) if want.student else None,
+            yy=_scale_(_plus_diagonal_(back, -1.0), -scale) if want.teacher else None,
         )
     return value, blocks._replace(bx=bias, by=None if bias is None else -bias)
 

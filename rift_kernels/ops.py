@@ -2,8 +2,8 @@
 
 Per measure one forward operator ``<measure>_fwd`` (features -> values, and what the backward
 needs); one backward operator ``features_bwd`` for all of them. Each takes lists, one entry a layer,
-so that a backend may serve all layers in one launch. Autograd stays outside the operators: a
-registered formula costs several times more per call.
+so that a backend may serve all layers in one launch. ``moments_fwd`` and ``matmul`` serve single
+features. Autograd stays outside the operators: a registered formula costs more per call.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def _center(
 
 
 def _tensors(optional: Iterable[Tensor | None], like: Tensor) -> list[Tensor]:
-    """An operator returns tensors only, no two of them the same: None becomes an empty one."""
+    """An operator returns tensors only: None becomes an empty one, the rest contiguous."""
     return [like.new_empty(0) if t is None else t.contiguous() for t in optional]
 
 
@@ -295,7 +295,7 @@ class _Moments(torch.autograd.Function):
         )
         mean_x, mean_y, count, *blocks = rest
         ctx.save_for_backward(centered_x, centered_y, count, *map(_savable, masks))
-        ctx.how = (True, True, precision, backend, x.dtype, y.dtype)
+        ctx.how = (*ctx.needs_input_grad[3:5], precision, backend, x.dtype, y.dtype)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(count)
         return mean_x, mean_y, count, *blocks
@@ -316,13 +316,16 @@ class _Moments(torch.autograd.Function):
             bx=None if grad_mean_x is None else grad_mean_x * per_row,
             by=None if grad_mean_y is None else grad_mean_y * per_row,
         )
-        grad_x, grad_y = torch.ops.rift_kernels.features_bwd(
+        grads = torch.ops.rift_kernels.features_bwd(
             torch.ones_like(count),
             [centered_x, centered_y, *_tensors(coefficients, centered_x)],
             masks,
             [False],
             *ctx.how,
         )
+        student_grad, teacher_grad = ctx.how[:2]
+        grad_x = grads[0] if student_grad else None
+        grad_y = grads[-1] if teacher_grad else None
         return (None, None, None, grad_x, grad_y, *([None] * len(masks)))
 
 
@@ -350,7 +353,7 @@ class _Rotate(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        _refuse_double_backward()
+        # Where this is part of a double backward, the measure has refused already.
         features, rotation = ctx.saved_tensors
         product = partial(torch.ops.rift_kernels.matmul, precision=ctx.precision)
         grad_features = grad_rotation = None

@@ -182,6 +182,7 @@ def test_report(result: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFi
         ],
         "hardware": "a machine",
         "versions": {"torch": "2"},
+        "commit": "abc",
         "seconds": 3.0,
     }
     demo = tmp_path / "demo.txt"

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 for module in ("matplotlib", "rich", "sklearn"):
     pytest.importorskip(module, reason=f"the demo needs {module}, which is not installed")
@@ -27,7 +28,24 @@ def test_demo(tmp_path) -> None:
         assert way in result.stdout
     picture = (tmp_path / "tradeoff.png").read_bytes()
     assert picture.startswith(b"\x89PNG")
-    assert json.loads((tmp_path / "results.json").read_text())
+    runs = {run["way"]: run for run in json.loads((tmp_path / "results.json").read_text())["runs"]}
+    for way in ("cka", "covariance"):
+        assert runs[way]["similarity"] > runs["plain"]["similarity"] + 0.05
+    assert runs["linear probe"]["similarity"] == pytest.approx(1)
+
+
+def test_no_test_image_is_trained_on() -> None:
+    sys.path.insert(0, str(DEMO.parent))
+    try:
+        from finetune_digits import draw_data
+    finally:
+        sys.path.pop(0)
+    data = draw_data(0, torch.device("cpu"))
+    assert len(data.shots[0]) == 30
+    assert len(data.new_test[0]) > 100
+    for training, test in ((data.shots, data.new_test), (data.pretraining, data.old_test)):
+        same = (training[0][:, None] == test[0][None]).flatten(2).all(-1)
+        assert not same.any()
 
 
 def test_wrong_option() -> None:

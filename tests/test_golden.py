@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 import rift_kernels as rk
+from tests import cases
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "similarity.json").read_text())["values"]
-FORMS = ("covariance", "gram")
 
 
 def data(which: str) -> tuple[Tensor, Tensor]:
@@ -71,7 +71,7 @@ ITERATED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 
 @pytest.mark.parametrize("which", ["as_asked", "correlated"])
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", cases.FORMS)
 @pytest.mark.parametrize("name", EXACT)
 def test_exact(name: str, form: str, which: str, force_form, device) -> None:
     force_form(form)
@@ -80,7 +80,7 @@ def test_exact(name: str, form: str, which: str, force_form, device) -> None:
 
 
 @pytest.mark.parametrize("which", ["as_asked", "correlated"])
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", cases.FORMS)
 @pytest.mark.parametrize("name", ITERATED)
 def test_newton_schulz(name: str, form: str, which: str, force_form, device) -> None:
     force_form(form)

@@ -2,11 +2,13 @@
 
 import copy
 import io
+import pickle
 
 import pytest
 import torch
 
 import rift_kernels as rk
+from rift_kernels import losses
 from tests import cases
 
 
@@ -15,7 +17,7 @@ def features(rows: int = 32, width: int = 12, batch=()):
     return x.requires_grad_(), y
 
 
-@pytest.mark.parametrize("measure", ["cka", "procrustes", "covariance", "bures"])
+@pytest.mark.parametrize("measure", losses.MEASURES)
 def test_is_weight_times_reduced_value(measure, device) -> None:
     x, y = (t.to(device) for t in features(batch=(3,)))
     functions = {
@@ -45,7 +47,22 @@ def test_settings_reach_the_functions() -> None:
         rk.RIFTLoss("cka", backend="triton")(x, y)
 
 
-@pytest.mark.parametrize("measure", ["cka", "procrustes", "covariance", "bures"])
+@pytest.mark.parametrize("measure", losses.MEASURES)
+def test_mask_and_backend_reach_every_function(measure) -> None:
+    x, y = features()
+    mask = torch.arange(32) < 20
+    loss = rk.RIFTLoss(measure)
+    torch.testing.assert_close(loss(x, y, mask), loss(x[:20], y[:20]), rtol=1e-4, atol=1e-5)
+    with pytest.raises(RuntimeError, match="cannot run"):
+        rk.RIFTLoss(measure, backend="triton")(x, y)
+
+
+def test_defaults() -> None:
+    x, y = features(batch=(3,))
+    assert torch.equal(rk.RIFTLoss()(x, y), (1 - rk.linear_cka(x, y, debiased=True)).mean())
+
+
+@pytest.mark.parametrize("measure", losses.MEASURES)
 def test_descent_brings_the_student_back(measure, device) -> None:
     torch.manual_seed(0)
     teacher = torch.nn.Linear(6, 6).to(device)
@@ -160,6 +177,11 @@ def test_copies_and_pickles() -> None:
     loss = rk.RIFTLoss("cka", weight=2.0)
     x, y = features()
     assert torch.equal(copy.deepcopy(loss)(x, y), loss(x, y))
+    assert torch.equal(pickle.loads(pickle.dumps(loss))(x, y), loss(x, y))
+    rotated = learned(12, x.device)
+    assert torch.equal(copy.deepcopy(rotated)(x, y), rotated(x, y))
+    with pytest.raises(RuntimeError, match="state_dict"):
+        pickle.dumps(rotated)
 
 
 def test_under_a_gradient_scaler_and_autocast(device) -> None:

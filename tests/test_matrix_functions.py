@@ -83,6 +83,8 @@ def test_transport(a, b) -> None:
     assert cases.relative_error(forth, exact_forth) < 1e-8
     assert cases.relative_error(back, exact_back) < 1e-8
     torch.testing.assert_close(fidelity, exact_fidelity, rtol=1e-9, atol=0)
+    assert torch.equal(forth, forth.mT)
+    assert torch.equal(back, back.mT)
     # What a transport map is.
     assert cases.relative_error(forth @ a @ forth, b) < 1e-8
     assert cases.relative_error(back @ b @ back, a) < 1e-8

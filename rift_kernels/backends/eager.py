@@ -2,10 +2,11 @@
 
 Two primitives serve every measure:
 
-- :func:`center` then :func:`moments`: the blocks ``xx, xy, yy`` of second moments of the centered
-  features, either over the rows (covariance form, D x D) or over the columns (Gram form, N x N);
-- :func:`features_bwd`: ``grad_X = center(Xc P + Yc R^T + w * Xc)`` from blocks of coefficients,
-  or ``center(M Xc + ...)`` in Gram form.
+- :func:`center`, then :func:`moments` and :func:`row_energy`: the blocks ``xx, xy, yy`` of second
+  moments of the centered features, either over the rows (covariance form, D x D) or over the
+  columns (Gram form, N x N);
+- :func:`features_bwd`: ``grad_X = center(Xc P + Yc R^T + w * Xc) + b`` from blocks of coefficients,
+  or ``center(M Xc + ...) + b`` in Gram form.
 
 All take any leading axes. Products of 2-d inputs go into slices of one output, so that the
 symmetric ones cost half.
@@ -94,8 +95,8 @@ def _symmetric_product_into(out: Tensor, z: Tensor) -> None:
 def _times_transposed(a: Tensor, b: Tensor) -> Tensor:
     """``a @ b^T``; large float32 ones on a CPU by oneDNN.
 
-    torch.mm takes MKL there, which is a fifth slower on an AMD processor; the operator is the one
-    that torch's own compiler calls for linear layers.
+    torch.mm takes MKL there, which is slower on processors that are not Intel's; the operator is
+    the one that torch's own compiler calls for linear layers.
     """
     large = a.dim() == 2 and a.shape[0] * b.shape[0] * b.shape[1] >= ONEDNN_PRODUCT
     on_cpu = a.device.type == "cpu" and a.dtype == torch.float32
@@ -118,7 +119,7 @@ def features_bwd(
 ) -> Tensor:
     """The gradient of a value with respect to one side's features.
 
-    ``scale * center(own P + other R^T + w * own + bias)``, and 0 in masked rows; in Gram form the
+    ``scale * (center(own P + other R^T + w * own) + bias)``, and 0 in masked rows; in Gram form the
     blocks multiply from the left.
 
     Args:

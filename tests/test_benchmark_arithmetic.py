@@ -1,0 +1,167 @@
+"""What the benchmarks compute: clocks, peaks, predictions, noise, errors, ratios."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import compare, flops, gpu_check, measure, oracle, tables
+from benchmarks.providers import NAIVE, Provider, providers
+from benchmarks.workloads import Workload
+
+CPU = torch.device("cpu")
+EAGER = "rift_kernels eager"
+PEAKS = dict.fromkeys(("float64", "float32", "bfloat16"), 1e9)
+
+
+class Recorded:
+    """A task that only notes its turn."""
+
+    def __init__(self, name: str, turns: list[str]) -> None:
+        self._name, self._turns = name, turns
+
+    def forward(self) -> None:
+        self._turns.append(self._name)
+
+    def backward(self, _: Any) -> None:
+        pass
+
+
+def test_each_round_starts_with_another() -> None:
+    turns: list[str] = []
+    tasks: Any = {name: Recorded(name, turns) for name in "abc"}
+    measure.time_rounds(tasks, CPU, deadline=0, max_rounds=2)
+    assert "".join(turns) == "abcbca"
+    turns.clear()
+    measure.time_rounds({"a": tasks["a"]}, CPU, deadline=0, max_rounds=50)
+    assert len(turns) == measure.MIN_ROUNDS
+
+
+def test_the_best_of_a_few_leaves_out_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    ticks = iter([0, 0.5, 10, 12, 20, 21, 30, 33])
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: next(ticks))
+    assert measure._best(lambda: torch.empty(0), CPU, repeats=3) == 1
+
+
+def test_peaks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "_best", lambda *_: 2.0)
+    assert measure.matmul_peak(torch.float32, 4, CPU) == 2 * 4**3 / 2
+    # A MiB is read and a MiB is written.
+    assert measure.copy_bandwidth(1, CPU) == 2 * 2**20 / 2
+
+
+def test_flops() -> None:
+    d = 768
+    few, many = Workload("cka_biased", 64, d), Workload("cka_biased", 4096, d)
+    assert flops.naive(few) == 12 * 64 * d * d
+    assert flops.optimal(few) == flops.rift_kernels(few) == 4 * 64 * 64 * d
+    assert flops.optimal(many) == flops.rift_kernels(many) == 8 * 4096 * d * d
+    assert flops.naive(Workload("cka_biased", 64, d, layers=12)) == 12 * 12 * 64 * d * d
+
+
+def test_predictions_and_floor() -> None:
+    workload = Workload("cka_biased", 64, 8, torch.bfloat16)
+    provider = Provider(
+        "p", {"cka_biased": None}, flops=flops.hand_derived, products_in=torch.float32
+    )
+    peaks = {"float32": 10.0, "bfloat16": 1e30}
+    entry = compare.describe(workload, [provider], peaks, bandwidth=2.0)
+    assert entry["predicted_seconds"] == {"p": flops.hand_derived(workload) / 10}
+    # Two features of two bytes a number are read, one is written.
+    assert entry["floor_seconds"] == 3 * 64 * 8 * 2 / 2
+
+
+def test_noise_is_the_difference_of_naive_eager_to_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    def rounds(tasks: dict[str, Any], *_: Any) -> dict[str, Any]:
+        def seconds(name: str) -> dict[str, float]:
+            return dict.fromkeys(measure.CLOCKS, 0.8 if name == compare.AGAIN else 1.0)
+
+        return {name: [seconds(name)] for name in tasks}
+
+    monkeypatch.setattr(measure, "time_rounds", rounds)
+    workload, candidates = Workload("cka_biased", 16, 8), providers(CPU, compiled=False)[:1]
+    entry = compare.describe(workload, candidates, PEAKS, 1e9)
+    compare.complete(entry, workload, candidates, CPU, 5, max_rounds=5)
+    assert entry["noise"] == pytest.approx(dict.fromkeys(measure.CLOCKS, 0.2))
+
+
+def test_what_takes_too_long_is_left_out() -> None:
+    tasks: Any = dict.fromkeys((NAIVE, EAGER, "a", "b"))
+    estimates = {NAIVE: 1.0, EAGER: 5.0, "a": 4.0, "b": 0.5}
+    entry: dict[str, Any] = {"results": {}}
+    compare._drop_the_slowest(entry, tasks, estimates, left=33)
+    assert list(tasks) == [NAIVE, EAGER, "b"]
+    assert "4.00 s" in entry["results"]["a"]["reason"]
+    with pytest.raises(compare.NotMeasuredError, match="would take 30 s; 9 s were left"):
+        compare._drop_the_slowest(entry, tasks, estimates, left=9)
+
+
+def test_errors_are_relative_and_nan_is_the_largest() -> None:
+    right = object.__new__(oracle.Oracle)
+    right._values = torch.ones(2).double()
+    right._gradients = [torch.full((4,), 10.0).double()] * 2
+    good, off = torch.full((4,), 10.0), torch.full((4,), 11.0)
+    assert right.errors(torch.ones(2), (off, good))[1] == pytest.approx(0.1)
+    assert math.isnan(right.errors(torch.ones(2), (good, off * math.nan))[1])
+    assert oracle.wrong(math.nan, 0.0)
+    assert oracle.wrong(0.0, math.nan)
+    assert not oracle.wrong(0.0, 0.0)
+
+
+def test_a_row_of_the_table() -> None:
+    def entry(seconds: float, memory: int, wrong: bool = False) -> dict[str, Any]:
+        return {
+            "reason": None,
+            "seconds": {"both": {"q50": seconds}},
+            "memory": {"both": memory},
+            "gradient_error": 1e-3,
+            "wrong": wrong,
+        }
+
+    workload = {
+        "measure": "cka_biased",
+        "shape": "s",
+        "floor_seconds": 1.0,
+        "noise": {"both": 0.1},
+        "predicted_seconds": {},
+        "results": {
+            NAIVE: entry(8, 100),
+            EAGER: entry(4, 50),
+            "rift_kernels triton": entry(1, 10, wrong=True),
+            "torch.compile": entry(7.5, 1),
+        },
+    }
+    lines = tables._comparison([workload]).splitlines()
+    heading, row = ([cell.strip() for cell in lines[i].split("|")[1:-1]] for i in (0, 2))
+    cells = dict(zip(heading, row, strict=True))
+    assert cells[EAGER] == "4000 ms, **2.00x**"
+    assert cells["torch.compile"] == "~1.07x"
+    # Of our fastest backend that is right.
+    assert cells["memory"] == "50%"
+    assert cells["roofline"] == "25%"
+
+
+def test_gpu_check_runs_the_suite_on_the_gpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[str, str] = {}
+
+    def process(*_: Any, **variables: str) -> dict[str, Any]:
+        seen.update(variables)
+        return {"ok": True, "note": ""}
+
+    monkeypatch.setattr(gpu_check, "_process", process)
+    outcome = gpu_check.tests(tmp_path, tmp_path / "tests.txt")
+    assert seen == {"RIFT_TEST_DEVICE": "cuda"}
+    assert not outcome["ok"]
+    assert outcome["note"] == "no test ran"
+
+
+def test_an_error_in_a_test_is_a_failure(tmp_path: Path) -> None:
+    report = tmp_path / "tests.xml"
+    report.write_text('<s><testcase classname="t" name="x"><error/></testcase></s>')
+    assert gpu_check.read_junit(report)["failures"] == ["t::x"]
