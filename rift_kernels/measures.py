@@ -109,16 +109,13 @@ def cka(f: Centered, backend: ModuleType, gram: bool, want: Wanted, debiased: bo
 
 def _cka_gram(f: Centered, backend: ModuleType, want: Wanted, debiased: bool) -> Head:
     """``<Kx, Ky>`` of Gram matrices of unit norm; debiased, of U-centered ones."""
-    xx, _, yy = backend.moments(f.x, f.y, True, "xx yy")
-    if debiased:
-        norm_x, norm_y = (_u_center_(k, f) for k in (xx, yy))
-    else:
-        norm_x, norm_y = _norm(xx), _norm(yy)
-    inverse_x, inverse_y = _safe_inverse(norm_x), _safe_inverse(norm_y)
-    _scale_(xx, inverse_x)
-    _scale_(yy, inverse_y)
+    # Stacked, because a small call costs what its operations cost.
+    k = torch.stack(backend.moments(f.x, f.y, True, "xx yy")[::2], -3)
+    norm = _u_center_(k, f) if debiased else _norm(k)
+    inverse = _safe_inverse(norm)
+    xx, yy = _scale_(k, inverse).unbind(-3)
     value = _nan_below(_inner(xx, yy), f.count, 4 if debiased else 2)
-    slope_x, slope_y = 2 * inverse_x, 2 * inverse_y
+    slope_x, slope_y = (2 * inverse).unbind(-1)
     return value, Coefficients(
         xx=_scale_(yy - _times(xx, value), slope_x) if want.student else None,
         yy=_scale_(xx - _times(yy, value), slope_y) if want.teacher else None,
@@ -126,15 +123,18 @@ def _cka_gram(f: Centered, backend: ModuleType, want: Wanted, debiased: bool) ->
 
 
 def _u_center_(k: Tensor, f: Centered) -> Tensor:
-    """U-center a Gram matrix in place, diagonal and row sums becoming 0; returns the norm of it.
+    """U-center Gram matrices (..., 2, N, N) in place, diagonals and row sums becoming 0.
 
     ``<Kx, Ky> / (n (n-3))`` of such matrices is the unbiased estimator of HSIC (Szekely & Rizzo
     2014). It is summed from what is left, and so does not cancel where one row is far longer than
     all others, as ``||C||^2 - sum_i r_i q_i + ...`` does.
+
+    Returns:
+        Their norms (..., 2), 0 where what is left is rounding.
     """
-    # What rounding leaves where nothing is left; NaN where k has overflowed.
+    # NaN where k has overflowed.
     noise = 4 * torch.finfo(k.dtype).eps * _norm(k)
-    n = f.count.unsqueeze(-1)
+    n = f.count[..., None, None]
     k.diagonal(dim1=-2, dim2=-1).zero_()
     rows = k.sum(-1, dtype=torch.float64)
     shift = (rows - rows.sum(-1, keepdim=True) / (2 * (n - 1))) / (n - 2)
@@ -142,7 +142,7 @@ def _u_center_(k: Tensor, f: Centered) -> Tensor:
     k.sub_(shift.unsqueeze(-1)).sub_(shift.unsqueeze(-2))
     k.diagonal(dim1=-2, dim2=-1).zero_()
     if f.mask is not None:
-        masked = ~f.mask
+        masked = ~f.mask.unsqueeze(-2)
         k.masked_fill_(masked.unsqueeze(-1), 0.0).masked_fill_(masked.unsqueeze(-2), 0.0)
     norm = _norm(k)
     return norm.masked_fill(norm <= noise, 0.0) + (noise - noise)
