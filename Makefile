@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 .PHONY: demo test lint bench report gpu-check clean
 
 demo: $(VENV)/ready
-	$(BIN)/python examples/finetune_digits.py $(ARGS)
+	$(BIN)/python -m examples.finetune_digits $(ARGS)
 
 test: $(VENV)/ready
 	$(BIN)/python -m pytest $(ARGS)
@@ -25,15 +25,18 @@ report: $(VENV)/ready
 
 # Installs nothing: uses PYTHON and what it has.
 gpu-check:
-	@$(PYTHON) -c "import torch" 2>/dev/null || { echo "gpu-check needs a GPU and torch, and $(PYTHON) has" \
-		"no torch: name another interpreter with PYTHON="; exit 2; }
-	PYTHONPATH=. $(PYTHON) -m benchmarks.gpu_check
+	@command -v $(PYTHON) >/dev/null || { echo "gpu-check: there is no interpreter $(PYTHON): name" \
+		"another with PYTHON="; exit 2; }
+	@$(PYTHON) -c "import torch" || { echo "gpu-check needs a GPU and torch, and $(PYTHON) cannot" \
+		"import torch: name another interpreter with PYTHON="; exit 2; }
+	$(PYTHON) -m benchmarks.gpu_check
 
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks demo
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks demo
 	find . -name __pycache__ -type d -exec rm -rf {} +
 
 $(VENV)/ready: pyproject.toml constraints.txt
+	@echo "Installing into $(VENV): about 2 GB, some minutes"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
 	touch $@

@@ -124,12 +124,12 @@ def _lines(part: str, outcome: Outcome) -> list[str]:
 
 
 def main() -> int:
-    if not torch.cuda.is_available():
-        print("gpu-check needs a GPU that torch can use, and this machine has none.")
-        return 2
     chosen = os.environ.get("PART", "all")
     if chosen not in ("all", "tests", "bench"):
         print(f"PART must be all, tests or bench; got {chosen!r}")
+        return 2
+    if not torch.cuda.is_available():
+        print("gpu-check needs a GPU that torch can use, and this machine has none.")
         return 2
     now = datetime.datetime.now(datetime.UTC)
     out = Path(os.environ.get("OUT", ROOT / "benchmarks" / "results")).resolve()

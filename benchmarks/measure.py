@@ -170,7 +170,7 @@ def copy_bandwidth(mebibytes: int, device: torch.device) -> float:
     return 2 * source.nbytes / _best(lambda: target.copy_(source), device)
 
 
-def _best(function: Callable[[], Tensor], device: torch.device, repeats: int = 5) -> float:
+def _best(function: Callable[[], Tensor], device: torch.device, repeats: int = 10) -> float:
     seconds = []
     for _ in range(repeats + 1):
         synchronize(device)

@@ -11,6 +11,7 @@ import argparse
 import datetime
 import json
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -128,8 +129,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result file")
     parser.add_argument("--budget", type=float, help="seconds; default: the profile's")
     options = parser.parse_args(arguments)
-
-    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if options.budget is not None and not options.budget > 0:
+        parser.error(f"argument --budget: must be positive, got {options.budget:g}")
+    try:
+        # Now, and not after minutes of measuring.
+        options.out.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=options.out).close()
+        wanted = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        device = torch.empty(0, device=wanted).device
+    except (OSError, RuntimeError, AssertionError) as error:
+        parser.error(str(error).split("\n")[0])
     name = options.profile or ("gpu" if device.type == "cuda" else "cpu")
     profile = PROFILES[name]
     candidates = providers(device, profile.compiled)

@@ -74,7 +74,8 @@ def layers(
         if equal_widths and x.shape[-1] != y.shape[-1]:
             raise ValueError(
                 f"student{where} and teacher{where} must have the same width for this measure; "
-                f"got {x.shape[-1]} and {y.shape[-1]} (covariance_distance takes a rotation)"
+                f"got {x.shape[-1]} and {y.shape[-1]} (covariance_distance takes a rotation, "
+                "RIFTLoss learns one)"
             )
         if isinstance(mask, Tensor):
             _mask("mask", mask, x, min_rows)

@@ -15,12 +15,12 @@ What all functions share
 
     The value is float32, or float64 where an input is float64; accumulation is in that dtype and
     sums of squares are in float64. Autocast changes nothing. Gradients flow to whichever input
-    requires them, in its own dtype; they cannot be differentiated again, nor in forward mode. The
-    value does not change when features are shifted or scaled by a constant (where the measure
-    itself is so invariant), for float32 as long as they are of a size between 1e-17 and 1e17:
-    squares of larger ones overflow to NaN or Inf, smaller ones lose digits and in the end count as
-    no variance. Results are deterministic on a given device and thread
-    count. NaN or Inf in a valid row makes that layer's value NaN.
+    requires them, in its own dtype; they cannot be differentiated again, and neither forward mode
+    nor torch.func is supported: both raise. The value does not change when features are shifted or
+    scaled by a constant (where the measure itself is so invariant), for float32 as long as they are
+    of a size between 1e-17 and 1e17: squares of larger ones overflow to NaN or Inf, smaller ones
+    lose digits and in the end count as no variance. On a CPU, results are deterministic for a given
+    number of threads. NaN or Inf in a valid row makes that layer's value NaN.
 
     ``precision="high"`` keeps products at full precision of their operands; ``"medium"`` lets them
     follow torch's TF32/bf16 settings for matrix products. ``backend`` is ``"auto"``, ``"eager"``,
@@ -87,7 +87,7 @@ def linear_cka(
         teacher: (..., N, D2), or a list of (N, D2_l).
         mask: boolean (..., N), True = valid.
         debiased: correct the bias of small batches; needs n >= 4, else n >= 2.
-        precision, backend: see the module.
+        precision, backend: see :mod:`rift_kernels.functional`.
 
     Returns:
         (...) or (L,), in [-1, 1] ([0, 1] biased). 0 with gradient 0 where student or teacher has no
@@ -134,7 +134,7 @@ def procrustes_similarity(
             part. That is nothing to the value, but where standard deviations fall as steeply as
             ``k^-2`` it is felt in the gradient (5e-4; 3e-3 in Gram form), the more the closer the
             value is to 1.
-        precision, backend: see the module.
+        precision, backend: see :mod:`rift_kernels.functional`.
 
     Returns:
         (...) or (L,). 0 with gradient 0 where student or teacher has no variance.
@@ -170,7 +170,7 @@ def covariance_distance(
         mean_weight: weight of the squared distance of the means; it is not scaled by ``s``.
         rotation: Q, (D2, D1) with orthonormal columns (rows if D2 < D1), or None for the identity;
             a list for lists. Orthogonality is not checked. Q gets a gradient if it requires one.
-        precision, backend: see the module.
+        precision, backend: see :mod:`rift_kernels.functional`.
 
     Returns:
         (...) or (L,). With ``"relative"``, the first term and its gradient are 0 where the teacher
@@ -220,7 +220,7 @@ def bures_distance(
             part. Where standard deviations fall as steeply as ``k^-2`` and n >= D, this adds 5e-6
             to a distance between features of size 1: too much close to the teacher, where
             ``"eigh"`` is right.
-        precision, backend: see the module.
+        precision, backend: see :mod:`rift_kernels.functional`.
 
     Returns:
         (...) or (L,), >= 0.
@@ -282,7 +282,7 @@ def cross_covariance(
         teacher: (..., N, D2), or a list of (N, D2_l).
         mask: boolean (..., N), True = valid; n >= 2 and n > ``correction``.
         correction: 1 for the unbiased estimate, 0 to divide by n.
-        precision, backend: see the module.
+        precision, backend: see :mod:`rift_kernels.functional`.
 
     Returns:
         (..., D1, D2), or a list of (D1_l, D2_l). Differentiable in both inputs.
@@ -337,7 +337,7 @@ def second_moments(
         student: (..., N, D1), or a list of (N, D1_l).
         teacher: (..., N, D2), or a list of (N, D2_l).
         mask: boolean (..., N), True = valid; n >= 2.
-        precision, backend: see the module.
+        precision, backend: see :mod:`rift_kernels.functional`.
 
     Returns:
         :class:`SecondMoments`, or a list of them. All but the count are differentiable.

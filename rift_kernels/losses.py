@@ -104,6 +104,11 @@ class RIFTLoss(nn.Module):
 
     def forward(self, student: Features, teacher: Features, mask: Mask = None) -> Tensor:
         """The loss of these features; see the class."""
+        if self.rotation is not None and not isinstance(student, Tensor):
+            raise TypeError(
+                "student must be a tensor for rotation='learned', which serves one pair of widths; "
+                f"got {type(student).__name__}: use a loss for each layer"
+            )
         how: dict[str, Any] = {"mask": mask, "precision": self.precision, "backend": self.backend}
         if self.measure == "cka":
             values = 1 - functional.linear_cka(student, teacher, debiased=self.debiased, **how)

@@ -17,6 +17,15 @@ def device() -> torch.device:
     return torch.device(os.environ.get("RIFT_TEST_DEVICE", "cpu"))
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread() -> Iterator[None]:
+    """So small products gain nothing from more, and lose much where another job runs."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(autouse=True)
 def _poisoned_memory() -> Iterator[None]:
     """torch.empty returns NaN, so that reading before writing shows."""

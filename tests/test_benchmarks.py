@@ -240,6 +240,23 @@ def test_report_takes_the_newest_of_each_device(result: dict[str, Any], tmp_path
     ]
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--budget", "0"], "--budget: must be positive, got 0"),
+        (["--out", "/dev/null/x"], "Not a directory"),
+        (["--device", "tpu"], "tpu"),
+    ],
+)
+def test_wrong_options_are_refused_before_anything_is_measured(
+    options: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        run.main(["--out", str(tmp_path), *options])
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_gpu_check_says_that_it_needs_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
     assert gpu_check.main() == 2

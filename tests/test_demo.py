@@ -12,12 +12,15 @@ for module in ("matplotlib", "rich", "sklearn"):
     pytest.importorskip(module, reason=f"the demo needs {module}, which is not installed")
 
 ROOT = Path(__file__).parent.parent
-DEMO = ROOT / "examples" / "finetune_digits.py"
 
 
 def demo(*options: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, str(DEMO), *options], capture_output=True, text=True, cwd=ROOT, check=False
+        [sys.executable, "-m", "examples.finetune_digits", *options],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        check=False,
     )
 
 
@@ -35,11 +38,8 @@ def test_demo(tmp_path) -> None:
 
 
 def test_no_test_image_is_trained_on() -> None:
-    sys.path.insert(0, str(DEMO.parent))
-    try:
-        from finetune_digits import draw_data
-    finally:
-        sys.path.pop(0)
+    from examples.digits import draw_data
+
     data = draw_data(0, torch.device("cpu"))
     assert len(data.shots[0]) == 30
     assert len(data.new_test[0]) > 100

@@ -156,6 +156,14 @@ def test_autocast_does_not_reach_a_learned_rotation(device) -> None:
         assert torch.equal(got, wanted)
 
 
+def test_learned_rotation_takes_no_list(device) -> None:
+    x, y = (t.to(device) for t in features(width=4))
+    with pytest.raises(
+        TypeError, match=r"student must be a tensor for rotation='learned'.*got list"
+    ):
+        learned(4, device)([x], [y])
+
+
 def test_state_dict_round_trip() -> None:
     def make() -> rk.RIFTLoss:
         return rk.RIFTLoss("covariance", rotation="learned", student_width=4, teacher_width=5)

@@ -330,13 +330,18 @@ def test_all_true_mask_is_no_mask(measure, device) -> None:
         assert cases.relative_error(got, wanted) < 1e-5
 
 
+@pytest.mark.parametrize("threads", [1, 2])
 @cases.by_name(cases.MEASURES)
-def test_repeats_are_bitwise_equal(measure, device) -> None:
-    x, y = (t.to(device, torch.bfloat16) for t in pair(rows=120, width=130))
-    first = cases.value_and_gradients(measure, x, y)
-    for _ in range(3):
-        for got, wanted in zip(cases.value_and_gradients(measure, x, y), first, strict=True):
-            assert torch.equal(got, wanted)
+def test_repeats_are_bitwise_equal(measure, threads, device) -> None:
+    x, y = (t.to(device, torch.bfloat16) for t in pair(rows=300, width=130))
+    torch.set_num_threads(threads)
+    try:
+        first = cases.value_and_gradients(measure, x, y)
+        for _ in range(3):
+            for got, wanted in zip(cases.value_and_gradients(measure, x, y), first, strict=True):
+                assert torch.equal(got, wanted)
+    finally:
+        torch.set_num_threads(1)
 
 
 def test_biased_cka_of_noise_is_saturated_and_debiased_is_not(device) -> None:

@@ -1,0 +1,1 @@
+"""Examples: ``python -m examples.finetune_digits``."""

@@ -1,0 +1,81 @@
+"""The demo's task: handwritten digits, some to pretrain on, others turned and inverted to learn.
+
+And the model: a vision transformer small enough to train in seconds on a CPU.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+from torch import Tensor, nn
+from torch.nn.functional import pad
+
+OLD, NEW, SHOTS = (0, 1, 2, 3, 4, 5, 6), (7, 8, 9), 10
+MODEL = {"width": 48, "depth": 2, "heads": 3}
+
+Images = tuple[Tensor, Tensor]  # (n, 1, 8, 8) in [0, 1], and labels
+
+
+class Data(NamedTuple):
+    """The images of one seed, no two sets of which overlap."""
+
+    pretraining: Images
+    old_test: Images
+    shots: Images
+    new_test: Images
+
+
+def draw_data(seed: int, device: torch.device) -> Data:
+    """Draw a seed's images. The test images are the same for every seed."""
+    digits = load_digits()
+    images = torch.tensor(digits.images, dtype=torch.float32)[:, None] / 16
+    rest, test = train_test_split(
+        np.arange(len(images)), test_size=0.3, stratify=digits.target, random_state=0
+    )
+    rest = np.random.default_rng(seed).permutation(rest)
+    shots = np.concatenate([rest[digits.target[rest] == digit][:SHOTS] for digit in NEW])
+
+    def pick(indices: np.ndarray, kept: tuple[int, ...]) -> Images:
+        indices = indices[np.isin(digits.target[indices], kept)]
+        chosen = images[indices]
+        if kept == NEW:
+            chosen = 1 - torch.rot90(chosen, 1, (2, 3))
+        labels = torch.tensor(digits.target[indices] - kept[0])
+        return chosen.contiguous().to(device), labels.to(device)
+
+    return Data(pick(rest, OLD), pick(test, OLD), pick(shots, NEW), pick(test, NEW))
+
+
+def jitter(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Move about half of the images by up to a pixel in each direction."""
+    windows = pad(images, (1, 1, 1, 1), mode="replicate").unfold(2, 8, 1).unfold(3, 8, 1)
+    places = torch.randint(0, 3, (2, len(images)), generator=generator)
+    places[:, torch.rand(len(images), generator=generator) < 0.5] = 1
+    row, column = places.to(images.device)
+    return windows[torch.arange(len(images), device=images.device), :, row, column]
+
+
+class Transformer(nn.Module):
+    """A vision transformer for 8 x 8 images: 16 patches, and a class token whose state is used."""
+
+    def __init__(self, classes: int, width: int, depth: int, heads: int) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(1, width, kernel_size=2, stride=2)
+        self.token = nn.Parameter(torch.zeros(1, 1, width))
+        self.position = nn.Parameter(0.1 * torch.randn(1, 17, width))
+        block = nn.TransformerEncoderLayer(
+            width, heads, 2 * width, 0.0, "gelu", batch_first=True, norm_first=True
+        )
+        norm = nn.LayerNorm(width)
+        self.blocks = nn.TransformerEncoder(block, depth, norm, enable_nested_tensor=False)
+        self.head = nn.Linear(width, classes)
+
+    def features(self, images: Tensor) -> Tensor:
+        patches = self.patches(images).flatten(2).transpose(1, 2)
+        tokens = torch.cat([self.token.expand(len(images), -1, -1), patches], dim=1)
+        states: Tensor = self.blocks(tokens + self.position)
+        return states[:, 0]
