@@ -235,7 +235,7 @@ def draw_curve(axes: Axes, runs: Sequence[Run], plans: Sequence[Plan], field: st
     label = f"+ RIFT, {name}" if way in MEASURES else "_"  # the others are written on
     axes.plot(x, y, dots, color=colour, lw=2, ms=7, mec="white", zorder=3, label=label)
     halo = [withStroke(linewidth=2.5, foreground="white")]
-    sides = {"cka": ("right", (-1, -14)), PLAIN: ("right", (-6, 5))}
+    sides = {"cka": ("right", (-7, -9)), PLAIN: ("right", (-8, -12))}
     side, shift = sides.get(way, ("left", (7, 5)))
     how: dict[str, Any] = {"ha": side, "color": colour, "fontsize": 9, "path_effects": halo}
     for plan, a, b in zip(plans, x, y, strict=True):
