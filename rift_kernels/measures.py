@@ -67,7 +67,8 @@ def _norm(matrix: Tensor) -> Tensor:
 
 
 def _inner(a: Tensor, b: Tensor) -> Tensor:
-    return (a * b).sum((-2, -1), dtype=torch.float64)
+    # Rows in their own dtype: to cast all of it would cost more than to sum it.
+    return (a * b).sum(-1).double().sum(-1)
 
 
 def _for_blocks(factor: Tensor, block: Tensor) -> Tensor:
@@ -132,11 +133,11 @@ def _u_center_(k: Tensor, f: Centered) -> Tensor:
     Returns:
         Their norms (..., 2), 0 where what is left is rounding.
     """
-    # NaN where k has overflowed.
-    noise = 4 * torch.finfo(k.dtype).eps * _norm(k)
     n = f.count[..., None, None]
-    k.diagonal(dim1=-2, dim2=-1).zero_()
-    rows = k.sum(-1, dtype=torch.float64)
+    diagonal = k.diagonal(dim1=-2, dim2=-1)
+    noise = 4 * torch.finfo(k.dtype).eps * diagonal.amax(-1)
+    diagonal.zero_()
+    rows = k.sum(-1).double()
     shift = (rows - rows.sum(-1, keepdim=True) / (2 * (n - 1))) / (n - 2)
     shift = shift.to(k.dtype)
     k.sub_(shift.unsqueeze(-1)).sub_(shift.unsqueeze(-2))
@@ -145,6 +146,7 @@ def _u_center_(k: Tensor, f: Centered) -> Tensor:
         masked = ~f.mask.unsqueeze(-2)
         k.masked_fill_(masked.unsqueeze(-1), 0.0).masked_fill_(masked.unsqueeze(-2), 0.0)
     norm = _norm(k)
+    # NaN where k had overflowed.
     return norm.masked_fill(norm <= noise, 0.0) + (noise - noise)
 
 
