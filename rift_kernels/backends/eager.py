@@ -17,8 +17,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# Below this width one product is faster than many small ones.
-SYMMETRIC_LEAF = 96
+# Columns of a symmetric product that are computed at once: narrower ones cost speed, wider ones
+# repeat more below the diagonal.
+PANEL = 128
 # Multiplications from which oneDNN's own overhead no longer counts.
 ONEDNN_PRODUCT = 2**24
 
@@ -70,26 +71,17 @@ def moments(x: Tensor, y: Tensor, gram: bool, wanted: str) -> tuple[Tensor | Non
 
 
 def symmetric_product(z: Tensor) -> Tensor:
-    """``z^T z``; for 2-d input only the upper blocks are multiplied, the lower ones are copied."""
+    """``z^T z``; for 2-d input in panels of columns, of which only the upper part is multiplied."""
     width = z.shape[-1]
-    if z.dim() > 2 or width <= SYMMETRIC_LEAF:
+    if z.dim() > 2 or width <= PANEL:
         return z.mT @ z
     out = z.new_empty(width, width)
-    _symmetric_product_into(out, z)
+    for start in range(0, width, PANEL):
+        stop = min(start + PANEL, width)
+        above = out[:stop, start:stop]
+        torch.mm(z[:, :stop].mT, z[:, start:stop], out=above)
+        out[start:stop, :start].copy_(above[:start].mT)
     return out
-
-
-def _symmetric_product_into(out: Tensor, z: Tensor) -> None:
-    width = z.shape[-1]
-    if width <= SYMMETRIC_LEAF:
-        torch.mm(z.mT, z, out=out)
-        return
-    half = width // 2
-    left, right = z[:, :half], z[:, half:]
-    _symmetric_product_into(out[:half, :half], left)
-    _symmetric_product_into(out[half:, half:], right)
-    torch.mm(left.mT, right, out=out[:half, half:])
-    out[half:, :half].copy_(out[:half, half:].mT)
 
 
 def _times_transposed(a: Tensor, b: Tensor) -> Tensor:
@@ -134,15 +126,20 @@ def features_bwd(
     if own_block is not None and own_block.dtype != own.dtype:
         # A transport map can hold entries so large that only float64 brings them together again.
         own, other = own.to(own_block.dtype), other.to(own_block.dtype)
+    # Blocks are smaller than features, so the incoming gradient goes into them.
+    scale = scale.to(own.dtype)
+    scale_blocks, scale_rows = scale[..., None, None], scale[..., None]
     grad = None
     for features, block in ((own, own_block), (other, cross_block)):
         if block is None:
             continue
+        block = block * scale_blocks
         product = block @ features if gram else _times_transposed(features, block)
         grad = product if grad is None else grad.add_(product)
     if grad is None:
         grad = torch.zeros_like(own)
     if weight is not None:
+        weight = weight * scale_rows
         grad.addcmul_(own, weight.unsqueeze(-1))
         if weight.shape[-1] > 1:
             # Only unequal weights move the mean: every other term is made of centered columns.
@@ -150,8 +147,7 @@ def features_bwd(
             count = own.shape[-2] if mask is None else mask.sum(-1, keepdim=True).to(own.dtype)
             grad -= (total / count).unsqueeze(-2)
     if bias is not None:
-        grad += bias.unsqueeze(-2)
-    grad.mul_(scale.to(grad.dtype)[..., None, None])
+        grad += (bias * scale_rows).unsqueeze(-2)
     if mask is not None:
         # Last, so that it is 0 whatever comes in.
         grad.masked_fill_(~mask.unsqueeze(-1), 0.0)
