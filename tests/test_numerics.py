@@ -371,6 +371,14 @@ def test_safe_inverse() -> None:
     assert got[2:].isnan().all()
 
 
+def test_u_centering_an_overflow_is_nan() -> None:
+    k = torch.rand(2, 6, 6)
+    k[0, 0, 0] = math.inf
+    count = torch.tensor(6.0, dtype=torch.float64)
+    norm = measures._u_center_(k, measures.Centered(k, k, k, k, count, None))
+    assert norm.isnan().tolist() == [True, False]
+
+
 def test_reference_agrees_with_the_definition_by_hand() -> None:
     """The oracle itself, on numbers small enough for paper."""
     x = torch.tensor([[0.0], [1.0], [2.0], [5.0]], dtype=torch.float64)
