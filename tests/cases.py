@@ -202,6 +202,17 @@ def value_and_gradients(
     return values.detach(), x.grad, y.grad
 
 
+def assert_same_under_autocast(
+    function: Callable[..., Tensor], x: Tensor, y: Tensor, device: torch.device
+) -> None:
+    """Values and gradients are the same to the last bit."""
+    expected = value_and_gradients(function, x, y)
+    with torch.autocast(device.type, dtype=torch.bfloat16):
+        actual = value_and_gradients(function, x, y)
+    for got, wanted in zip(actual, expected, strict=True):
+        assert torch.equal(got, wanted)
+
+
 def rotation(width: int, seed: int = 0) -> Tensor:
     """A random orthogonal matrix, float64."""
     generator = torch.Generator().manual_seed(seed)

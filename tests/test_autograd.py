@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 import rift_kernels as rk
@@ -84,6 +85,8 @@ def test_forward_mode_raises(measure) -> None:
     x, y = (t.detach() for t in cases.pair())
     with pytest.raises(RuntimeError):
         torch.func.jvp(lambda a: measure(a, y), (x,), (torch.ones_like(x),))
+    with forward_ad.dual_level(), pytest.raises((RuntimeError, NotImplementedError)):
+        measure(forward_ad.make_dual(x, torch.ones_like(x)), y)
 
 
 def test_features_may_change_in_place_after_the_call() -> None:

@@ -70,22 +70,21 @@ ITERATED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
-@pytest.mark.parametrize("which", ["as_asked", "correlated"])
-@pytest.mark.parametrize("form", cases.FORMS)
-@pytest.mark.parametrize("name", EXACT)
-def test_exact(name: str, form: str, which: str, force_form, device) -> None:
-    force_form(form)
-    x, y = (t.to(device) for t in data(which))
-    assert float(EXACT[name](x, y)) == pytest.approx(GOLDEN[name][which], rel=1e-9, abs=1e-9)
+CALLS = [
+    pytest.param(name, function, tolerance, id=f"{name}-{tolerance:.0e}")
+    for functions, tolerance in ((EXACT, 1e-9), (ITERATED, 1e-6))
+    for name, function in functions.items()
+]
 
 
 @pytest.mark.parametrize("which", ["as_asked", "correlated"])
 @pytest.mark.parametrize("form", cases.FORMS)
-@pytest.mark.parametrize("name", ITERATED)
-def test_newton_schulz(name: str, form: str, which: str, force_form, device) -> None:
+@pytest.mark.parametrize(("name", "function", "tolerance"), CALLS)
+def test_values(name, function, tolerance, form, which, force_form, device) -> None:
     force_form(form)
     x, y = (t.to(device) for t in data(which))
-    assert float(ITERATED[name](x, y)) == pytest.approx(GOLDEN[name][which], rel=1e-6, abs=1e-6)
+    expected = pytest.approx(GOLDEN[name][which], rel=tolerance, abs=tolerance)
+    assert float(function(x, y)) == expected
 
 
 @pytest.mark.parametrize("which", ["as_asked", "correlated"])

@@ -149,11 +149,7 @@ def test_learned_rotation_in_a_half_precision_model(dtype, device) -> None:
 def test_autocast_does_not_reach_a_learned_rotation(device) -> None:
     loss = learned(24, device)
     x, y = (t.detach().to(device) for t in features(64, 24))
-    expected = cases.value_and_gradients(loss, x, y)
-    with torch.autocast(device.type, dtype=torch.bfloat16):
-        actual = cases.value_and_gradients(loss, x, y)
-    for got, wanted in zip(actual, expected, strict=True):
-        assert torch.equal(got, wanted)
+    cases.assert_same_under_autocast(loss, x, y, device)
 
 
 def test_learned_rotation_takes_no_list(device) -> None:

@@ -168,6 +168,19 @@ def test_procrustes_newton_schulz_against_svd(kind, dtype, form, force_form, dev
     assert cases.relative_error(fast[2], exact[2]) < 1e-3
 
 
+def test_procrustes_of_a_steep_spectrum_in_gram_form(force_form, device) -> None:
+    """As far off as its docstring says, and further than in covariance form."""
+    force_form("gram")
+    scale = torch.arange(1, 257) ** -2.0
+    y = normal(64, 256) * scale
+    x = y + 0.3 * normal(64, 256, seed=4) * scale
+    x, y = x.to(device), y.to(device)
+    fast = cases.value_and_gradients(cases.PROCRUSTES, x, y)
+    exact = cases.value_and_gradients(cases.PROCRUSTES_SVD, x, y)
+    assert float(fast[0]) == pytest.approx(float(exact[0]), abs=1e-5)
+    assert cases.relative_error(fast[1], exact[1]) < 3e-3
+
+
 def test_gradient_is_finite_where_that_of_an_svd_is_not() -> None:
     """Repeated singular values: the textbook nuclear norm through svd has a NaN gradient."""
     x = torch.cat([torch.eye(4), -torch.eye(4)]).double().requires_grad_()

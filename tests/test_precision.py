@@ -1,6 +1,7 @@
 """Dtypes, autocast and the settings for matrix products."""
 
 from contextlib import ExitStack
+from functools import partial
 
 import pytest
 import torch
@@ -63,19 +64,14 @@ def test_matmul_precision_settings(setting, device) -> None:
 @cases.by_name(cases.MEASURES)
 def test_autocast_changes_nothing(measure, device) -> None:
     x, y = (t.detach().to(device) for t in cases.pair(64, 24))
-    expected = cases.value_and_gradients(measure, x, y)
-    with torch.autocast(device.type, dtype=torch.bfloat16):
-        actual = cases.value_and_gradients(measure, x, y)
-    for got, wanted in zip(actual, expected, strict=True):
-        assert torch.equal(got, wanted)
+    cases.assert_same_under_autocast(measure, x, y, device)
 
 
 def test_autocast_does_not_reach_the_rotation(device) -> None:
     x, y = (t.detach().to(device) for t in cases.pair(64, 24))
     q = cases.rotation(24).float().to(device)
-    expected = rk.covariance_distance(x, y, rotation=q)
-    with torch.autocast(device.type, dtype=torch.bfloat16):
-        assert torch.equal(rk.covariance_distance(x, y, rotation=q), expected)
+    distance = partial(rk.covariance_distance, rotation=q)
+    cases.assert_same_under_autocast(distance, x, y, device)
 
 
 def test_mixed_dtypes(device) -> None:

@@ -1,4 +1,4 @@
-"""The primitives in plain PyTorch: any device, any floating dtype.
+"""The primitives in plain PyTorch, on CPU and CUDA tensors, computing in float32 or float64.
 
 Two primitives serve every measure:
 
@@ -8,8 +8,7 @@ Two primitives serve every measure:
 - :func:`features_bwd`: ``grad_X = center(Xc P + Yc R^T + w * Xc) + b`` from blocks of coefficients,
   or ``center(M Xc + ...) + b`` in Gram form.
 
-All take any leading axes. Products of 2-d inputs go into slices of one output, so that the
-symmetric ones cost half.
+All take any leading axes. Symmetric products of 2-d inputs cost little more than half of others.
 """
 
 from __future__ import annotations
