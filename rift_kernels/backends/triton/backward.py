@@ -1,0 +1,157 @@
+"""Gradients in covariance form: both products of one side in one float32 accumulator.
+
+    grad = g * (scale * (W P + Other R) + w * own)  less its column means,   W = c own + c' other
+
+with ``own`` and ``other`` centered, P and R given as two bfloat16 each (``planes``: P above R), and
+row weights ``w`` that are affine in the rows' energies. ``W`` is formed in float32 and centered
+before it is rounded. bfloat16 features of the other side go in as they are; what their mean adds to
+every row is known per column (``shift``) and taken off at the end. The low halves are multiplied
+where the scalars say so, and always for features that are wider than bfloat16.
+
+Bytes: per tile of the gradient, own and other once for W and other once more, and P and R: once
+each, or three and two times with the low halves.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .cka import FULL, OTHER, OWN, ROW, ROW_OTHER, ROW_OWN, SCALE
+from .device import (
+    COUNT,
+    batch_of,
+    layer_of,
+    pick,
+    split,
+    statistic,
+    valid_rows,
+)
+
+
+@triton.jit
+def _load(ptr, stride_n, stride_d, row, valid, column, width):
+    mask = valid[:, None] & (column < width)[None, :]
+    offsets = row.to(tl.int64)[:, None] * stride_n + column.to(tl.int64)[None, :] * stride_d
+    return tl.load(ptr + offsets, mask=mask, other=0.0)
+
+
+@triton.jit
+def backward_kernel(
+    owns, others, masks, grads, rows, widths_own, widths_other,
+    strides_own_n, strides_own_d, strides_other_n, strides_other_d,
+    stride_own_b, stride_other_b, stride_mb, stride_grad_b,
+    incoming_ptr, planes_ptr, scalars_ptr, shift_ptr, means_ptr, statistics_ptr,
+    energies_ptr, weighted_ptr,
+    column_programs, width, parts, max_rows, row_programs,
+    LAYERS: tl.constexpr, PROGRAMS: tl.constexpr, HAS_MASK: tl.constexpr, SIDE: tl.constexpr,
+    NEAR: tl.constexpr, DEBIASED: tl.constexpr, EXACT: tl.constexpr, SHIFT_STEP: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """One program owns a tile (BLOCK_M rows, BLOCK_N columns) of one layer's gradient."""
+    entry = tl.program_id(1)
+    layer, batch = layer_of(entry, LAYERS), batch_of(entry, LAYERS)
+    n, d_own, d_other = pick(rows, layer), pick(widths_own, layer), pick(widths_other, layer)
+    # Programs that share rows run together, and find them in the L2 cache.
+    blocks_n = tl.cdiv(width, BLOCK_N)
+    block_m, block_n = tl.program_id(0) // blocks_n, tl.program_id(0) % blocks_n
+    if (block_m * BLOCK_M < n) & (block_n * BLOCK_N < d_own):
+        own_ptr = pick(owns, layer) + batch * stride_own_b
+        other_ptr = pick(others, layer) + batch * stride_other_b
+        grad_ptr = pick(grads, layer) + batch * stride_grad_b
+        own_n, own_d = pick(strides_own_n, layer), pick(strides_own_d, layer)
+        other_n, other_d = pick(strides_other_n, layer), pick(strides_other_d, layer)
+        mask_ptr = own_ptr
+        if HAS_MASK:
+            mask_ptr = pick(masks, layer) + batch * stride_mb
+        mean_own_ptr = means_ptr + (entry * 2 + SIDE) * width
+        mean_other_ptr = means_ptr + (entry * 2 + 1 - SIDE) * width
+        plane = (2 * width).to(tl.int64) * width
+        planes_ptr += entry * 2 * plane
+        statistics_ptr += entry * 6 * PROGRAMS
+        count = statistic(statistics_ptr, COUNT, column_programs, PROGRAMS).to(tl.float32)
+        scalars_ptr += entry * 16 + SIDE * 8
+        scale = tl.load(scalars_ptr + SCALE)
+        c_own = tl.load(scalars_ptr + OWN)
+        c_other = tl.load(scalars_ptr + OTHER)
+        full = tl.load(scalars_ptr + FULL) != 0
+        row = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
+        valid = valid_rows(mask_ptr, row, n, HAS_MASK)
+        column = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
+        inner = tl.arange(0, BLOCK_K)
+        acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+
+        steps = tl.cdiv(d_own, BLOCK_K)
+        # high times high, high times low, low times high.
+        passes = tl.where(full, 3, 1)
+        if EXACT:
+            passes = 3
+        for step in range(passes * steps):
+            turn = step // steps
+            k = (step - turn * steps) * BLOCK_K + inner
+            own = _load(own_ptr, own_n, own_d, row, valid, k, d_own).to(tl.float32)
+            mean = tl.load(mean_own_ptr + k)
+            w = c_own * (own - mean[None, :])
+            if NEAR:
+                other = _load(other_ptr, other_n, other_d, row, valid, k, d_other).to(tl.float32)
+                mean = tl.load(mean_other_ptr + k)
+                w += c_other * (other - mean[None, :])
+            w = tl.where(valid[:, None] & (k < d_own)[None, :], w, 0.0)
+            high, low = split(w)
+            left = tl.where(turn == 2, low, high)
+            offsets = k.to(tl.int64)[:, None] * width + column[None, :]
+            right_ptr = planes_ptr + tl.where(turn == 1, plane, 0)
+            right = tl.load(right_ptr + offsets)
+            acc = tl.dot(left, right, acc)
+
+        steps = tl.cdiv(d_other, BLOCK_K)
+        passes = tl.where(full, 2, 1)
+        if EXACT:
+            passes = 3
+        planes_ptr += width.to(tl.int64) * width
+        for step in range(passes * steps):
+            turn = step // steps
+            k = (step - turn * steps) * BLOCK_K + inner
+            other = _load(other_ptr, other_n, other_d, row, valid, k, d_other)
+            if EXACT:
+                mean = tl.load(mean_other_ptr + k)
+                other = other.to(tl.float32) - mean[None, :]
+                other = tl.where(valid[:, None] & (k < d_other)[None, :], other, 0.0)
+                high, low = split(other)
+                other = tl.where(turn == 2, low, high)
+            offsets = k.to(tl.int64)[:, None] * width + column[None, :]
+            right_ptr = planes_ptr + tl.where(turn == 1, plane, 0)
+            right = tl.load(right_ptr + offsets)
+            acc = tl.dot(other, right, acc)
+
+        inside = column < d_own
+        if not EXACT:
+            half = parts * width
+            first_ptr = shift_ptr + entry.to(tl.int64) * 2 * half + column
+            shift = tl.zeros([BLOCK_N], tl.float32)
+            for part in range(tl.cdiv(d_other, SHIFT_STEP)):
+                shift += tl.load(first_ptr + part * width, mask=inside, other=0.0)
+                rest = tl.load(first_ptr + half + part * width, mask=inside, other=0.0)
+                shift += tl.where(full, rest, 0.0)
+            acc -= shift[None, :]
+        acc *= scale
+        if DEBIASED:
+            side = row_programs * width
+            energies_ptr += entry.to(tl.int64) * 2 * max_rows
+            sum_ptr = weighted_ptr + entry.to(tl.int64) * 4 * side + SIDE * 2 * side + column
+            own_energy = tl.load(energies_ptr + SIDE * max_rows + row, mask=valid, other=0.0)
+            other_energy = tl.load(energies_ptr + (1 - SIDE) * max_rows + row, mask=valid, other=0.0)
+            by_own, by_other = tl.load(scalars_ptr + ROW_OWN), tl.load(scalars_ptr + ROW_OTHER)
+            weight = tl.load(scalars_ptr + ROW) + by_own * own_energy + by_other * other_energy
+            total = tl.zeros([BLOCK_N], tl.float32)
+            for run in range(row_programs):
+                total += by_own * tl.load(sum_ptr + run * width, mask=inside, other=0.0)
+                total += by_other * tl.load(sum_ptr + side + run * width, mask=inside, other=0.0)
+            mean = tl.load(mean_own_ptr + column)
+            own = _load(own_ptr, own_n, own_d, row, valid, column, d_own).to(tl.float32)
+            acc += weight[:, None] * (own - mean[None, :]) - (total / count)[None, :]
+        acc *= tl.load(incoming_ptr + entry).to(tl.float32)
+        acc = tl.where(valid[:, None], acc, 0.0)
+        offsets = row.to(tl.int64)[:, None] * d_own + column[None, :]
+        bounds = (row < n)[:, None] & inside[None, :]
+        tl.store(grad_ptr + offsets, acc.to(grad_ptr.dtype.element_ty), mask=bounds)

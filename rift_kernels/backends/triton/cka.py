@@ -1,0 +1,420 @@
+"""Linear CKA in covariance form: from partial moments to the value and the backward's operands.
+
+With features scaled to unit norm, ``A = X^T X``, ``C = X^T Y``, ``B = Y^T Y`` and
+``value = h / sqrt(hxx hyy)`` (biased: ``h = ||C||^2, hxx = ||A||^2, hyy = ||B||^2``; debiased, each
+less what the rows' energies explain), the student's gradient is
+
+    beta (X (-u A) + Y C^T),    u = h / hxx,  beta = 2 / sqrt(hxx hyy)
+
+a difference of near-equal terms where the student is near its teacher. It is rearranged with a
+number t, the regression of Y on X:
+
+    F = C^T - t A               formed here, in float32
+    W = t Y - u X               formed in the backward, in float32
+    gradient = beta (W A + Y F)
+
+in which every term is as small as the gradient itself, so that bfloat16 operands do, at no more
+products than without. Where ``||F||^2`` is large beside ``(1 - value) ||C||^2`` this is not so (the
+student is a rotation of the teacher), and the low halves of W, A and F are multiplied as well.
+Nothing waits for that decision: A and F are written in halves, W and the number of products are the
+backward's.
+
+Bytes: every partial tile is read once for A, B and C each and once more per F; A and F are written
+as two bfloat16 each.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .device import (
+    COUNT,
+    ENERGY_X,
+    ENERGY_XY,
+    ENERGY_Y,
+    PIVOT_X,
+    PIVOT_Y,
+    arrive,
+    batch_of,
+    column_mean,
+    inverse_scale,
+    layer_of,
+    pick,
+    split,
+    statistic,
+    sum_partials,
+    triangle_index,
+    valid_rows,
+)
+from .moments import tile_of
+
+# Fields of the sums that the programs leave to the last of them.
+SQUARE_A = tl.constexpr(0)
+SQUARE_B = tl.constexpr(1)
+SQUARE_C = tl.constexpr(2)
+SQUARE_FX = tl.constexpr(3)
+SQUARE_FY = tl.constexpr(4)
+SUM_R = tl.constexpr(5)
+SUM_Q = tl.constexpr(6)
+SQUARE_R = tl.constexpr(7)
+SQUARE_Q = tl.constexpr(8)
+PRODUCT_RQ = tl.constexpr(9)
+FIELDS = tl.constexpr(16)
+
+# Fields of the scalars that the backward reads, for each side.
+SCALE = tl.constexpr(0)
+OWN = tl.constexpr(1)
+OTHER = tl.constexpr(2)
+FULL = tl.constexpr(3)
+ROW = tl.constexpr(4)
+ROW_OWN = tl.constexpr(5)
+ROW_OTHER = tl.constexpr(6)
+SCALARS = 8
+
+# What is left of a unit block by less than this is made of rounding.
+ROUNDING = tl.constexpr(16 * 2.0**-23)
+
+
+@triton.jit
+def _square_sum(tile):
+    """Sum of squares in float64: squares of float32 may not be float32."""
+    wide = tile.to(tl.float64)
+    return tl.sum(tl.sum(wide * wide, 1), 0)
+
+
+@triton.jit
+def _field(sums, field):
+    return tl.sum(tl.where(tl.arange(0, FIELDS) == field, sums, 0.0), 0)
+
+
+@triton.jit
+def _store_halves(planes_ptr, plane, offsets, tile):
+    high, low = split(tile)
+    tl.store(planes_ptr + offsets, high)
+    tl.store(planes_ptr + plane + offsets, low)
+
+
+@triton.jit
+def _store_shift(shift_ptr, half, offsets, mean, tile, AXIS: tl.constexpr):
+    """What the mean of the left operand's columns makes of both halves of the right operand."""
+    high, low = split(tile)
+    factor = mean[None, :] if AXIS == 1 else mean[:, None]
+    tl.store(shift_ptr + offsets, tl.sum(factor * high.to(tl.float32), AXIS))
+    tl.store(shift_ptr + half + offsets, tl.sum(factor * low.to(tl.float32), AXIS))
+
+
+@triton.jit
+def _energies(
+    x_ptr, stride_n, stride_d, mask_ptr, n, width, sums_ptr, segments, stride, count, scale,
+    energy_ptr, begin, end, HAS_MASK: tl.constexpr, BLOCK: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """Squared norms of the centered rows ``begin..end``; returns their sum and sum of squares."""
+    total = tl.zeros([BLOCK_R], tl.float64)
+    square = tl.zeros([BLOCK_R], tl.float64)
+    for start in range(begin, end, BLOCK_R):
+        row = start + tl.arange(0, BLOCK_R)
+        valid = valid_rows(mask_ptr, row, n, HAS_MASK) & (row < end)
+        energy = tl.zeros([BLOCK_R], tl.float32)
+        for first in range(0, width, BLOCK):
+            column = first + tl.arange(0, BLOCK)
+            mean = column_mean(sums_ptr, column, segments, stride, count, column < width, BLOCK)
+            mask = valid[:, None] & (column < width)[None, :]
+            offsets = row.to(tl.int64)[:, None] * stride_n + column.to(tl.int64)[None, :] * stride_d
+            x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+            x = tl.where(mask, (x - mean[None, :]) * scale, 0.0)
+            energy += tl.sum(x * x, 1)
+        tl.store(energy_ptr + row, energy, mask=row < end)
+        wide = energy.to(tl.float64)
+        total += wide
+        square += wide * wide
+    return tl.sum(total, 0), tl.sum(square, 0)
+
+
+@triton.jit
+def _weighted_sums(
+    x_ptr, stride_n, stride_d, mask_ptr, n, width, sums_ptr, segments, stride, count,
+    own_ptr, other_ptr, out_ptr, half, begin, end,
+    HAS_MASK: tl.constexpr, BLOCK: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """Column sums of the centered rows ``begin..end``, weighted with either side's energies."""
+    for first in range(0, width, BLOCK):
+        column = first + tl.arange(0, BLOCK)
+        mean = column_mean(sums_ptr, column, segments, stride, count, column < width, BLOCK)
+        by_own = tl.zeros([BLOCK], tl.float32)
+        by_other = tl.zeros([BLOCK], tl.float32)
+        for start in range(begin, end, BLOCK_R):
+            row = start + tl.arange(0, BLOCK_R)
+            valid = valid_rows(mask_ptr, row, n, HAS_MASK) & (row < end)
+            mask = valid[:, None] & (column < width)[None, :]
+            offsets = row.to(tl.int64)[:, None] * stride_n + column.to(tl.int64)[None, :] * stride_d
+            x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+            x = tl.where(mask, x - mean[None, :], 0.0)
+            own = tl.load(own_ptr + row, mask=valid, other=0.0)
+            other = tl.load(other_ptr + row, mask=valid, other=0.0)
+            by_own += tl.sum(own[:, None] * x, 0)
+            by_other += tl.sum(other[:, None] * x, 0)
+        tl.store(out_ptr + column, by_own, mask=column < width)
+        tl.store(out_ptr + half + column, by_other, mask=column < width)
+
+
+@triton.jit
+def _store_side(scalars_ptr, side, beta, own, other, full, row, row_own, row_other):
+    out = scalars_ptr + side * 8
+    tl.store(out + SCALE, beta.to(tl.float32))
+    tl.store(out + OWN, own.to(tl.float32))
+    tl.store(out + OTHER, other.to(tl.float32))
+    tl.store(out + FULL, full.to(tl.float32))
+    tl.store(out + ROW, row.to(tl.float32))
+    tl.store(out + ROW_OWN, row_own.to(tl.float32))
+    tl.store(out + ROW_OTHER, row_other.to(tl.float32))
+
+
+@triton.jit
+def _head(
+    value_ptr, scalars_ptr, sums, n, pivot_x, pivot_y, inverse_x, inverse_y, t_x, t_y,
+    DEBIASED: tl.constexpr, HIGH: tl.constexpr,
+):  # fmt: skip
+    """The scalars of one layer, in float64."""
+    square_a, square_b = _field(sums, SQUARE_A), _field(sums, SQUARE_B)
+    square_c = _field(sums, SQUARE_C)
+    hxx, hyy, h = square_a, square_b, square_c
+    dead = (pivot_x == 0) | (pivot_y == 0)
+    fewest = 2
+    a, b = n * 0, n * 0
+    sum_r, sum_q = _field(sums, SUM_R), _field(sums, SUM_Q)
+    if DEBIASED:
+        fewest = 4
+        a, b = n / (n - 2), 1 / ((n - 1) * (n - 2))
+        hxx += b * sum_r * sum_r - a * _field(sums, SQUARE_R)
+        hyy += b * sum_q * sum_q - a * _field(sums, SQUARE_Q)
+        h += b * sum_r * sum_q - a * _field(sums, PRODUCT_RQ)
+        dead = dead | (hxx <= square_a * ROUNDING) | (hyy <= square_b * ROUNDING)
+    beta = tl.where(dead, 0.0, 2 / tl.sqrt(tl.where(dead, 1.0, hxx * hyy)))
+    value = 0.5 * h * beta
+    # NaN and Inf in the features come through where nothing varies, too.
+    value += (pivot_x - pivot_x) + (pivot_y - pivot_y)
+    value = tl.where(n < fewest, float("nan"), value)
+    beta += value - value
+    tl.store(value_ptr, value.to(tl.float32))
+    u_x = tl.where(dead, 0.0, h / tl.where(dead, 1.0, hxx))
+    u_y = tl.where(dead, 0.0, h / tl.where(dead, 1.0, hyy))
+    alpha_x, alpha_y = -u_x * beta, -u_y * beta
+    both = inverse_x.to(tl.float64) * inverse_y
+    left = (1 - value) * square_c
+    full_x = (_field(sums, SQUARE_FX) > left) & HIGH
+    full_y = (_field(sums, SQUARE_FY) > left) & HIGH
+    # A row's weight is ROW + ROW_OWN r + ROW_OTHER q, of the energies of scaled features.
+    square_x, square_y = inverse_x.to(tl.float64) * inverse_x, inverse_y.to(tl.float64) * inverse_y
+    row_x = square_x * b * (alpha_x * sum_r + beta * sum_q)
+    row_y = square_y * b * (alpha_y * sum_q + beta * sum_r)
+    _store_side(
+        scalars_ptr, 0, beta * both, -u_x * inverse_x / inverse_y, t_x, full_x,
+        row_x, -square_x * a * alpha_x, -square_x * a * beta,
+    )  # fmt: skip
+    _store_side(
+        scalars_ptr, 1, beta * both, -u_y * inverse_y / inverse_x, t_y, full_y,
+        row_y, -square_y * a * alpha_y, -square_y * a * beta,
+    )  # fmt: skip
+
+
+@triton.jit
+def cka_kernel(
+    xs, ys, masks, rows, widths_x, widths_y, strides_xn, strides_xd, strides_yn, strides_yd,
+    stride_xb, stride_yb, stride_mb,
+    tiles_ptr, spill_ptr, sums_ptr, statistics_ptr, counters_ptr,
+    values_ptr, scalars_ptr, planes_x_ptr, planes_y_ptr, shift_x_ptr, shift_y_ptr,
+    means_ptr, energies_ptr, weighted_ptr, partial_ptr,
+    tile_programs, column_programs, segments, width, slots, spills, max_rows, row_programs,
+    LAYERS: tl.constexpr, PROGRAMS: tl.constexpr, HAS_MASK: tl.constexpr,
+    SPLIT: tl.constexpr, NEAR: tl.constexpr, SHIFT: tl.constexpr, DEBIASED: tl.constexpr,
+    STUDENT: tl.constexpr, TEACHER: tl.constexpr, HIGH: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, SUB: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """One program owns SUB rows of one tile of A, B or C, or a run of feature rows."""
+    program = tl.program_id(0)
+    entry = tl.program_id(1)
+    programs = tl.num_programs(0)
+    layer, batch = layer_of(entry, LAYERS), batch_of(entry, LAYERS)
+    n, d1, d2 = pick(rows, layer), pick(widths_x, layer), pick(widths_y, layer)
+    SIZE: tl.constexpr = BLOCK * BLOCK
+    PARTS: tl.constexpr = BLOCK // SUB
+    sums_x = sums_ptr + entry.to(tl.int64) * (2 * segments * width)
+    sums_y = sums_x + segments * width
+    statistics_ptr += entry * 6 * PROGRAMS
+    tiles_ptr += entry.to(tl.int64) * slots * SIZE
+    spill_ptr += entry.to(tl.int64) * spills * SIZE
+    scalars_ptr += entry * 16
+    partial_ptr += entry.to(tl.int64) * programs * FIELDS
+    count = statistic(statistics_ptr, COUNT, column_programs, PROGRAMS)
+    inverse_x = inverse_scale(statistics_ptr, PIVOT_X, ENERGY_X, column_programs, PROGRAMS)
+    inverse_y = inverse_scale(statistics_ptr, PIVOT_Y, ENERGY_Y, column_programs, PROGRAMS)
+    t_x, t_y = inverse_x * 0.0, inverse_y * 0.0
+    if NEAR:
+        # Regression coefficients of features of unit norm are one number both ways.
+        both = statistic(statistics_ptr, ENERGY_XY, column_programs, PROGRAMS)
+        t_x = (both * inverse_x * inverse_y).to(tl.float32)
+        t_y = t_x
+    n_float = count.to(tl.float32)
+
+    blocks_x, blocks_y = tl.cdiv(d1, BLOCK), tl.cdiv(d2, BLOCK)
+    count_x = blocks_x * (blocks_x + 1) // 2
+    tiles = count_x + blocks_y * (blocks_y + 1) // 2 + blocks_x * blocks_y
+    chunks = tl.cdiv(n, BLOCK_K)
+    share = tl.cdiv(tiles * chunks, tile_programs)
+    field = tl.arange(0, FIELDS)
+    sums = tl.zeros([FIELDS], tl.float64)
+    local = tl.arange(0, SUB)
+    across = tl.arange(0, BLOCK)
+    plane = (2 * width).to(tl.int64) * width
+    planes_x_ptr += entry * 2 * plane
+    planes_y_ptr += entry * 2 * plane
+    half = (width // BLOCK) * PARTS * width
+    shift_x_ptr += entry.to(tl.int64) * 2 * half
+    shift_y_ptr += entry.to(tl.int64) * 2 * half
+    if program < slots * PARTS:
+        slot, part = program // PARTS, program % PARTS
+        if slot < tiles:
+            left_is_y, block_i, right_is_y, block_j = tile_of(
+                slot, blocks_x, blocks_y, True, True
+            )
+            offsets = (part * SUB + local)[:, None] * BLOCK + across[None, :]
+            flipped = (part * SUB + local)[:, None] + across[None, :] * BLOCK
+            i = block_i * BLOCK + part * SUB + local
+            j = block_j * BLOCK + across
+            tile = sum_partials(tiles_ptr, spill_ptr, slot, chunks, share, offsets, SIZE)
+            sums_i = tl.where(left_is_y, sums_y, sums_x)
+            sums_j = tl.where(right_is_y, sums_y, sums_x)
+            mean_i = column_mean(sums_i, i, segments, width, n_float, i < width, SUB)
+            mean_j = column_mean(sums_j, j, segments, width, n_float, j < width, BLOCK)
+            if not SPLIT:
+                tile -= (n_float * mean_i)[:, None] * mean_j[None, :]
+            scale_i = tl.where(left_is_y, inverse_y, inverse_x)
+            scale_j = tl.where(right_is_y, inverse_y, inverse_x)
+            tile = tile * scale_i * scale_j
+            i64, j64 = i.to(tl.int64), j.to(tl.int64)
+            direct = i64[:, None] * width + j64[None, :]
+            turned = j64[None, :] * width + i64[:, None]
+            square = _square_sum(tile)
+            if left_is_y == right_is_y:
+                if block_i == block_j:
+                    side = tl.where(left_is_y, width, 0)
+                    tl.store(means_ptr + entry * 2 * width + side + i, mean_i)
+                square *= tl.where(block_i == block_j, 1.0, 2.0)
+                if left_is_y:
+                    sums = tl.where(field == SQUARE_B, square, sums)
+                    if TEACHER:
+                        _store_halves(planes_y_ptr, plane, direct, tile)
+                        _store_halves(planes_y_ptr, plane, turned, tile)
+                else:
+                    sums = tl.where(field == SQUARE_A, square, sums)
+                    if STUDENT:
+                        _store_halves(planes_x_ptr, plane, direct, tile)
+                        _store_halves(planes_x_ptr, plane, turned, tile)
+            else:
+                sums = tl.where(field == SQUARE_C, square, sums)
+                lower = block_i > block_j
+                pair = triangle_index(
+                    tl.minimum(block_i, block_j), tl.maximum(block_i, block_j)
+                )
+                own_offsets = tl.where(lower, flipped, offsets)
+                if STUDENT:
+                    # The transpose of F, which is C - t A.
+                    rest = tile
+                    if NEAR:
+                        own = sum_partials(
+                            tiles_ptr, spill_ptr, pair, chunks, share, own_offsets, SIZE
+                        )
+                        if not SPLIT:
+                            mean = column_mean(
+                                sums_x, j, segments, width, n_float, j < width, BLOCK
+                            )
+                            own -= (n_float * mean_i)[:, None] * mean[None, :]
+                        rest = tile - t_x * (own * inverse_x * inverse_x)
+                    sums = tl.where(field == SQUARE_FX, _square_sum(rest), sums)
+                    _store_halves(planes_x_ptr + width.to(tl.int64) * width, plane, turned, rest)
+                    if SHIFT:
+                        _store_shift(shift_x_ptr, half, block_j * width + i, mean_j, rest, 1)
+                if TEACHER:
+                    rest = tile
+                    if NEAR:
+                        own = sum_partials(
+                            tiles_ptr, spill_ptr, count_x + pair, chunks, share, own_offsets,
+                            SIZE,
+                        )  # fmt: skip
+                        if not SPLIT:
+                            mean = column_mean(
+                                sums_y, i, segments, width, n_float, i < width, SUB
+                            )
+                            own -= (n_float * mean)[:, None] * mean_j[None, :]
+                        rest = tile - t_y * (own * inverse_y * inverse_y)
+                    sums = tl.where(field == SQUARE_FY, _square_sum(rest), sums)
+                    _store_halves(planes_y_ptr + width.to(tl.int64) * width, plane, direct, rest)
+                    if SHIFT:
+                        row = block_i * PARTS + part
+                        _store_shift(shift_y_ptr, half, row * width + j, mean_i, rest, 0)
+    elif DEBIASED:
+        run = program - slots * PARTS
+        length = tl.cdiv(tl.cdiv(n, row_programs), BLOCK_R) * BLOCK_R
+        begin, end = run * length, tl.minimum(n, (run + 1) * length)
+        x_ptr = pick(xs, layer) + batch * stride_xb
+        y_ptr = pick(ys, layer) + batch * stride_yb
+        stride_xn, stride_xd = pick(strides_xn, layer), pick(strides_xd, layer)
+        stride_yn, stride_yd = pick(strides_yn, layer), pick(strides_yd, layer)
+        mask_ptr = x_ptr
+        if HAS_MASK:
+            mask_ptr = pick(masks, layer) + batch * stride_mb
+        r_ptr = energies_ptr + entry.to(tl.int64) * 2 * max_rows
+        q_ptr = r_ptr + max_rows
+        sum_r, square_r = _energies(
+            x_ptr, stride_xn, stride_xd, mask_ptr, n, d1, sums_x, segments, width, n_float,
+            inverse_x, r_ptr, begin, end, HAS_MASK, BLOCK, BLOCK_R,
+        )  # fmt: skip
+        sum_q, square_q = _energies(
+            y_ptr, stride_yn, stride_yd, mask_ptr, n, d2, sums_y, segments, width, n_float,
+            inverse_y, q_ptr, begin, end, HAS_MASK, BLOCK, BLOCK_R,
+        )  # fmt: skip
+        # What this program has just stored, it reads again with other threads.
+        tl.debug_barrier()
+        product = tl.zeros([BLOCK_R], tl.float64)
+        for start in range(begin, end, BLOCK_R):
+            row = start + tl.arange(0, BLOCK_R)
+            r = tl.load(r_ptr + row, mask=row < end, other=0.0).to(tl.float64)
+            q = tl.load(q_ptr + row, mask=row < end, other=0.0).to(tl.float64)
+            product += r * q
+        sums = tl.where(field == SUM_R, sum_r, sums)
+        sums = tl.where(field == SUM_Q, sum_q, sums)
+        sums = tl.where(field == SQUARE_R, square_r, sums)
+        sums = tl.where(field == SQUARE_Q, square_q, sums)
+        sums = tl.where(field == PRODUCT_RQ, tl.sum(product, 0), sums)
+        half_sums = row_programs * width
+        weighted_ptr += entry.to(tl.int64) * 4 * half_sums + run * width
+        if STUDENT:
+            _weighted_sums(
+                x_ptr, stride_xn, stride_xd, mask_ptr, n, d1, sums_x, segments, width, n_float,
+                r_ptr, q_ptr, weighted_ptr, half_sums, begin, end, HAS_MASK, BLOCK, BLOCK_R,
+            )  # fmt: skip
+        if TEACHER:
+            _weighted_sums(
+                y_ptr, stride_yn, stride_yd, mask_ptr, n, d2, sums_y, segments, width, n_float,
+                q_ptr, r_ptr, weighted_ptr + 2 * half_sums, half_sums, begin, end,
+                HAS_MASK, BLOCK, BLOCK_R,
+            )  # fmt: skip
+    tl.store(partial_ptr + program * FIELDS + field, sums)
+    if arrive(counters_ptr + entry, programs):
+        tl.debug_barrier()
+        total = tl.zeros([FIELDS], tl.float64)
+        several = tl.arange(0, 32)
+        for first in range(0, programs, 32):
+            which = first + several
+            part = tl.load(
+                partial_ptr + which[:, None] * FIELDS + field[None, :],
+                mask=(which < programs)[:, None], other=0.0,
+            )  # fmt: skip
+            total += tl.sum(part, 0)
+        pivot_x = statistic(statistics_ptr, PIVOT_X, column_programs, PROGRAMS)
+        pivot_y = statistic(statistics_ptr, PIVOT_Y, column_programs, PROGRAMS)
+        _head(
+            values_ptr + entry, scalars_ptr, total, count, pivot_x, pivot_y,
+            inverse_x, inverse_y, t_x, t_y, DEBIASED, HIGH,
+        )  # fmt: skip

@@ -1,0 +1,143 @@
+"""What the kernels share on the device: picking a layer, splitting float32, triangles, partial sums.
+
+Layers come as tuples of pointers and sizes, passed by value: no copy of the features, no table to
+upload, nothing that a CUDA graph could not replay. A batch ``(B, N, D)`` is one layer with a batch
+stride.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+# Fields of a layer's statistics, each one number per column program.
+COUNT = tl.constexpr(0)
+PIVOT_X = tl.constexpr(1)
+PIVOT_Y = tl.constexpr(2)
+ENERGY_X = tl.constexpr(3)
+ENERGY_Y = tl.constexpr(4)
+ENERGY_XY = tl.constexpr(5)
+STATISTICS = 6
+
+
+@triton.jit
+def pick(values, index):
+    """``values[index]`` of a tuple, for an index that only the device knows."""
+    chosen = values[0]
+    for i in tl.static_range(1, len(values)):
+        chosen = tl.where(index == i, values[i], chosen)
+    return chosen
+
+
+@triton.jit
+def layer_of(entry, LAYERS: tl.constexpr):
+    """The grid's second axis counts layers, or the batch of a single one."""
+    if LAYERS > 1:
+        layer = entry
+    else:
+        layer = entry * 0
+    return layer
+
+
+@triton.jit
+def batch_of(entry, LAYERS: tl.constexpr):
+    if LAYERS > 1:
+        batch = entry.to(tl.int64) * 0
+    else:
+        batch = entry.to(tl.int64)
+    return batch
+
+
+@triton.jit
+def split(x):
+    """A float32 as the sum of two bfloat16, to 16 bits."""
+    high = x.to(tl.bfloat16)
+    low = (x - high.to(tl.float32)).to(tl.bfloat16)
+    return high, low
+
+
+@triton.jit
+def valid_rows(mask_ptr, rows, n, HAS_MASK: tl.constexpr):
+    valid = rows < n
+    if HAS_MASK:
+        valid = valid & (tl.load(mask_ptr + rows, mask=valid, other=0) != 0)
+    return valid
+
+
+@triton.jit
+def first_valid_row(mask_ptr, n, HAS_MASK: tl.constexpr):
+    """0 without a mask; n where no row is valid."""
+    first = n * 0
+    if HAS_MASK:
+        found = n
+        start = n * 0
+        while (start < n) & (found == n):
+            rows = start + tl.arange(0, 1024)
+            valid = tl.load(mask_ptr + rows, mask=rows < n, other=0) != 0
+            found = tl.min(tl.where(valid, rows, n), 0)
+            start += 1024
+        first = found
+    return first
+
+
+@triton.jit
+def triangle(t):
+    """Row and column ``i <= j`` of the t-th pair of an upper triangle, column by column."""
+    j = ((tl.sqrt((8 * t + 1).to(tl.float32)) - 1) * 0.5).to(tl.int32)
+    j = tl.where(j * (j + 1) // 2 > t, j - 1, j)
+    j = tl.where((j + 1) * (j + 2) // 2 <= t, j + 1, j)
+    return t - j * (j + 1) // 2, j
+
+
+@triton.jit
+def triangle_index(i, j):
+    """The inverse of :func:`triangle`, for ``i <= j``."""
+    return j * (j + 1) // 2 + i
+
+
+@triton.jit
+def sum_partials(tiles_ptr, spill_ptr, slot, chunks, share, offsets, SIZE: tl.constexpr):
+    """A tile's total over the programs that worked on it, in the order of their chunks.
+
+    The program that begins a tile leaves its sum in the tile's own slot, one that begins in the
+    middle of a tile in its own spill. Each has ``share`` iterations of ``chunks`` per tile.
+    """
+    total = tl.load(tiles_ptr + slot.to(tl.int64) * SIZE + offsets)
+    begin = slot * chunks
+    for program in range(begin // share + 1, (begin + chunks - 1) // share + 1):
+        total += tl.load(spill_ptr + (slot * 0 + program).to(tl.int64) * SIZE + offsets)
+    return total
+
+
+@triton.jit
+def statistic(statistics_ptr, field, programs, PROGRAMS: tl.constexpr):
+    """The sum of one field over the column programs, in float64."""
+    i = tl.arange(0, PROGRAMS)
+    parts = tl.load(statistics_ptr + field * PROGRAMS + i, mask=i < programs, other=0.0)
+    return tl.sum(parts.to(tl.float64), 0)
+
+
+@triton.jit
+def inverse_scale(statistics_ptr, pivot_field, field, programs, PROGRAMS: tl.constexpr):
+    """About 1 / the norm of the centered features, so that all blocks are of the size of 1."""
+    energy = statistic(statistics_ptr, field, programs, PROGRAMS)
+    pivot = statistic(statistics_ptr, pivot_field, programs, PROGRAMS)
+    energy = tl.where(energy > 0, energy, pivot)
+    return tl.where(energy == 0, 1.0, 1.0 / tl.sqrt(energy)).to(tl.float32)
+
+
+@triton.jit
+def column_mean(sums_ptr, columns, segments, stride, count, mask, BLOCK: tl.constexpr):
+    """Means of some columns from the segments' sums, added in order."""
+    total = tl.zeros([BLOCK], tl.float32)
+    for segment in range(segments):
+        total += tl.load(sums_ptr + segment * stride + columns, mask=mask, other=0.0)
+    return total / count
+
+
+@triton.jit
+def arrive(counter_ptr, programs):
+    """True in the program that is the last of ``programs`` to come here; it sees their stores."""
+    # Scalar atomics and tensor stores are ordered only by a barrier (triton #7125).
+    tl.debug_barrier()
+    return tl.atomic_add(counter_ptr, 1, sem="acq_rel") == programs - 1

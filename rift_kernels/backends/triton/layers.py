@@ -1,0 +1,83 @@
+"""The layers of one call as kernels take them: tuples of pointers, sizes and strides."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Side(NamedTuple):
+    """Student or teacher: one tensor a layer, its width and its strides."""
+
+    tensors: tuple[Tensor, ...]
+    widths: tuple[int, ...]
+    strides_n: tuple[int, ...]
+    strides_d: tuple[int, ...]
+    stride_b: int
+
+
+class Layers(NamedTuple):
+    """All layers of a call; ``entries`` is their number, or the size of the batch of one."""
+
+    x: Side
+    y: Side
+    masks: tuple[Tensor, ...]
+    stride_mb: int
+    rows: tuple[int, ...]
+    entries: int
+
+    @property
+    def max_rows(self) -> int:
+        return max(self.rows)
+
+    @property
+    def device(self) -> torch.device:
+        return self.x.tensors[0].device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.x.tensors[0].dtype
+
+    @property
+    def shape(self) -> tuple[object, ...]:
+        """What kernels of either side take first."""
+        x, y = self.x, self.y
+        return (
+            x.tensors, y.tensors, self.masks, self.rows, x.widths, y.widths,
+            x.strides_n, x.strides_d, y.strides_n, y.strides_d,
+            x.stride_b, y.stride_b, self.stride_mb,
+        )  # fmt: skip
+
+
+def _side(tensors: Sequence[Tensor], dtype: torch.dtype) -> Side:
+    # One axis for the batch: a copy only where the leading axes cannot be one.
+    flat = tuple(t.to(dtype).flatten(0, -3) if t.dim() > 3 else t.to(dtype) for t in tensors)
+    return Side(
+        flat,
+        tuple(t.shape[-1] for t in flat),
+        tuple(t.stride(-2) for t in flat),
+        tuple(t.stride(-1) for t in flat),
+        flat[0].stride(0) if flat[0].dim() == 3 else 0,
+    )
+
+
+def pack(students: Sequence[Tensor], teachers: Sequence[Tensor], masks: Sequence[Tensor]) -> Layers:
+    """The layers of a call; where the dtypes of the sides differ, both as float32."""
+    same = students[0].dtype == teachers[0].dtype
+    dtype = students[0].dtype if same else torch.float32
+    x, y = _side(students, dtype), _side(teachers, dtype)
+    layers = len(students)
+    valid = [mask.view(torch.uint8).reshape(-1, mask.shape[-1]).contiguous() for mask in masks]
+    if len(valid) == 1:
+        valid = valid * layers
+    return Layers(
+        x,
+        y,
+        tuple(valid),
+        valid[0].stride(0) if valid else 0,
+        tuple(t.shape[-2] for t in x.tensors),
+        x.tensors[0].shape[0] if x.tensors[0].dim() == 3 else layers,
+    )
