@@ -27,6 +27,10 @@ class Layers(NamedTuple):
     masks: list[Tensor]
     is_list: bool
 
+    @property
+    def dtypes(self) -> tuple[torch.dtype, torch.dtype]:
+        return self.students[0].dtype, self.teachers[0].dtype
+
 
 def option(name: str, value: object, accepted: Sequence[object]) -> None:
     """``value`` is one of ``accepted``."""

@@ -6,6 +6,7 @@ import importlib.util
 import os
 import platform
 import warnings
+from collections.abc import Sequence
 
 import torch
 
@@ -15,17 +16,45 @@ BACKENDS = ("eager", "triton", "cuda")
 ENVIRONMENT_VARIABLE = "RIFT_KERNELS_BACKEND"
 
 
-def reason_against(backend: str) -> str | None:
-    """None if ``backend`` can run here, else why it cannot."""
+def reason_against(
+    backend: str, device: torch.device | None = None, dtypes: Sequence[torch.dtype] = ()
+) -> str | None:
+    """None if ``backend`` can run features of these dtypes there, else why it cannot.
+
+    Without a device: whether it can run anything on this machine.
+    """
     if backend == "triton":
-        return "this version of rift_kernels contains no Triton kernels yet"
+        return _reason_against_triton(device, dtypes)
     if backend == "cuda":
         return "this version of rift_kernels contains no CUDA C++ kernels yet"
     return None
 
 
-def choose_backend(backend: str, device: torch.device) -> str:
-    """The backend for a call on ``device``.
+def _reason_against_triton(
+    device: torch.device | None, dtypes: Sequence[torch.dtype]
+) -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if torch.float64 in dtypes:
+        return "the Triton kernels take no float64, which the eager backend does"
+    if os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y"):
+        return None
+    if device is None and not torch.cuda.is_available():
+        return (
+            "Triton needs a GPU that torch can use, and there is none (on a CPU, its interpreter "
+            "runs the kernels where TRITON_INTERPRET=1 is set from the start)"
+        )
+    if device is not None and device.type != "cuda":
+        return f"the Triton kernels take features on a GPU; got {device.type}"
+    if torch.version.hip is None:
+        capability = torch.cuda.get_device_capability(device)
+        if capability < (8, 0):
+            return f"the Triton kernels need compute capability 8.0; got {capability}"
+    return None
+
+
+def choose_backend(backend: str, device: torch.device, dtypes: Sequence[torch.dtype] = ()) -> str:
+    """The backend for features of these dtypes on ``device``.
 
     An explicit choice, by argument or by ``RIFT_KERNELS_BACKEND``, is kept or refused, never
     replaced.
@@ -44,25 +73,34 @@ def choose_backend(backend: str, device: torch.device) -> str:
                 f"{source} must be one of {', '.join(map(repr, ('auto', *BACKENDS)))}; "
                 f"got {backend!r}"
             )
-        reason = reason_against(backend)
+        reason = reason_against(backend, device, dtypes)
         if reason is not None:
             raise RuntimeError(f"{source}={backend!r} cannot run: {reason}")
         return backend
-    if device.type == "cuda":
-        _warn_eager_on_gpu()
+    if not _has_kernels(device):
+        return "eager"
+    reason = reason_against("triton", device, dtypes)
+    if reason is None:
+        return "triton"
+    _warn_eager_on_gpu(reason)
     return "eager"
+
+
+def _has_kernels(device: torch.device) -> bool:
+    """Whether ``auto`` looks for kernels there: Triton's interpreter runs only when asked for."""
+    return device.type == "cuda"
 
 
 _warned = False
 
 
-def _warn_eager_on_gpu() -> None:
+def _warn_eager_on_gpu(reason: str) -> None:
     global _warned
     if _warned or torch.compiler.is_compiling():
         return
     _warned = True
     warnings.warn(
-        f"rift_kernels runs on the eager backend on this GPU: {reason_against('triton')}",
+        f"rift_kernels runs on the eager backend on this GPU: {reason}",
         stacklevel=5,
     )
 

@@ -363,7 +363,7 @@ def _measure(
     given = checks.layers(student, teacher, mask, min_rows=min_rows, equal_widths=equal_widths)
     teachers = given.teachers
     matrices = checks.rotations(rotation, given.students, teachers, given.is_list)
-    backend = dispatch.choose_backend(backend, teachers[0].device)
+    backend = dispatch.choose_backend(backend, teachers[0].device, given.dtypes)
     if matrices:
         teachers = _rotate(given, matrices, precision)
     gram = tuple(
@@ -396,7 +396,7 @@ def _moments(
 ) -> list[SecondMoments]:
     checks.option("precision", precision, PRECISIONS)
     given = checks.layers(student, teacher, mask, min_rows=min_rows, equal_widths=False)
-    backend = dispatch.choose_backend(backend, given.teachers[0].device)
+    backend = dispatch.choose_backend(backend, given.teachers[0].device, given.dtypes)
     results = []
     for i, (x, y) in enumerate(zip(given.students, given.teachers, strict=True)):
         masks = given.masks[i : i + 1] or given.masks[:1]

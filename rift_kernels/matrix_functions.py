@@ -6,6 +6,8 @@ of them are differences of near-equal terms.
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
@@ -56,7 +58,7 @@ def _divide(matrix: Tensor, divisor: Tensor) -> Tensor:
     return (matrix / divisor).masked_fill_(divisor == 0, 0.0)
 
 
-def polar(matrix: Tensor) -> tuple[Tensor, Tensor]:
+def polar(matrix: Tensor, backend: ModuleType) -> tuple[Tensor, Tensor]:
     """The polar factor ``U V^T`` of ``matrix = U S V^T``, and the nuclear norm ``sum(S)``.
 
     Newton-Schulz: odd quintic steps, three products each. Singular values under 1.4e-8 of the
@@ -65,6 +67,7 @@ def polar(matrix: Tensor) -> tuple[Tensor, Tensor]:
 
     Args:
         matrix: (..., M, N), float64.
+        backend: multiplies.
 
     Returns:
         The factor (..., M, N) and the nuclear norm (...).
@@ -73,8 +76,8 @@ def polar(matrix: Tensor) -> tuple[Tensor, Tensor]:
     x = matrix.mT if wide else matrix
     x = _divide(x, _frobenius_norm(x))
     for a, b, c in POLAR_STEPS:
-        gram = x.mT @ x
-        x = a * x + x @ (b * gram + c * (gram @ gram))
+        gram = backend.symmetric(x.mT, x)
+        x = a * x + backend.product(x, b * gram + c * backend.symmetric(gram, gram))
     factor = x.mT if wide else x
     return factor, (factor * matrix).sum((-2, -1))
 
@@ -87,7 +90,7 @@ def polar_svd(matrix: Tensor) -> tuple[Tensor, Tensor]:
     return (u * kept.unsqueeze(-2)) @ vh + poison, s.sum(-1) + poison[..., 0, 0]
 
 
-def transport(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def transport(a: Tensor, b: Tensor, backend: ModuleType) -> tuple[Tensor, Tensor, Tensor]:
     """The optimal-transport maps between N(0, a) and N(0, b), and the fidelity of a and b.
 
     ``forth = a^-1/2 (a^1/2 b a^1/2)^1/2 a^-1/2`` solves ``forth a forth = b``; ``back`` is its
@@ -100,6 +103,7 @@ def transport(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
     Args:
         a, b: (..., N, N), symmetric positive semidefinite, float64.
+        backend: multiplies.
 
     Returns:
         forth (..., N, N), back (..., N, N), fidelity (...).
@@ -108,9 +112,10 @@ def transport(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     y, z = _divide(b, norm_b), _divide(a, norm_a)
     eye = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
     for c1, c3, c5 in TRANSPORT_STEPS:
-        product = z @ y
-        step = c1 * eye + c3 * product + c5 * (product @ product)
-        y, z = y @ step, step @ z
+        product = backend.product(z, y)
+        step = c1 * eye + c3 * product + c5 * backend.product(product, product)
+        # Polynomials in z y between y and z: symmetric.
+        y, z = backend.symmetric(y, step), backend.symmetric(step, z)
     # Symmetric in exact arithmetic; rounding must not leak into a gradient that relies on it.
     forth = _divide(0.5 * (y + y.mT) * norm_b.sqrt(), norm_a.sqrt())
     back = _divide(0.5 * (z + z.mT) * norm_a.sqrt(), norm_b.sqrt())

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from . import matrix_functions
+from .features import row_energy
 
 
 class Centered(NamedTuple):
@@ -168,7 +169,7 @@ def _cka_covariance(f: Centered, backend: ModuleType, want: Wanted, debiased: bo
     if debiased:
         n = f.count[..., None, None]
         a, b = n / (n - 2), ((n - 1) * (n - 2)).reciprocal()
-        r = torch.stack([backend.row_energy(f.x), backend.row_energy(f.y)], -2)
+        r = torch.stack([row_energy(f.x), row_energy(f.y)], -2)
         r = r * inverse.unsqueeze(-1)
         total = r.sum(-1, keepdim=True)
         correction = b * (total @ total.mT) - a * (r @ r.mT)
@@ -206,8 +207,8 @@ def procrustes(f: Centered, backend: ModuleType, gram: bool, want: Wanted, metho
     The nuclear norm is ``<C, polar(C)>``; in Gram form it is the fidelity of Kx and Ky.
     """
     exact = method == "svd"
-    energy_x = backend.row_energy(f.x).sum(-1)
-    energy_y = backend.row_energy(f.y).sum(-1)
+    energy_x = row_energy(f.x).sum(-1)
+    energy_y = row_energy(f.y).sum(-1)
     inverse_x, inverse_y = _safe_inverse(energy_x), _safe_inverse(energy_y)
     scale = inverse_x.sqrt() * inverse_y.sqrt()
     if gram:
@@ -234,8 +235,9 @@ def _polar(
 ) -> tuple[Tensor, Tensor]:
     """Polar factor and nuclear norm of the cross block."""
     _, xy, _ = backend.moments(x, y, gram, "xy")
-    solve = matrix_functions.polar_svd if exact else matrix_functions.polar
-    return solve(xy.double())
+    if exact:
+        return matrix_functions.polar_svd(xy.double())
+    return matrix_functions.polar(xy.double(), backend)
 
 
 def _transport(
@@ -247,8 +249,9 @@ def _transport(
     rounding of a float32 sum would be what is inverted.
     """
     xx, _, yy = backend.moments(f.x.double(), f.y.double(), gram, "xx yy")
-    solve = matrix_functions.transport_eigh if exact else matrix_functions.transport
-    return solve(xx, yy)
+    if exact:
+        return matrix_functions.transport_eigh(xx, yy)
+    return matrix_functions.transport(xx, yy, backend)
 
 
 def bures(
@@ -267,7 +270,7 @@ def bures(
     """
     exact = method == "eigh"
     inverse_n = 1 / (f.count - 1)
-    traces = backend.row_energy(f.x).sum(-1) + backend.row_energy(f.y).sum(-1)
+    traces = row_energy(f.x).sum(-1) + row_energy(f.y).sum(-1)
     # Both terms in float64: close to the teacher the distance is a small difference of them.
     if gram:
         factor, cross = _polar(f.x.double(), f.y.double(), backend, gram, exact)

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import measures
+from . import features, measures
 from .backends import eager
 from .precision import full_precision
 
@@ -28,8 +28,21 @@ _TENSORS_A_LAYER = 2 + len(measures.Coefficients._fields)
 
 
 def _backend(name: str) -> ModuleType:
-    """The module that implements the primitives; dispatch has already refused any other name."""
-    return {"eager": eager}[name]
+    """The module that implements the primitives; dispatch has already refused what cannot run."""
+    if name == "triton":
+        # Not before it is asked for: triton is optional, and slow to import.
+        from .backends import triton
+
+        return triton
+    return eager
+
+
+def _is_fused(measure: str, backend: str, gram: Sequence[bool], teacher_grad: bool) -> bool:
+    """Whether the backend goes from features to values by itself, without a head in measures.py."""
+    if backend == "eager":
+        return False
+    # The covariance distance's other cases need blocks that the fused one never forms.
+    return measure == "cka" or (measure == "covariance" and not teacher_grad and not any(gram))
 
 
 def _compute_dtype(*tensors: Tensor) -> torch.dtype:
@@ -45,12 +58,10 @@ def _register(schema: str, implementation: Callable[..., Any]) -> None:
     torch.library.register_fake(f"{NAMESPACE}::{name}", implementation, lib=_LIBRARY)
 
 
-def _center(
-    student: Tensor, teacher: Tensor, mask: Tensor | None, backend: ModuleType
-) -> measures.Centered:
+def _center(student: Tensor, teacher: Tensor, mask: Tensor | None) -> measures.Centered:
     dtype = _compute_dtype(student, teacher)
-    x, mean_x, count = backend.center(student, mask, dtype)
-    y, mean_y, _ = backend.center(teacher, mask, dtype)
+    x, mean_x, count = features.center(student, mask, dtype)
+    y, mean_y, _ = features.center(teacher, mask, dtype)
     return measures.Centered(x, y, mean_x, mean_y, count, mask)
 
 
@@ -85,19 +96,22 @@ def _measure_fwd(
         for x, y, mask, use_gram in zip(
             students, teachers, _mask_of_each(masks, len(students)), gram, strict=True
         ):
-            features = _center(x, y, mask, primitives)
-            value, coefficients = head(features, primitives, use_gram, want)
-            values.append(value.to(features.x.dtype))
+            f = _center(x, y, mask)
+            value, coefficients = head(f, primitives, use_gram, want)
+            values.append(value.to(f.x.dtype))
             if any(want):
                 crossed = coefficients.xy is not None
-                own_x = features.x if crossed or want.student else None
-                own_y = features.y if crossed or want.teacher else None
-                saved += _tensors((own_x, own_y, *coefficients), features.x)
+                own_x = f.x if crossed or want.student else None
+                own_y = f.y if crossed or want.teacher else None
+                saved += _tensors((own_x, own_y, *coefficients), f.x)
     return values[0] if len(values) == 1 else torch.stack(values), saved
 
 
 def _cka_fwd(*call: Any) -> tuple[Tensor, list[Tensor]]:
     *layers, debiased = call
+    backend = layers[-1]
+    if _is_fused("cka", backend, layers[3], layers[5]):
+        return _backend(backend).cka_fwd(*layers[:-1], debiased)
     return _measure_fwd(partial(measures.cka, debiased=debiased), *layers)
 
 
@@ -108,6 +122,9 @@ def _procrustes_fwd(*call: Any) -> tuple[Tensor, list[Tensor]]:
 
 def _covariance_fwd(*call: Any) -> tuple[Tensor, list[Tensor]]:
     *layers, scale, mean_weight = call
+    backend = layers[-1]
+    if _is_fused("covariance", backend, layers[3], layers[5]):
+        return _backend(backend).covariance_fwd(*layers[:-1], scale, mean_weight)
     return _measure_fwd(partial(measures.covariance, scale=scale, mean_weight=mean_weight), *layers)
 
 
@@ -120,6 +137,8 @@ def _bures_fwd(*call: Any) -> tuple[Tensor, list[Tensor]]:
 
 def _features_bwd(
     grad_values: Tensor,
+    students: list[Tensor],
+    teachers: list[Tensor],
     saved: list[Tensor],
     masks: list[Tensor],
     gram: list[bool],
@@ -129,9 +148,16 @@ def _features_bwd(
     backend: str,
     student_dtype: torch.dtype,
     teacher_dtype: torch.dtype,
+    measure: str,
 ) -> list[Tensor]:
-    """The wanted gradients, all students first."""
+    """The wanted gradients, all students first.
+
+    Fused measures take the features themselves, of the others what the forward saved is enough.
+    """
     primitives = _backend(backend)
+    if _is_fused(measure, backend, gram, teacher_grad):
+        sides = (student_grad, teacher_grad)
+        return primitives.fused_bwd(grad_values, students, teachers, saved, masks, gram, sides)
     layers = len(gram)
     grad_students, grad_teachers = [], []
     with full_precision(grad_values.device, precision):
@@ -142,10 +168,14 @@ def _features_bwd(
             cross = None if c.xy is None else c.xy.mT
             if student_grad:
                 side = (scale, x, y, mask, c.xx, c.xy, c.wx, c.bx)
-                grad_students.append(primitives.features_bwd(*side, gram[i], student_dtype))
+                grad_students.append(
+                    features.features_bwd(primitives, *side, gram[i], student_dtype)
+                )
             if teacher_grad:
                 side = (scale, y, x, mask, c.yy, cross, c.wy, c.by)
-                grad_teachers.append(primitives.features_bwd(*side, gram[i], teacher_dtype))
+                grad_teachers.append(
+                    features.features_bwd(primitives, *side, gram[i], teacher_dtype)
+                )
     return grad_students + grad_teachers
 
 
@@ -155,7 +185,7 @@ def _moments_fwd(
     """Centered features, count, means, and the wanted blocks (empty where not wanted)."""
     primitives = _backend(backend)
     with full_precision(student.device, precision):
-        f = _center(student, teacher, masks[0] if masks else None, primitives)
+        f = _center(student, teacher, masks[0] if masks else None)
         blocks = primitives.moments(f.x, f.y, False, wanted)
     return [f.x, f.y, f.mean_x, f.mean_y, f.count, *_tensors(blocks, f.x)]
 
@@ -177,8 +207,9 @@ _register(
     _bures_fwd,
 )
 _register(
-    f"features_bwd(Tensor grad_values, Tensor[] saved, Tensor[] masks, bool[] gram, {_HOW},"
-    " ScalarType student_dtype, ScalarType teacher_dtype) -> Tensor[]",
+    "features_bwd(Tensor grad_values, Tensor[] students, Tensor[] teachers, Tensor[] saved,"
+    f" Tensor[] masks, bool[] gram, {_HOW}, ScalarType student_dtype, ScalarType teacher_dtype,"
+    " str measure) -> Tensor[]",
     _features_bwd,
 )
 _register(
@@ -225,8 +256,11 @@ class _Measure(torch.autograd.Function):
         students, teachers = list(tensors[:layers]), list(tensors[layers : 2 * layers])
         masks = list(tensors[2 * layers :])
         values, saved = _forward(call, sides, students, teachers, masks)
-        ctx.save_for_backward(*map(_savable, masks), *saved)
-        ctx.call, ctx.sides, ctx.masks = call, sides, len(masks)
+        inputs = []
+        if any(sides) and _is_fused(call.measure, call.backend, call.gram, sides[1]):
+            inputs = [*students, *teachers]
+        ctx.save_for_backward(*map(_savable, (*masks, *inputs)), *saved)
+        ctx.call, ctx.sides, ctx.kept = call, sides, (len(masks), len(inputs))
         ctx.dtypes = students[0].dtype, teachers[0].dtype
         return values
 
@@ -237,22 +271,25 @@ class _Measure(torch.autograd.Function):
         layers = len(call.gram)
         # Read once: activation checkpointing recomputes at the first look and forbids a second.
         tensors = ctx.saved_tensors
-        masks, saved = tensors[: ctx.masks], tensors[ctx.masks :]
+        masks, inputs = ctx.kept
         grads = torch.ops.rift_kernels.features_bwd(
             grad_values,
-            saved,
-            masks,
+            tensors[masks : masks + inputs // 2],
+            tensors[masks + inputs // 2 : masks + inputs],
+            tensors[masks + inputs :],
+            tensors[:masks],
             call.gram,
             student_grad,
             teacher_grad,
             call.precision,
             call.backend,
             *ctx.dtypes,
+            call.measure,
         )
         missing = [None] * layers
         grad_students = grads[:layers] if student_grad else missing
         grad_teachers = grads[-layers:] if teacher_grad else missing
-        return (None, None, *grad_students, *grad_teachers, *([None] * ctx.masks))
+        return (None, None, *grad_students, *grad_teachers, *([None] * masks))
 
 
 def _forward(
@@ -318,10 +355,13 @@ class _Moments(torch.autograd.Function):
         )
         grads = torch.ops.rift_kernels.features_bwd(
             torch.ones_like(count),
+            [],
+            [],
             [centered_x, centered_y, *_tensors(coefficients, centered_x)],
             masks,
             [False],
             *ctx.how,
+            "moments",
         )
         student_grad, teacher_grad = ctx.how[:2]
         grad_x = grads[0] if student_grad else None

@@ -36,7 +36,11 @@ def _poisoned_memory() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def _backend_from_the_call_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In Triton's interpreter, CPU tensors take the kernels as those on a GPU do."""
     monkeypatch.delenv(dispatch.ENVIRONMENT_VARIABLE, raising=False)
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        monkeypatch.setattr(dispatch, "_has_kernels", lambda _: True)
+        monkeypatch.setattr(dispatch, "_warned", True)
 
 
 @pytest.fixture

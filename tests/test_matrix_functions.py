@@ -8,6 +8,7 @@ from torch import Tensor
 
 import rift_kernels as rk
 from rift_kernels import matrix_functions
+from rift_kernels.backends import eager
 from tests import cases
 
 
@@ -52,7 +53,7 @@ def test_steps_map_the_interval_to_one(steps, lowest) -> None:
 @pytest.mark.parametrize("name", MATRICES)
 def test_polar(name) -> None:
     matrix = MATRICES[name]
-    factor, nuclear = matrix_functions.polar(matrix)
+    factor, nuclear = matrix_functions.polar(matrix, eager)
     exact_factor, exact_nuclear = matrix_functions.polar_svd(matrix)
     torch.testing.assert_close(nuclear, exact_nuclear, rtol=1e-6, atol=0)
     # Never longer than a rotation, whatever the rank.
@@ -78,7 +79,7 @@ def gram(*shape: int, seed: int) -> Tensor:
     ids=["regular", "batch", "equal", "scales apart"],
 )
 def test_transport(a, b) -> None:
-    forth, back, fidelity = matrix_functions.transport(a, b)
+    forth, back, fidelity = matrix_functions.transport(a, b, eager)
     exact_forth, exact_back, exact_fidelity = matrix_functions.transport_eigh(a, b)
     assert cases.relative_error(forth, exact_forth) < 1e-8
     assert cases.relative_error(back, exact_back) < 1e-8
@@ -93,7 +94,7 @@ def test_transport(a, b) -> None:
 def test_transport_of_singular_matrices() -> None:
     """Fewer rows than features: maps are used on the range only."""
     x, y = normal(10, 24), normal(10, 24, seed=1)
-    forth, _, fidelity = matrix_functions.transport(x.mT @ x, y.mT @ y)
+    forth, _, fidelity = matrix_functions.transport(x.mT @ x, y.mT @ y, eager)
     expected = torch.linalg.svdvals(x @ y.mT).sum()
     torch.testing.assert_close(fidelity, expected, rtol=1e-8, atol=0)
     factor, _ = matrix_functions.polar_svd(x @ y.mT)

@@ -1,0 +1,144 @@
+"""Triton kernels for NVIDIA GPUs from sm_80 on (and AMD's, compiled but never run).
+
+Fused measures, from features to values and back, any number of layers in one launch a pass:
+
+    cka_fwd, covariance_fwd, fused_bwd      launch.py plans; moments, cka, gram, covariance, backward
+
+and the primitives that the others are made of, as in ``backends/eager.py``:
+
+    moments                                 moments.py, blocks.py; float64: products.py
+    product, product_transposed, symmetric  products.py
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import interpreter, launch, products
+from .layers import pack
+
+if interpreter.is_active():
+    interpreter.mend()
+
+
+def _groups(gram: Sequence[bool]) -> list[tuple[bool, list[int]]]:
+    """The layers of either form: one launch takes those of one form."""
+    groups = ((form, [i for i, g in enumerate(gram) if g == form]) for form in (False, True))
+    return [(form, indices) for form, indices in groups if indices]
+
+
+def _some(tensors: Sequence[Tensor], indices: list[int]) -> list[Tensor]:
+    """The tensors of these layers; a mask may be one for all."""
+    return [tensors[i] for i in indices] if len(tensors) > 1 else list(tensors)
+
+
+def cka_fwd(
+    students: list[Tensor],
+    teachers: list[Tensor],
+    masks: list[Tensor],
+    gram: list[bool],
+    student_grad: bool,
+    teacher_grad: bool,
+    precision: str,
+    debiased: bool,
+) -> tuple[Tensor, list[Tensor]]:
+    """Values, and what the backward needs beside the features, group after group."""
+    values: list[Tensor] = [students[0]] * len(gram)
+    saved = []
+    with torch.cuda.device_of(students[0]):
+        for form, indices in _groups(gram):
+            layers = pack(_some(students, indices), _some(teachers, indices), _some(masks, indices))
+            if form:
+                value, kept = launch.cka_gram(layers, debiased, student_grad or teacher_grad)
+            else:
+                sides = (student_grad, teacher_grad)
+                value, kept = launch.cka_covariance(layers, debiased, *sides, precision == "high")
+            if len(indices) == len(gram):
+                return value.reshape(students[0].shape[:-2] if len(gram) == 1 else (-1,)), kept
+            for i, one in zip(indices, value.unbind(), strict=True):
+                values[i] = one
+            saved += kept
+    return torch.stack(values), saved
+
+
+def covariance_fwd(
+    students: list[Tensor],
+    teachers: list[Tensor],
+    masks: list[Tensor],
+    gram: list[bool],
+    student_grad: bool,
+    teacher_grad: bool,
+    precision: str,
+    scale: str,
+    mean_weight: float,
+) -> tuple[Tensor, list[Tensor]]:
+    """Values, and what the student's gradient needs beside the features."""
+    with torch.cuda.device_of(students[0]):
+        layers = pack(students, teachers, masks)
+        value, saved = launch.covariance(layers, scale, mean_weight, student_grad)
+    return value.reshape(students[0].shape[:-2] if len(gram) == 1 else (-1,)), saved
+
+
+def fused_bwd(
+    grad_values: Tensor,
+    students: list[Tensor],
+    teachers: list[Tensor],
+    saved: list[Tensor],
+    masks: list[Tensor],
+    gram: list[bool],
+    wanted: tuple[bool, bool],
+) -> list[Tensor]:
+    """The wanted gradients, all students first."""
+    count = len(gram)
+    grads: list[Tensor] = [grad_values] * (2 * count)
+    incoming = grad_values.reshape(-1).contiguous()
+    groups = _groups(gram)
+    at = 0
+    with torch.cuda.device_of(grad_values):
+        for form, indices in groups:
+            layers = pack(_some(students, indices), _some(teachers, indices), _some(masks, indices))
+            kept = saved[at : at + (launch.GRAM_SAVED if form else launch.COVARIANCE_SAVED)]
+            at += len(kept)
+            mine = incoming
+            if len(groups) > 1:
+                mine = torch.stack([incoming[i] for i in indices])
+            backward = launch.cka_gram_backward if form else launch.covariance_backward
+            for side, tensors in enumerate((students, teachers)):
+                if wanted[side]:
+                    some = backward(layers, mine, kept, side, tensors[0].dtype)
+                    for i, grad in zip(indices, some, strict=True):
+                        grads[side * count + i] = grad.reshape(tensors[i].shape)
+    return (grads[:count] if wanted[0] else []) + (grads[count:] if wanted[1] else [])
+
+
+def moments(x: Tensor, y: Tensor, gram: bool, wanted: str) -> tuple[Tensor | None, ...]:
+    """The blocks named in ``wanted`` of second moments of centered features; see eager.py."""
+    if x.dtype == torch.float64:
+        if gram:
+            x, y = x.mT, y.mT
+        return (
+            products.product(x.mT, x, symmetric=True) if "xx" in wanted else None,
+            products.product(x.mT, y) if "xy" in wanted else None,
+            products.product(y.mT, y, symmetric=True) if "yy" in wanted else None,
+        )
+    with torch.cuda.device_of(x):
+        blocks = launch.blocks(pack([x], [y], []), "gram" if gram else "covariance", wanted)
+    return tuple(b if b is None else b.reshape(*x.shape[:-2], *b.shape[-2:]) for b in blocks)
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """``a @ b``."""
+    return products.product(a, b)
+
+
+def product_transposed(a: Tensor, b: Tensor) -> Tensor:
+    """``a @ b^T``."""
+    return products.product(a, b.mT)
+
+
+def symmetric(a: Tensor, b: Tensor) -> Tensor:
+    """``a @ b`` where that is known to be symmetric."""
+    return products.product(a, b, symmetric=True)

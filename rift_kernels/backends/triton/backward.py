@@ -1,6 +1,7 @@
 """Gradients in covariance form: both products of one side in one float32 accumulator.
 
     grad = g * (scale * (W P + Other R) + w * own)  less its column means,   W = c own + c' other
+    grad = g * (scale * own R + bias)                                        (covariance distance)
 
 with ``own`` and ``other`` centered, P and R given as two bfloat16 each (``planes``: P above R), and
 row weights ``w`` that are affine in the rows' energies. ``W`` is formed in float32 and centered
@@ -17,16 +18,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .cka import FULL, OTHER, OWN, ROW, ROW_OTHER, ROW_OWN, SCALE
-from .device import (
-    COUNT,
-    batch_of,
-    layer_of,
-    pick,
-    split,
-    statistic,
-    valid_rows,
-)
+from .cka import FULL, OTHER, OWN, ROW, ROW_OTHER, ROW_OWN, ROWS, SCALE
+from .device import batch_of, layer_of, pick, split, valid_rows
 
 
 @triton.jit
@@ -41,11 +34,12 @@ def backward_kernel(
     owns, others, masks, grads, rows, widths_own, widths_other,
     strides_own_n, strides_own_d, strides_other_n, strides_other_d,
     stride_own_b, stride_other_b, stride_mb, stride_grad_b,
-    incoming_ptr, planes_ptr, scalars_ptr, shift_ptr, means_ptr, statistics_ptr,
+    incoming_ptr, planes_ptr, scalars_ptr, shift_ptr, means_ptr,
     energies_ptr, weighted_ptr,
-    column_programs, width, parts, max_rows, row_programs,
-    LAYERS: tl.constexpr, PROGRAMS: tl.constexpr, HAS_MASK: tl.constexpr, SIDE: tl.constexpr,
-    NEAR: tl.constexpr, DEBIASED: tl.constexpr, EXACT: tl.constexpr, SHIFT_STEP: tl.constexpr,
+    width, parts, max_rows, row_programs,
+    LAYERS: tl.constexpr, HAS_MASK: tl.constexpr, SIDE: tl.constexpr,
+    OWN_BLOCK: tl.constexpr, NEAR: tl.constexpr, DEBIASED: tl.constexpr, BIAS: tl.constexpr,
+    EXACT: tl.constexpr, SHIFT_STEP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """One program owns a tile (BLOCK_M rows, BLOCK_N columns) of one layer's gradient."""
@@ -66,10 +60,15 @@ def backward_kernel(
             mask_ptr = pick(masks, layer) + batch * stride_mb
         mean_own_ptr = means_ptr + (entry * 2 + SIDE) * width
         mean_other_ptr = means_ptr + (entry * 2 + 1 - SIDE) * width
-        plane = (2 * width).to(tl.int64) * width
-        planes_ptr += entry * 2 * plane
-        statistics_ptr += entry * 6 * PROGRAMS
-        count = statistic(statistics_ptr, COUNT, column_programs, PROGRAMS).to(tl.float32)
+        plane = width.to(tl.int64) * width
+        if OWN_BLOCK:
+            cross_mean_ptr = mean_other_ptr
+            half_planes = 2 * plane
+        else:
+            # The features that R multiplies are this side's own.
+            cross_mean_ptr = mean_own_ptr
+            half_planes = plane
+        planes_ptr += entry * 2 * half_planes
         scalars_ptr += entry * 16 + SIDE * 8
         scale = tl.load(scalars_ptr + SCALE)
         c_own = tl.load(scalars_ptr + OWN)
@@ -81,46 +80,47 @@ def backward_kernel(
         inner = tl.arange(0, BLOCK_K)
         acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
 
-        steps = tl.cdiv(d_own, BLOCK_K)
-        # high times high, high times low, low times high.
-        passes = tl.where(full, 3, 1)
-        if EXACT:
-            passes = 3
-        for step in range(passes * steps):
-            turn = step // steps
-            k = (step - turn * steps) * BLOCK_K + inner
-            own = _load(own_ptr, own_n, own_d, row, valid, k, d_own).to(tl.float32)
-            mean = tl.load(mean_own_ptr + k)
-            w = c_own * (own - mean[None, :])
-            if NEAR:
-                other = _load(other_ptr, other_n, other_d, row, valid, k, d_other).to(tl.float32)
-                mean = tl.load(mean_other_ptr + k)
-                w += c_other * (other - mean[None, :])
-            w = tl.where(valid[:, None] & (k < d_own)[None, :], w, 0.0)
-            high, low = split(w)
-            left = tl.where(turn == 2, low, high)
-            offsets = k.to(tl.int64)[:, None] * width + column[None, :]
-            right_ptr = planes_ptr + tl.where(turn == 1, plane, 0)
-            right = tl.load(right_ptr + offsets)
-            acc = tl.dot(left, right, acc)
+        if OWN_BLOCK:
+            steps = tl.cdiv(d_own, BLOCK_K)
+            # high times high, high times low, low times high.
+            passes = tl.where(full, 3, 1)
+            if EXACT:
+                passes = 3
+            for step in range(passes * steps):
+                turn = step // steps
+                k = (step - turn * steps) * BLOCK_K + inner
+                own = _load(own_ptr, own_n, own_d, row, valid, k, d_own).to(tl.float32)
+                mean = tl.load(mean_own_ptr + k)
+                w = c_own * (own - mean[None, :])
+                if NEAR:
+                    other = _load(other_ptr, other_n, other_d, row, valid, k, d_other).to(tl.float32)
+                    mean = tl.load(mean_other_ptr + k)
+                    w += c_other * (other - mean[None, :])
+                w = tl.where(valid[:, None] & (k < d_own)[None, :], w, 0.0)
+                high, low = split(w)
+                left = tl.where(turn == 2, low, high)
+                offsets = k.to(tl.int64)[:, None] * width + column[None, :]
+                right_ptr = planes_ptr + tl.where(turn == 1, half_planes, 0)
+                right = tl.load(right_ptr + offsets)
+                acc = tl.dot(left, right, acc)
+            planes_ptr += plane
 
         steps = tl.cdiv(d_other, BLOCK_K)
         passes = tl.where(full, 2, 1)
         if EXACT:
             passes = 3
-        planes_ptr += width.to(tl.int64) * width
         for step in range(passes * steps):
             turn = step // steps
             k = (step - turn * steps) * BLOCK_K + inner
             other = _load(other_ptr, other_n, other_d, row, valid, k, d_other)
             if EXACT:
-                mean = tl.load(mean_other_ptr + k)
+                mean = tl.load(cross_mean_ptr + k)
                 other = other.to(tl.float32) - mean[None, :]
                 other = tl.where(valid[:, None] & (k < d_other)[None, :], other, 0.0)
                 high, low = split(other)
                 other = tl.where(turn == 2, low, high)
             offsets = k.to(tl.int64)[:, None] * width + column[None, :]
-            right_ptr = planes_ptr + tl.where(turn == 1, plane, 0)
+            right_ptr = planes_ptr + tl.where(turn == 1, half_planes, 0)
             right = tl.load(right_ptr + offsets)
             acc = tl.dot(other, right, acc)
 
@@ -149,7 +149,10 @@ def backward_kernel(
                 total += by_other * tl.load(sum_ptr + side + run * width, mask=inside, other=0.0)
             mean = tl.load(mean_own_ptr + column)
             own = _load(own_ptr, own_n, own_d, row, valid, column, d_own).to(tl.float32)
-            acc += weight[:, None] * (own - mean[None, :]) - (total / count)[None, :]
+            acc += weight[:, None] * (own - mean[None, :]) - (total / tl.load(scalars_ptr + ROWS))[None, :]
+        if BIAS:
+            apart = tl.load(mean_own_ptr + column) - tl.load(mean_other_ptr + column)
+            acc += (tl.load(scalars_ptr + ROW) * apart)[None, :]
         acc *= tl.load(incoming_ptr + entry).to(tl.float32)
         acc = tl.where(valid[:, None], acc, 0.0)
         offsets = row.to(tl.int64)[:, None] * d_own + column[None, :]

@@ -70,6 +70,7 @@ FULL = tl.constexpr(3)
 ROW = tl.constexpr(4)
 ROW_OWN = tl.constexpr(5)
 ROW_OTHER = tl.constexpr(6)
+ROWS = tl.constexpr(7)
 SCALARS = 8
 
 # What is left of a unit block by less than this is made of rounding.
@@ -77,7 +78,7 @@ ROUNDING = tl.constexpr(16 * 2.0**-23)
 
 
 @triton.jit
-def _square_sum(tile):
+def square_sum(tile):
     """Sum of squares in float64: squares of float32 may not be float32."""
     wide = tile.to(tl.float64)
     return tl.sum(tl.sum(wide * wide, 1), 0)
@@ -89,14 +90,14 @@ def _field(sums, field):
 
 
 @triton.jit
-def _store_halves(planes_ptr, plane, offsets, tile):
+def store_halves(planes_ptr, plane, offsets, tile):
     high, low = split(tile)
     tl.store(planes_ptr + offsets, high)
     tl.store(planes_ptr + plane + offsets, low)
 
 
 @triton.jit
-def _store_shift(shift_ptr, half, offsets, mean, tile, AXIS: tl.constexpr):
+def store_shift(shift_ptr, half, offsets, mean, tile, AXIS: tl.constexpr):
     """What the mean of the left operand's columns makes of both halves of the right operand."""
     high, low = split(tile)
     factor = mean[None, :] if AXIS == 1 else mean[:, None]
@@ -159,7 +160,7 @@ def _weighted_sums(
 
 
 @triton.jit
-def _store_side(scalars_ptr, side, beta, own, other, full, row, row_own, row_other):
+def _store_side(scalars_ptr, side, n, beta, own, other, full, row, row_own, row_other):
     out = scalars_ptr + side * 8
     tl.store(out + SCALE, beta.to(tl.float32))
     tl.store(out + OWN, own.to(tl.float32))
@@ -168,6 +169,7 @@ def _store_side(scalars_ptr, side, beta, own, other, full, row, row_own, row_oth
     tl.store(out + ROW, row.to(tl.float32))
     tl.store(out + ROW_OWN, row_own.to(tl.float32))
     tl.store(out + ROW_OTHER, row_other.to(tl.float32))
+    tl.store(out + ROWS, n.to(tl.float32))
 
 
 @triton.jit
@@ -209,11 +211,11 @@ def _head(
     row_x = square_x * b * (alpha_x * sum_r + beta * sum_q)
     row_y = square_y * b * (alpha_y * sum_q + beta * sum_r)
     _store_side(
-        scalars_ptr, 0, beta * both, -u_x * inverse_x / inverse_y, t_x, full_x,
+        scalars_ptr, 0, n, beta * both, -u_x * inverse_x / inverse_y, t_x, full_x,
         row_x, -square_x * a * alpha_x, -square_x * a * beta,
     )  # fmt: skip
     _store_side(
-        scalars_ptr, 1, beta * both, -u_y * inverse_y / inverse_x, t_y, full_y,
+        scalars_ptr, 1, n, beta * both, -u_y * inverse_y / inverse_x, t_y, full_y,
         row_y, -square_y * a * alpha_y, -square_y * a * beta,
     )  # fmt: skip
 
@@ -295,7 +297,7 @@ def cka_kernel(
             i64, j64 = i.to(tl.int64), j.to(tl.int64)
             direct = i64[:, None] * width + j64[None, :]
             turned = j64[None, :] * width + i64[:, None]
-            square = _square_sum(tile)
+            square = square_sum(tile)
             if left_is_y == right_is_y:
                 if block_i == block_j:
                     side = tl.where(left_is_y, width, 0)
@@ -304,13 +306,13 @@ def cka_kernel(
                 if left_is_y:
                     sums = tl.where(field == SQUARE_B, square, sums)
                     if TEACHER:
-                        _store_halves(planes_y_ptr, plane, direct, tile)
-                        _store_halves(planes_y_ptr, plane, turned, tile)
+                        store_halves(planes_y_ptr, plane, direct, tile)
+                        store_halves(planes_y_ptr, plane, turned, tile)
                 else:
                     sums = tl.where(field == SQUARE_A, square, sums)
                     if STUDENT:
-                        _store_halves(planes_x_ptr, plane, direct, tile)
-                        _store_halves(planes_x_ptr, plane, turned, tile)
+                        store_halves(planes_x_ptr, plane, direct, tile)
+                        store_halves(planes_x_ptr, plane, turned, tile)
             else:
                 sums = tl.where(field == SQUARE_C, square, sums)
                 lower = block_i > block_j
@@ -331,10 +333,10 @@ def cka_kernel(
                             )
                             own -= (n_float * mean_i)[:, None] * mean[None, :]
                         rest = tile - t_x * (own * inverse_x * inverse_x)
-                    sums = tl.where(field == SQUARE_FX, _square_sum(rest), sums)
-                    _store_halves(planes_x_ptr + width.to(tl.int64) * width, plane, turned, rest)
+                    sums = tl.where(field == SQUARE_FX, square_sum(rest), sums)
+                    store_halves(planes_x_ptr + width.to(tl.int64) * width, plane, turned, rest)
                     if SHIFT:
-                        _store_shift(shift_x_ptr, half, block_j * width + i, mean_j, rest, 1)
+                        store_shift(shift_x_ptr, half, block_j * width + i, mean_j, rest, 1)
                 if TEACHER:
                     rest = tile
                     if NEAR:
@@ -348,11 +350,11 @@ def cka_kernel(
                             )
                             own -= (n_float * mean)[:, None] * mean_j[None, :]
                         rest = tile - t_y * (own * inverse_y * inverse_y)
-                    sums = tl.where(field == SQUARE_FY, _square_sum(rest), sums)
-                    _store_halves(planes_y_ptr + width.to(tl.int64) * width, plane, direct, rest)
+                    sums = tl.where(field == SQUARE_FY, square_sum(rest), sums)
+                    store_halves(planes_y_ptr + width.to(tl.int64) * width, plane, direct, rest)
                     if SHIFT:
                         row = block_i * PARTS + part
-                        _store_shift(shift_y_ptr, half, row * width + j, mean_i, rest, 0)
+                        store_shift(shift_y_ptr, half, row * width + j, mean_i, rest, 0)
     elif DEBIASED:
         run = program - slots * PARTS
         length = tl.cdiv(tl.cdiv(n, row_programs), BLOCK_R) * BLOCK_R

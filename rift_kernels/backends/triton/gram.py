@@ -50,6 +50,7 @@ FIELDS = tl.constexpr(8)
 # Scalars for the backward, for each side.
 OWN = tl.constexpr(0)
 OTHER = tl.constexpr(1)
+ROWS = tl.constexpr(2)
 SCALARS = 8
 
 NOISE = tl.constexpr(4 * 2.0**-23)
@@ -100,6 +101,8 @@ def _head(
     alpha_y = tl.where(dead, 0.0, -2 * value / tl.where(dead, 1.0, yy))
     tl.store(scalars_ptr + OWN, (square_x * alpha_x).to(tl.float32))
     tl.store(scalars_ptr + OTHER, (square_x * beta).to(tl.float32))
+    tl.store(scalars_ptr + ROWS, n.to(tl.float32))
+    tl.store(scalars_ptr + 4 + ROWS, n.to(tl.float32))
     tl.store(scalars_ptr + 4 + OWN, (square_y * alpha_y).to(tl.float32))
     tl.store(scalars_ptr + 4 + OTHER, (square_y * beta).to(tl.float32))
 
@@ -407,9 +410,8 @@ def small_gram_kernel(
 @triton.jit
 def gram_backward_kernel(
     owns, masks, grads, rows, widths, strides_n, strides_d, stride_b, stride_mb, stride_gb,
-    incoming_ptr, grams_ptr, scalars_ptr, sums_ptr, statistics_ptr,
-    column_programs, segments, width, max_rows, max_width,
-    LAYERS: tl.constexpr, PROGRAMS: tl.constexpr, HAS_MASK: tl.constexpr, SIDE: tl.constexpr,
+    incoming_ptr, grams_ptr, scalars_ptr, sums_ptr, width, max_rows, max_width,
+    LAYERS: tl.constexpr, HAS_MASK: tl.constexpr, SIDE: tl.constexpr,
     SMALL: tl.constexpr, EXACT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -435,13 +437,10 @@ def gram_backward_kernel(
         other_ptr = grams_ptr + (entry * 2 + 1 - SIDE) * plane
         row = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
         column = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
-        count = n.to(tl.float32)
         mean = tl.zeros([BLOCK_N], tl.float32)
         if EXACT and not SMALL:
-            statistics_ptr += entry * 6 * PROGRAMS
-            count = statistic(statistics_ptr, COUNT, column_programs, PROGRAMS).to(tl.float32)
-            sums_ptr += (entry * 2 + SIDE).to(tl.int64) * segments * width
-            mean = column_mean(sums_ptr, column, segments, width, count, column < width, BLOCK_N)
+            sums_ptr += (entry * 2 + SIDE) * width + column
+            mean = tl.load(sums_ptr, mask=column < d, other=0.0) / tl.load(scalars_ptr + ROWS)
         acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         for start in range(0, n, BLOCK_K):
             k = start + tl.arange(0, BLOCK_K)

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import triton.language as tl
+from triton import knobs
 from triton.runtime import interpreter
 
 _Handle = interpreter.TensorHandle
@@ -43,6 +44,11 @@ def _dot(_: Any, a: Any, b: Any, acc: Any, *__: Any) -> Any:
     dtype = acc.data.dtype
     product = np.matmul(_widened(a).astype(dtype), _widened(b).astype(dtype))
     return _Handle(product + acc.data, acc.dtype.scalar)
+
+
+def is_active() -> bool:
+    """Whether kernels run in the interpreter; triton reads that when a kernel is defined."""
+    return bool(knobs.runtime.interpret)
 
 
 def mend() -> None:

@@ -17,6 +17,8 @@ import triton
 from torch import Tensor
 
 from . import backward, cka, gram, moments
+from . import blocks as block_kernel
+from . import covariance as covariances
 from .config import Config, configuration
 from .device import STATISTICS
 from .layers import Layers, Side
@@ -38,7 +40,6 @@ class Raw(NamedTuple):
     segments: int
     width: int
     slots: int
-    spills: int
     programs: int  # column_programs, as a power of two
 
 
@@ -58,10 +59,6 @@ def _round_up(n: int, step: int) -> int:
     return -(-n // step) * step
 
 
-def _options(layers: Layers) -> dict[str, Any]:
-    return {"LAYERS": len(layers.rows), "HAS_MASK": bool(layers.masks)}
-
-
 def _tiles(first: int, second: int, wanted: str) -> int:
     count = 0
     if "xx" in wanted:
@@ -71,13 +68,17 @@ def _tiles(first: int, second: int, wanted: str) -> int:
     return count + (first * second if "xy" in wanted else 0)
 
 
+def _width(layers: Layers, config: Config) -> int:
+    """The widest layer's, in whole blocks."""
+    return _round_up(max(*layers.x.widths, *layers.y.widths), config.block)
+
+
 def raw_moments(
     layers: Layers, config: Config, form: str, wanted: str, *, off_diagonal: bool = False
 ) -> Raw:
     """Launch moments_kernel: partial products of the wanted blocks, column sums, statistics."""
     is_gram, block = form == "gram", config.block
-    widest = max(*layers.x.widths, *layers.y.widths)
-    width = _round_up(widest, block)
+    width, entries, size = _width(layers, config), layers.entries, block * block
     triples = list(zip(layers.rows, layers.x.widths, layers.y.widths, strict=True))
     slots = max(
         _tiles(*(-(-d // block) for d in ((n, n) if is_gram else (d1, d2))), wanted)
@@ -85,117 +86,211 @@ def raw_moments(
     )
     steps = max(-(-(max(d1, d2) if is_gram else n) // config.block_k) for n, d1, d2 in triples)
     available = processors(layers.device)
-    tile_programs = max(1, min(-(-available // layers.entries), slots * steps))
+    tile_programs = max(1, min(-(-available // entries), slots * steps))
     blocks = width // block
-    split = layers.dtype != torch.bfloat16
-    segments = max(1, min(-(-layers.max_rows // (4 * config.block_r)), -(-available // blocks)))
-    if split and is_gram:
-        segments = 1
+    # float32 features in Gram form: their means are read in the inner loop, which wants no other.
+    segments = 1
+    if not (is_gram and layers.exact):
+        segments = max(1, min(-(-layers.max_rows // (4 * config.block_r)), -(-available // blocks)))
     column_programs = blocks * segments
+    programs = _power(column_programs)
     floats = {"dtype": torch.float32, "device": layers.device}
-    entries, size = layers.entries, block * block
+    parts = entries * (slots + tile_programs) if is_gram else 0
     raw = Raw(
         torch.empty(entries * slots * size, **floats),
         torch.empty(entries * tile_programs * size, **floats),
-        torch.empty(entries * (slots + tile_programs) * (2 * block + 1) if is_gram else 0, **floats),
+        torch.empty(parts * (2 * block + 1), **floats),
         torch.empty(entries * 2 * segments * width, **floats),
-        torch.empty(entries * STATISTICS * _power(column_programs), **floats),
+        torch.empty(entries * STATISTICS * programs, **floats),
         torch.empty(entries, dtype=torch.int32, device=layers.device),
         tile_programs,
         column_programs,
         segments,
         width,
         slots,
-        tile_programs,
-        _power(column_programs),
+        programs,
     )
-    # Means come first where they are taken off before the products.
-    launches = [(0, column_programs), (tile_programs, 0)] if split else [(tile_programs, column_programs)]
+    launches = [(tile_programs, column_programs)]
+    if layers.exact:
+        # Means come first where they are taken off before the products.
+        launches = [(0, column_programs), (tile_programs, 0)]
     for tiles, columns in launches:
         moments.moments_kernel[(tiles + columns, entries)](
             *layers.shape, None, None,
             raw.tiles, raw.spill, raw.row_sums, raw.sums, raw.statistics, raw.counters,
             tiles, column_programs, segments, blocks, width, slots, tile_programs,
-            **_options(layers), PROGRAMS=raw.programs, GRAM=is_gram,
+            **layers.options, PROGRAMS=programs, GRAM=is_gram,
             XX="xx" in wanted, YY="yy" in wanted, XY="xy" in wanted,
-            SPLIT=split, OFF_DIAGONAL=off_diagonal, DESCRIPTORS=False,
+            SPLIT=layers.exact, OFF_DIAGONAL=off_diagonal, DESCRIPTORS=False,
             BLOCK=block, BLOCK_K=config.block_k, BLOCK_R=config.block_r,
             num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
     return raw
 
 
+class Saved(NamedTuple):
+    """What the backward in covariance form needs beside the features."""
+
+    scalars: Tensor
+    planes_x: Tensor
+    planes_y: Tensor
+    shift_x: Tensor
+    shift_y: Tensor
+    means: Tensor
+    energies: Tensor
+    weighted: Tensor
+
+
+COVARIANCE_SAVED = len(Saved._fields)
+GRAM_SAVED = 3
+
+
+def _row_programs(layers: Layers, debiased: bool) -> int:
+    """Programs that sum rows' energies: few, because the backward adds up what each leaves."""
+    if not debiased:
+        return 0
+    return 2 if layers.device.type == "cpu" else 32
+
+
+def _saved(
+    layers: Layers, config: Config, student: bool, teacher: bool, debiased: bool, matrices: int
+) -> Saved:
+    entries, width = layers.entries, _width(layers, config)
+    floats = {"dtype": torch.float32, "device": layers.device}
+    halves = {"dtype": torch.bfloat16, "device": layers.device}
+    plane = entries * 2 * matrices * width * width
+    shift = 0 if layers.exact else entries * 2 * (width // config.sub) * width
+    row_programs = _row_programs(layers, debiased)
+    return Saved(
+        torch.empty(entries * 2 * cka.SCALARS, **floats),
+        torch.empty(plane if student else 0, **halves),
+        torch.empty(plane if teacher else 0, **halves),
+        torch.empty(shift if student else 0, **floats),
+        torch.empty(shift if teacher else 0, **floats),
+        torch.empty(entries * 2 * width, **floats),
+        torch.empty(entries * 2 * layers.max_rows if debiased else 0, **floats),
+        torch.empty(entries * 4 * row_programs * width, **floats),
+    )
+
+
 def cka_covariance(
     layers: Layers, debiased: bool, student: bool, teacher: bool, high: bool
 ) -> tuple[Tensor, list[Tensor]]:
-    """Values, and what :func:`cka_covariance_backward` needs beside the features."""
+    """Values, and what :func:`covariance_backward` needs beside the features."""
     config = configuration(layers, "covariance")
+    values = torch.empty(layers.entries, dtype=torch.float32, device=layers.device)
+    saved = _saved(layers, config, student, teacher, debiased, 2)
+    if layers.idle:
+        return values, list(saved)
     raw = raw_moments(layers, config, "covariance", "xx xy yy")
-    entries, width, block = layers.entries, raw.width, config.block
-    floats = {"dtype": torch.float32, "device": layers.device}
-    halves = {"dtype": torch.bfloat16, "device": layers.device}
-    row_programs = 0
-    if debiased:
-        row_programs = max(1, min(32, -(-layers.max_rows // config.block_r)))
-    parts = block // config.sub
-    plane, shift = entries * 4 * width * width, entries * 2 * (width // block) * parts * width
-    exact = layers.dtype != torch.bfloat16
-    values = torch.empty(entries, **floats)
-    scalars = torch.empty(entries * 2 * cka.SCALARS, **floats)
-    planes = [torch.empty(plane if side else 0, **halves) for side in (student, teacher)]
-    shifts = [torch.empty(shift if side and not exact else 0, **floats) for side in (student, teacher)]
-    means = torch.empty(entries * 2 * width, **floats)
-    energies = torch.empty(entries * 2 * layers.max_rows if debiased else 0, **floats)
-    weighted = torch.empty(entries * 4 * row_programs * width, **floats)
-    programs = raw.slots * parts + row_programs
-    partial = torch.empty(entries * programs * 16, dtype=torch.float64, device=layers.device)
-    cka.cka_kernel[(programs, entries)](
+    row_programs = _row_programs(layers, debiased)
+    programs = raw.slots * (config.block // config.sub) + row_programs
+    partial = torch.empty(
+        layers.entries * programs * 16, dtype=torch.float64, device=layers.device
+    )
+    cka.cka_kernel[(programs, layers.entries)](
         *layers.shape,
         raw.tiles, raw.spill, raw.sums, raw.statistics, raw.counters,
-        values, scalars, *planes, *shifts, means, energies, weighted, partial,
-        raw.tile_programs, raw.column_programs, raw.segments, width, raw.slots, raw.spills,
-        layers.max_rows, row_programs,
-        **_options(layers), PROGRAMS=raw.programs,
-        SPLIT=exact, NEAR=layers.x.widths == layers.y.widths,
-        SHIFT=not exact, DEBIASED=debiased, STUDENT=student, TEACHER=teacher, HIGH=high,
-        BLOCK=block, BLOCK_K=config.block_k, SUB=config.sub, BLOCK_R=config.block_r,
+        values, *saved, partial,
+        raw.tile_programs, raw.column_programs, raw.segments, raw.width, raw.slots,
+        raw.tile_programs, layers.max_rows, row_programs,
+        **layers.options, PROGRAMS=raw.programs,
+        SPLIT=layers.exact, NEAR=layers.x.widths == layers.y.widths,
+        SHIFT=not layers.exact, DEBIASED=debiased, STUDENT=student, TEACHER=teacher, HIGH=high,
+        BLOCK=config.block, BLOCK_K=config.block_k, SUB=config.sub, BLOCK_R=config.block_r,
         num_warps=config.head_warps,
     )  # fmt: skip
-    return values, [scalars, *planes, *shifts, means, raw.statistics, energies, weighted]
+    return values, list(saved)
+
+
+def covariance(
+    layers: Layers, scale: str, mean_weight: float, student: bool
+) -> tuple[Tensor, list[Tensor]]:
+    """The covariance distance, and what :func:`covariance_backward` needs beside the features."""
+    config = configuration(layers, "covariance")
+    values = torch.empty(layers.entries, dtype=torch.float32, device=layers.device)
+    saved = _saved(layers, config, student, False, False, 1)
+    if layers.idle:
+        return values, list(saved)
+    raw = raw_moments(layers, config, "covariance", "xx yy")
+    programs = raw.slots // 2 * (config.block // config.sub)
+    partial = torch.empty(layers.entries * programs * 4, dtype=torch.float64, device=layers.device)
+    covariances.covariance_kernel[(programs, layers.entries)](
+        layers.rows, layers.x.widths,
+        raw.tiles, raw.spill, raw.sums, raw.statistics, raw.counters,
+        values, saved.scalars, saved.planes_x, saved.shift_x, saved.means, partial,
+        mean_weight, raw.tile_programs, raw.column_programs, raw.segments, raw.width, raw.slots,
+        raw.tile_programs,
+        LAYERS=len(layers.rows), PROGRAMS=raw.programs, SPLIT=layers.exact,
+        SHIFT=not layers.exact, KIND=covariances.KINDS[scale], STUDENT=student,
+        BLOCK=config.block, BLOCK_K=config.block_k, SUB=config.sub,
+        num_warps=config.head_warps,
+    )  # fmt: skip
+    return values, list(saved)
+
+
+def blocks(layers: Layers, form: str, wanted: str) -> tuple[Tensor | None, ...]:
+    """The blocks xx, xy, yy of second moments in float32, (B, ., .) each; None if not wanted."""
+    config = configuration(layers, form)
+    is_gram = form == "gram"
+    n, d1, d2 = layers.rows[0], layers.x.widths[0], layers.y.widths[0]
+    first, second = (n, n) if is_gram else (d1, d2)
+    shapes = {"xx": (first, first), "xy": (first, second), "yy": (second, second)}
+    results = {
+        name: torch.empty(layers.entries, *shape, dtype=torch.float32, device=layers.device)
+        for name, shape in shapes.items()
+        if name in wanted
+    }
+    if not layers.idle:
+        raw = raw_moments(layers, config, form, wanted)
+        some = next(iter(results.values()))
+        block_kernel.blocks_kernel[(raw.slots * (config.block // config.sub), layers.entries)](
+            n, d1, d2, raw.tiles, raw.spill, raw.sums, raw.statistics,
+            *(results.get(name, some) for name in shapes),
+            raw.tile_programs, raw.column_programs, raw.segments, raw.width, raw.slots,
+            raw.tile_programs,
+            PROGRAMS=raw.programs, XX="xx" in wanted, YY="yy" in wanted, XY="xy" in wanted,
+            CENTER=not layers.exact and not is_gram, GRAM=is_gram,
+            BLOCK=config.block, BLOCK_K=config.block_k, SUB=config.sub,
+            num_warps=config.head_warps,
+        )  # fmt: skip
+    return tuple(results.get(name) for name in shapes)
 
 
 def _gradients(side: Side, layers: Layers, dtype: torch.dtype) -> tuple[tuple[Tensor, ...], int]:
     grads = tuple(
         torch.empty(t.shape, dtype=dtype, device=layers.device) for t in side.tensors
     )
-    return grads, grads[0][0].numel() if grads[0].dim() == 3 else 0
+    return grads, grads[0].shape[-2] * grads[0].shape[-1] if grads[0].dim() == 3 else 0
 
 
-def cka_covariance_backward(
-    layers: Layers, incoming: Tensor, saved: list[Tensor], side: int, debiased: bool,
-    dtype: torch.dtype,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    """One side's gradients, side 0 being the student."""
+def covariance_backward(
+    layers: Layers, incoming: Tensor, saved: list[Tensor], side: int, dtype: torch.dtype
+) -> tuple[Tensor, ...]:
+    """One side's gradients of CKA or the covariance distance, side 0 being the student."""
     config = configuration(layers, "covariance")
-    scalars, plane_x, plane_y, shift_x, shift_y, means, statistics, energies, weighted = saved
+    kept = Saved(*saved)
+    entries, block, width = layers.entries, config.block, _width(layers, config)
     own, other = (layers.x, layers.y) if side == 0 else (layers.y, layers.x)
-    entries, block = layers.entries, config.block
-    width = _round_up(max(*layers.x.widths, *layers.y.widths), block)
-    row_programs = weighted.numel() // (entries * 4 * width)
-    programs = statistics.numel() // (entries * STATISTICS)
+    planes = (kept.planes_x, kept.planes_y)[side]
+    is_cka = planes.numel() == entries * 4 * width * width
+    cross, step = (other, block if side == 0 else config.sub) if is_cka else (own, config.sub)
+    debiased = kept.weighted.numel() > 0
     grads, stride_gb = _gradients(own, layers, dtype)
+    if layers.idle:
+        return grads
     block_m, block_n, block_k = config.backward
     grid = (-(-layers.max_rows // block_m) * -(-width // block_n), entries)
     backward.backward_kernel[grid](
-        own.tensors, other.tensors, layers.masks, grads, layers.rows, own.widths, other.widths,
-        own.strides_n, own.strides_d, other.strides_n, other.strides_d,
-        own.stride_b, other.stride_b, layers.stride_mb, stride_gb,
-        incoming, (plane_x, plane_y)[side], scalars, (shift_x, shift_y)[side], means, statistics,
-        energies, weighted,
-        programs, width, width // config.sub, layers.max_rows, row_programs,
-        **_options(layers), PROGRAMS=programs, SIDE=side,
-        NEAR=own.widths == other.widths, DEBIASED=debiased,
-        EXACT=layers.dtype != torch.bfloat16, SHIFT_STEP=block if side == 0 else config.sub,
+        own.tensors, cross.tensors, layers.masks, grads, layers.rows, own.widths, cross.widths,
+        own.strides_n, own.strides_d, cross.strides_n, cross.strides_d,
+        own.stride_b, cross.stride_b, layers.stride_mb, stride_gb,
+        incoming, planes, kept.scalars, (kept.shift_x, kept.shift_y)[side], kept.means,
+        kept.energies, kept.weighted,
+        width, width // config.sub, layers.max_rows, _row_programs(layers, debiased),
+        **layers.options, SIDE=side, OWN_BLOCK=is_cka,
+        NEAR=is_cka and own.widths == other.widths, DEBIASED=debiased, BIAS=not is_cka,
+        EXACT=layers.exact, SHIFT_STEP=step,
         BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k,
         num_warps=config.backward_warps, num_stages=config.backward_stages,
     )  # fmt: skip
@@ -204,29 +299,32 @@ def cka_covariance_backward(
 
 def cka_gram(layers: Layers, debiased: bool, store: bool) -> tuple[Tensor, list[Tensor]]:
     """Values, and what :func:`cka_gram_backward` needs beside the features."""
+    config = configuration(layers, "gram")
     floats = {"dtype": torch.float32, "device": layers.device}
     entries, max_rows = layers.entries, layers.max_rows
     values = torch.empty(entries, **floats)
     scalars = torch.empty(entries * gram.SCALARS, **floats)
     grams = torch.empty(entries * 2 * max_rows * max_rows if store else 0, **floats)
-    config = configuration(layers, "gram")
+    # Read only where rows do not fit into one block, and features are not multiplied as they are.
+    sums = torch.empty(entries * 2 * _width(layers, config) if layers.exact else 0, **floats)
+    saved = [scalars, grams, sums]
+    if layers.idle:
+        return values, saved
     if max_rows <= SMALL_ROWS:
         _small_gram(layers, config, values, scalars, grams, debiased, store)
-        none = torch.empty(0, **floats)
-        return values, [scalars, grams, none, none.clone()]
+        return values, saved
     raw = raw_moments(layers, config, "gram", "xx yy", off_diagonal=debiased)
-    parts = config.block // config.sub
-    programs = raw.slots // 2 * parts
+    programs = raw.slots // 2 * (config.block // config.sub)
     partial = torch.empty(entries * programs * 8, dtype=torch.float64, device=layers.device)
     gram.gram_kernel[(programs, entries)](
         layers.masks, layers.rows, layers.x.widths, layers.y.widths, layers.stride_mb,
         raw.tiles, raw.spill, raw.row_sums, raw.statistics, raw.counters,
         values, scalars, grams, partial,
-        raw.tile_programs, raw.column_programs, raw.slots, raw.spills, max_rows,
-        **_options(layers), PROGRAMS=raw.programs, DEBIASED=debiased, STORE=store,
+        raw.tile_programs, raw.column_programs, raw.slots, raw.tile_programs, max_rows,
+        **layers.options, PROGRAMS=raw.programs, DEBIASED=debiased, STORE=store,
         BLOCK=config.block, BLOCK_K=config.block_k, SUB=config.sub, num_warps=config.head_warps,
     )  # fmt: skip
-    return values, [scalars, grams, raw.sums, raw.statistics]
+    return values, [scalars, grams, raw.sums if layers.exact else sums]
 
 
 def _small_gram(
@@ -241,7 +339,7 @@ def _small_gram(
     workspace = torch.empty(size, dtype=torch.float32, device=layers.device)
     gram.small_gram_kernel[(programs, layers.entries)](
         *layers.shape, workspace, _counters(layers), values, scalars, grams, layers.max_rows, share,
-        **_options(layers), DEBIASED=debiased, STORE=store,
+        **layers.options, DEBIASED=debiased, STORE=store,
         ROWS=rows, BLOCK_K=config.small_k, PROGRAMS=programs,
         num_warps=8 if rows > 64 else 4, num_stages=2,
     )  # fmt: skip
@@ -269,14 +367,14 @@ def cka_gram_backward(
 ) -> tuple[Tensor, ...]:
     """One side's gradients, side 0 being the student."""
     config = configuration(layers, "gram")
-    scalars, grams, sums, statistics = saved
+    scalars, grams, sums = saved
     own = layers.x if side == 0 else layers.y
     entries, max_rows, max_width = layers.entries, layers.max_rows, max(own.widths)
     small = max_rows <= SMALL_ROWS
     width = _round_up(max(*layers.x.widths, *layers.y.widths), config.block)
-    segments = sums.numel() // (entries * 2 * width)
-    column_programs = width // config.block * segments
     grads, stride_gb = _gradients(own, layers, dtype)
+    if layers.idle:
+        return grads
     block_m, block_n, block_k = config.gram_backward
     if small:
         # The mean of a column is that of its one block.
@@ -285,10 +383,9 @@ def cka_gram_backward(
     gram.gram_backward_kernel[grid](
         own.tensors, layers.masks, grads, layers.rows, own.widths, own.strides_n, own.strides_d,
         own.stride_b, layers.stride_mb, stride_gb,
-        incoming, grams, scalars, sums, statistics,
-        column_programs, segments, width, max_rows, max_width,
-        **_options(layers), PROGRAMS=_power(column_programs), SIDE=side,
-        SMALL=small, EXACT=layers.dtype != torch.bfloat16,
+        incoming, grams, scalars, sums, width, max_rows, max_width,
+        **layers.options, SIDE=side,
+        SMALL=small, EXACT=layers.exact,
         BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k,
         num_warps=config.gram_backward_warps, num_stages=config.gram_backward_stages,
     )  # fmt: skip

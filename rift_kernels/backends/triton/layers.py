@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 
 
 class Side(NamedTuple):
@@ -28,6 +29,8 @@ class Layers(NamedTuple):
     stride_mb: int
     rows: tuple[int, ...]
     entries: int
+    # Without features (an empty batch) or with shapes only (torch.compile traces): no launch.
+    idle: bool
 
     @property
     def max_rows(self) -> int:
@@ -40,6 +43,15 @@ class Layers(NamedTuple):
     @property
     def dtype(self) -> torch.dtype:
         return self.x.tensors[0].dtype
+
+    @property
+    def exact(self) -> bool:
+        """Features with more digits than bfloat16: split in two, and centered before they are."""
+        return self.dtype != torch.bfloat16
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return {"LAYERS": len(self.rows), "HAS_MASK": bool(self.masks)}
 
     @property
     def shape(self) -> tuple[object, ...]:
@@ -80,4 +92,5 @@ def pack(students: Sequence[Tensor], teachers: Sequence[Tensor], masks: Sequence
         valid[0].stride(0) if valid else 0,
         tuple(t.shape[-2] for t in x.tensors),
         x.tensors[0].shape[0] if x.tensors[0].dim() == 3 else layers,
+        isinstance(students[0], FakeTensor) or not students[0].numel(),
     )

@@ -1,0 +1,165 @@
+"""Covariance distance with a teacher batch: from partial moments to the value and ``A - B``.
+
+    value  = ||A - B||^2 / unit^2 + mean_weight ||mean_x - mean_y||^2
+    grad_X = (4 / unit^2) Xc (A - B) + (2 mean_weight / n) (mean_x - mean_y)
+
+with ``A = Xc^T Xc``, ``B = Yc^T Yc`` and unit ``||B||`` (relative), ``2 D (n-1)`` (CORAL) or
+``n - 1``. ``Xc^T Yc`` is not needed, and not computed.
+
+Bytes: the partial tiles of A and B once; A - B is written as two bfloat16.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .cka import FULL, OTHER, OWN, ROW, SCALE, square_sum, store_halves, store_shift
+from .device import (
+    COUNT,
+    PIVOT_X,
+    PIVOT_Y,
+    arrive,
+    column_mean,
+    layer_of,
+    pick,
+    statistic,
+    sum_partials,
+    triangle,
+)
+
+SQUARE_DIFFERENCE = tl.constexpr(0)
+SQUARE_B = tl.constexpr(1)
+SQUARE_MEANS = tl.constexpr(2)
+FIELDS = tl.constexpr(4)
+
+KINDS = {"relative": 0, "coral": 1, "none": 2}
+
+
+@triton.jit
+def _field(sums, field):
+    return tl.sum(tl.where(tl.arange(0, FIELDS) == field, sums, 0.0), 0)
+
+
+@triton.jit
+def _head(
+    value_ptr, scalars_ptr, sums, n, width, mean_weight, pivot_x, pivot_y, KIND: tl.constexpr
+):
+    """The scalars of one layer, in float64."""
+    unit = n - 1
+    if KIND == 0:
+        square_b = tl.where(pivot_y == 0, 0.0, _field(sums, SQUARE_B))
+        outer = tl.where(square_b == 0, 0.0, 1 / tl.where(square_b == 0, 1.0, square_b))
+    else:
+        if KIND == 1:
+            unit = unit * 2 * width
+        outer = 1 / (unit * unit)
+    value = _field(sums, SQUARE_DIFFERENCE) * outer + mean_weight * _field(sums, SQUARE_MEANS)
+    # NaN and Inf come through where the teacher does not vary, too.
+    value += (pivot_x - pivot_x) + (pivot_y - pivot_y)
+    value = tl.where(n < 2, float("nan"), value)
+    tl.store(value_ptr, value.to(tl.float32))
+    tl.store(scalars_ptr + SCALE, (4 * outer + (value - value)).to(tl.float32))
+    tl.store(scalars_ptr + OWN, 1.0)
+    tl.store(scalars_ptr + OTHER, 0.0)
+    tl.store(scalars_ptr + FULL, 0.0)
+    tl.store(scalars_ptr + ROW, (2 * mean_weight / n).to(tl.float32))
+
+
+@triton.jit
+def covariance_kernel(
+    rows, widths,
+    tiles_ptr, spill_ptr, sums_ptr, statistics_ptr, counters_ptr,
+    values_ptr, scalars_ptr, planes_ptr, shift_ptr, means_ptr, partial_ptr,
+    mean_weight, tile_programs, column_programs, segments, width, slots, spills,
+    LAYERS: tl.constexpr, PROGRAMS: tl.constexpr, SPLIT: tl.constexpr, SHIFT: tl.constexpr,
+    KIND: tl.constexpr, STUDENT: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, SUB: tl.constexpr,
+):  # fmt: skip
+    """One program owns SUB rows of one tile of A - B on or above the diagonal."""
+    program = tl.program_id(0)
+    entry = tl.program_id(1)
+    programs = tl.num_programs(0)
+    layer = layer_of(entry, LAYERS)
+    n, d = pick(rows, layer), pick(widths, layer)
+    SIZE: tl.constexpr = BLOCK * BLOCK
+    PARTS: tl.constexpr = BLOCK // SUB
+    sums_x = sums_ptr + entry.to(tl.int64) * (2 * segments * width)
+    sums_y = sums_x + segments * width
+    statistics_ptr += entry * 6 * PROGRAMS
+    tiles_ptr += entry.to(tl.int64) * slots * SIZE
+    spill_ptr += entry.to(tl.int64) * spills * SIZE
+    partial_ptr += entry.to(tl.int64) * programs * FIELDS
+    plane = width.to(tl.int64) * width
+    planes_ptr += entry * 2 * plane
+    half = (width // BLOCK) * PARTS * width
+    shift_ptr += entry.to(tl.int64) * 2 * half
+    count = statistic(statistics_ptr, COUNT, column_programs, PROGRAMS)
+    n_float = count.to(tl.float32)
+    blocks = tl.cdiv(d, BLOCK)
+    tiles = blocks * (blocks + 1) // 2
+    chunks = tl.cdiv(n, BLOCK_K)
+    share = tl.cdiv(2 * tiles * chunks, tile_programs)
+    field = tl.arange(0, FIELDS)
+    sums = tl.zeros([FIELDS], tl.float64)
+    slot, part = program // PARTS, program % PARTS
+    if slot < tiles:
+        block_i, block_j = triangle(slot)
+        local = part * SUB + tl.arange(0, SUB)
+        across = tl.arange(0, BLOCK)
+        offsets = local[:, None] * BLOCK + across[None, :]
+        i, j = block_i * BLOCK + local, block_j * BLOCK + across
+        a = sum_partials(tiles_ptr, spill_ptr, slot, chunks, share, offsets, SIZE)
+        b = sum_partials(tiles_ptr, spill_ptr, tiles + slot, chunks, share, offsets, SIZE)
+        x_i = column_mean(sums_x, i, segments, width, n_float, i < width, SUB)
+        y_i = column_mean(sums_y, i, segments, width, n_float, i < width, SUB)
+        x_j = column_mean(sums_x, j, segments, width, n_float, j < width, BLOCK)
+        if not SPLIT:
+            y_j = column_mean(sums_y, j, segments, width, n_float, j < width, BLOCK)
+            a -= (n_float * x_i)[:, None] * x_j[None, :]
+            b -= (n_float * y_i)[:, None] * y_j[None, :]
+        difference = a - b
+        twice = tl.where(block_i == block_j, 1.0, 2.0)
+        sums = tl.where(field == SQUARE_DIFFERENCE, twice * square_sum(difference), sums)
+        sums = tl.where(field == SQUARE_B, twice * square_sum(b), sums)
+        if block_i == block_j:
+            tl.store(means_ptr + entry * 2 * width + i, x_i)
+            tl.store(means_ptr + (entry * 2 + 1) * width + i, y_i)
+            apart = (x_i - y_i).to(tl.float64)
+            sums = tl.where(field == SQUARE_MEANS, tl.sum(apart * apart, 0), sums)
+        if STUDENT:
+            i64, j64 = i.to(tl.int64), j.to(tl.int64)
+            direct = i64[:, None] * width + j64[None, :]
+            store_halves(planes_ptr, plane, direct, difference)
+            # Its rows against the mean of X, for the columns j; below, the mirrored tile's.
+            row = block_i * PARTS + part
+            if SHIFT:
+                store_shift(shift_ptr, half, row * width + j, x_i, difference, 0)
+            if block_i != block_j:
+                turned = j64[None, :] * width + i64[:, None]
+                store_halves(planes_ptr, plane, turned, difference)
+                if SHIFT:
+                    store_shift(shift_ptr, half, block_j * PARTS * width + i, x_j, difference, 1)
+                    for other in range(1, PARTS):
+                        # One sum holds the block's: the others of its parts are 0.
+                        at = (block_j * PARTS + other) * width + i
+                        tl.store(shift_ptr + at, tl.zeros([SUB], tl.float32))
+                        tl.store(shift_ptr + half + at, tl.zeros([SUB], tl.float32))
+    tl.store(partial_ptr + program * FIELDS + field, sums)
+    if arrive(counters_ptr + entry, programs):
+        tl.debug_barrier()
+        total = tl.zeros([FIELDS], tl.float64)
+        several = tl.arange(0, 32)
+        for first in range(0, programs, 32):
+            which = first + several
+            theirs = tl.load(
+                partial_ptr + which[:, None] * FIELDS + field[None, :],
+                mask=(which < programs)[:, None], other=0.0,
+            )  # fmt: skip
+            total += tl.sum(theirs, 0)
+        pivot_x = statistic(statistics_ptr, PIVOT_X, column_programs, PROGRAMS)
+        pivot_y = statistic(statistics_ptr, PIVOT_Y, column_programs, PROGRAMS)
+        _head(
+            values_ptr + entry, scalars_ptr + entry * 16, total, count, d.to(tl.float64),
+            mean_weight.to(tl.float64), pivot_x, pivot_y, KIND,
+        )  # fmt: skip
