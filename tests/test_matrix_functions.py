@@ -1,6 +1,7 @@
 """Newton-Schulz against exact factorisations."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -10,6 +11,9 @@ import rift_kernels as rk
 from rift_kernels import matrix_functions
 from rift_kernels.backends import eager
 from tests import cases
+
+POLAR = partial(matrix_functions.polar, backend=eager)
+TRANSPORT = partial(matrix_functions.transport, backend=eager)
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -53,7 +57,7 @@ def test_steps_map_the_interval_to_one(steps, lowest) -> None:
 @pytest.mark.parametrize("name", MATRICES)
 def test_polar(name) -> None:
     matrix = MATRICES[name]
-    factor, nuclear = matrix_functions.polar(matrix, eager)
+    factor, nuclear = POLAR(matrix)
     exact_factor, exact_nuclear = matrix_functions.polar_svd(matrix)
     torch.testing.assert_close(nuclear, exact_nuclear, rtol=1e-6, atol=0)
     # Never longer than a rotation, whatever the rank.
@@ -79,7 +83,7 @@ def gram(*shape: int, seed: int) -> Tensor:
     ids=["regular", "batch", "equal", "scales apart"],
 )
 def test_transport(a, b) -> None:
-    forth, back, fidelity = matrix_functions.transport(a, b, eager)
+    forth, back, fidelity = TRANSPORT(a, b)
     exact_forth, exact_back, exact_fidelity = matrix_functions.transport_eigh(a, b)
     assert cases.relative_error(forth, exact_forth) < 1e-8
     assert cases.relative_error(back, exact_back) < 1e-8
@@ -94,14 +98,14 @@ def test_transport(a, b) -> None:
 def test_transport_of_singular_matrices() -> None:
     """Fewer rows than features: maps are used on the range only."""
     x, y = normal(10, 24), normal(10, 24, seed=1)
-    forth, _, fidelity = matrix_functions.transport(x.mT @ x, y.mT @ y, eager)
+    forth, _, fidelity = TRANSPORT(x.mT @ x, y.mT @ y)
     expected = torch.linalg.svdvals(x @ y.mT).sum()
     torch.testing.assert_close(fidelity, expected, rtol=1e-8, atol=0)
     factor, _ = matrix_functions.polar_svd(x @ y.mT)
     assert cases.relative_error(x @ forth, factor @ y) < 1e-6
 
 
-@pytest.mark.parametrize("solve", [matrix_functions.polar, matrix_functions.polar_svd])
+@pytest.mark.parametrize("solve", [POLAR, matrix_functions.polar_svd])
 def test_polar_propagates_nan_per_matrix(solve) -> None:
     matrices = normal(3, 8, 8)
     matrices[1, 2, 3] = float("nan")
@@ -110,7 +114,7 @@ def test_polar_propagates_nan_per_matrix(solve) -> None:
     assert torch.isfinite(factor[0]).all()
 
 
-@pytest.mark.parametrize("solve", [matrix_functions.transport, matrix_functions.transport_eigh])
+@pytest.mark.parametrize("solve", [TRANSPORT, matrix_functions.transport_eigh])
 def test_transport_propagates_nan_per_matrix(solve) -> None:
     a, b = gram(3, 20, 8, seed=0), gram(3, 20, 8, seed=1)
     a[1, 2, 3] = float("inf")

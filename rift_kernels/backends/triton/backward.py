@@ -23,10 +23,28 @@ from .device import batch_of, layer_of, pick, split, valid_rows
 
 
 @triton.jit
-def _load(ptr, stride_n, stride_d, row, valid, column, width):
-    mask = valid[:, None] & (column < width)[None, :]
-    offsets = row.to(tl.int64)[:, None] * stride_n + column.to(tl.int64)[None, :] * stride_d
-    return tl.load(ptr + offsets, mask=mask, other=0.0)
+def _features(
+    ptr, descriptor, stride_n, stride_d, first_row, row, valid, first, column, width,
+    DESCRIPTORS: tl.constexpr,
+):  # fmt: skip
+    """A tile (rows, columns) of features; what is masked or outside is 0."""
+    if DESCRIPTORS:
+        tile = descriptor.load([first_row, first])
+    else:
+        mask = valid[:, None] & (column < width)[None, :]
+        offsets = row.to(tl.int64)[:, None] * stride_n + column.to(tl.int64)[None, :] * stride_d
+        tile = tl.load(ptr + offsets, mask=mask, other=0.0)
+    return tile
+
+
+@triton.jit
+def _matrix(ptr, descriptor, first_row, row, first, column, width, DESCRIPTORS: tl.constexpr):
+    """A tile of the planes, which are padded to whole tiles."""
+    if DESCRIPTORS:
+        tile = descriptor.load([first_row, first])
+    else:
+        tile = tl.load(ptr + row.to(tl.int64)[:, None] * width + column[None, :])
+    return tile
 
 
 @triton.jit
@@ -34,12 +52,12 @@ def backward_kernel(
     owns, others, masks, grads, rows, widths_own, widths_other,
     strides_own_n, strides_own_d, strides_other_n, strides_other_d,
     stride_own_b, stride_other_b, stride_mb, stride_grad_b,
-    incoming_ptr, planes_ptr, scalars_ptr, shift_ptr, means_ptr,
+    own_descriptor, other_descriptor, planes_descriptor, incoming_ptr, planes_ptr, scalars_ptr, shift_ptr, means_ptr,
     energies_ptr, weighted_ptr,
     width, parts, max_rows, row_programs,
     LAYERS: tl.constexpr, HAS_MASK: tl.constexpr, SIDE: tl.constexpr,
     OWN_BLOCK: tl.constexpr, NEAR: tl.constexpr, DEBIASED: tl.constexpr, BIAS: tl.constexpr,
-    EXACT: tl.constexpr, SHIFT_STEP: tl.constexpr,
+    EXACT: tl.constexpr, DESCRIPTORS: tl.constexpr, SHIFT_STEP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """One program owns a tile (BLOCK_M rows, BLOCK_N columns) of one layer's gradient."""
@@ -60,15 +78,13 @@ def backward_kernel(
             mask_ptr = pick(masks, layer) + batch * stride_mb
         mean_own_ptr = means_ptr + (entry * 2 + SIDE) * width
         mean_other_ptr = means_ptr + (entry * 2 + 1 - SIDE) * width
-        plane = width.to(tl.int64) * width
+        # Rows of one half of the planes: P above R, or R alone, multiplying this side's own features.
+        height = width
+        cross_mean_ptr = mean_own_ptr
         if OWN_BLOCK:
+            height = 2 * width
             cross_mean_ptr = mean_other_ptr
-            half_planes = 2 * plane
-        else:
-            # The features that R multiplies are this side's own.
-            cross_mean_ptr = mean_own_ptr
-            half_planes = plane
-        planes_ptr += entry * 2 * half_planes
+        top = entry * 2 * height
         scalars_ptr += entry * 16 + SIDE * 8
         scale = tl.load(scalars_ptr + SCALE)
         c_own = tl.load(scalars_ptr + OWN)
@@ -80,30 +96,38 @@ def backward_kernel(
         inner = tl.arange(0, BLOCK_K)
         acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
 
+        first_m, first_n = block_m * BLOCK_M, block_n * BLOCK_N
         if OWN_BLOCK:
             steps = tl.cdiv(d_own, BLOCK_K)
-            # high times high, high times low, low times high.
+            # High times high, high times low, low times high.
             passes = tl.where(full, 3, 1)
             if EXACT:
                 passes = 3
             for step in range(passes * steps):
                 turn = step // steps
-                k = (step - turn * steps) * BLOCK_K + inner
-                own = _load(own_ptr, own_n, own_d, row, valid, k, d_own).to(tl.float32)
-                mean = tl.load(mean_own_ptr + k)
-                w = c_own * (own - mean[None, :])
+                first_k = (step - turn * steps) * BLOCK_K
+                k = first_k + inner
+                own = _features(
+                    own_ptr, own_descriptor, own_n, own_d, first_m, row, valid, first_k, k, d_own,
+                    DESCRIPTORS,
+                )  # fmt: skip
+                w = c_own * (own.to(tl.float32) - tl.load(mean_own_ptr + k)[None, :])
                 if NEAR:
-                    other = _load(other_ptr, other_n, other_d, row, valid, k, d_other).to(tl.float32)
-                    mean = tl.load(mean_other_ptr + k)
-                    w += c_other * (other - mean[None, :])
+                    other = _features(
+                        other_ptr, other_descriptor, other_n, other_d, first_m, row, valid,
+                        first_k, k, d_other, DESCRIPTORS,
+                    )  # fmt: skip
+                    w += c_other * (other.to(tl.float32) - tl.load(mean_other_ptr + k)[None, :])
                 w = tl.where(valid[:, None] & (k < d_own)[None, :], w, 0.0)
                 high, low = split(w)
                 left = tl.where(turn == 2, low, high)
-                offsets = k.to(tl.int64)[:, None] * width + column[None, :]
-                right_ptr = planes_ptr + tl.where(turn == 1, half_planes, 0)
-                right = tl.load(right_ptr + offsets)
+                at = top + tl.where(turn == 1, height, 0)
+                right = _matrix(
+                    planes_ptr, planes_descriptor, at + first_k, at + k, first_n, column, width,
+                    DESCRIPTORS,
+                )  # fmt: skip
                 acc = tl.dot(left, right, acc)
-            planes_ptr += plane
+            top += width
 
         steps = tl.cdiv(d_other, BLOCK_K)
         passes = tl.where(full, 2, 1)
@@ -111,17 +135,22 @@ def backward_kernel(
             passes = 3
         for step in range(passes * steps):
             turn = step // steps
-            k = (step - turn * steps) * BLOCK_K + inner
-            other = _load(other_ptr, other_n, other_d, row, valid, k, d_other)
+            first_k = (step - turn * steps) * BLOCK_K
+            k = first_k + inner
+            other = _features(
+                other_ptr, other_descriptor, other_n, other_d, first_m, row, valid, first_k, k,
+                d_other, DESCRIPTORS,
+            )  # fmt: skip
             if EXACT:
-                mean = tl.load(cross_mean_ptr + k)
-                other = other.to(tl.float32) - mean[None, :]
+                other = other.to(tl.float32) - tl.load(cross_mean_ptr + k)[None, :]
                 other = tl.where(valid[:, None] & (k < d_other)[None, :], other, 0.0)
                 high, low = split(other)
                 other = tl.where(turn == 2, low, high)
-            offsets = k.to(tl.int64)[:, None] * width + column[None, :]
-            right_ptr = planes_ptr + tl.where(turn == 1, half_planes, 0)
-            right = tl.load(right_ptr + offsets)
+            at = top + tl.where(turn == 1, height, 0)
+            right = _matrix(
+                planes_ptr, planes_descriptor, at + first_k, at + k, first_n, column, width,
+                DESCRIPTORS,
+            )  # fmt: skip
             acc = tl.dot(other, right, acc)
 
         inside = column < d_own
@@ -148,8 +177,11 @@ def backward_kernel(
                 total += by_own * tl.load(sum_ptr + run * width, mask=inside, other=0.0)
                 total += by_other * tl.load(sum_ptr + side + run * width, mask=inside, other=0.0)
             mean = tl.load(mean_own_ptr + column)
-            own = _load(own_ptr, own_n, own_d, row, valid, column, d_own).to(tl.float32)
-            acc += weight[:, None] * (own - mean[None, :]) - (total / tl.load(scalars_ptr + ROWS))[None, :]
+            own = _features(
+                own_ptr, own_descriptor, own_n, own_d, first_m, row, valid, first_n, column, d_own,
+                False,
+            )  # fmt: skip
+            acc += weight[:, None] * (own.to(tl.float32) - mean[None, :]) - (total / tl.load(scalars_ptr + ROWS))[None, :]
         if BIAS:
             apart = tl.load(mean_own_ptr + column) - tl.load(mean_other_ptr + column)
             acc += (tl.load(scalars_ptr + ROW) * apart)[None, :]

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from .device import COUNT, column_mean, statistic, sum_partials
-from .moments import tile_of
+from .tiles import tile_of
 
 
 @triton.jit

@@ -47,7 +47,7 @@ from .device import (
     triangle_index,
     valid_rows,
 )
-from .moments import tile_of
+from .tiles import tile_of
 
 # Fields of the sums that the programs leave to the last of them.
 SQUARE_A = tl.constexpr(0)

@@ -439,8 +439,10 @@ def gram_backward_kernel(
         column = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
         mean = tl.zeros([BLOCK_N], tl.float32)
         if EXACT and not SMALL:
-            sums_ptr += (entry * 2 + SIDE) * width + column
-            mean = tl.load(sums_ptr, mask=column < d, other=0.0) / tl.load(scalars_ptr + ROWS)
+            sums = tl.load(
+                sums_ptr + (entry * 2 + SIDE) * width + column, mask=column < d, other=0.0
+            )
+            mean = sums / tl.load(scalars_ptr + ROWS)
         acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         for start in range(0, n, BLOCK_K):
             k = start + tl.arange(0, BLOCK_K)

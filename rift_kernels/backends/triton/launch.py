@@ -15,8 +15,9 @@ from typing import Any, NamedTuple
 import torch
 import triton
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-from . import backward, cka, gram, moments
+from . import backward, cka, gram, tiles
 from . import blocks as block_kernel
 from . import covariance as covariances
 from .config import Config, configuration
@@ -68,6 +69,34 @@ def _tiles(first: int, second: int, wanted: str) -> int:
     return count + (first * second if "xy" in wanted else 0)
 
 
+def _descriptors(
+    layers: Layers, sides: tuple[Side, ...], block: tuple[int, int]
+) -> list[TensorDescriptor] | None:
+    """Of the sides' features for the copy engine of sm_90 and later, or None where it cannot.
+
+    It takes one bfloat16 matrix without mask, rows aligned to 16 bytes. Small ones are not worth
+    the microseconds that making a descriptor costs.
+    """
+    tensors = [side.tensors[0].squeeze(0) for side in sides]
+    fits = layers.entries == 1 and not layers.exact and not layers.masks
+    if not fits or layers.max_rows < _descriptor_rows(layers.device):
+        return None
+    for tensor in tensors:
+        stride_n, stride_d = tensor.stride()
+        if stride_d != 1 or stride_n % 8 or tensor.data_ptr() % 16:
+            return None
+    return [TensorDescriptor.from_tensor(tensor, list(block)) for tensor in tensors]
+
+
+@cache
+def _descriptor_rows(device: torch.device) -> float:
+    """Rows from which the copy engine is used."""
+    if device.type == "cpu":
+        return 256
+    has_engine = torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
+    return 1024 if has_engine else float("inf")
+
+
 def _width(layers: Layers, config: Config) -> int:
     """The widest layer's, in whole blocks."""
     return _round_up(max(*layers.x.widths, *layers.y.widths), config.block)
@@ -114,14 +143,17 @@ def raw_moments(
     if layers.exact:
         # Means come first where they are taken off before the products.
         launches = [(0, column_programs), (tile_programs, 0)]
-    for tiles, columns in launches:
-        moments.moments_kernel[(tiles + columns, entries)](
-            *layers.shape, None, None,
+    tile = (block, config.block_k) if is_gram else (config.block_k, block)
+    descriptors = _descriptors(layers, (layers.x, layers.y), tile)
+    for some, columns in launches:
+        tiles.moments_kernel[(some + columns, entries)](
+            *layers.shape, *(descriptors or (None, None)),
             raw.tiles, raw.spill, raw.row_sums, raw.sums, raw.statistics, raw.counters,
-            tiles, column_programs, segments, blocks, width, slots, tile_programs,
+            some, column_programs, segments, blocks, width, slots, tile_programs,
             **layers.options, PROGRAMS=programs, GRAM=is_gram,
             XX="xx" in wanted, YY="yy" in wanted, XY="xy" in wanted,
-            SPLIT=layers.exact, OFF_DIAGONAL=off_diagonal, DESCRIPTORS=False,
+            SPLIT=layers.exact, OFF_DIAGONAL=off_diagonal,
+            DESCRIPTORS=descriptors is not None,
             BLOCK=block, BLOCK_K=config.block_k, BLOCK_R=config.block_r,
             num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
@@ -281,16 +313,20 @@ def covariance_backward(
         return grads
     block_m, block_n, block_k = config.backward
     grid = (-(-layers.max_rows // block_m) * -(-width // block_n), entries)
+    descriptors = _descriptors(layers, (own, cross), (block_m, block_k))
+    if descriptors:
+        matrix = planes.view(-1, width)
+        descriptors.append(TensorDescriptor.from_tensor(matrix, [block_k, block_n]))
     backward.backward_kernel[grid](
         own.tensors, cross.tensors, layers.masks, grads, layers.rows, own.widths, cross.widths,
         own.strides_n, own.strides_d, cross.strides_n, cross.strides_d,
         own.stride_b, cross.stride_b, layers.stride_mb, stride_gb,
-        incoming, planes, kept.scalars, (kept.shift_x, kept.shift_y)[side], kept.means,
+        *(descriptors or (None, None, None)), incoming, planes, kept.scalars, (kept.shift_x, kept.shift_y)[side], kept.means,
         kept.energies, kept.weighted,
         width, width // config.sub, layers.max_rows, _row_programs(layers, debiased),
         **layers.options, SIDE=side, OWN_BLOCK=is_cka,
         NEAR=is_cka and own.widths == other.widths, DEBIASED=debiased, BIAS=not is_cka,
-        EXACT=layers.exact, SHIFT_STEP=step,
+        EXACT=layers.exact, DESCRIPTORS=descriptors is not None, SHIFT_STEP=step,
         BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k,
         num_warps=config.backward_warps, num_stages=config.backward_stages,
     )  # fmt: skip

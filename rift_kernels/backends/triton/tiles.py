@@ -291,6 +291,8 @@ def moments_kernel(
                 sums_out = row_sums_ptr + part * (2 * BLOCK) + local
                 tl.store(sums_out, tl.sum(acc, 1))
                 tl.store(sums_out + BLOCK, tl.sum(acc, 0))
-                total = tl.sum(tl.sum(acc, 1), 0) * tl.where(a_block == b_block, 1.0, 2.0)
+                # Read back, because triton fails to sum what is left of an accumulator on sm_100.
+                tl.debug_barrier()
+                total = tl.sum(tl.load(sums_out), 0) * tl.where(a_block == b_block, 1.0, 2.0)
                 tl.store(row_sums_ptr + (slots + spills) * (2 * BLOCK) + part, total)
             at += last - first
