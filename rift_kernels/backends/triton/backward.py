@@ -18,7 +18,18 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .cka import FULL, OTHER, OWN, ROW, ROW_OTHER, ROW_OWN, ROWS, SCALE
+from .cka import (
+    FULL,
+    INVERSE_OTHER,
+    INVERSE_OWN,
+    OTHER,
+    OWN,
+    ROW,
+    ROW_OTHER,
+    ROW_OWN,
+    ROWS,
+    SCALE,
+)
 from .device import batch_of, layer_of, pick, split, valid_rows
 
 
@@ -85,8 +96,7 @@ def backward_kernel(
             height = 2 * width
             cross_mean_ptr = mean_other_ptr
         top = entry * 2 * height
-        scalars_ptr += entry * 16 + SIDE * 8
-        scale = tl.load(scalars_ptr + SCALE)
+        scalars_ptr += entry * 32 + SIDE * 16
         c_own = tl.load(scalars_ptr + OWN)
         c_other = tl.load(scalars_ptr + OTHER)
         full = tl.load(scalars_ptr + FULL) != 0
@@ -163,7 +173,9 @@ def backward_kernel(
                 rest = tl.load(first_ptr + half + part * width, mask=inside, other=0.0)
                 shift += tl.where(full, rest, 0.0)
             acc -= shift[None, :]
-        acc *= scale
+        inverse_own = tl.load(scalars_ptr + INVERSE_OWN)
+        acc *= inverse_own * tl.load(scalars_ptr + SCALE)
+        acc *= tl.load(scalars_ptr + INVERSE_OTHER)
         if DEBIASED:
             side = row_programs * width
             energies_ptr += entry.to(tl.int64) * 2 * max_rows
@@ -172,6 +184,7 @@ def backward_kernel(
             other_energy = tl.load(energies_ptr + (1 - SIDE) * max_rows + row, mask=valid, other=0.0)
             by_own, by_other = tl.load(scalars_ptr + ROW_OWN), tl.load(scalars_ptr + ROW_OTHER)
             weight = tl.load(scalars_ptr + ROW) + by_own * own_energy + by_other * other_energy
+            weight *= inverse_own
             total = tl.zeros([BLOCK_N], tl.float32)
             for run in range(row_programs):
                 total += by_own * tl.load(sum_ptr + run * width, mask=inside, other=0.0)
@@ -181,7 +194,9 @@ def backward_kernel(
                 own_ptr, own_descriptor, own_n, own_d, first_m, row, valid, first_n, column, d_own,
                 False,
             )  # fmt: skip
-            acc += weight[:, None] * (own.to(tl.float32) - mean[None, :]) - (total / tl.load(scalars_ptr + ROWS))[None, :]
+            shift = total * inverse_own / tl.load(scalars_ptr + ROWS)
+            own = weight[:, None] * (own.to(tl.float32) - mean[None, :]) - shift[None, :]
+            acc += own * inverse_own
         if BIAS:
             apart = tl.load(mean_own_ptr + column) - tl.load(mean_other_ptr + column)
             acc += (tl.load(scalars_ptr + ROW) * apart)[None, :]

@@ -71,10 +71,14 @@ ROW = tl.constexpr(4)
 ROW_OWN = tl.constexpr(5)
 ROW_OTHER = tl.constexpr(6)
 ROWS = tl.constexpr(7)
-SCALARS = 8
+INVERSE_OWN = tl.constexpr(8)
+INVERSE_OTHER = tl.constexpr(9)
+SCALARS = 16
 
-# What is left of a unit block by less than this is made of rounding.
-ROUNDING = tl.constexpr(16 * 2.0**-23)
+# What is left of a unit block by less than this is made of rounding: of float32 sums, or of
+# features split in two, where the more columns there are, the more of it averages out.
+ROUNDING = tl.constexpr(2.0**-19)
+ROUNDING_OF_SPLIT = tl.constexpr(2.0**-14)
 
 
 @triton.jit
@@ -160,8 +164,11 @@ def _weighted_sums(
 
 
 @triton.jit
-def _store_side(scalars_ptr, side, n, beta, own, other, full, row, row_own, row_other):
-    out = scalars_ptr + side * 8
+def _store_side(
+    scalars_ptr, side, n, beta, own, other, full, row, row_own, row_other, inverse_own,
+    inverse_other,
+):  # fmt: skip
+    out = scalars_ptr + side * 16
     tl.store(out + SCALE, beta.to(tl.float32))
     tl.store(out + OWN, own.to(tl.float32))
     tl.store(out + OTHER, other.to(tl.float32))
@@ -170,12 +177,15 @@ def _store_side(scalars_ptr, side, n, beta, own, other, full, row, row_own, row_
     tl.store(out + ROW_OWN, row_own.to(tl.float32))
     tl.store(out + ROW_OTHER, row_other.to(tl.float32))
     tl.store(out + ROWS, n.to(tl.float32))
+    # Apart from the rest, because their product may not be a float32.
+    tl.store(out + INVERSE_OWN, inverse_own)
+    tl.store(out + INVERSE_OTHER, inverse_other)
 
 
 @triton.jit
 def _head(
     value_ptr, scalars_ptr, sums, n, pivot_x, pivot_y, inverse_x, inverse_y, t_x, t_y,
-    DEBIASED: tl.constexpr, HIGH: tl.constexpr,
+    rounding, DEBIASED: tl.constexpr, HIGH: tl.constexpr,
 ):  # fmt: skip
     """The scalars of one layer, in float64."""
     square_a, square_b = _field(sums, SQUARE_A), _field(sums, SQUARE_B)
@@ -191,7 +201,7 @@ def _head(
         hxx += b * sum_r * sum_r - a * _field(sums, SQUARE_R)
         hyy += b * sum_q * sum_q - a * _field(sums, SQUARE_Q)
         h += b * sum_r * sum_q - a * _field(sums, PRODUCT_RQ)
-        dead = dead | (hxx <= square_a * ROUNDING) | (hyy <= square_b * ROUNDING)
+        dead = dead | (hxx <= square_a * rounding) | (hyy <= square_b * rounding)
     beta = tl.where(dead, 0.0, 2 / tl.sqrt(tl.where(dead, 1.0, hxx * hyy)))
     value = 0.5 * h * beta
     # NaN and Inf in the features come through where nothing varies, too.
@@ -202,21 +212,17 @@ def _head(
     u_x = tl.where(dead, 0.0, h / tl.where(dead, 1.0, hxx))
     u_y = tl.where(dead, 0.0, h / tl.where(dead, 1.0, hyy))
     alpha_x, alpha_y = -u_x * beta, -u_y * beta
-    both = inverse_x.to(tl.float64) * inverse_y
     left = (1 - value) * square_c
     full_x = (_field(sums, SQUARE_FX) > left) & HIGH
     full_y = (_field(sums, SQUARE_FY) > left) & HIGH
     # A row's weight is ROW + ROW_OWN r + ROW_OTHER q, of the energies of scaled features.
-    square_x, square_y = inverse_x.to(tl.float64) * inverse_x, inverse_y.to(tl.float64) * inverse_y
-    row_x = square_x * b * (alpha_x * sum_r + beta * sum_q)
-    row_y = square_y * b * (alpha_y * sum_q + beta * sum_r)
     _store_side(
-        scalars_ptr, 0, n, beta * both, -u_x * inverse_x / inverse_y, t_x, full_x,
-        row_x, -square_x * a * alpha_x, -square_x * a * beta,
+        scalars_ptr, 0, n, beta, -u_x * inverse_x / inverse_y, t_x, full_x,
+        b * (alpha_x * sum_r + beta * sum_q), -a * alpha_x, -a * beta, inverse_x, inverse_y,
     )  # fmt: skip
     _store_side(
-        scalars_ptr, 1, n, beta * both, -u_y * inverse_y / inverse_x, t_y, full_y,
-        row_y, -square_y * a * alpha_y, -square_y * a * beta,
+        scalars_ptr, 1, n, beta, -u_y * inverse_y / inverse_x, t_y, full_y,
+        b * (alpha_y * sum_q + beta * sum_r), -a * alpha_y, -a * beta, inverse_y, inverse_x,
     )  # fmt: skip
 
 
@@ -246,7 +252,7 @@ def cka_kernel(
     statistics_ptr += entry * 6 * PROGRAMS
     tiles_ptr += entry.to(tl.int64) * slots * SIZE
     spill_ptr += entry.to(tl.int64) * spills * SIZE
-    scalars_ptr += entry * 16
+    scalars_ptr += entry * 32
     partial_ptr += entry.to(tl.int64) * programs * FIELDS
     count = statistic(statistics_ptr, COUNT, column_programs, PROGRAMS)
     inverse_x = inverse_scale(statistics_ptr, PIVOT_X, ENERGY_X, column_programs, PROGRAMS)
@@ -416,7 +422,11 @@ def cka_kernel(
             total += tl.sum(part, 0)
         pivot_x = statistic(statistics_ptr, PIVOT_X, column_programs, PROGRAMS)
         pivot_y = statistic(statistics_ptr, PIVOT_Y, column_programs, PROGRAMS)
+        rounding = count * 0 + ROUNDING
+        if SPLIT:
+            narrow = tl.minimum(d1, d2).to(tl.float64)
+            rounding = tl.maximum(rounding, (count * 0 + ROUNDING_OF_SPLIT) / narrow)
         _head(
             values_ptr + entry, scalars_ptr, total, count, pivot_x, pivot_y,
-            inverse_x, inverse_y, t_x, t_y, DEBIASED, HIGH,
+            inverse_x, inverse_y, t_x, t_y, rounding, DEBIASED, HIGH,
         )  # fmt: skip

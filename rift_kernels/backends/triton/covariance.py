@@ -14,7 +14,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .cka import FULL, OTHER, OWN, ROW, SCALE, square_sum, store_halves, store_shift
+from .cka import (
+    FULL,
+    INVERSE_OTHER,
+    INVERSE_OWN,
+    ROW,
+    SCALE,
+    square_sum,
+    store_halves,
+    store_shift,
+)
 from .device import (
     COUNT,
     PIVOT_X,
@@ -60,8 +69,8 @@ def _head(
     value = tl.where(n < 2, float("nan"), value)
     tl.store(value_ptr, value.to(tl.float32))
     tl.store(scalars_ptr + SCALE, (4 * outer + (value - value)).to(tl.float32))
-    tl.store(scalars_ptr + OWN, 1.0)
-    tl.store(scalars_ptr + OTHER, 0.0)
+    tl.store(scalars_ptr + INVERSE_OWN, 1.0)
+    tl.store(scalars_ptr + INVERSE_OTHER, 1.0)
     tl.store(scalars_ptr + FULL, 0.0)
     tl.store(scalars_ptr + ROW, (2 * mean_weight / n).to(tl.float32))
 
@@ -160,6 +169,6 @@ def covariance_kernel(
         pivot_x = statistic(statistics_ptr, PIVOT_X, column_programs, PROGRAMS)
         pivot_y = statistic(statistics_ptr, PIVOT_Y, column_programs, PROGRAMS)
         _head(
-            values_ptr + entry, scalars_ptr + entry * 16, total, count, d.to(tl.float64),
-            mean_weight.to(tl.float64), pivot_x, pivot_y, KIND,
+            values_ptr + entry, scalars_ptr + entry * 32, total, count, d.to(tl.float64),
+            mean_weight, pivot_x, pivot_y, KIND,
         )  # fmt: skip

@@ -51,6 +51,7 @@ FIELDS = tl.constexpr(8)
 OWN = tl.constexpr(0)
 OTHER = tl.constexpr(1)
 ROWS = tl.constexpr(2)
+INVERSE = tl.constexpr(3)
 SCALARS = 8
 
 NOISE = tl.constexpr(4 * 2.0**-23)
@@ -77,6 +78,15 @@ def _pack(square_x, square_y, product, peak_x, peak_y):
 
 
 @triton.jit
+def _store_side(scalars_ptr, n, own, other, inverse):
+    tl.store(scalars_ptr + OWN, own.to(tl.float32))
+    tl.store(scalars_ptr + OTHER, other.to(tl.float32))
+    tl.store(scalars_ptr + ROWS, n.to(tl.float32))
+    # Apart from the rest, because its square may not be a float32.
+    tl.store(scalars_ptr + INVERSE, inverse)
+
+
+@triton.jit
 def _head(
     value_ptr, scalars_ptr, sums, n, pivot_x, pivot_y, inverse_x, inverse_y, DEBIASED: tl.constexpr
 ):
@@ -96,15 +106,10 @@ def _head(
     value = tl.where(n < fewest, float("nan"), value)
     beta += value - value
     tl.store(value_ptr, value.to(tl.float32))
-    square_x, square_y = inverse_x.to(tl.float64) * inverse_x, inverse_y.to(tl.float64) * inverse_y
     alpha_x = tl.where(dead, 0.0, -2 * value / tl.where(dead, 1.0, xx))
     alpha_y = tl.where(dead, 0.0, -2 * value / tl.where(dead, 1.0, yy))
-    tl.store(scalars_ptr + OWN, (square_x * alpha_x).to(tl.float32))
-    tl.store(scalars_ptr + OTHER, (square_x * beta).to(tl.float32))
-    tl.store(scalars_ptr + ROWS, n.to(tl.float32))
-    tl.store(scalars_ptr + 4 + ROWS, n.to(tl.float32))
-    tl.store(scalars_ptr + 4 + OWN, (square_y * alpha_y).to(tl.float32))
-    tl.store(scalars_ptr + 4 + OTHER, (square_y * beta).to(tl.float32))
+    _store_side(scalars_ptr, n, alpha_x, beta, inverse_x)
+    _store_side(scalars_ptr + 4, n, alpha_y, beta, inverse_y)
 
 
 @triton.jit
@@ -467,7 +472,8 @@ def gram_backward_kernel(
                 acc = tl.dot(low, x, acc)
                 acc = tl.dot(high, x, acc)
         valid = valid_rows(mask_ptr, row, n, HAS_MASK)
-        acc = tl.where(valid[:, None], acc * incoming, 0.0)
+        inverse = tl.load(scalars_ptr + INVERSE)
+        acc = tl.where(valid[:, None], acc * inverse * (inverse * incoming), 0.0)
         offsets = row.to(tl.int64)[:, None] * d + column[None, :]
         inside = (row < n)[:, None] & (column < d)[None, :]
         tl.store(grad_ptr + offsets, acc.to(grad_ptr.dtype.element_ty), mask=inside)
