@@ -37,12 +37,21 @@ def _backend(name: str) -> ModuleType:
     return eager
 
 
-def _is_fused(measure: str, backend: str, gram: Sequence[bool], teacher_grad: bool) -> bool:
+def _is_fused(measure: str, backend: str, gram: Sequence[bool]) -> bool:
     """Whether the backend goes from features to values by itself, without a head in measures.py."""
-    if backend == "eager":
-        return False
-    # The covariance distance's other cases need blocks that the fused one never forms.
-    return measure == "cka" or (measure == "covariance" and not teacher_grad and not any(gram))
+    return backend != "eager" and (
+        measure == "cka" or (measure == "covariance" and not any(gram))
+    )
+
+
+def _inputs(
+    measure: str, gram: Sequence[bool], sides: tuple[bool, bool], students: list[Tensor],
+    teachers: list[Tensor],
+) -> tuple[list[Tensor], list[Tensor]]:  # fmt: skip
+    """The features that the backward of a fused measure reads."""
+    if measure == "cka" and not all(gram) and any(sides):
+        return students, teachers
+    return (students if sides[0] else []), (teachers if sides[1] else [])
 
 
 def _compute_dtype(*tensors: Tensor) -> torch.dtype:
@@ -110,7 +119,7 @@ def _measure_fwd(
 def _cka_fwd(*call: Any) -> tuple[Tensor, list[Tensor]]:
     *layers, debiased = call
     backend = layers[-1]
-    if _is_fused("cka", backend, layers[3], layers[5]):
+    if _is_fused("cka", backend, layers[3]):
         return _backend(backend).cka_fwd(*layers[:-1], debiased)
     return _measure_fwd(partial(measures.cka, debiased=debiased), *layers)
 
@@ -123,7 +132,7 @@ def _procrustes_fwd(*call: Any) -> tuple[Tensor, list[Tensor]]:
 def _covariance_fwd(*call: Any) -> tuple[Tensor, list[Tensor]]:
     *layers, scale, mean_weight = call
     backend = layers[-1]
-    if _is_fused("covariance", backend, layers[3], layers[5]):
+    if _is_fused("covariance", backend, layers[3]):
         return _backend(backend).covariance_fwd(*layers[:-1], scale, mean_weight)
     return _measure_fwd(partial(measures.covariance, scale=scale, mean_weight=mean_weight), *layers)
 
@@ -155,9 +164,10 @@ def _features_bwd(
     Fused measures take the features themselves, of the others what the forward saved is enough.
     """
     primitives = _backend(backend)
-    if _is_fused(measure, backend, gram, teacher_grad):
+    if _is_fused(measure, backend, gram):
+        features_ = (students, teachers, saved, masks, gram)
         sides = (student_grad, teacher_grad)
-        return primitives.fused_bwd(grad_values, students, teachers, saved, masks, gram, sides)
+        return primitives.fused_bwd(grad_values, *features_, sides, measure == "cka")
     layers = len(gram)
     grad_students, grad_teachers = [], []
     with full_precision(grad_values.device, precision):
@@ -256,11 +266,12 @@ class _Measure(torch.autograd.Function):
         students, teachers = list(tensors[:layers]), list(tensors[layers : 2 * layers])
         masks = list(tensors[2 * layers :])
         values, saved = _forward(call, sides, students, teachers, masks)
-        inputs = []
-        if any(sides) and _is_fused(call.measure, call.backend, call.gram, sides[1]):
-            inputs = [*students, *teachers]
-        ctx.save_for_backward(*map(_savable, (*masks, *inputs)), *saved)
-        ctx.call, ctx.sides, ctx.kept = call, sides, (len(masks), len(inputs))
+        own: list[Tensor] = []
+        other: list[Tensor] = []
+        if _is_fused(call.measure, call.backend, call.gram):
+            own, other = _inputs(call.measure, call.gram, sides, students, teachers)
+        ctx.save_for_backward(*map(_savable, (*masks, *own, *other)), *saved)
+        ctx.call, ctx.sides, ctx.kept = call, sides, (len(masks), len(own), len(other))
         ctx.dtypes = students[0].dtype, teachers[0].dtype
         return values
 
@@ -270,13 +281,13 @@ class _Measure(torch.autograd.Function):
         call, (student_grad, teacher_grad) = ctx.call, ctx.sides
         layers = len(call.gram)
         # Read once: activation checkpointing recomputes at the first look and forbids a second.
-        tensors = ctx.saved_tensors
-        masks, inputs = ctx.kept
+        tensors = list(ctx.saved_tensors)
+        masks, own, other = ctx.kept
         grads = torch.ops.rift_kernels.features_bwd(
             grad_values,
-            tensors[masks : masks + inputs // 2],
-            tensors[masks + inputs // 2 : masks + inputs],
-            tensors[masks + inputs :],
+            tensors[masks : masks + own],
+            tensors[masks + own : masks + own + other],
+            tensors[masks + own + other :],
             tensors[:masks],
             call.gram,
             student_grad,

@@ -75,10 +75,11 @@ def covariance_fwd(
     scale: str,
     mean_weight: float,
 ) -> tuple[Tensor, list[Tensor]]:
-    """Values, and what the student's gradient needs beside the features."""
+    """Values, and what the backward needs beside the features."""
     with torch.cuda.device_of(students[0]):
         layers = pack(students, teachers, masks)
-        value, saved = launch.covariance(layers, scale, mean_weight, student_grad)
+        sides = (student_grad, teacher_grad)
+        value, saved = launch.covariance(layers, scale, mean_weight, *sides)
     return value.reshape(students[0].shape[:-2] if len(gram) == 1 else (-1,)), saved
 
 
@@ -90,9 +91,11 @@ def fused_bwd(
     masks: list[Tensor],
     gram: list[bool],
     wanted: tuple[bool, bool],
+    is_cka: bool,
 ) -> list[Tensor]:
-    """The wanted gradients, all students first."""
+    """The wanted gradients, all students first; a side that none of them needs may be empty."""
     count = len(gram)
+    students, teachers = students or teachers, teachers or students
     grads: list[Tensor] = [grad_values] * (2 * count)
     incoming = grad_values.reshape(-1).contiguous()
     groups = _groups(gram)
@@ -105,10 +108,14 @@ def fused_bwd(
             mine = incoming
             if len(groups) > 1:
                 mine = torch.stack([incoming[i] for i in indices])
-            backward = launch.cka_gram_backward if form else launch.covariance_backward
             for side, tensors in enumerate((students, teachers)):
                 if wanted[side]:
-                    some = backward(layers, mine, kept, side, tensors[0].dtype)
+                    how = (layers, mine, kept, side, tensors[0].dtype)
+                    some = (
+                        launch.cka_gram_backward(*how)
+                        if form
+                        else launch.covariance_backward(*how, is_cka)
+                    )
                     for i, grad in zip(indices, some, strict=True):
                         grads[side * count + i] = grad.reshape(tensors[i].shape)
     return (grads[:count] if wanted[0] else []) + (grads[count:] if wanted[1] else [])

@@ -1,7 +1,7 @@
 """Gradients in covariance form: both products of one side in one float32 accumulator.
 
     grad = g * (scale * (W P + Other R) + w * own)  less its column means,   W = c own + c' other
-    grad = g * (scale * own R + bias)                                        (covariance distance)
+    grad = g * (scale * (W P + own R) + bias),                               covariance distance
 
 with ``own`` and ``other`` centered, P and R given as two bfloat16 each (``planes``: P above R), and
 row weights ``w`` that are affine in the rows' energies. ``W`` is formed in float32 and centered
@@ -89,12 +89,14 @@ def backward_kernel(
             mask_ptr = pick(masks, layer) + batch * stride_mb
         mean_own_ptr = means_ptr + (entry * 2 + SIDE) * width
         mean_other_ptr = means_ptr + (entry * 2 + 1 - SIDE) * width
-        # Rows of one half of the planes: P above R, or R alone, multiplying this side's own features.
+        # Rows of one half of the planes: P above R, or R alone.
         height = width
-        cross_mean_ptr = mean_own_ptr
         if OWN_BLOCK:
             height = 2 * width
-            cross_mean_ptr = mean_other_ptr
+        cross_mean_ptr = mean_other_ptr
+        if BIAS:
+            # The covariance distance: R multiplies this side's own features as well.
+            cross_mean_ptr = mean_own_ptr
         top = entry * 2 * height
         scalars_ptr += entry * 32 + SIDE * 16
         c_own = tl.load(scalars_ptr + OWN)

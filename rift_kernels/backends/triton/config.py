@@ -1,24 +1,192 @@
+"""Block sizes, warps and stages: looked up in a table by architecture and by class of shapes.
+
+``configs.json`` holds an entry for every class of every architecture. A file named by
+RIFT_KERNELS_CONFIGS, which ``python -m rift_kernels.tune`` writes, overrides entries of it.
+"""
+
 from __future__ import annotations
-from typing import NamedTuple
+
+import json
+import os
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
 import torch
+
 from .layers import Layers
 
+ENVIRONMENT_VARIABLE = "RIFT_KERNELS_CONFIGS"
+SHIPPED = Path(__file__).with_name("configs.json")
+FORMS = ("covariance", "gram")
+# Of one side of the blocks, the widest layer's or in Gram form the longest's: up to 64, 128, more.
+SIZES = ("small", "medium", "large")
+FEATURES = ("bf16", "exact")
+
+Block = tuple[int, int, int]
+
+
 class Config(NamedTuple):
-    block: int = 32
-    block_k: int = 32
-    warps: int = 4
-    stages: int = 2
-    block_r: int = 16
-    sub: int = 16
-    head_warps: int = 4
-    backward: tuple[int,int,int] = (32, 32, 32)
-    backward_warps: int = 4
-    backward_stages: int = 2
-    gram_backward: tuple[int,int,int] = (32, 32, 32)
-    gram_backward_warps: int = 4
-    gram_backward_stages: int = 2
-    small_share: int = 32
-    small_k: int = 32
+    """What the launchers ask for; 0 in what the other form's launchers use."""
+
+    block: int  # of moments: its tiles are squares
+    block_k: int
+    warps: int
+    stages: int
+    block_r: int  # rows at a time, where columns are summed
+    sub: int  # rows of a tile per program of a head
+    head_warps: int
+    backward: Block = (0, 0, 0)
+    backward_warps: int = 0
+    backward_stages: int = 0
+    gram_backward: Block = (0, 0, 0)
+    gram_backward_warps: int = 0
+    gram_backward_stages: int = 0
+    small_share: int = 0  # columns per program of small_gram
+    small_k: int = 0
+
+
+COMMON = Config._fields[:7]
+FIELDS = {"covariance": COMMON + Config._fields[7:10], "gram": COMMON + Config._fields[10:]}
+CLASSES = tuple(f"{form} {size} {kind}" for form in FORMS for size in SIZES for kind in FEATURES)
+
+Table = dict[str, dict[str, Config]]
+
+
+class ConfigError(ValueError):
+    """A table that cannot be used; the message names the file and the entry."""
+
+
+_found: dict[tuple[object, ...], Config] = {}
+
 
 def configuration(layers: Layers, form: str) -> Config:
-    return Config()
+    """The entry for these layers. Every call of a loss comes here, so the way is short."""
+    tensor = layers.x.tensors[0]
+    side = max(layers.rows) if form == "gram" else max(*layers.x.widths, *layers.y.widths)
+    size = 0 if side <= 64 else 1 if side <= 128 else 2
+    key = tensor.device, tensor.dtype, form, size
+    found = _found.get(key)
+    if found is None:
+        kind = "exact" if layers.exact else "bf16"
+        found = lookup(architecture(tensor.device), f"{form} {SIZES[size]} {kind}")
+        _found[key] = found
+    return found
+
+
+def architecture(device: torch.device) -> str:
+    """What tables call a device: "sm90", "gfx942", and "cpu" for the interpreter."""
+    if device.type == "cpu":
+        return "cpu"
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip is not None:
+        return properties.gcnArchName.partition(":")[0]
+    return f"sm{properties.major}{properties.minor}"
+
+
+def lookup(name: str, shapes: str) -> Config:
+    """The entry of an architecture, or of the one that comes closest from below."""
+    known = _table()
+    for candidate in _candidates(name, known):
+        if shapes in known[candidate]:
+            return known[candidate][shapes]
+    raise AssertionError(f"{SHIPPED} has an entry for everything")
+
+
+def _candidates(name: str, known: Table) -> list[str]:
+    if name == "cpu":
+        return ["cpu"]
+    if name.startswith("gfx"):
+        return [arch for arch in (name, "gfx942") if arch in known]
+    numbers = sorted((int(arch[2:]) for arch in known if arch.startswith("sm")), reverse=True)
+    older = [number for number in numbers if number <= int(name[2:])]
+    return [f"sm{number}" for number in older or numbers[-1:]]
+
+
+@cache
+def _table() -> Table:
+    known = read(SHIPPED)
+    override = os.environ.get(ENVIRONMENT_VARIABLE)
+    if override:
+        for arch, entries in read(Path(override)).items():
+            known[arch] = {**known.get(arch, {}), **entries}
+    return known
+
+
+def forget() -> None:
+    """Read the tables again at the next call."""
+    _table.cache_clear()
+    _found.clear()
+
+
+def read(path: Path) -> Table:
+    """A table from a file, checked.
+
+    A string in place of an entry, or of an architecture, names another one that it equals. Names
+    that begin with an underscore are remarks.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"cannot read the configurations in {path}: {error}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path} must hold an object of architectures")
+    table: Table = {}
+    for arch, entries in content.items():
+        if arch.startswith("_"):
+            continue
+        entries = _followed(path, arch, entries, content)
+        table[arch] = {
+            shapes: entry(f"{path}: {arch}: {shapes}", shapes, _followed(path, arch, e, entries))
+            for shapes, e in entries.items()
+            if not shapes.startswith("_")
+        }
+    return table
+
+
+def _followed(path: Path, arch: str, value: Any, others: dict[str, Any]) -> dict[str, Any]:
+    if isinstance(value, str):
+        value = others.get(value, value)
+    if not isinstance(value, dict):
+        raise ConfigError(f"{path}: {arch}: {value!r} is neither an object nor the name of one")
+    return value
+
+
+def entry(where: str, shapes: str, values: dict[str, Any]) -> Config:
+    """A table's entry as a Config; raises with ``where`` if the kernels cannot run with it."""
+    if shapes not in CLASSES:
+        raise ConfigError(f"{where}: no such class, the classes are {', '.join(CLASSES)}")
+    fields = FIELDS[shapes.partition(" ")[0]]
+    if values.keys() != set(fields):
+        wrong = ", ".join(sorted(values.keys() ^ set(fields)))
+        raise ConfigError(f"{where}: unknown or missing: {wrong}")
+    for name, value in values.items():
+        _check_value(f"{where}: {name}", name, value)
+    hashable: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in values.items()
+    }
+    config = Config(**hashable)
+    parts = {"sub": config.sub}
+    if shapes.startswith("covariance"):
+        parts |= {"backward's columns": config.backward[1], "backward's depth": config.backward[2]}
+    for name, part in parts.items():
+        # The planes that they read and write are padded to whole blocks, and no further.
+        if config.block % part:
+            raise ConfigError(f"{where}: {name}, {part}, must divide block, {config.block}")
+    return config
+
+
+def _check_value(where: str, name: str, value: Any) -> None:
+    if name.endswith("backward"):
+        if not isinstance(value, list) or len(value) != 3:
+            raise ConfigError(f"{where} must be three numbers, not {value!r}")
+        for part in value:
+            _check_value(where, "block", part)
+        return
+    smallest = 1 if name.endswith(("warps", "stages")) else 16
+    if type(value) is not int or value < smallest:
+        raise ConfigError(f"{where} must be an integer from {smallest} on, not {value!r}")
+    if not name.endswith("stages") and value & (value - 1):
+        raise ConfigError(f"{where} must be a power of two, not {value}")
+    if name.endswith("warps") and value > 16:
+        raise ConfigError(f"{where} must be at most 16, not {value}")

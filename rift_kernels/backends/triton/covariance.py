@@ -2,11 +2,12 @@
 
     value  = ||A - B||^2 / unit^2 + mean_weight ||mean_x - mean_y||^2
     grad_X = (4 / unit^2) Xc (A - B) + (2 mean_weight / n) (mean_x - mean_y)
+    grad_Y = (-4 / unit^2) Yc (A - B [+ value B]) + (2 mean_weight / n) (mean_y - mean_x)
 
 with ``A = Xc^T Xc``, ``B = Yc^T Yc`` and unit ``||B||`` (relative), ``2 D (n-1)`` (CORAL) or
-``n - 1``. ``Xc^T Yc`` is not needed, and not computed.
+``n - 1``; what is in brackets is there where the unit is the teacher's. ``Xc^T Yc`` is not needed, and not computed.
 
-Bytes: the partial tiles of A and B once; A - B is written as two bfloat16.
+Bytes: the partial tiles of A and B once; A - B (and B) is written as two bfloat16.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from .cka import (
     FULL,
     INVERSE_OTHER,
     INVERSE_OWN,
+    OTHER,
+    OWN,
     ROW,
     SCALE,
     square_sum,
@@ -63,26 +66,59 @@ def _head(
         if KIND == 1:
             unit = unit * 2 * width
         outer = 1 / (unit * unit)
-    value = _field(sums, SQUARE_DIFFERENCE) * outer + mean_weight * _field(sums, SQUARE_MEANS)
+    value = _field(sums, SQUARE_DIFFERENCE) * outer
     # NaN and Inf come through where the teacher does not vary, too.
     value += (pivot_x - pivot_x) + (pivot_y - pivot_y)
     value = tl.where(n < 2, float("nan"), value)
-    tl.store(value_ptr, value.to(tl.float32))
-    tl.store(scalars_ptr + SCALE, (4 * outer + (value - value)).to(tl.float32))
-    tl.store(scalars_ptr + INVERSE_OWN, 1.0)
-    tl.store(scalars_ptr + INVERSE_OTHER, 1.0)
-    tl.store(scalars_ptr + FULL, 0.0)
-    tl.store(scalars_ptr + ROW, (2 * mean_weight / n).to(tl.float32))
+    tl.store(value_ptr, (value + mean_weight * _field(sums, SQUARE_MEANS)).to(tl.float32))
+    scale = 4 * outer + (value - value)
+    for side in tl.static_range(2):
+        out = scalars_ptr + side * 16
+        tl.store(out + SCALE, (scale if side == 0 else -scale).to(tl.float32))
+        tl.store(out + OWN, value.to(tl.float32))
+        tl.store(out + OTHER, 0.0)
+        tl.store(out + INVERSE_OWN, 1.0)
+        tl.store(out + INVERSE_OTHER, 1.0)
+        # The teacher's two terms cancel in part.
+        tl.store(out + FULL, 1.0 if KIND == 0 and side == 1 else 0.0)
+        tl.store(out + ROW, (2 * mean_weight / n).to(tl.float32))
+
+
+@triton.jit
+def _store_matrix(planes_ptr, plane, first, width, i, j, mirrored, tile):
+    """A tile of a symmetric matrix, on both sides of the diagonal."""
+    i64, j64 = i.to(tl.int64), j.to(tl.int64)
+    store_halves(planes_ptr, plane, (first + i64[:, None]) * width + j64[None, :], tile)
+    if mirrored:
+        store_halves(planes_ptr, plane, (first + j64[None, :]) * width + i64[:, None], tile)
+
+
+@triton.jit
+def _store_shifts(
+    shift_ptr, half, width, block_i, block_j, part, i, j, mean_i, mean_j, tile,
+    PARTS: tl.constexpr, SUB: tl.constexpr,
+):  # fmt: skip
+    """What the means add to columns j through rows i and, mirrored, to columns i through rows j."""
+    row = block_i * PARTS + part
+    store_shift(shift_ptr, half, row * width + j, mean_i, tile, 0)
+    if block_i != block_j:
+        store_shift(shift_ptr, half, block_j * PARTS * width + i, mean_j, tile, 1)
+        for other in range(1, PARTS):
+            # One sum holds the whole block's: those of its other parts are 0.
+            at = (block_j * PARTS + other) * width + i
+            tl.store(shift_ptr + at, tl.zeros([SUB], tl.float32))
+            tl.store(shift_ptr + half + at, tl.zeros([SUB], tl.float32))
 
 
 @triton.jit
 def covariance_kernel(
     rows, widths,
     tiles_ptr, spill_ptr, sums_ptr, statistics_ptr, counters_ptr,
-    values_ptr, scalars_ptr, planes_ptr, shift_ptr, means_ptr, partial_ptr,
+    values_ptr, scalars_ptr, planes_x_ptr, planes_y_ptr, shift_x_ptr, shift_y_ptr, means_ptr,
+    partial_ptr,
     mean_weight, tile_programs, column_programs, segments, width, slots, spills,
     LAYERS: tl.constexpr, PROGRAMS: tl.constexpr, SPLIT: tl.constexpr, SHIFT: tl.constexpr,
-    KIND: tl.constexpr, STUDENT: tl.constexpr,
+    KIND: tl.constexpr, STUDENT: tl.constexpr, TEACHER: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, SUB: tl.constexpr,
 ):  # fmt: skip
     """One program owns SUB rows of one tile of A - B on or above the diagonal."""
@@ -100,9 +136,13 @@ def covariance_kernel(
     spill_ptr += entry.to(tl.int64) * spills * SIZE
     partial_ptr += entry.to(tl.int64) * programs * FIELDS
     plane = width.to(tl.int64) * width
-    planes_ptr += entry * 2 * plane
+    planes_x_ptr += entry * 2 * plane
+    # Of the teacher's two matrices, B is above.
+    MATRICES: tl.constexpr = 2 if KIND == 0 else 1
+    planes_y_ptr += entry * 2 * MATRICES * plane
     half = (width // BLOCK) * PARTS * width
-    shift_ptr += entry.to(tl.int64) * 2 * half
+    shift_x_ptr += entry.to(tl.int64) * 2 * half
+    shift_y_ptr += entry.to(tl.int64) * 2 * half
     count = statistic(statistics_ptr, COUNT, column_programs, PROGRAMS)
     n_float = count.to(tl.float32)
     blocks = tl.cdiv(d, BLOCK)
@@ -123,8 +163,8 @@ def covariance_kernel(
         x_i = column_mean(sums_x, i, segments, width, n_float, i < width, SUB)
         y_i = column_mean(sums_y, i, segments, width, n_float, i < width, SUB)
         x_j = column_mean(sums_x, j, segments, width, n_float, j < width, BLOCK)
+        y_j = column_mean(sums_y, j, segments, width, n_float, j < width, BLOCK)
         if not SPLIT:
-            y_j = column_mean(sums_y, j, segments, width, n_float, j < width, BLOCK)
             a -= (n_float * x_i)[:, None] * x_j[None, :]
             b -= (n_float * y_i)[:, None] * y_j[None, :]
         difference = a - b
@@ -136,24 +176,26 @@ def covariance_kernel(
             tl.store(means_ptr + (entry * 2 + 1) * width + i, y_i)
             apart = (x_i - y_i).to(tl.float64)
             sums = tl.where(field == SQUARE_MEANS, tl.sum(apart * apart, 0), sums)
+        mirrored = block_i != block_j
         if STUDENT:
-            i64, j64 = i.to(tl.int64), j.to(tl.int64)
-            direct = i64[:, None] * width + j64[None, :]
-            store_halves(planes_ptr, plane, direct, difference)
-            # Its rows against the mean of X, for the columns j; below, the mirrored tile's.
-            row = block_i * PARTS + part
+            _store_matrix(planes_x_ptr, plane, 0, width, i, j, mirrored, difference)
             if SHIFT:
-                store_shift(shift_ptr, half, row * width + j, x_i, difference, 0)
-            if block_i != block_j:
-                turned = j64[None, :] * width + i64[:, None]
-                store_halves(planes_ptr, plane, turned, difference)
-                if SHIFT:
-                    store_shift(shift_ptr, half, block_j * PARTS * width + i, x_j, difference, 1)
-                    for other in range(1, PARTS):
-                        # One sum holds the block's: the others of its parts are 0.
-                        at = (block_j * PARTS + other) * width + i
-                        tl.store(shift_ptr + at, tl.zeros([SUB], tl.float32))
-                        tl.store(shift_ptr + half + at, tl.zeros([SUB], tl.float32))
+                _store_shifts(
+                    shift_x_ptr, half, width, block_i, block_j, part, i, j, x_i, x_j, difference,
+                    PARTS, SUB,
+                )  # fmt: skip
+        if TEACHER:
+            below = (MATRICES - 1) * width
+            if MATRICES == 2:
+                _store_matrix(planes_y_ptr, 2 * plane, 0, width, i, j, mirrored, b)
+            _store_matrix(
+                planes_y_ptr, MATRICES * plane, below, width, i, j, mirrored, difference
+            )
+            if SHIFT:
+                _store_shifts(
+                    shift_y_ptr, half, width, block_i, block_j, part, i, j, y_i, y_j, difference,
+                    PARTS, SUB,
+                )  # fmt: skip
     tl.store(partial_ptr + program * FIELDS + field, sums)
     if arrive(counters_ptr + entry, programs):
         tl.debug_barrier()

@@ -185,18 +185,20 @@ def _row_programs(layers: Layers, debiased: bool) -> int:
 
 
 def _saved(
-    layers: Layers, config: Config, student: bool, teacher: bool, debiased: bool, matrices: int
+    layers: Layers, config: Config, matrices: tuple[int, int], debiased: bool = False
 ) -> Saved:
+    """Empty tensors; ``matrices`` is how many either side's gradient multiplies, 0 for none."""
     entries, width = layers.entries, _width(layers, config)
     floats = {"dtype": torch.float32, "device": layers.device}
     halves = {"dtype": torch.bfloat16, "device": layers.device}
-    plane = entries * 2 * matrices * width * width
+    student, teacher = matrices
+    plane = entries * 2 * width * width
     shift = 0 if layers.exact else entries * 2 * (width // config.sub) * width
     row_programs = _row_programs(layers, debiased)
     return Saved(
         torch.empty(entries * 2 * cka.SCALARS, **floats),
-        torch.empty(plane if student else 0, **halves),
-        torch.empty(plane if teacher else 0, **halves),
+        torch.empty(plane * student, **halves),
+        torch.empty(plane * teacher, **halves),
         torch.empty(shift if student else 0, **floats),
         torch.empty(shift if teacher else 0, **floats),
         torch.empty(entries * 2 * width, **floats),
@@ -211,7 +213,7 @@ def cka_covariance(
     """Values, and what :func:`covariance_backward` needs beside the features."""
     config = configuration(layers, "covariance")
     values = torch.empty(layers.entries, dtype=torch.float32, device=layers.device)
-    saved = _saved(layers, config, student, teacher, debiased, 2)
+    saved = _saved(layers, config, (2 * student, 2 * teacher), debiased)
     if layers.idle:
         return values, list(saved)
     raw = raw_moments(layers, config, "covariance", "xx xy yy")
@@ -236,12 +238,13 @@ def cka_covariance(
 
 
 def covariance(
-    layers: Layers, scale: str, mean_weight: float, student: bool
+    layers: Layers, scale: str, mean_weight: float, student: bool, teacher: bool
 ) -> tuple[Tensor, list[Tensor]]:
     """The covariance distance, and what :func:`covariance_backward` needs beside the features."""
     config = configuration(layers, "covariance")
     values = torch.empty(layers.entries, dtype=torch.float32, device=layers.device)
-    saved = _saved(layers, config, student, False, False, 1)
+    # Relative to its own norm, the teacher's gradient has two terms.
+    saved = _saved(layers, config, (int(student), teacher * (2 if scale == "relative" else 1)))
     if layers.idle:
         return values, list(saved)
     raw = raw_moments(layers, config, "covariance", "xx yy")
@@ -250,11 +253,13 @@ def covariance(
     covariances.covariance_kernel[(programs, layers.entries)](
         layers.rows, layers.x.widths,
         raw.tiles, raw.spill, raw.sums, raw.statistics, raw.counters,
-        values, saved.scalars, saved.planes_x, saved.shift_x, saved.means, partial,
+        values, saved.scalars, saved.planes_x, saved.planes_y, saved.shift_x, saved.shift_y,
+        saved.means, partial,
         mean_weight, raw.tile_programs, raw.column_programs, raw.segments, raw.width, raw.slots,
         raw.tile_programs,
         LAYERS=len(layers.rows), PROGRAMS=raw.programs, SPLIT=layers.exact,
         SHIFT=not layers.exact, KIND=covariances.KINDS[scale], STUDENT=student,
+        TEACHER=teacher,
         BLOCK=config.block, BLOCK_K=config.block_k, SUB=config.sub,
         num_warps=config.head_warps,
     )  # fmt: skip
@@ -297,23 +302,30 @@ def _gradients(side: Side, layers: Layers, dtype: torch.dtype) -> tuple[tuple[Te
 
 
 def covariance_backward(
-    layers: Layers, incoming: Tensor, saved: list[Tensor], side: int, dtype: torch.dtype
+    layers: Layers,
+    incoming: Tensor,
+    saved: list[Tensor],
+    side: int,
+    dtype: torch.dtype,
+    is_cka: bool,
 ) -> tuple[Tensor, ...]:
     """One side's gradients of CKA or the covariance distance, side 0 being the student."""
     config = configuration(layers, "covariance")
     kept = Saved(*saved)
     entries, block, width = layers.entries, config.block, _width(layers, config)
     own, other = (layers.x, layers.y) if side == 0 else (layers.y, layers.x)
-    planes = (kept.planes_x, kept.planes_y)[side]
-    is_cka = planes.numel() == entries * 4 * width * width
-    cross, step = (other, block if side == 0 else config.sub) if is_cka else (own, config.sub)
-    debiased = kept.weighted.numel() > 0
+    planes, shift = (kept.planes_x, kept.planes_y)[side], (kept.shift_x, kept.shift_y)[side]
+    cross = other if is_cka else own
+    # The columns that one sum of the shift stands for.
+    step = block if is_cka and side == 0 else config.sub
+    two = planes.numel() == entries * 4 * width * width
+    debiased, exact = kept.weighted.numel() > 0, shift.numel() == 0
     grads, stride_gb = _gradients(own, layers, dtype)
     if layers.idle:
         return grads
     block_m, block_n, block_k = config.backward
     grid = (-(-layers.max_rows // block_m) * -(-width // block_n), entries)
-    descriptors = _descriptors(layers, (own, cross), (block_m, block_k))
+    descriptors = None if exact else _descriptors(layers, (own, cross), (block_m, block_k))
     if descriptors:
         matrix = planes.view(-1, width)
         descriptors.append(TensorDescriptor.from_tensor(matrix, [block_k, block_n]))
@@ -321,12 +333,12 @@ def covariance_backward(
         own.tensors, cross.tensors, layers.masks, grads, layers.rows, own.widths, cross.widths,
         own.strides_n, own.strides_d, cross.strides_n, cross.strides_d,
         own.stride_b, cross.stride_b, layers.stride_mb, stride_gb,
-        *(descriptors or (None, None, None)), incoming, planes, kept.scalars, (kept.shift_x, kept.shift_y)[side], kept.means,
+        *(descriptors or (None, None, None)), incoming, planes, kept.scalars, shift, kept.means,
         kept.energies, kept.weighted,
         width, width // config.sub, layers.max_rows, _row_programs(layers, debiased),
-        **layers.options, SIDE=side, OWN_BLOCK=is_cka,
+        **layers.options, SIDE=side, OWN_BLOCK=two,
         NEAR=is_cka and own.widths == other.widths, DEBIASED=debiased, BIAS=not is_cka,
-        EXACT=layers.exact, DESCRIPTORS=descriptors is not None, SHIFT_STEP=step,
+        EXACT=exact, DESCRIPTORS=descriptors is not None, SHIFT_STEP=step,
         BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k,
         num_warps=config.backward_warps, num_stages=config.backward_stages,
     )  # fmt: skip
@@ -407,7 +419,7 @@ def cka_gram_backward(
     own = layers.x if side == 0 else layers.y
     entries, max_rows, max_width = layers.entries, layers.max_rows, max(own.widths)
     small = max_rows <= SMALL_ROWS
-    width = _round_up(max(*layers.x.widths, *layers.y.widths), config.block)
+    width = sums.numel() // (entries * 2)
     grads, stride_gb = _gradients(own, layers, dtype)
     if layers.idle:
         return grads
@@ -421,7 +433,7 @@ def cka_gram_backward(
         own.stride_b, layers.stride_mb, stride_gb,
         incoming, grams, scalars, sums, width, max_rows, max_width,
         **layers.options, SIDE=side,
-        SMALL=small, EXACT=layers.exact,
+        SMALL=small, EXACT=sums.numel() > 0,
         BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k,
         num_warps=config.gram_backward_warps, num_stages=config.gram_backward_stages,
     )  # fmt: skip

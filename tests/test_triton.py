@@ -1,0 +1,294 @@
+"""What only the Triton kernels do: launches, schedules, halves, descriptors. On a GPU, or in
+Triton's interpreter (TRITON_INTERPRET=1), where they take CPU tensors."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+import rift_kernels as rk
+from rift_kernels import dispatch
+from tests import cases
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+if not INTERPRETED and not torch.cuda.is_available():
+    pytest.skip(
+        "needs a GPU, or TRITON_INTERPRET=1 for Triton's interpreter", allow_module_level=True
+    )
+
+from rift_kernels.backends.triton import (  # noqa: E402
+    backward,
+    blocks,
+    cka,
+    covariance,
+    gram,
+    launch,
+    layers,
+    products,
+    tiles,
+)
+
+KERNELS = [
+    (tiles, "moments_kernel"),
+    (cka, "cka_kernel"),
+    (covariance, "covariance_kernel"),
+    (blocks, "blocks_kernel"),
+    (backward, "backward_kernel"),
+    (gram, "gram_kernel"),
+    (gram, "small_gram_kernel"),
+    (gram, "gram_backward_kernel"),
+    (products, "product_kernel"),
+]
+BFLOAT16 = torch.bfloat16
+
+
+class _Counted:
+    """A kernel that writes down its launches."""
+
+    def __init__(self, kernel, name: str, seen: list[str]) -> None:
+        self._kernel, self._name, self._seen = kernel, name, seen
+
+    def __getitem__(self, grid):
+        self._seen.append(self._name)
+        return self._kernel[grid]
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The kernels launched so far, in order."""
+    seen: list[str] = []
+    for module, name in KERNELS:
+        counted = _Counted(getattr(module, name), name.removesuffix("_kernel"), seen)
+        monkeypatch.setattr(module, name, counted)
+    return seen
+
+
+def pair(
+    rows: int, width: int, device: torch.device, dtype: torch.dtype = BFLOAT16
+) -> tuple[Tensor, Tensor]:
+    x, y, _ = cases.Case("", rows, width, width).features(dtype)
+    return x.to(device).requires_grad_(), y.to(device)
+
+
+def backends_agree(function: Callable[..., Tensor], x: Tensor, y: Tensor, **more) -> None:
+    """Value and gradients of the kernels against the eager backend in float64."""
+    wide = (x.detach().double(), y.detach().double())
+    expected = cases.value_and_gradients(function, *wide, backend="eager", **more)
+    actual = cases.value_and_gradients(function, x, y, **more)
+    torch.testing.assert_close(actual[0].double(), expected[0], atol=2e-5, rtol=2e-5)
+    for got, wanted in zip(actual[1:], expected[1:], strict=True):
+        assert cases.relative_error(got, wanted) <= cases.GRADIENT_TOLERANCE[got.dtype]
+
+
+@pytest.mark.parametrize("count", [1, 12])
+@pytest.mark.parametrize(
+    ("function", "rows", "dtype", "expected"),
+    [
+        (rk.linear_cka, 40, BFLOAT16, ["moments", "cka", "backward"]),
+        (rk.linear_cka, 40, torch.float32, ["moments", "moments", "cka", "backward"]),
+        (rk.covariance_distance, 40, BFLOAT16, ["moments", "covariance", "backward"]),
+        (rk.linear_cka, 8, BFLOAT16, ["small_gram", "gram_backward"]),
+        (rk.linear_cka, 8, torch.float32, ["small_gram", "gram_backward"]),
+    ],
+)
+def test_launches(function, rows, dtype, expected, count, launches, device) -> None:
+    """Of any number of layers as few as of one."""
+    x, y = pair(rows, 16, device, dtype)
+    function([x] * count, [y] * count).sum().backward()
+    assert launches == expected
+
+
+def test_launches_of_many_rows_in_gram_form(launches, device) -> None:
+    x, y = pair(140, 80, device)
+    rk.linear_cka(x, y).backward()
+    assert launches == ["moments", "gram", "gram_backward"]
+
+
+def test_a_frozen_teacher_has_no_backward(launches, device) -> None:
+    x, y = pair(40, 16, device)
+    rk.linear_cka(x, y.requires_grad_()).backward()
+    assert launches.count("backward") == 2
+
+
+@pytest.mark.parametrize("debiased", [True, False])
+@pytest.mark.parametrize("masked", [True, False])
+def test_layers_of_different_shapes(debiased, masked, device) -> None:
+    """In both forms at once; masks, too, are of different lengths."""
+    shapes = [(40, 12, 12), (70, 33, 20), (9, 24, 24), (40, 5, 40), (30, 40, 16)]
+    students, teachers, masks = [], [], []
+    for i, (rows, d1, d2) in enumerate(shapes):
+        x, y, mask = cases.Case("", rows, d1, d2, masked=True).features(BFLOAT16, seed=i)
+        students.append(x.to(device).requires_grad_())
+        teachers.append(y.to(device).requires_grad_())
+        masks.append(mask.to(device))
+    mask = masks if masked else None
+    values = rk.linear_cka(students, teachers, mask=mask, debiased=debiased)
+    weights = torch.arange(1.0, 6.0, device=device)
+    (values * weights).sum().backward()
+    for i, (x, y) in enumerate(zip(students, teachers, strict=True)):
+        a, b = (t.detach().double().requires_grad_() for t in (x, y))
+        one = mask[i] if masked else None
+        expected = rk.linear_cka(a, b, mask=one, debiased=debiased, backend="eager")
+        (expected * (i + 1)).backward()
+        assert float(values[i]) == pytest.approx(float(expected), abs=1e-5)
+        assert cases.relative_error(x.grad, a.grad) <= 4e-3
+        assert cases.relative_error(y.grad, b.grad) <= 4e-3
+
+
+@pytest.mark.parametrize("form", cases.FORMS)
+@pytest.mark.parametrize("programs", [1, 2, 5, 11])
+@pytest.mark.parametrize("dtype", [BFLOAT16, torch.float32], ids=str)
+def test_any_number_of_programs(programs, dtype, form, force_form, monkeypatch, device) -> None:
+    """Tiles that one program finishes, and tiles that several share."""
+    force_form(form)
+    monkeypatch.setattr(launch, "processors", lambda _: programs)
+    x, y = pair(150, 70, device, dtype)
+    backends_agree(rk.linear_cka, x, y)
+
+
+@pytest.mark.parametrize("gram", [False, True])
+def test_descriptors_load_what_pointers_load(gram, monkeypatch, device) -> None:
+    if not INTERPRETED and torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("the copy engine's descriptors need compute capability 9.0")
+    monkeypatch.setattr(dispatch, "use_gram", lambda *_: gram)
+    x, y = pair(200, 72, device)
+    monkeypatch.setattr(launch, "_descriptor_rows", lambda _: float("inf"))
+    expected = cases.value_and_gradients(rk.linear_cka, x, y)
+    made = []
+    original = launch._descriptors
+
+    def descriptors(*arguments):
+        made.append(original(*arguments))
+        return made[-1]
+
+    monkeypatch.setattr(launch, "_descriptor_rows", lambda _: 1)
+    monkeypatch.setattr(launch, "_descriptors", descriptors)
+    actual = cases.value_and_gradients(rk.linear_cka, x, y)
+    assert made
+    assert all(made)
+    for got, wanted in zip(actual, expected, strict=True):
+        assert torch.equal(got, wanted)
+
+
+@pytest.mark.parametrize("change", ["width", "offset", "mask", "dtype", "stride"])
+def test_descriptors_only_where_the_copy_engine_can(change, monkeypatch, device) -> None:
+    monkeypatch.setattr(launch, "_descriptor_rows", lambda _: 1)
+    x = torch.zeros(40, 64, dtype=BFLOAT16, device=device)
+    masks = []
+    if change == "width":
+        x = torch.zeros(40, 63, dtype=BFLOAT16, device=device)
+    elif change == "offset":
+        x = torch.zeros(40 * 64 + 1, dtype=BFLOAT16, device=device)[1:].view(40, 64)
+    elif change == "mask":
+        masks = [torch.ones(40, dtype=torch.bool, device=device)]
+    elif change == "dtype":
+        x = x.float()
+    else:
+        x = torch.zeros(64, 40, dtype=BFLOAT16, device=device).T
+    packed = layers.pack([x], [x], masks)
+    assert launch._descriptors(packed, (packed.x,), (32, 32)) is None
+
+
+def is_full(x: Tensor, y: Tensor, high: bool = True) -> bool:
+    """Whether the student's backward multiplies the low halves as well."""
+    _, saved = launch.cka_covariance(layers.pack([x], [y], []), True, True, False, high)
+    return bool(saved[0][int(cka.FULL.value)])
+
+
+@pytest.mark.parametrize("distance", [1e-2, 1e-4])
+def test_low_halves_are_multiplied_where_they_matter(distance, device) -> None:
+    """Not for a student near its teacher, but for a rotated one; never with precision="medium"."""
+    near, rotated = (
+        [t.to(device, BFLOAT16) for t in cases.near_pair(256, 32, distance, turn)]
+        for turn in (False, True)
+    )
+    assert not is_full(*near)
+    assert is_full(*rotated)
+    assert not is_full(*rotated, high=False)
+    # A student of another size is near as well.
+    assert not is_full(near[0] * 1.5, near[1])
+
+
+def test_medium_precision_is_cheaper_and_worse(force_form, device) -> None:
+    force_form("covariance")
+    x, y = (t.to(device, BFLOAT16) for t in cases.near_pair(256, 32, 1e-4, rotated=True))
+    wide = (x.double(), y.double())
+    _, expected, _ = cases.value_and_gradients(rk.linear_cka, *wide, backend="eager")
+    _, high, _ = cases.value_and_gradients(rk.linear_cka, x, y)
+    _, medium, _ = cases.value_and_gradients(rk.linear_cka, x, y, precision="medium")
+    assert cases.relative_error(high, expected) <= 4e-3
+    assert 1e-2 <= cases.relative_error(medium, expected) <= 1
+
+
+@pytest.mark.parametrize("form", cases.FORMS)
+@cases.by_name([cases.CKA, cases.COVARIANCE, cases.PROCRUSTES])
+def test_dtypes_may_differ(measure, form, force_form, device) -> None:
+    force_form(form)
+    x, y, _ = cases.Case("", 40, 12, 12).features(torch.float32)
+    backends_agree(measure, x.to(device, BFLOAT16), y.to(device))
+
+
+@pytest.mark.parametrize("form", cases.FORMS)
+def test_offsets_beyond_32_bits(form, force_form, device) -> None:
+    """Rows 2^30 elements apart, of which only a few pages are ever touched."""
+    force_form(form)
+    fill, torch.utils.deterministic.fill_uninitialized_memory = (
+        torch.utils.deterministic.fill_uninitialized_memory,
+        False,
+    )
+    try:
+        room = torch.empty(5 * 2**30, dtype=BFLOAT16, device=device)
+    finally:
+        torch.utils.deterministic.fill_uninitialized_memory = fill
+    x, y = (t.detach() for t in pair(5, 8, device))
+    far = room.as_strided((5, 8), (2**30, 1))
+    far.copy_(x)
+    expected = cases.value_and_gradients(rk.linear_cka, x, y)
+    actual = cases.value_and_gradients(rk.linear_cka, far, y)
+    assert torch.equal(actual[0], expected[0])
+    assert torch.equal(actual[1], expected[1])
+
+
+def test_features_changed_in_place_raise(device) -> None:
+    """The kernels keep the features themselves, no copies; autograd sees a change and says so."""
+    x, y = pair(40, 16, device)
+    features = x * 1
+    value = rk.linear_cka(features, y)
+    features += 1
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        value.backward()
+
+
+def test_float64_is_refused_and_left_to_eager(device) -> None:
+    x, y = (t.detach().double() for t in pair(20, 4, device))
+    with pytest.raises(RuntimeError, match="backend='triton' cannot run: .*float64"):
+        rk.linear_cka(x, y, backend="triton")
+    assert dispatch.choose_backend("auto", device, (x.dtype, y.dtype)) == "eager"
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="about Triton's interpreter: TRITON_INTERPRET=1")
+def test_the_interpreter_still_needs_mending() -> None:
+    """Remove backends/triton/interpreter.py once this fails."""
+    code = """
+import torch, triton, triton.language as tl
+@triton.jit
+def kernel(a, out):
+    i = tl.arange(0, 16)
+    x = tl.load(a + i[:, None] * 16 + i[None, :])
+    tl.store(out + i[:, None] * 16 + i[None, :], tl.dot(x, x))
+a = torch.randn(16, 16).bfloat16()
+out = torch.empty(16, 16)
+kernel[(1,)](a, out)
+print(bool((out - a.float() @ a.float()).abs().max() > 1))
+"""
+    # From a file, because triton reads a kernel's source.
+    result = subprocess.run(
+        [sys.executable, "-c", f"import runpy, tempfile, os\nf = tempfile.NamedTemporaryFile('w', "
+         f"suffix='.py')\nf.write({code!r})\nf.flush()\nrunpy.run_path(f.name)"],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert result.stdout.strip() == "True"

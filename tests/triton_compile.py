@@ -1,0 +1,232 @@
+"""Compiles what the launchers launch, for any GPU and without one, and reads what it costs.
+
+    python -m tests.triton_compile             benchmarks/results/triton-resources.json anew
+    python -m tests.triton_compile sm90 gram   a look at some: a target, a word of the cases' names
+
+The launchers run on CPU tensors, with recorders in place of the kernels, and triton believes that
+the target is there: types, alignments and constants are what a launch on it would have. A case is
+a line of ``CASES``, and covers whatever kernels its launchers launch.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import multiprocessing
+import os
+import pkgutil
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+import rift_kernels as rk
+from rift_kernels import dispatch
+from rift_kernels.backends import triton as kernels
+from rift_kernels.backends.triton import config, products
+
+from .triton_resources import Resources, resources
+
+RESULT = Path(__file__).parent.parent / "benchmarks" / "results" / "triton-resources.json"
+bf16, fp16, fp32, fp64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
+
+
+class Target(NamedTuple):
+    gpu: GPUTarget
+    processors: int
+    shared: int  # bytes that one program may have
+    descriptor_rows: float = float("inf")
+
+
+TARGETS = {
+    # Its configurations serve sm86 and sm89, too, which have no more than 99 KiB.
+    "sm80": Target(GPUTarget("cuda", 80, 32), 108, 99 * 1024),
+    "sm90": Target(GPUTarget("cuda", 90, 32), 132, 227 * 1024, 1024),
+    "sm100": Target(GPUTarget("cuda", 100, 32), 148, 227 * 1024, 1024),
+    "gfx942": Target(GPUTarget("hip", "gfx942", 64), 304, 64 * 1024),
+}
+
+
+class _Driver:
+    """All that triton asks a GPU before it compiles for it."""
+
+    def __init__(self, target: GPUTarget) -> None:
+        self.target = target
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> GPUTarget:
+        return self.target
+
+    def get_current_stream(self, _: object) -> int:
+        return 0
+
+
+class _Recorder:
+    """A kernel that compiles when it is launched, and does not run."""
+
+    def __init__(self, kernel: JITFunction, compiled: list[Any]) -> None:
+        self.kernel, self.compiled = kernel, compiled
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        def launch(*args: Any, **options: Any) -> None:
+            self.compiled.append(self.kernel.run(*args, grid=grid, warmup=True, **options))
+
+        return launch
+
+
+@contextmanager
+def recording(name: str) -> Iterator[list[Any]]:
+    """Inside, launches are compiled for a target of ``TARGETS``; yields what they compiled to."""
+    target, compiled = TARGETS[name], []
+    blocks = products._blocks
+    replaced = {
+        "architecture": lambda _: name,
+        "processors": lambda _: target.processors,
+        "_descriptor_rows": lambda _: target.descriptor_rows,
+        "_blocks": lambda dtype, _: blocks(dtype, target.gpu.backend),
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(driver, "_active", _Driver(target.gpu))
+        patch.setattr(dispatch, "choose_backend", lambda *_: "triton")
+        for found in pkgutil.iter_modules(kernels.__path__, kernels.__name__ + "."):
+            module = importlib.import_module(found.name)
+            for attribute, value in list(vars(module).items()):
+                if isinstance(value, JITFunction) and attribute.endswith("_kernel"):
+                    patch.setattr(module, attribute, _Recorder(value, compiled))
+                elif attribute in replaced:
+                    patch.setattr(module, attribute, replaced[attribute])
+        config.forget()
+        yield compiled
+    config.forget()
+
+
+def _layers(
+    dtype: torch.dtype, rows: int, width: int, layers: int, batch: tuple[int, ...], grad: bool
+) -> torch.Tensor | list[torch.Tensor]:
+    x = torch.zeros(*batch, rows, width, dtype=dtype, requires_grad=grad)
+    return x if layers == 1 else [x] * layers
+
+
+def _measure(
+    measure: Callable[..., torch.Tensor], dtype: torch.dtype, rows: int, width: int, *,
+    teacher: int | None = None, layers: int = 1, masked: bool = False,
+    batch: tuple[int, ...] = (), grads: tuple[bool, bool] = (True, False), **settings: Any,
+) -> None:  # fmt: skip
+    """Value and gradients of a measure, in the form that costs less."""
+    x = _layers(dtype, rows, width, layers, batch, grads[0])
+    y = _layers(dtype, rows, teacher or width, layers, batch, grads[1])
+    mask = torch.ones(*batch, rows, dtype=torch.bool) if masked else None
+    values = measure(x, y, mask=mask, **settings)
+    if any(grads):
+        values.sum().backward()
+
+
+cka = partial(_measure, rk.linear_cka)
+distance = partial(_measure, rk.covariance_distance)
+
+
+def moments(dtype: torch.dtype, rows: int, width: int, gram: bool, wanted: str) -> None:
+    x = torch.zeros(2, rows, width, dtype=dtype)
+    kernels.moments(x, x, gram, wanted)
+
+
+def product(dtype: torch.dtype, size: int) -> None:
+    a = torch.zeros(size, size, dtype=dtype)
+    kernels.product_transposed(a, a)
+    kernels.symmetric(a, a)
+
+
+BOTH = (True, True)
+MANY: dict[str, Any] = {"layers": 12, "masked": True}
+CASES: dict[str, Callable[[], None]] = {
+    "covariance bf16": partial(cka, bf16, 4096, 768, debiased=False),
+    "covariance bf16, debiased, 12 masked layers": partial(
+        cka, bf16, 4096, 768, grads=BOTH, **MANY
+    ),
+    "covariance fp16, debiased, two widths, batch": partial(
+        cka, fp16, 2048, 512, teacher=768, batch=(3,)
+    ),
+    "covariance fp32": partial(cka, fp32, 4096, 768, debiased=False),
+    "covariance fp32, debiased, 12 masked layers": partial(cka, fp32, 4096, 768, **MANY),
+    "covariance small bf16, debiased, 12 masked layers": partial(cka, bf16, 512, 64, **MANY),
+    "covariance small fp32": partial(cka, fp32, 512, 64, debiased=False),
+    "gram bf16": partial(cka, bf16, 512, 768, debiased=False),
+    "gram bf16, debiased, 12 masked layers": partial(cka, bf16, 512, 768, **MANY),
+    "gram fp32, debiased": partial(cka, fp32, 512, 768),
+    "gram fp32, debiased, 12 masked layers": partial(cka, fp32, 512, 768, grads=BOTH, **MANY),
+    "gram of 128 rows bf16": partial(cka, bf16, 128, 768, debiased=False),
+    "gram of 128 rows fp32, debiased, 12 masked layers": partial(cka, fp32, 128, 768, **MANY),
+    "gram of 64 rows bf16, debiased": partial(cka, bf16, 64, 768),
+    "gram of 64 rows fp32, debiased, 12 masked layers": partial(cka, fp32, 64, 768, **MANY),
+    "gram of 16 rows fp32, one program, no gradient": partial(
+        cka, fp32, 16, 64, debiased=False, grads=(False, False)
+    ),
+    "distance bf16": partial(distance, bf16, 4096, 768, scale="relative"),
+    "distance fp32, 12 masked layers": partial(distance, fp32, 4096, 768, scale="coral", **MANY),
+    "moments bf16": partial(moments, bf16, 1024, 768, False, "xx xy yy"),
+    "moments fp32, gram": partial(moments, fp32, 96, 768, True, "xy"),
+    "product fp64": partial(product, fp64, 768),
+    "product fp32": partial(product, fp32, 768),
+}
+
+
+def compiled(job: tuple[str, str]) -> list[Resources]:
+    """What the kernels of a case need on a target; equal ones once."""
+    name, case = job
+    with recording(name) as launched:
+        CASES[case]()
+    return list(dict.fromkeys(map(resources, launched)))
+
+
+def measured(
+    targets: list[str], cases: list[str], processes: int = 2
+) -> dict[str, dict[str, list[Resources]]]:
+    """All cases on all targets."""
+    jobs = [(target, case) for target in targets for case in cases]
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(processes, mp_context=context) as pool:
+        results = dict(zip(jobs, pool.map(compiled, jobs), strict=True))
+    return {t: {c: results[t, c] for c in cases} for t in targets}
+
+
+def main(words: list[str]) -> None:
+    targets = [word for word in words if word in TARGETS] or list(TARGETS)
+    rest = [word for word in words if word not in TARGETS]
+    cases = [case for case in CASES if all(word in case for word in rest)]
+    results = measured(targets, cases, os.cpu_count() or 1)
+    if words:
+        for target, of_target in results.items():
+            for case, rows in of_target.items():
+                for row in rows:
+                    print(f"{target:7} {case:45} {row}")
+        return
+    RESULT.write_text(dumped(results), encoding="utf-8")
+    print(f"wrote {RESULT}")
+
+
+def dumped(results: dict[str, dict[str, list[Resources]]]) -> str:
+    """As JSON with a kernel a line, to be compared line by line."""
+    lines = [f' "triton": "{triton.__version__}"']
+    for target, of_target in results.items():
+        cases = []
+        for case, rows in of_target.items():
+            kernels = ",\n".join(f"   {json.dumps(row._asdict())}" for row in rows)
+            cases.append(f'  "{case}": [\n{kernels}\n  ]')
+        lines.append(f' "{target}": {{\n' + ",\n".join(cases) + "\n }")
+    return "{\n" + ",\n".join(lines) + "\n}\n"
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
