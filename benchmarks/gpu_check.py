@@ -1,8 +1,8 @@
 """``python -m benchmarks.gpu_check``: everything that needs a GPU, in nine minutes and offline.
 
-Installs nothing: this interpreter and what it has. Three parts, each a process with a time limit:
-build what there is to build, run the tests on the GPU, run the benchmarks. ``PART=tests`` or
-``PART=bench`` builds, and runs that one alone. ``OUT`` is the folder for the results (default
+Installs nothing: this interpreter and what it has. Four parts, each a process with a time limit:
+build what there is to build, run the tests on the GPU, run every kernel under compute-sanitizer, run
+the benchmarks. ``PART=tests``, ``PART=sanitize`` or ``PART=bench`` builds, and runs that one alone. ``OUT`` is the folder for the results (default
 ``benchmarks/results``): the benchmark's file, ``gpu-check-<date>.json`` with the outcome of the
 parts, and ``logs/``. Exits with 0 if all is well, 1 if something failed, 2 without a GPU.
 """
@@ -12,6 +12,8 @@ from __future__ import annotations
 import datetime
 import json
 import os
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -26,7 +28,8 @@ from . import environment
 
 ROOT = environment.ROOT
 # Seconds. All parts together end within nine minutes.
-LIMITS = {"build": 50.0, "tests": 270.0, "bench": 200.0}
+LIMITS = {"build": 20.0, "tests": 250.0, "sanitize": 90.0, "bench": 175.0}
+SANITIZERS = ("memcheck", "racecheck", "initcheck")
 
 Outcome = dict[str, Any]
 
@@ -49,13 +52,27 @@ def tests(_: Path, log: Path) -> Outcome:
     return {**outcome, **counts}
 
 
+def sanitize(_: Path, log: Path) -> Outcome:
+    """Every kernel on small features under each of compute-sanitizer's tools, one after another."""
+    sanitizer = shutil.which("compute-sanitizer")
+    if sanitizer is None:
+        return {"ok": True, "note": "not done: compute-sanitizer is not on PATH"}
+    run = f"{shlex.quote(sys.executable)} -m benchmarks.exercise"
+    # Once without a tool, which compiles the kernels and says whether they are right.
+    commands = [run]
+    commands += [
+        f"{shlex.quote(sanitizer)} --tool {tool} --error-exitcode 9 {run}" for tool in SANITIZERS
+    ]
+    return _process("sanitize", ["bash", "-c", " && ".join(commands)], log)
+
+
 def bench(out: Path, log: Path) -> Outcome:
     options = ["--profile", "gpu", "--device", "cuda", "--out", str(out)]
     command = [sys.executable, "-m", "benchmarks.run", *options]
     return _process("bench", command, log)
 
 
-PARTS = {"build": build, "tests": tests, "bench": bench}
+PARTS = {"build": build, "tests": tests, "sanitize": sanitize, "bench": bench}
 
 
 def read_junit(report: Path) -> dict[str, Any]:
@@ -113,7 +130,7 @@ def _lines(part: str, outcome: Outcome) -> list[str]:
         state += ", {passed} passed, {failed} failed, {skipped} skipped".format(**outcome)
     if outcome["note"]:
         state += f": {outcome['note']}"
-    lines = [f"{part:<6} {state}"]
+    lines = [f"{part:<8} {state}"]
     lines += [f"       failed: {name}" for name in outcome.get("failures", [])]
     lines += [f"       skipped {n}: {why}" for why, n in outcome.get("skip_reasons", {}).items()]
     if "log" in outcome:
@@ -125,8 +142,8 @@ def _lines(part: str, outcome: Outcome) -> list[str]:
 
 def main() -> int:
     chosen = os.environ.get("PART", "all")
-    if chosen not in ("all", "tests", "bench"):
-        print(f"PART must be all, tests or bench; got {chosen!r}")
+    if chosen not in ("all", "tests", "sanitize", "bench"):
+        print(f"PART must be all, tests, sanitize or bench; got {chosen!r}")
         return 2
     if not torch.cuda.is_available():
         print("gpu-check needs a GPU that torch can use, and this machine has none.")

@@ -29,6 +29,7 @@ class Layers(NamedTuple):
 
     @property
     def dtypes(self) -> tuple[torch.dtype, torch.dtype]:
+        """The student's and the teacher's."""
         return self.students[0].dtype, self.teachers[0].dtype
 
 

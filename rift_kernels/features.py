@@ -1,4 +1,4 @@
-"""What is done to features row by row, on any backend: centering before a measure, and the gradient.
+"""What is done to features on any backend: centering before a measure, the gradient after it.
 
     center, row_energy    before the blocks of second moments
     features_bwd          grad_X = center(Xc P + Yc R^T + w * Xc) + b from blocks of coefficients,

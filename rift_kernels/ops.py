@@ -39,9 +39,7 @@ def _backend(name: str) -> ModuleType:
 
 def _is_fused(measure: str, backend: str, gram: Sequence[bool]) -> bool:
     """Whether the backend goes from features to values by itself, without a head in measures.py."""
-    return backend != "eager" and (
-        measure == "cka" or (measure == "covariance" and not any(gram))
-    )
+    return backend != "eager" and (measure == "cka" or (measure == "covariance" and not any(gram)))
 
 
 def _inputs(
@@ -49,7 +47,10 @@ def _inputs(
     teachers: list[Tensor],
 ) -> tuple[list[Tensor], list[Tensor]]:  # fmt: skip
     """The features that the backward of a fused measure reads."""
-    if measure == "cka" and not all(gram) and any(sides):
+    both = measure == "cka" and not all(gram)
+    # One side alone would be taken for what was computed in its dtype.
+    both = both or students[0].dtype != teachers[0].dtype
+    if both and any(sides):
         return students, teachers
     return (students if sides[0] else []), (teachers if sides[1] else [])
 

@@ -1,5 +1,6 @@
 """Operators: torch.compile without a graph break, and opcheck on each of them."""
 
+import os
 import warnings
 from collections.abc import Iterator
 
@@ -78,21 +79,28 @@ def test_compile_with_inductor_and_dynamic_rows() -> None:
         torch.testing.assert_close(got, model.weight.grad, rtol=1e-4, atol=1e-6)
 
 
+# In Triton's interpreter, the kernels take CPU tensors.
+BACKEND = "triton" if os.environ.get("TRITON_INTERPRET") == "1" else "eager"
+
+
 def operator_calls() -> Iterator[tuple[str, tuple]]:
     x, y, mask = cases.Case("", 9, 4, 4, masked=True).features(torch.float32)
     for gram in (False, True):
         for masks in ([], [mask], [mask, mask.flip(0)]):
-            layers = ([x, x[:, :3].contiguous()], [y, y[:, :3].contiguous()], masks, [gram, gram])
-            how = (True, True, "high", "eager")
+            students, teachers = [x, x[:, :3].contiguous()], [y, y[:, :3].contiguous()]
+            layers = (students, teachers, masks, [gram, gram])
+            how = (True, True, "high", BACKEND)
             yield "cka_fwd", (*layers, *how, True)
             yield "procrustes_fwd", (*layers, *how, "newton_schulz")
             yield "covariance_fwd", (*layers, *how, "relative", 0.5)
             yield "bures_fwd", (*layers, *how, True, 0.5, "newton_schulz")
             _, saved = torch.ops.rift_kernels.cka_fwd(*layers, *how, True)
-            rest = (masks, [gram, gram], *how, torch.float32, torch.bfloat16, "cka")
-            yield "features_bwd", (torch.randn(2), [], [], saved, *rest)
-    yield "moments_fwd", (x, y, [mask], "xx xy yy", "high", "eager")
-    yield "moments_fwd", (x, y, [], "xy", "high", "eager")
+            inputs = (students, teachers) if BACKEND == "triton" else ([], [])
+            dtypes = (torch.float32, torch.float32 if BACKEND == "triton" else torch.bfloat16)
+            rest = (masks, [gram, gram], *how, *dtypes, "cka")
+            yield "features_bwd", (torch.randn(2), *inputs, saved, *rest)
+    yield "moments_fwd", (x, y, [mask], "xx xy yy", "high", BACKEND)
+    yield "moments_fwd", (x, y, [], "xy", "high", BACKEND)
     yield "matmul", (x, y.T.contiguous(), "high")
 
 
@@ -105,10 +113,10 @@ def test_opcheck(name, arguments) -> None:
 
 
 def test_operators_return_no_two_views_of_one_tensor() -> None:
-    x, y, _ = cases.Case("", 9, 4, 4).features(torch.float64)
+    x, y, _ = cases.Case("", 9, 4, 4).features(torch.float32)
     for gram in (False, True):
         _, saved = torch.ops.rift_kernels.cka_fwd(
-            [x], [y], [], [gram], True, True, "high", "eager", True
+            [x], [y], [], [gram], True, True, "high", BACKEND, True
         )
         kept = [tensor for tensor in saved if tensor.numel()]
         assert len({tensor.untyped_storage().data_ptr() for tensor in kept}) == len(kept)

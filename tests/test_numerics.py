@@ -74,6 +74,7 @@ def test_gradient_near_one(measure, dtype, distance, rotated, form, force_form, 
         assert cases.relative_error(got, wanted) <= 4e-3
 
 
+@pytest.mark.eager_only
 @pytest.mark.parametrize("rotated", [False, True], ids=["near", "rotated"])
 @pytest.mark.parametrize("distance", DISTANCES, ids=DISTANCE_IDS)
 @cases.by_name([cases.PROCRUSTES, cases.BURES, cases.COVARIANCE])
@@ -148,6 +149,7 @@ def test_one_distinct_row_is_no_similarity(shape, device) -> None:
     assert not grad_y.any()
 
 
+@pytest.mark.eager_only
 @pytest.mark.parametrize("measure", [cases.BURES, cases.BURES_ROOT], ids=lambda m: m.name)
 @pytest.mark.parametrize("form", cases.FORMS)
 def test_bures_close_to_the_teacher(measure, form, force_form, device) -> None:
@@ -163,6 +165,7 @@ def test_bures_close_to_the_teacher(measure, form, force_form, device) -> None:
     assert cases.relative_error(actual[2], expected[2]) <= 1e-3
 
 
+@pytest.mark.eager_only
 def test_bures_of_a_steep_spectrum(device) -> None:
     """Close to the teacher, what Newton-Schulz leaves out is more than the distance."""
     generator = torch.Generator().manual_seed(0)
@@ -176,6 +179,7 @@ def test_bures_of_a_steep_spectrum(device) -> None:
         assert float(rk.bures_distance(x, z, method="eigh")) == pytest.approx(expected, rel=1e-6)
 
 
+@pytest.mark.eager_only
 def test_permuted_rows_are_at_no_distance(force_form, device) -> None:
     """In Gram form rounding may bring the sum below zero."""
     force_form("gram")
@@ -343,6 +347,7 @@ def test_repeats_are_bitwise_equal(measure, threads, device) -> None:
         torch.set_num_threads(1)
 
 
+@pytest.mark.eager_only
 def test_biased_cka_of_noise_is_saturated_and_debiased_is_not(device) -> None:
     """Why debiased is the default."""
     generator = torch.Generator().manual_seed(0)
@@ -351,6 +356,7 @@ def test_biased_cka_of_noise_is_saturated_and_debiased_is_not(device) -> None:
     assert abs(float(rk.linear_cka(x, y))) < 0.1
 
 
+@pytest.mark.eager_only
 def test_covariance_and_cka_measure_different_things(device) -> None:
     """Permuted rows keep the covariance and lose CKA; a rotation keeps CKA, not the covariance."""
     y = pair()[0].to(device)
@@ -364,12 +370,14 @@ def test_covariance_and_cka_measure_different_things(device) -> None:
     assert float(rk.covariance_distance(turned, spread)) > 0.3
 
 
+@pytest.mark.eager_only
 def test_safe_inverse() -> None:
     got = measures._safe_inverse(torch.tensor([0.0, 2.0, math.inf, math.nan]))
     assert got[:2].tolist() == [0.0, 0.5]
     assert got[2:].isnan().all()
 
 
+@pytest.mark.eager_only
 def test_u_centering_an_overflow_is_nan() -> None:
     k = torch.rand(2, 6, 6)
     k[0, 0, 0] = math.inf
@@ -378,6 +386,7 @@ def test_u_centering_an_overflow_is_nan() -> None:
     assert norm.isnan().tolist() == [True, False]
 
 
+@pytest.mark.eager_only
 def test_reference_agrees_with_the_definition_by_hand() -> None:
     """The oracle itself, on numbers small enough for paper."""
     x = torch.tensor([[0.0], [1.0], [2.0], [5.0]], dtype=torch.float64)

@@ -25,10 +25,13 @@ from rift_kernels.backends.triton import (  # noqa: E402
     blocks,
     cka,
     covariance,
+    covariance_form,
     gram,
+    gram_backward,
     launch,
     layers,
     products,
+    small_gram,
     tiles,
 )
 
@@ -39,8 +42,8 @@ KERNELS = [
     (blocks, "blocks_kernel"),
     (backward, "backward_kernel"),
     (gram, "gram_kernel"),
-    (gram, "small_gram_kernel"),
-    (gram, "gram_backward_kernel"),
+    (small_gram, "small_gram_kernel"),
+    (gram_backward, "gram_backward_kernel"),
     (products, "product_kernel"),
 ]
 BFLOAT16 = torch.bfloat16
@@ -159,14 +162,15 @@ def test_descriptors_load_what_pointers_load(gram, monkeypatch, device) -> None:
     monkeypatch.setattr(launch, "_descriptor_rows", lambda _: float("inf"))
     expected = cases.value_and_gradients(rk.linear_cka, x, y)
     made = []
-    original = launch._descriptors
+    original = launch.descriptors_of
 
     def descriptors(*arguments):
         made.append(original(*arguments))
         return made[-1]
 
     monkeypatch.setattr(launch, "_descriptor_rows", lambda _: 1)
-    monkeypatch.setattr(launch, "_descriptors", descriptors)
+    for module in (launch, covariance_form):
+        monkeypatch.setattr(module, "descriptors_of", descriptors)
     actual = cases.value_and_gradients(rk.linear_cka, x, y)
     assert made
     assert all(made)
@@ -190,12 +194,12 @@ def test_descriptors_only_where_the_copy_engine_can(change, monkeypatch, device)
     else:
         x = torch.zeros(64, 40, dtype=BFLOAT16, device=device).T
     packed = layers.pack([x], [x], masks)
-    assert launch._descriptors(packed, (packed.x,), (32, 32)) is None
+    assert launch.descriptors_of(packed, (packed.x,), (32, 32)) is None
 
 
 def is_full(x: Tensor, y: Tensor, high: bool = True) -> bool:
     """Whether the student's backward multiplies the low halves as well."""
-    _, saved = launch.cka_covariance(layers.pack([x], [y], []), True, True, False, high)
+    _, saved = covariance_form.cka_fwd(layers.pack([x], [y], []), True, True, False, high)
     return bool(saved[0][int(cka.FULL.value)])
 
 
@@ -265,7 +269,7 @@ def test_features_changed_in_place_raise(device) -> None:
 
 def test_float64_is_refused_and_left_to_eager(device) -> None:
     x, y = (t.detach().double() for t in pair(20, 4, device))
-    with pytest.raises(RuntimeError, match="backend='triton' cannot run: .*float64"):
+    with pytest.raises(RuntimeError, match=r"backend='triton' cannot run: .*float64"):
         rk.linear_cka(x, y, backend="triton")
     assert dispatch.choose_backend("auto", device, (x.dtype, y.dtype)) == "eager"
 
@@ -292,3 +296,67 @@ print(bool((out - a.float() @ a.float()).abs().max() > 1))
         capture_output=True, text=True, check=True,
     )  # fmt: skip
     assert result.stdout.strip() == "True"
+
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+@needs_gpu
+@pytest.mark.parametrize("rows", [40, 140, 400])
+def test_graph_replays(rows, device) -> None:
+    """A captured loss and backward gives the same bits a thousand times, and follows its inputs."""
+    x, y = pair(rows, 64, device)
+    function = rk.RIFTLoss("cka")
+
+    def step() -> tuple[Tensor, Tensor]:
+        loss = function(x, y)
+        return loss.detach(), torch.autograd.grad(loss, x)[0]
+
+    expected = [t.clone() for t in step()]
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = step()
+    for replay in range(1000):
+        graph.replay()
+        if replay % 100 == 0:
+            for got, wanted in zip(results, expected, strict=True):
+                assert torch.equal(got, wanted)
+    with torch.no_grad():
+        x.copy_(x + y)
+    expected = step()
+    graph.replay()
+    for got, wanted in zip(results, expected, strict=True):
+        assert torch.equal(got, wanted)
+
+
+@needs_gpu
+@pytest.mark.parametrize("rows", [40, 400])
+def test_two_streams_at_once(rows, device) -> None:
+    pairs = [pair(rows, 64, device), pair(rows, 64, device, torch.float32)]
+    expected = [rk.linear_cka(x, y).detach() for x, y in pairs]
+    streams = [torch.cuda.Stream() for _ in pairs]
+    torch.cuda.synchronize()
+    results: list[list[Tensor]] = [[], []]
+    for _ in range(50):
+        for (x, y), stream, values in zip(pairs, streams, results, strict=True):
+            with torch.cuda.stream(stream):
+                values.append(rk.linear_cka(x, y).detach())
+    torch.cuda.synchronize()
+    for values, wanted in zip(results, expected, strict=True):
+        assert all(torch.equal(value, wanted) for value in values)
+
+
+@needs_gpu
+def test_memory_is_that_of_the_blocks(device) -> None:
+    """Beyond features and gradient: partial tiles and planes, no copy of the features."""
+    x, y = pair(65536, 512, device)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    rk.linear_cka(x, y).backward()
+    extra = torch.cuda.max_memory_allocated() - before - x.grad.nbytes
+    assert extra < x.nbytes / 2

@@ -10,13 +10,13 @@ a line of ``CASES``, and covers whatever kernels its launchers launch.
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import json
 import multiprocessing
 import os
 import pkgutil
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from functools import partial
@@ -38,6 +38,7 @@ from rift_kernels.backends.triton import config, products
 from .triton_resources import Resources, resources
 
 RESULT = Path(__file__).parent.parent / "benchmarks" / "results" / "triton-resources.json"
+Results = dict[str, dict[str, list[Resources] | str]]
 bf16, fp16, fp32, fp64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 
 
@@ -182,51 +183,74 @@ CASES: dict[str, Callable[[], None]] = {
 }
 
 
-def compiled(job: tuple[str, str]) -> list[Resources]:
-    """What the kernels of a case need on a target; equal ones once."""
+def compiled(job: tuple[str, str]) -> list[Resources] | str:
+    """What the kernels of a case need on a target, equal ones once; or why triton fails."""
     name, case = job
-    with recording(name) as launched:
-        CASES[case]()
+    try:
+        with recording(name) as launched:
+            CASES[case]()
+    except Exception as error:
+        while error.__cause__ is not None:
+            error = error.__cause__
+        return f"{type(error).__name__}: {error}"
     return list(dict.fromkeys(map(resources, launched)))
 
 
-def measured(
-    targets: list[str], cases: list[str], processes: int = 2
-) -> dict[str, dict[str, list[Resources]]]:
+def measured(targets: Sequence[str], cases: Sequence[str]) -> Results:
     """All cases on all targets."""
     jobs = [(target, case) for target in targets for case in cases]
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(processes, mp_context=context) as pool:
+    with ProcessPoolExecutor(min(os.cpu_count() or 1, 8), mp_context=context) as pool:
         results = dict(zip(jobs, pool.map(compiled, jobs), strict=True))
     return {t: {c: results[t, c] for c in cases} for t in targets}
 
 
-def main(words: list[str]) -> None:
-    targets = [word for word in words if word in TARGETS] or list(TARGETS)
-    rest = [word for word in words if word not in TARGETS]
-    cases = [case for case in CASES if all(word in case for word in rest)]
-    results = measured(targets, cases, os.cpu_count() or 1)
-    if words:
-        for target, of_target in results.items():
-            for case, rows in of_target.items():
-                for row in rows:
-                    print(f"{target:7} {case:45} {row}")
-        return
-    RESULT.write_text(dumped(results), encoding="utf-8")
-    print(f"wrote {RESULT}")
-
-
-def dumped(results: dict[str, dict[str, list[Resources]]]) -> str:
+def dumped(results: Results) -> str:
     """As JSON with a kernel a line, to be compared line by line."""
     lines = [f' "triton": "{triton.__version__}"']
-    for target, of_target in results.items():
-        cases = []
-        for case, rows in of_target.items():
-            kernels = ",\n".join(f"   {json.dumps(row._asdict())}" for row in rows)
-            cases.append(f'  "{case}": [\n{kernels}\n  ]')
-        lines.append(f' "{target}": {{\n' + ",\n".join(cases) + "\n }")
+    for target, cases in results.items():
+        texts = []
+        for case, rows in cases.items():
+            if isinstance(rows, str):
+                texts.append(f'  "{case}": {json.dumps(rows)}')
+            else:
+                kernels = ",\n".join(f"   {json.dumps(row._asdict())}" for row in rows)
+                texts.append(f'  "{case}": [\n{kernels}\n  ]')
+        lines.append(f' "{target}": {{\n' + ",\n".join(texts) + "\n }")
     return "{\n" + ",\n".join(lines) + "\n}\n"
 
 
+def loaded(path: Path) -> tuple[str, Results]:
+    """The version of triton, and the results of it."""
+    content = json.loads(path.read_text(encoding="utf-8"))
+    version = content.pop("triton")
+    for cases in content.values():
+        for case, rows in cases.items():
+            if not isinstance(rows, str):
+                cases[case] = [Resources(**row) for row in rows]
+    return version, content
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m tests.triton_compile", description=__doc__)
+    parser.add_argument(
+        "words", nargs="*", help="targets, and words that cases have in their names"
+    )
+    parser.add_argument("--out", type=Path, default=RESULT)
+    options = parser.parse_args(arguments)
+    targets = [word for word in options.words if word in TARGETS] or list(TARGETS)
+    rest = [word for word in options.words if word not in TARGETS]
+    cases = [case for case in CASES if all(word in case for word in rest)]
+    results = measured(targets, cases)
+    if not options.words:
+        options.out.write_text(dumped(results), encoding="utf-8")
+        print(f"wrote {options.out}")
+        return
+    for target, of_target in results.items():
+        for case, rows in of_target.items():
+            for row in [rows] if isinstance(rows, str) else rows:
+                print(f"{target:7} {case:50} {row}")
+
+
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

@@ -2,11 +2,11 @@
 
 Fused measures, from features to values and back, any number of layers in one launch a pass:
 
-    cka_fwd, covariance_fwd, fused_bwd      launch.py plans; moments, cka, gram, covariance, backward
+    cka_fwd, covariance_fwd, fused_bwd      covariance_form.py, gram_form.py
 
 and the primitives that the others are made of, as in ``backends/eager.py``:
 
-    moments                                 moments.py, blocks.py; float64: products.py
+    moments                                 launch.py; float64: products.py
     product, product_transposed, symmetric  products.py
 """
 
@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import interpreter, launch, products
+from . import covariance_form, gram_form, interpreter, launch, products
 from .layers import pack
 
 if interpreter.is_active():
@@ -52,10 +52,10 @@ def cka_fwd(
         for form, indices in _groups(gram):
             layers = pack(_some(students, indices), _some(teachers, indices), _some(masks, indices))
             if form:
-                value, kept = launch.cka_gram(layers, debiased, student_grad or teacher_grad)
+                value, kept = gram_form.cka_fwd(layers, debiased, student_grad or teacher_grad)
             else:
                 sides = (student_grad, teacher_grad)
-                value, kept = launch.cka_covariance(layers, debiased, *sides, precision == "high")
+                value, kept = covariance_form.cka_fwd(layers, debiased, *sides, precision == "high")
             if len(indices) == len(gram):
                 return value.reshape(students[0].shape[:-2] if len(gram) == 1 else (-1,)), kept
             for i, one in zip(indices, value.unbind(), strict=True):
@@ -71,7 +71,7 @@ def covariance_fwd(
     gram: list[bool],
     student_grad: bool,
     teacher_grad: bool,
-    precision: str,
+    _: str,
     scale: str,
     mean_weight: float,
 ) -> tuple[Tensor, list[Tensor]]:
@@ -79,7 +79,7 @@ def covariance_fwd(
     with torch.cuda.device_of(students[0]):
         layers = pack(students, teachers, masks)
         sides = (student_grad, teacher_grad)
-        value, saved = launch.covariance(layers, scale, mean_weight, *sides)
+        value, saved = covariance_form.covariance_fwd(layers, scale, mean_weight, *sides)
     return value.reshape(students[0].shape[:-2] if len(gram) == 1 else (-1,)), saved
 
 
@@ -103,7 +103,7 @@ def fused_bwd(
     with torch.cuda.device_of(grad_values):
         for form, indices in groups:
             layers = pack(_some(students, indices), _some(teachers, indices), _some(masks, indices))
-            kept = saved[at : at + (launch.GRAM_SAVED if form else launch.COVARIANCE_SAVED)]
+            kept = saved[at : at + (gram_form.SAVED if form else covariance_form.SAVED)]
             at += len(kept)
             mine = incoming
             if len(groups) > 1:
@@ -111,11 +111,7 @@ def fused_bwd(
             for side, tensors in enumerate((students, teachers)):
                 if wanted[side]:
                     how = (layers, mine, kept, side, tensors[0].dtype)
-                    some = (
-                        launch.cka_gram_backward(*how)
-                        if form
-                        else launch.covariance_backward(*how, is_cka)
-                    )
+                    some = gram_form.cka_bwd(*how) if form else covariance_form.bwd(*how, is_cka)
                     for i, grad in zip(indices, some, strict=True):
                         grads[side * count + i] = grad.reshape(tensors[i].shape)
     return (grads[:count] if wanted[0] else []) + (grads[count:] if wanted[1] else [])
@@ -132,7 +128,7 @@ def moments(x: Tensor, y: Tensor, gram: bool, wanted: str) -> tuple[Tensor | Non
             products.product(y.mT, y, symmetric=True) if "yy" in wanted else None,
         )
     with torch.cuda.device_of(x):
-        blocks = launch.blocks(pack([x], [y], []), "gram" if gram else "covariance", wanted)
+        blocks = launch.second_moments(pack([x], [y], []), "gram" if gram else "covariance", wanted)
     return tuple(b if b is None else b.reshape(*x.shape[:-2], *b.shape[-2:]) for b in blocks)
 
 

@@ -63,10 +63,11 @@ def backward_kernel(
     owns, others, masks, grads, rows, widths_own, widths_other,
     strides_own_n, strides_own_d, strides_other_n, strides_other_d,
     stride_own_b, stride_other_b, stride_mb, stride_grad_b,
-    own_descriptor, other_descriptor, planes_descriptor, incoming_ptr, planes_ptr, scalars_ptr, shift_ptr, means_ptr,
-    energies_ptr, weighted_ptr,
+    own_descriptor, other_descriptor, planes_descriptor,
+    incoming_ptr, planes_ptr, scalars_ptr, shift_ptr, means_ptr, energies_ptr, weighted_ptr,
     width, parts, max_rows, row_programs,
     LAYERS: tl.constexpr, HAS_MASK: tl.constexpr, SIDE: tl.constexpr,
+
     OWN_BLOCK: tl.constexpr, NEAR: tl.constexpr, DEBIASED: tl.constexpr, BIAS: tl.constexpr,
     EXACT: tl.constexpr, DESCRIPTORS: tl.constexpr, SHIFT_STEP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -183,7 +184,9 @@ def backward_kernel(
             energies_ptr += entry.to(tl.int64) * 2 * max_rows
             sum_ptr = weighted_ptr + entry.to(tl.int64) * 4 * side + SIDE * 2 * side + column
             own_energy = tl.load(energies_ptr + SIDE * max_rows + row, mask=valid, other=0.0)
-            other_energy = tl.load(energies_ptr + (1 - SIDE) * max_rows + row, mask=valid, other=0.0)
+            other_energy = tl.load(
+                energies_ptr + (1 - SIDE) * max_rows + row, mask=valid, other=0.0
+            )
             by_own, by_other = tl.load(scalars_ptr + ROW_OWN), tl.load(scalars_ptr + ROW_OTHER)
             weight = tl.load(scalars_ptr + ROW) + by_own * own_energy + by_other * other_energy
             weight *= inverse_own

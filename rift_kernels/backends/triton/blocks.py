@@ -18,7 +18,7 @@ from .tiles import tile_of
 def blocks_kernel(
     n, d1, d2, tiles_ptr, spill_ptr, sums_ptr, statistics_ptr, xx_ptr, xy_ptr, yy_ptr,
     tile_programs, column_programs, segments, width, slots, spills,
-    PROGRAMS: tl.constexpr, XX: tl.constexpr, YY: tl.constexpr, XY: tl.constexpr,
+    PROGRAMS: tl.constexpr, XX: tl.constexpr, YY: tl.constexpr,
     CENTER: tl.constexpr, GRAM: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, SUB: tl.constexpr,
 ):  # fmt: skip

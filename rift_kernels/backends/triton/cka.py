@@ -45,8 +45,8 @@ from .device import (
     statistic,
     sum_partials,
     triangle_index,
-    valid_rows,
 )
+from .energies import row_energies, weighted_sums
 from .tiles import tile_of
 
 # Fields of the sums that the programs leave to the last of them.
@@ -95,6 +95,7 @@ def _field(sums, field):
 
 @triton.jit
 def store_halves(planes_ptr, plane, offsets, tile):
+    """A float32 tile as two bfloat16 ones."""
     high, low = split(tile)
     tl.store(planes_ptr + offsets, high)
     tl.store(planes_ptr + plane + offsets, low)
@@ -107,60 +108,6 @@ def store_shift(shift_ptr, half, offsets, mean, tile, AXIS: tl.constexpr):
     factor = mean[None, :] if AXIS == 1 else mean[:, None]
     tl.store(shift_ptr + offsets, tl.sum(factor * high.to(tl.float32), AXIS))
     tl.store(shift_ptr + half + offsets, tl.sum(factor * low.to(tl.float32), AXIS))
-
-
-@triton.jit
-def _energies(
-    x_ptr, stride_n, stride_d, mask_ptr, n, width, sums_ptr, segments, stride, count, scale,
-    energy_ptr, begin, end, HAS_MASK: tl.constexpr, BLOCK: tl.constexpr, BLOCK_R: tl.constexpr,
-):  # fmt: skip
-    """Squared norms of the centered rows ``begin..end``; returns their sum and sum of squares."""
-    total = tl.zeros([BLOCK_R], tl.float64)
-    square = tl.zeros([BLOCK_R], tl.float64)
-    for start in range(begin, end, BLOCK_R):
-        row = start + tl.arange(0, BLOCK_R)
-        valid = valid_rows(mask_ptr, row, n, HAS_MASK) & (row < end)
-        energy = tl.zeros([BLOCK_R], tl.float32)
-        for first in range(0, width, BLOCK):
-            column = first + tl.arange(0, BLOCK)
-            mean = column_mean(sums_ptr, column, segments, stride, count, column < width, BLOCK)
-            mask = valid[:, None] & (column < width)[None, :]
-            offsets = row.to(tl.int64)[:, None] * stride_n + column.to(tl.int64)[None, :] * stride_d
-            x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-            x = tl.where(mask, (x - mean[None, :]) * scale, 0.0)
-            energy += tl.sum(x * x, 1)
-        tl.store(energy_ptr + row, energy, mask=row < end)
-        wide = energy.to(tl.float64)
-        total += wide
-        square += wide * wide
-    return tl.sum(total, 0), tl.sum(square, 0)
-
-
-@triton.jit
-def _weighted_sums(
-    x_ptr, stride_n, stride_d, mask_ptr, n, width, sums_ptr, segments, stride, count,
-    own_ptr, other_ptr, out_ptr, half, begin, end,
-    HAS_MASK: tl.constexpr, BLOCK: tl.constexpr, BLOCK_R: tl.constexpr,
-):  # fmt: skip
-    """Column sums of the centered rows ``begin..end``, weighted with either side's energies."""
-    for first in range(0, width, BLOCK):
-        column = first + tl.arange(0, BLOCK)
-        mean = column_mean(sums_ptr, column, segments, stride, count, column < width, BLOCK)
-        by_own = tl.zeros([BLOCK], tl.float32)
-        by_other = tl.zeros([BLOCK], tl.float32)
-        for start in range(begin, end, BLOCK_R):
-            row = start + tl.arange(0, BLOCK_R)
-            valid = valid_rows(mask_ptr, row, n, HAS_MASK) & (row < end)
-            mask = valid[:, None] & (column < width)[None, :]
-            offsets = row.to(tl.int64)[:, None] * stride_n + column.to(tl.int64)[None, :] * stride_d
-            x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-            x = tl.where(mask, x - mean[None, :], 0.0)
-            own = tl.load(own_ptr + row, mask=valid, other=0.0)
-            other = tl.load(other_ptr + row, mask=valid, other=0.0)
-            by_own += tl.sum(own[:, None] * x, 0)
-            by_other += tl.sum(other[:, None] * x, 0)
-        tl.store(out_ptr + column, by_own, mask=column < width)
-        tl.store(out_ptr + half + column, by_other, mask=column < width)
 
 
 @triton.jit
@@ -283,9 +230,7 @@ def cka_kernel(
     if program < slots * PARTS:
         slot, part = program // PARTS, program % PARTS
         if slot < tiles:
-            left_is_y, block_i, right_is_y, block_j = tile_of(
-                slot, blocks_x, blocks_y, True, True
-            )
+            left_is_y, block_i, right_is_y, block_j = tile_of(slot, blocks_x, blocks_y, True, True)
             offsets = (part * SUB + local)[:, None] * BLOCK + across[None, :]
             flipped = (part * SUB + local)[:, None] + across[None, :] * BLOCK
             i = block_i * BLOCK + part * SUB + local
@@ -322,9 +267,7 @@ def cka_kernel(
             else:
                 sums = tl.where(field == SQUARE_C, square, sums)
                 lower = block_i > block_j
-                pair = triangle_index(
-                    tl.minimum(block_i, block_j), tl.maximum(block_i, block_j)
-                )
+                pair = triangle_index(tl.minimum(block_i, block_j), tl.maximum(block_i, block_j))
                 own_offsets = tl.where(lower, flipped, offsets)
                 if STUDENT:
                     # The transpose of F, which is C - t A.
@@ -351,9 +294,7 @@ def cka_kernel(
                             SIZE,
                         )  # fmt: skip
                         if not SPLIT:
-                            mean = column_mean(
-                                sums_y, i, segments, width, n_float, i < width, SUB
-                            )
+                            mean = column_mean(sums_y, i, segments, width, n_float, i < width, SUB)
                             own -= (n_float * mean)[:, None] * mean_j[None, :]
                         rest = tile - t_y * (own * inverse_y * inverse_y)
                     sums = tl.where(field == SQUARE_FY, square_sum(rest), sums)
@@ -374,11 +315,11 @@ def cka_kernel(
             mask_ptr = pick(masks, layer) + batch * stride_mb
         r_ptr = energies_ptr + entry.to(tl.int64) * 2 * max_rows
         q_ptr = r_ptr + max_rows
-        sum_r, square_r = _energies(
+        sum_r, square_r = row_energies(
             x_ptr, stride_xn, stride_xd, mask_ptr, n, d1, sums_x, segments, width, n_float,
             inverse_x, r_ptr, begin, end, HAS_MASK, BLOCK, BLOCK_R,
         )  # fmt: skip
-        sum_q, square_q = _energies(
+        sum_q, square_q = row_energies(
             y_ptr, stride_yn, stride_yd, mask_ptr, n, d2, sums_y, segments, width, n_float,
             inverse_y, q_ptr, begin, end, HAS_MASK, BLOCK, BLOCK_R,
         )  # fmt: skip
@@ -398,12 +339,12 @@ def cka_kernel(
         half_sums = row_programs * width
         weighted_ptr += entry.to(tl.int64) * 4 * half_sums + run * width
         if STUDENT:
-            _weighted_sums(
+            weighted_sums(
                 x_ptr, stride_xn, stride_xd, mask_ptr, n, d1, sums_x, segments, width, n_float,
                 r_ptr, q_ptr, weighted_ptr, half_sums, begin, end, HAS_MASK, BLOCK, BLOCK_R,
             )  # fmt: skip
         if TEACHER:
-            _weighted_sums(
+            weighted_sums(
                 y_ptr, stride_yn, stride_yd, mask_ptr, n, d2, sums_y, segments, width, n_float,
                 q_ptr, r_ptr, weighted_ptr + 2 * half_sums, half_sums, begin, end,
                 HAS_MASK, BLOCK, BLOCK_R,

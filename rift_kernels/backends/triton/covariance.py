@@ -5,7 +5,8 @@
     grad_Y = (-4 / unit^2) Yc (A - B [+ value B]) + (2 mean_weight / n) (mean_y - mean_x)
 
 with ``A = Xc^T Xc``, ``B = Yc^T Yc`` and unit ``||B||`` (relative), ``2 D (n-1)`` (CORAL) or
-``n - 1``; what is in brackets is there where the unit is the teacher's. ``Xc^T Yc`` is not needed, and not computed.
+``n - 1``; what is in brackets is there where the unit is the teacher's. ``Xc^T Yc`` is not needed,
+and not computed.
 
 Bytes: the partial tiles of A and B once; A - B (and B) is written as two bfloat16.
 """
@@ -188,9 +189,7 @@ def covariance_kernel(
             below = (MATRICES - 1) * width
             if MATRICES == 2:
                 _store_matrix(planes_y_ptr, 2 * plane, 0, width, i, j, mirrored, b)
-            _store_matrix(
-                planes_y_ptr, MATRICES * plane, below, width, i, j, mirrored, difference
-            )
+            _store_matrix(planes_y_ptr, MATRICES * plane, below, width, i, j, mirrored, difference)
             if SHIFT:
                 _store_shifts(
                     shift_y_ptr, half, width, block_i, block_j, part, i, j, y_i, y_j, difference,

@@ -1,4 +1,4 @@
-"""What the kernels share on the device: picking a layer, splitting float32, triangles, partial sums.
+"""What the kernels share: picking a layer, splitting float32, triangles, partial sums.
 
 Layers come as tuples of pointers and sizes, passed by value: no copy of the features, no table to
 upload, nothing that a CUDA graph could not replay. A batch ``(B, N, D)`` is one layer with a batch
@@ -41,6 +41,7 @@ def layer_of(entry, LAYERS: tl.constexpr):
 
 @triton.jit
 def batch_of(entry, LAYERS: tl.constexpr):
+    """See :func:`layer_of`."""
     if LAYERS > 1:
         batch = entry.to(tl.int64) * 0
     else:
@@ -58,6 +59,7 @@ def split(x):
 
 @triton.jit
 def valid_rows(mask_ptr, rows, n, HAS_MASK: tl.constexpr):
+    """Which rows exist and are not masked."""
     valid = rows < n
     if HAS_MASK:
         valid = valid & (tl.load(mask_ptr + rows, mask=valid, other=0) != 0)

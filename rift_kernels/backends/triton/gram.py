@@ -3,14 +3,10 @@
     biased      centered on both sides: ``K - s_i - s_j``, s from the row sums
     debiased    U-centered: the same without the diagonal, which becomes 0 (Szekely & Rizzo 2014)
 
-    value = <Kx, Ky> / (||Kx|| ||Ky||),   grad_X = M Xc,   M = (2 / ||Kx||) (Ky / ||Ky|| - value Kx / ||Kx||)
+    value = <Kx, Ky> / (||Kx|| ||Ky||)
 
-M is formed in float32 by the backward, from both K. With up to 128 rows everything up to the value
-is one launch (:func:`small_gram_kernel`): each program centers its columns of all rows before it
-multiplies, and the last one to finish has the head.
-
-Bytes: the partial tiles once, both K in float32 once written and once per tile of the gradient.
-"""  # noqa: E501
+Bytes: the partial tiles once, both K in float32 once.
+"""
 
 from __future__ import annotations
 
@@ -25,12 +21,9 @@ from .device import (
     PIVOT_Y,
     arrive,
     batch_of,
-    column_mean,
-    first_valid_row,
     inverse_scale,
     layer_of,
     pick,
-    split,
     statistic,
     sum_partials,
     triangle,
@@ -58,7 +51,8 @@ NOISE = tl.constexpr(4 * 2.0**-23)
 
 
 @triton.jit
-def _inner(a, b):
+def inner_product(a, b):
+    """``<a, b>`` in float64."""
     return tl.sum(tl.sum(a.to(tl.float64) * b.to(tl.float64), 1), 0)
 
 
@@ -68,7 +62,8 @@ def _field(sums, field):
 
 
 @triton.jit
-def _pack(square_x, square_y, product, peak_x, peak_y):
+def pack_sums(square_x, square_y, product, peak_x, peak_y):
+    """The fields in one vector."""
     field = tl.arange(0, FIELDS)
     sums = tl.where(field == SQUARE_X, square_x, 0.0)
     sums = tl.where(field == SQUARE_Y, square_y, sums)
@@ -87,7 +82,7 @@ def _store_side(scalars_ptr, n, own, other, inverse):
 
 
 @triton.jit
-def _head(
+def gram_head(
     value_ptr, scalars_ptr, sums, n, pivot_x, pivot_y, inverse_x, inverse_y, DEBIASED: tl.constexpr
 ):
     """The scalars of one layer, in float64; K of features scaled by the inverses."""
@@ -113,7 +108,7 @@ def _head(
 
 
 @triton.jit
-def _offsets(row_sum, total, n, DEBIASED: tl.constexpr):
+def center_offset(row_sum, total, n, DEBIASED: tl.constexpr):
     """``s`` of a row: what is taken off its row and its column."""
     if DEBIASED:
         s = (row_sum - total / (2 * (n - 1))) / (n - 2)
@@ -170,9 +165,7 @@ def _centered_tile(
     slots, spills, DEBIASED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A tile of one side's K, centered and scaled, and its largest element on the diagonal."""
-    k = sum_partials(
-        tiles_ptr, spill_ptr, first_slot + pair, chunks, share, offsets, BLOCK * BLOCK
-    )
+    k = sum_partials(tiles_ptr, spill_ptr, first_slot + pair, chunks, share, offsets, BLOCK * BLOCK)
     total = _total(totals_ptr, first_slot, tiles, chunks, share, slots, spills, 2 * tiles)
     sums_i = _row_sums(
         row_sums_ptr, first_slot, block_i, blocks, within_i, chunks, share, slots, BLOCK
@@ -181,8 +174,8 @@ def _centered_tile(
         row_sums_ptr, first_slot, block_j, blocks, within_j, chunks, share, slots, BLOCK
     )
     peak = tl.max(tl.max(tl.where(diagonal, k, 0.0), 1), 0) * scale
-    k = k - _offsets(sums_i, total, n, DEBIASED)[:, None]
-    k = k - _offsets(sums_j, total, n, DEBIASED)[None, :]
+    k = k - center_offset(sums_i, total, n, DEBIASED)[:, None]
+    k = k - center_offset(sums_j, total, n, DEBIASED)[None, :]
     return tl.where(kept, k * scale, 0.0), peak
 
 
@@ -257,8 +250,12 @@ def gram_kernel(
             tl.store(grams_ptr + plane + direct, ky, mask=bounds)
             tl.store(grams_ptr + plane + turned, ky, mask=bounds)
         twice = tl.where(block_i == block_j, 1.0, 2.0)
-        sums = _pack(
-            twice * _inner(kx, kx), twice * _inner(ky, ky), twice * _inner(kx, ky), peak_x, peak_y
+        sums = pack_sums(
+            twice * inner_product(kx, kx),
+            twice * inner_product(ky, ky),
+            twice * inner_product(kx, ky),
+            peak_x,
+            peak_y,
         )
     field = tl.arange(0, FIELDS)
     tl.store(partial_ptr + program * FIELDS + field, sums)
@@ -278,202 +275,7 @@ def gram_kernel(
         total = tl.where((field == PEAK_X) | (field == PEAK_Y), peak, total)
         pivot_x = statistic(statistics_ptr, PIVOT_X, column_programs, PROGRAMS)
         pivot_y = statistic(statistics_ptr, PIVOT_Y, column_programs, PROGRAMS)
-        _head(
+        gram_head(
             values_ptr + entry, scalars_ptr + entry * 8, total, count, pivot_x, pivot_y,
             inverse_x, inverse_y, DEBIASED,
         )  # fmt: skip
-
-
-@triton.jit
-def _centered_columns(ptr, stride_n, stride_d, row, valid, first, column, width, count):
-    """Columns of all rows, centered: exactly 0 where they are constant. And their energy."""
-    inside = (column < width)[None, :]
-    offsets = row.to(tl.int64)[:, None] * stride_n + column.to(tl.int64)[None, :] * stride_d
-    mask = valid[:, None] & inside
-    x = tl.load(ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-    pivot = tl.sum(tl.where((row == first)[:, None], x, 0.0), 0)
-    x = tl.where(mask, x - pivot[None, :], 0.0)
-    varies = tl.sum(tl.sum(x * x, 1), 0)
-    x = tl.where(mask, x - (tl.sum(x, 0) / count)[None, :], 0.0)
-    return tl.where(mask, x - (tl.sum(x, 0) / count)[None, :], 0.0), varies
-
-
-@triton.jit
-def _accumulate(k, x):
-    high, low = split(x)
-    k = tl.dot(low, tl.trans(high), k)
-    k = tl.dot(high, tl.trans(low), k)
-    return tl.dot(high, tl.trans(high), k)
-
-
-@triton.jit
-def _u_center(k, kept, n, DEBIASED: tl.constexpr):
-    if DEBIASED:
-        k = tl.where(kept, k, 0.0)
-        sums = tl.sum(k, 1)
-        s = _offsets(sums, tl.sum(sums, 0), n, DEBIASED)
-        # K is symmetric up to rounding: its row sums serve as column sums.
-        t = _offsets(tl.sum(k, 0), tl.sum(sums, 0), n, DEBIASED)
-        k = k - s[:, None] - t[None, :]
-    return tl.where(kept, k, 0.0)
-
-
-@triton.jit
-def small_gram_kernel(
-    xs, ys, masks, rows, widths_x, widths_y, strides_xn, strides_xd, strides_yn, strides_yd,
-    stride_xb, stride_yb, stride_mb,
-    workspace_ptr, counters_ptr, values_ptr, scalars_ptr, grams_ptr, max_rows, share,
-    LAYERS: tl.constexpr, HAS_MASK: tl.constexpr, DEBIASED: tl.constexpr, STORE: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK_K: tl.constexpr, PROGRAMS: tl.constexpr,
-):  # fmt: skip
-    """One program owns ``share`` columns of all rows of one layer, the last one the head."""
-    program = tl.program_id(0)
-    entry = tl.program_id(1)
-    layer, batch = layer_of(entry, LAYERS), batch_of(entry, LAYERS)
-    n, d1, d2 = pick(rows, layer), pick(widths_x, layer), pick(widths_y, layer)
-    x_ptr = pick(xs, layer) + batch * stride_xb
-    y_ptr = pick(ys, layer) + batch * stride_yb
-    stride_xn, stride_xd = pick(strides_xn, layer), pick(strides_xd, layer)
-    stride_yn, stride_yd = pick(strides_yn, layer), pick(strides_yd, layer)
-    mask_ptr = x_ptr
-    if HAS_MASK:
-        mask_ptr = pick(masks, layer) + batch * stride_mb
-    row = tl.arange(0, ROWS)
-    valid = valid_rows(mask_ptr, row, n, HAS_MASK)
-    first = first_valid_row(mask_ptr, n, HAS_MASK)
-    count = tl.sum(valid.to(tl.float32), 0)
-    kx = tl.zeros([ROWS, ROWS], tl.float32)
-    ky = tl.zeros([ROWS, ROWS], tl.float32)
-    pivot_x, pivot_y = 0.0, 0.0
-    begin = program * share
-    end = tl.minimum(begin + share, tl.maximum(d1, d2))
-    for start in range(begin, end, BLOCK_K):
-        column = start + tl.arange(0, BLOCK_K)
-        x, varies = _centered_columns(
-            x_ptr, stride_xn, stride_xd, row, valid, first, column, tl.minimum(d1, end), count
-        )
-        pivot_x += varies
-        kx = _accumulate(kx, x)
-        y, varies = _centered_columns(
-            y_ptr, stride_yn, stride_yd, row, valid, first, column, tl.minimum(d2, end), count
-        )
-        pivot_y += varies
-        ky = _accumulate(ky, y)
-    square = row[:, None] * ROWS + row[None, :]
-    SIZE: tl.constexpr = ROWS * ROWS
-    last = program == 0
-    if PROGRAMS > 1:
-        workspace_ptr += entry.to(tl.int64) * PROGRAMS * (2 * SIZE + 2)
-        mine = workspace_ptr + program * (2 * SIZE + 2)
-        tl.store(mine + square, kx)
-        tl.store(mine + SIZE + square, ky)
-        tl.store(mine + 2 * SIZE, pivot_x)
-        tl.store(mine + 2 * SIZE + 1, pivot_y)
-        last = arrive(counters_ptr + entry, PROGRAMS)
-    if last:
-        if PROGRAMS > 1:
-            tl.debug_barrier()
-            # Ready for the next call.
-            tl.store(counters_ptr + entry, 0)
-            kx = tl.zeros([ROWS, ROWS], tl.float32)
-            ky = tl.zeros([ROWS, ROWS], tl.float32)
-            pivot_x, pivot_y = 0.0, 0.0
-            for other in range(PROGRAMS):
-                theirs = workspace_ptr + other * (2 * SIZE + 2)
-                kx += tl.load(theirs + square)
-                ky += tl.load(theirs + SIZE + square)
-                pivot_x += tl.load(theirs + 2 * SIZE)
-                pivot_y += tl.load(theirs + 2 * SIZE + 1)
-        diagonal = row[:, None] == row[None, :]
-        energy_x = tl.sum(tl.sum(tl.where(diagonal, kx, 0.0), 1), 0)
-        energy_y = tl.sum(tl.sum(tl.where(diagonal, ky, 0.0), 1), 0)
-        inverse_x = tl.where(energy_x == 0, 1.0, 1 / tl.sqrt(energy_x))
-        inverse_y = tl.where(energy_y == 0, 1.0, 1 / tl.sqrt(energy_y))
-        kx = kx * inverse_x * inverse_x
-        ky = ky * inverse_y * inverse_y
-        peak_x = tl.max(tl.max(tl.where(diagonal, kx, 0.0), 1), 0)
-        peak_y = tl.max(tl.max(tl.where(diagonal, ky, 0.0), 1), 0)
-        kept = valid[:, None] & valid[None, :]
-        if DEBIASED:
-            kept = kept & (row[:, None] != row[None, :])
-        kx = _u_center(kx, kept, count, DEBIASED)
-        ky = _u_center(ky, kept, count, DEBIASED)
-        if STORE:
-            plane = max_rows.to(tl.int64) * max_rows
-            grams_ptr += entry * 2 * plane
-            inside = (row < n)[:, None] & (row < n)[None, :]
-            at = row[:, None] * max_rows + row[None, :]
-            tl.store(grams_ptr + at, kx, mask=inside)
-            tl.store(grams_ptr + plane + at, ky, mask=inside)
-        sums = _pack(_inner(kx, kx), _inner(ky, ky), _inner(kx, ky), peak_x, peak_y)
-        _head(
-            values_ptr + entry, scalars_ptr + entry * 8, sums, count.to(tl.float64),
-            pivot_x.to(tl.float64), pivot_y.to(tl.float64), inverse_x, inverse_y, DEBIASED,
-        )  # fmt: skip
-
-
-@triton.jit
-def gram_backward_kernel(
-    owns, masks, grads, rows, widths, strides_n, strides_d, stride_b, stride_mb, stride_gb,
-    incoming_ptr, grams_ptr, scalars_ptr, sums_ptr, width, max_rows, max_width,
-    LAYERS: tl.constexpr, HAS_MASK: tl.constexpr, SIDE: tl.constexpr,
-    SMALL: tl.constexpr, EXACT: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """One program owns a tile of ``grad = g M X``; the rows of M sum to 0, so X may have a mean."""
-    entry = tl.program_id(1)
-    layer, batch = layer_of(entry, LAYERS), batch_of(entry, LAYERS)
-    n, d = pick(rows, layer), pick(widths, layer)
-    blocks_n = tl.cdiv(max_width, BLOCK_N)
-    block_m, block_n = tl.program_id(0) // blocks_n, tl.program_id(0) % blocks_n
-    if (block_m * BLOCK_M < n) & (block_n * BLOCK_N < d):
-        x_ptr = pick(owns, layer) + batch * stride_b
-        grad_ptr = pick(grads, layer) + batch * stride_gb
-        stride_n, stride_d = pick(strides_n, layer), pick(strides_d, layer)
-        mask_ptr = x_ptr
-        if HAS_MASK:
-            mask_ptr = pick(masks, layer) + batch * stride_mb
-        scalars_ptr += entry * 8 + SIDE * 4
-        incoming = tl.load(incoming_ptr + entry).to(tl.float32)
-        c_own = tl.load(scalars_ptr + OWN)
-        c_other = tl.load(scalars_ptr + OTHER)
-        plane = max_rows.to(tl.int64) * max_rows
-        own_ptr = grams_ptr + (entry * 2 + SIDE) * plane
-        other_ptr = grams_ptr + (entry * 2 + 1 - SIDE) * plane
-        row = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
-        column = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
-        mean = tl.zeros([BLOCK_N], tl.float32)
-        if EXACT and not SMALL:
-            sums = tl.load(
-                sums_ptr + (entry * 2 + SIDE) * width + column, mask=column < d, other=0.0
-            )
-            mean = sums / tl.load(scalars_ptr + ROWS)
-        acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-        for start in range(0, n, BLOCK_K):
-            k = start + tl.arange(0, BLOCK_K)
-            at = row.to(tl.int64)[:, None] * max_rows + k[None, :]
-            inside = (row < n)[:, None] & (k < n)[None, :]
-            own = tl.load(own_ptr + at, mask=inside, other=0.0)
-            other = tl.load(other_ptr + at, mask=inside, other=0.0)
-            high, low = split(c_own * own + c_other * other)
-            valid = valid_rows(mask_ptr, k, n, HAS_MASK)
-            mask = valid[:, None] & (column < d)[None, :]
-            offsets = k.to(tl.int64)[:, None] * stride_n + column.to(tl.int64)[None, :] * stride_d
-            x = tl.load(x_ptr + offsets, mask=mask, other=0.0)
-            if EXACT:
-                x = x.to(tl.float32)
-                if SMALL:
-                    mean = tl.sum(x, 0) / tl.sum(valid.to(tl.float32), 0)
-                x_high, x_low = split(tl.where(mask, x - mean[None, :], 0.0))
-                acc = tl.dot(low, x_high, acc)
-                acc = tl.dot(high, x_low, acc)
-                acc = tl.dot(high, x_high, acc)
-            else:
-                acc = tl.dot(low, x, acc)
-                acc = tl.dot(high, x, acc)
-        valid = valid_rows(mask_ptr, row, n, HAS_MASK)
-        inverse = tl.load(scalars_ptr + INVERSE)
-        acc = tl.where(valid[:, None], acc * inverse * (inverse * incoming), 0.0)
-        offsets = row.to(tl.int64)[:, None] * d + column[None, :]
-        inside = (row < n)[:, None] & (column < d)[None, :]
-        tl.store(grad_ptr + offsets, acc.to(grad_ptr.dtype.element_ty), mask=inside)

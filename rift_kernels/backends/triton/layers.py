@@ -34,14 +34,17 @@ class Layers(NamedTuple):
 
     @property
     def max_rows(self) -> int:
+        """Of the longest layer."""
         return max(self.rows)
 
     @property
     def device(self) -> torch.device:
+        """Of all tensors."""
         return self.x.tensors[0].device
 
     @property
     def dtype(self) -> torch.dtype:
+        """Of all features."""
         return self.x.tensors[0].dtype
 
     @property
@@ -49,8 +52,13 @@ class Layers(NamedTuple):
         """Features with more digits than bfloat16: split in two, and centered before they are."""
         return self.dtype != torch.bfloat16
 
+    def empty(self, *size: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Uninitialised memory on the device."""
+        return torch.empty(size, dtype=dtype, device=self.device)
+
     @property
     def options(self) -> dict[str, Any]:
+        """The constants that every kernel over layers takes."""
         return {"LAYERS": len(self.rows), "HAS_MASK": bool(self.masks)}
 
     @property

@@ -249,10 +249,26 @@ def moments_kernel(
                         a_mean = tl.load(a_sums + columns, mask=known, other=0.0) / count
                         b_mean = tl.load(b_sums + columns, mask=known, other=0.0) / count
                     a = _load(
-                        a_ptr, stride_an, stride_ad, a_side, a_valid, columns, a_width, a_mean, SPLIT
+                        a_ptr,
+                        stride_an,
+                        stride_ad,
+                        a_side,
+                        a_valid,
+                        columns,
+                        a_width,
+                        a_mean,
+                        SPLIT,
                     )
                     b = _load(
-                        b_ptr, stride_bn, stride_bd, b_side, b_valid, columns, b_width, b_mean, SPLIT
+                        b_ptr,
+                        stride_bn,
+                        stride_bd,
+                        b_side,
+                        b_valid,
+                        columns,
+                        b_width,
+                        b_mean,
+                        SPLIT,
                     )
                     acc = _product(a, b, acc, GRAM, SPLIT)
             else:

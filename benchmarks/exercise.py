@@ -1,0 +1,66 @@
+"""``python -m benchmarks.exercise``: every Triton kernel once on small features.
+
+What compute-sanitizer watches, and what a first look at a new GPU runs: values and gradients are
+compared with the eager backend's in float64.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+from torch import Tensor
+
+import rift_kernels as rk
+
+TOLERANCE = 1e-2
+
+MEASURES = {
+    "linear_cka": {},
+    "linear_cka biased": {"debiased": False},
+    "covariance_distance": {},
+    "procrustes_similarity": {},
+    "bures_distance": {},
+}
+
+
+def _value_and_gradient(
+    name: str, x: Tensor, y: Tensor, mask: Tensor | None, backend: str
+) -> Tensor:
+    """Both in one vector."""
+    x = x.detach().requires_grad_()
+    function = getattr(rk, name.split()[0])
+    value = function(x, y, mask=mask, backend=backend, **MEASURES[name])
+    (grad,) = torch.autograd.grad(value, x)
+    scale = grad.double().norm()
+    return torch.cat([value.detach().double().reshape(1), (grad.double() / scale).flatten()])
+
+
+def main() -> int:
+    if not torch.cuda.is_available():
+        print("exercise needs a GPU that torch can use, and this machine has none.")
+        return 2
+    failures = 0
+    # Small and general Gram form, covariance form with pointers and with descriptors.
+    for rows, width in ((32, 72), (160, 136), (300, 64), (1100, 72)):
+        for dtype in (torch.bfloat16, torch.float32):
+            generator = torch.Generator("cuda").manual_seed(0)
+            y = torch.randn(rows, width, device="cuda", generator=generator).to(dtype)
+            noise = torch.randn(rows, width, device="cuda", generator=generator)
+            x = (y.float() + 0.3 * noise).to(dtype)
+            for mask in (None, torch.rand(rows, device="cuda", generator=generator) < 0.8):
+                for name in MEASURES:
+                    wide = (x.double(), y.double(), mask)
+                    expected = _value_and_gradient(name, *wide, "eager")
+                    actual = _value_and_gradient(name, x, y, mask, "triton")
+                    error = float((actual - expected).norm())
+                    if not error <= TOLERANCE:
+                        failures += 1
+                        masked = "" if mask is None else ", masked"
+                        print(f"{name}, {rows} x {width} {dtype}{masked}: off by {error:.1e}")
+    print(f"exercise: {failures} failures")
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,84 @@
+"""Gradients in Gram form: ``grad_X = g M Xc``.
+
+    M = c Kx + c' Ky,    c = -2 value / ||Kx||^2,    c' = 2 / (||Kx|| ||Ky||)
+
+formed in float32 tile by tile and multiplied in two halves. Its rows sum to 0, so that the gradient
+needs no centering; features with more digits than bfloat16 are centered before they are split.
+
+Bytes: both K once per block of columns, X once per block of rows, the gradient once.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .device import batch_of, layer_of, pick, split, valid_rows
+from .gram import INVERSE, OTHER, OWN, ROWS
+
+
+@triton.jit
+def gram_backward_kernel(
+    owns, masks, grads, rows, widths, strides_n, strides_d, stride_b, stride_mb, stride_gb,
+    incoming_ptr, grams_ptr, scalars_ptr, sums_ptr, width, max_rows, max_width,
+    LAYERS: tl.constexpr, HAS_MASK: tl.constexpr, SIDE: tl.constexpr,
+    SMALL: tl.constexpr, EXACT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """One program owns a tile of ``grad = g M X``; the rows of M sum to 0, so X may have a mean."""
+    entry = tl.program_id(1)
+    layer, batch = layer_of(entry, LAYERS), batch_of(entry, LAYERS)
+    n, d = pick(rows, layer), pick(widths, layer)
+    blocks_n = tl.cdiv(max_width, BLOCK_N)
+    block_m, block_n = tl.program_id(0) // blocks_n, tl.program_id(0) % blocks_n
+    if (block_m * BLOCK_M < n) & (block_n * BLOCK_N < d):
+        x_ptr = pick(owns, layer) + batch * stride_b
+        grad_ptr = pick(grads, layer) + batch * stride_gb
+        stride_n, stride_d = pick(strides_n, layer), pick(strides_d, layer)
+        mask_ptr = x_ptr
+        if HAS_MASK:
+            mask_ptr = pick(masks, layer) + batch * stride_mb
+        scalars_ptr += entry * 8 + SIDE * 4
+        incoming = tl.load(incoming_ptr + entry).to(tl.float32)
+        c_own = tl.load(scalars_ptr + OWN)
+        c_other = tl.load(scalars_ptr + OTHER)
+        plane = max_rows.to(tl.int64) * max_rows
+        own_ptr = grams_ptr + (entry * 2 + SIDE) * plane
+        other_ptr = grams_ptr + (entry * 2 + 1 - SIDE) * plane
+        row = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
+        column = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
+        mean = tl.zeros([BLOCK_N], tl.float32)
+        if EXACT and not SMALL:
+            sums = tl.load(
+                sums_ptr + (entry * 2 + SIDE) * width + column, mask=column < d, other=0.0
+            )
+            mean = sums / tl.load(scalars_ptr + ROWS)
+        acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        for start in range(0, n, BLOCK_K):
+            k = start + tl.arange(0, BLOCK_K)
+            at = row.to(tl.int64)[:, None] * max_rows + k[None, :]
+            inside = (row < n)[:, None] & (k < n)[None, :]
+            own = tl.load(own_ptr + at, mask=inside, other=0.0)
+            other = tl.load(other_ptr + at, mask=inside, other=0.0)
+            high, low = split(c_own * own + c_other * other)
+            valid = valid_rows(mask_ptr, k, n, HAS_MASK)
+            mask = valid[:, None] & (column < d)[None, :]
+            offsets = k.to(tl.int64)[:, None] * stride_n + column.to(tl.int64)[None, :] * stride_d
+            x = tl.load(x_ptr + offsets, mask=mask, other=0.0)
+            if EXACT:
+                x = x.to(tl.float32)
+                if SMALL:
+                    mean = tl.sum(x, 0) / tl.sum(valid.to(tl.float32), 0)
+                x_high, x_low = split(tl.where(mask, x - mean[None, :], 0.0))
+                acc = tl.dot(low, x_high, acc)
+                acc = tl.dot(high, x_low, acc)
+                acc = tl.dot(high, x_high, acc)
+            else:
+                acc = tl.dot(low, x, acc)
+                acc = tl.dot(high, x, acc)
+        valid = valid_rows(mask_ptr, row, n, HAS_MASK)
+        inverse = tl.load(scalars_ptr + INVERSE)
+        acc = tl.where(valid[:, None], acc * inverse * (inverse * incoming), 0.0)
+        offsets = row.to(tl.int64)[:, None] * d + column[None, :]
+        inside = (row < n)[:, None] & (column < d)[None, :]
+        tl.store(grad_ptr + offsets, acc.to(grad_ptr.dtype.element_ty), mask=inside)

@@ -1,0 +1,112 @@
+"""Launches in Gram form: linear CKA and its gradient.
+
+small_gram, gram_backward         two for any number of layers of up to 128 rows
+moments, gram, gram_backward      three beyond; one more for float32 and float16
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import gram, gram_backward, small_gram
+from .config import Config, configuration
+from .launch import gradients, padded_width, power_of_two, raw_moments, round_up
+from .layers import Layers
+
+SMALL_ROWS = 128
+SAVED = 3
+
+
+def cka_fwd(layers: Layers, debiased: bool, store: bool) -> tuple[Tensor, list[Tensor]]:
+    """Values, and what :func:`cka_bwd` needs beside the features."""
+    config = configuration(layers, "gram")
+    entries, max_rows = layers.entries, layers.max_rows
+    values = layers.empty(entries)
+    scalars = layers.empty(entries * gram.SCALARS)
+    grams = layers.empty(entries * 2 * max_rows * max_rows if store else 0)
+    # Read only where rows do not fit into one block, and features are not multiplied as they are.
+    sums = layers.empty(entries * 2 * padded_width(layers, config) if layers.exact else 0)
+    saved = [scalars, grams, sums]
+    if layers.idle:
+        return values, saved
+    if max_rows <= SMALL_ROWS:
+        _small_gram(layers, config, values, scalars, grams, debiased, store)
+        return values, saved
+    raw = raw_moments(layers, config, "gram", "xx yy", off_diagonal=debiased)
+    programs = raw.slots // 2 * (config.block // config.sub)
+    partial = layers.empty(entries * programs * 8, dtype=torch.float64)
+    gram.gram_kernel[(programs, entries)](
+        layers.masks, layers.rows, layers.x.widths, layers.y.widths, layers.stride_mb,
+        raw.tiles, raw.spill, raw.row_sums, raw.statistics, raw.counters,
+        values, scalars, grams, partial,
+        raw.tile_programs, raw.column_programs, raw.slots, raw.tile_programs, max_rows,
+        **layers.options, PROGRAMS=raw.programs, DEBIASED=debiased, STORE=store,
+        BLOCK=config.block, BLOCK_K=config.block_k, SUB=config.sub, num_warps=config.head_warps,
+    )  # fmt: skip
+    return values, [scalars, grams, raw.sums if layers.exact else sums]
+
+
+def _small_gram(
+    layers: Layers, config: Config, values: Tensor, scalars: Tensor, grams: Tensor,
+    debiased: bool, store: bool,
+) -> None:  # fmt: skip
+    widest = max(*layers.x.widths, *layers.y.widths)
+    programs = power_of_two(-(-widest // config.small_share))
+    share = round_up(-(-widest // programs), config.small_k)
+    rows = max(16, power_of_two(layers.max_rows))
+    size = layers.entries * programs * (2 * rows * rows + 2) if programs > 1 else 0
+    workspace = layers.empty(size)
+    small_gram.small_gram_kernel[(programs, layers.entries)](
+        *layers.shape, workspace, _counters(layers), values, scalars, grams, layers.max_rows, share,
+        **layers.options, DEBIASED=debiased, STORE=store,
+        ROWS=rows, BLOCK_K=config.small_k, PROGRAMS=programs,
+        num_warps=8 if rows > 64 else 4, num_stages=2,
+    )  # fmt: skip
+
+
+_zeros: dict[tuple[torch.device, int], Tensor] = {}
+
+
+def _counters(layers: Layers) -> Tensor:
+    """Zeros that the kernel leaves as zeros: one buffer a stream, fresh ones inside a CUDA graph.
+
+    A graph may be replayed on any stream beside any other, so it gets its own, zeroed at replay.
+    """
+    device, entries = layers.device, layers.entries
+    if device.type == "cpu" or torch.cuda.is_current_stream_capturing():
+        return torch.zeros(entries, dtype=torch.int32, device=device)
+    key = device, torch.cuda.current_stream(device).cuda_stream
+    if key not in _zeros or _zeros[key].numel() < entries:
+        _zeros[key] = torch.zeros(power_of_two(max(entries, 64)), dtype=torch.int32, device=device)
+    return _zeros[key]
+
+
+def cka_bwd(
+    layers: Layers, incoming: Tensor, saved: list[Tensor], side: int, dtype: torch.dtype
+) -> tuple[Tensor, ...]:
+    """One side's gradients, side 0 being the student."""
+    config = configuration(layers, "gram")
+    scalars, grams, sums = saved
+    own = layers.x if side == 0 else layers.y
+    entries, max_rows, max_width = layers.entries, layers.max_rows, max(own.widths)
+    small = max_rows <= SMALL_ROWS
+    width = sums.numel() // (entries * 2)
+    grads, stride_gb = gradients(own, layers, dtype)
+    if layers.idle:
+        return grads
+    block_m, block_n, block_k = config.gram_backward
+    if small:
+        # The mean of a column is that of its one block.
+        block_m = block_k = max(16, power_of_two(max_rows))
+    grid = (-(-max_rows // block_m) * -(-max_width // block_n), entries)
+    gram_backward.gram_backward_kernel[grid](
+        own.tensors, layers.masks, grads, layers.rows, own.widths, own.strides_n, own.strides_d,
+        own.stride_b, layers.stride_mb, stride_gb,
+        incoming, grams, scalars, sums, width, max_rows, max_width,
+        **layers.options, SIDE=side,
+        SMALL=small, EXACT=sums.numel() > 0,
+        BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k,
+        num_warps=config.gram_backward_warps, num_stages=config.gram_backward_stages,
+    )  # fmt: skip
+    return grads

@@ -1,0 +1,145 @@
+"""Linear CKA in Gram form with up to 128 rows: from features to the value in one launch.
+
+Each program centers its columns of all rows before it multiplies, in halves; the last one to finish
+adds up what all have left, in order, and has the head. See gram.py for the formulae.
+
+Bytes: the features once, both K in float32 once, and once more per program where there are several.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .device import arrive, batch_of, first_valid_row, layer_of, pick, split, valid_rows
+from .gram import center_offset, gram_head, inner_product, pack_sums
+
+
+@triton.jit
+def _centered_columns(ptr, stride_n, stride_d, row, valid, first, column, width, count):
+    """Columns of all rows, centered: exactly 0 where they are constant. And their energy."""
+    inside = (column < width)[None, :]
+    offsets = row.to(tl.int64)[:, None] * stride_n + column.to(tl.int64)[None, :] * stride_d
+    mask = valid[:, None] & inside
+    x = tl.load(ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    pivot = tl.sum(tl.where((row == first)[:, None], x, 0.0), 0)
+    x = tl.where(mask, x - pivot[None, :], 0.0)
+    varies = tl.sum(tl.sum(x * x, 1), 0)
+    x = tl.where(mask, x - (tl.sum(x, 0) / count)[None, :], 0.0)
+    return tl.where(mask, x - (tl.sum(x, 0) / count)[None, :], 0.0), varies
+
+
+@triton.jit
+def _accumulate(k, x):
+    high, low = split(x)
+    k = tl.dot(low, tl.trans(high), k)
+    k = tl.dot(high, tl.trans(low), k)
+    return tl.dot(high, tl.trans(high), k)
+
+
+@triton.jit
+def _u_center(k, kept, n, DEBIASED: tl.constexpr):
+    if DEBIASED:
+        k = tl.where(kept, k, 0.0)
+        sums = tl.sum(k, 1)
+        s = center_offset(sums, tl.sum(sums, 0), n, DEBIASED)
+        # K is symmetric up to rounding: its row sums serve as column sums.
+        t = center_offset(tl.sum(k, 0), tl.sum(sums, 0), n, DEBIASED)
+        k = k - s[:, None] - t[None, :]
+    return tl.where(kept, k, 0.0)
+
+
+@triton.jit
+def small_gram_kernel(
+    xs, ys, masks, rows, widths_x, widths_y, strides_xn, strides_xd, strides_yn, strides_yd,
+    stride_xb, stride_yb, stride_mb,
+    workspace_ptr, counters_ptr, values_ptr, scalars_ptr, grams_ptr, max_rows, share,
+    LAYERS: tl.constexpr, HAS_MASK: tl.constexpr, DEBIASED: tl.constexpr, STORE: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_K: tl.constexpr, PROGRAMS: tl.constexpr,
+):  # fmt: skip
+    """One program owns ``share`` columns of all rows of one layer, the last one the head."""
+    program = tl.program_id(0)
+    entry = tl.program_id(1)
+    layer, batch = layer_of(entry, LAYERS), batch_of(entry, LAYERS)
+    n, d1, d2 = pick(rows, layer), pick(widths_x, layer), pick(widths_y, layer)
+    x_ptr = pick(xs, layer) + batch * stride_xb
+    y_ptr = pick(ys, layer) + batch * stride_yb
+    stride_xn, stride_xd = pick(strides_xn, layer), pick(strides_xd, layer)
+    stride_yn, stride_yd = pick(strides_yn, layer), pick(strides_yd, layer)
+    mask_ptr = x_ptr
+    if HAS_MASK:
+        mask_ptr = pick(masks, layer) + batch * stride_mb
+    row = tl.arange(0, ROWS)
+    valid = valid_rows(mask_ptr, row, n, HAS_MASK)
+    first = first_valid_row(mask_ptr, n, HAS_MASK)
+    count = tl.sum(valid.to(tl.float32), 0)
+    kx = tl.zeros([ROWS, ROWS], tl.float32)
+    ky = tl.zeros([ROWS, ROWS], tl.float32)
+    pivot_x, pivot_y = 0.0, 0.0
+    begin = program * share
+    end = tl.minimum(begin + share, tl.maximum(d1, d2))
+    for start in range(begin, end, BLOCK_K):
+        column = start + tl.arange(0, BLOCK_K)
+        x, varies = _centered_columns(
+            x_ptr, stride_xn, stride_xd, row, valid, first, column, tl.minimum(d1, end), count
+        )
+        pivot_x += varies
+        kx = _accumulate(kx, x)
+        y, varies = _centered_columns(
+            y_ptr, stride_yn, stride_yd, row, valid, first, column, tl.minimum(d2, end), count
+        )
+        pivot_y += varies
+        ky = _accumulate(ky, y)
+    square = row[:, None] * ROWS + row[None, :]
+    SIZE: tl.constexpr = ROWS * ROWS
+    last = program == 0
+    if PROGRAMS > 1:
+        workspace_ptr += entry.to(tl.int64) * PROGRAMS * (2 * SIZE + 2)
+        mine = workspace_ptr + program * (2 * SIZE + 2)
+        tl.store(mine + square, kx)
+        tl.store(mine + SIZE + square, ky)
+        tl.store(mine + 2 * SIZE, pivot_x)
+        tl.store(mine + 2 * SIZE + 1, pivot_y)
+        last = arrive(counters_ptr + entry, PROGRAMS)
+    if last:
+        if PROGRAMS > 1:
+            tl.debug_barrier()
+            # Ready for the next call.
+            tl.store(counters_ptr + entry, 0)
+            kx = tl.zeros([ROWS, ROWS], tl.float32)
+            ky = tl.zeros([ROWS, ROWS], tl.float32)
+            pivot_x, pivot_y = 0.0, 0.0
+            for other in range(PROGRAMS):
+                theirs = workspace_ptr + other * (2 * SIZE + 2)
+                kx += tl.load(theirs + square)
+                ky += tl.load(theirs + SIZE + square)
+                pivot_x += tl.load(theirs + 2 * SIZE)
+                pivot_y += tl.load(theirs + 2 * SIZE + 1)
+        diagonal = row[:, None] == row[None, :]
+        energy_x = tl.sum(tl.sum(tl.where(diagonal, kx, 0.0), 1), 0)
+        energy_y = tl.sum(tl.sum(tl.where(diagonal, ky, 0.0), 1), 0)
+        inverse_x = tl.where(energy_x == 0, 1.0, 1 / tl.sqrt(energy_x))
+        inverse_y = tl.where(energy_y == 0, 1.0, 1 / tl.sqrt(energy_y))
+        kx = kx * inverse_x * inverse_x
+        ky = ky * inverse_y * inverse_y
+        peak_x = tl.max(tl.max(tl.where(diagonal, kx, 0.0), 1), 0)
+        peak_y = tl.max(tl.max(tl.where(diagonal, ky, 0.0), 1), 0)
+        kept = valid[:, None] & valid[None, :]
+        if DEBIASED:
+            kept = kept & (row[:, None] != row[None, :])
+        kx = _u_center(kx, kept, count, DEBIASED)
+        ky = _u_center(ky, kept, count, DEBIASED)
+        if STORE:
+            plane = max_rows.to(tl.int64) * max_rows
+            grams_ptr += entry * 2 * plane
+            inside = (row < n)[:, None] & (row < n)[None, :]
+            at = row[:, None] * max_rows + row[None, :]
+            tl.store(grams_ptr + at, kx, mask=inside)
+            tl.store(grams_ptr + plane + at, ky, mask=inside)
+        sums = pack_sums(
+            inner_product(kx, kx), inner_product(ky, ky), inner_product(kx, ky), peak_x, peak_y
+        )
+        gram_head(
+            values_ptr + entry, scalars_ptr + entry * 8, sums, count.to(tl.float64),
+            pivot_x, pivot_y, inverse_x, inverse_y, DEBIASED,
+        )  # fmt: skip
