@@ -123,11 +123,12 @@ class RIFTLoss(nn.Module):
             values = functional.bures_distance(
                 student, teacher, mean_weight=self.mean_weight, **how
             )
-        if self.reduction == "mean":
+        # Each operation is a launch forward and one backward: none that does nothing.
+        if values.dim() and self.reduction == "mean":
             values = values.mean()
-        elif self.reduction == "sum":
+        elif values.dim() and self.reduction == "sum":
             values = values.sum()
-        return self.weight * values
+        return values if self.weight == 1 else self.weight * values
 
     def _matrix(self) -> Tensor | None:
         """The learned Q, formed without autocast, under which it would not be orthogonal."""

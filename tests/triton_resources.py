@@ -49,7 +49,7 @@ def resources(kernel: Any) -> Resources:
 
 
 def _usage(cubin: bytes) -> tuple[int, int]:
-    """Registers and bytes of stack: these kernels have nothing else there than spilled registers."""
+    """Registers and bytes of stack, which hold spilled registers and nothing else."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
@@ -68,7 +68,7 @@ def _amd_usage(text: str) -> tuple[int, int]:
 
 
 def _loads(ttgir: str) -> int:
-    """Loads of tiles that triton did not make asynchronous, in the innermost loops around products."""
+    """Loads of tiles that are not asynchronous, in the innermost loops around products."""
     lines, count = ttgir.splitlines(), 0
     for at, line in enumerate(lines):
         if " scf.for " in line:

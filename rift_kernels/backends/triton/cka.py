@@ -111,22 +111,24 @@ def store_shift(shift_ptr, half, offsets, mean, tile, AXIS: tl.constexpr):
 
 
 @triton.jit
-def _store_side(
-    scalars_ptr, side, n, beta, own, other, full, row, row_own, row_other, inverse_own,
+def store_side(
+    scalars_ptr, side, n, scale, own, other, full, row, row_own, row_other, inverse_own,
     inverse_other,
 ):  # fmt: skip
-    out = scalars_ptr + side * 16
-    tl.store(out + SCALE, beta.to(tl.float32))
-    tl.store(out + OWN, own.to(tl.float32))
-    tl.store(out + OTHER, other.to(tl.float32))
-    tl.store(out + FULL, full.to(tl.float32))
-    tl.store(out + ROW, row.to(tl.float32))
-    tl.store(out + ROW_OWN, row_own.to(tl.float32))
-    tl.store(out + ROW_OTHER, row_other.to(tl.float32))
-    tl.store(out + ROWS, n.to(tl.float32))
-    # Apart from the rest, because their product may not be a float32.
-    tl.store(out + INVERSE_OWN, inverse_own)
-    tl.store(out + INVERSE_OTHER, inverse_other)
+    """One side's scalars for the backward. The inverses stay apart from the rest, because their
+    product may not be a float32."""
+    field = tl.arange(0, 16)
+    values = tl.where(field == SCALE, scale.to(tl.float32), 0.0)
+    values = tl.where(field == OWN, own.to(tl.float32), values)
+    values = tl.where(field == OTHER, other.to(tl.float32), values)
+    values = tl.where(field == FULL, full.to(tl.float32), values)
+    values = tl.where(field == ROW, row.to(tl.float32), values)
+    values = tl.where(field == ROW_OWN, row_own.to(tl.float32), values)
+    values = tl.where(field == ROW_OTHER, row_other.to(tl.float32), values)
+    values = tl.where(field == ROWS, n.to(tl.float32), values)
+    values = tl.where(field == INVERSE_OWN, inverse_own.to(tl.float32), values)
+    values = tl.where(field == INVERSE_OTHER, inverse_other.to(tl.float32), values)
+    tl.store(scalars_ptr + side * 16 + field, values)
 
 
 @triton.jit
@@ -163,11 +165,11 @@ def _head(
     full_x = (_field(sums, SQUARE_FX) > left) & HIGH
     full_y = (_field(sums, SQUARE_FY) > left) & HIGH
     # A row's weight is ROW + ROW_OWN r + ROW_OTHER q, of the energies of scaled features.
-    _store_side(
+    store_side(
         scalars_ptr, 0, n, beta, -u_x * inverse_x / inverse_y, t_x, full_x,
         b * (alpha_x * sum_r + beta * sum_q), -a * alpha_x, -a * beta, inverse_x, inverse_y,
     )  # fmt: skip
-    _store_side(
+    store_side(
         scalars_ptr, 1, n, beta, -u_y * inverse_y / inverse_x, t_y, full_y,
         b * (alpha_y * sum_q + beta * sum_r), -a * alpha_y, -a * beta, inverse_y, inverse_x,
     )  # fmt: skip

@@ -16,18 +16,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .cka import (
-    FULL,
-    INVERSE_OTHER,
-    INVERSE_OWN,
-    OTHER,
-    OWN,
-    ROW,
-    SCALE,
-    square_sum,
-    store_halves,
-    store_shift,
-)
+from .cka import square_sum, store_halves, store_shift, store_side
 from .device import (
     COUNT,
     PIVOT_X,
@@ -73,16 +62,12 @@ def _head(
     value = tl.where(n < 2, float("nan"), value)
     tl.store(value_ptr, (value + mean_weight * _field(sums, SQUARE_MEANS)).to(tl.float32))
     scale = 4 * outer + (value - value)
-    for side in tl.static_range(2):
-        out = scalars_ptr + side * 16
-        tl.store(out + SCALE, (scale if side == 0 else -scale).to(tl.float32))
-        tl.store(out + OWN, value.to(tl.float32))
-        tl.store(out + OTHER, 0.0)
-        tl.store(out + INVERSE_OWN, 1.0)
-        tl.store(out + INVERSE_OTHER, 1.0)
-        # The teacher's two terms cancel in part.
-        tl.store(out + FULL, 1.0 if KIND == 0 and side == 1 else 0.0)
-        tl.store(out + ROW, (2 * mean_weight / n).to(tl.float32))
+    one, zero = n * 0 + 1, n * 0
+    bias = 2 * mean_weight / n
+    store_side(scalars_ptr, 0, n, scale, zero, zero, zero, bias, zero, zero, one, one)
+    # The teacher's two terms cancel in part, so that their low halves matter.
+    full = one if KIND == 0 else zero
+    store_side(scalars_ptr, 1, n, -scale, value, zero, full, bias, zero, zero, one, one)
 
 
 @triton.jit
@@ -150,6 +135,9 @@ def covariance_kernel(
     tiles = blocks * (blocks + 1) // 2
     chunks = tl.cdiv(n, BLOCK_K)
     share = tl.cdiv(2 * tiles * chunks, tile_programs)
+    if KIND != 0:
+        # A and B were accumulated in one tile, one after the other.
+        chunks = 2 * chunks
     field = tl.arange(0, FIELDS)
     sums = tl.zeros([FIELDS], tl.float64)
     slot, part = program // PARTS, program % PARTS
@@ -160,7 +148,9 @@ def covariance_kernel(
         offsets = local[:, None] * BLOCK + across[None, :]
         i, j = block_i * BLOCK + local, block_j * BLOCK + across
         a = sum_partials(tiles_ptr, spill_ptr, slot, chunks, share, offsets, SIZE)
-        b = sum_partials(tiles_ptr, spill_ptr, tiles + slot, chunks, share, offsets, SIZE)
+        b = a * 0.0
+        if KIND == 0:
+            b = sum_partials(tiles_ptr, spill_ptr, tiles + slot, chunks, share, offsets, SIZE)
         x_i = column_mean(sums_x, i, segments, width, n_float, i < width, SUB)
         y_i = column_mean(sums_y, i, segments, width, n_float, i < width, SUB)
         x_j = column_mean(sums_x, j, segments, width, n_float, j < width, BLOCK)

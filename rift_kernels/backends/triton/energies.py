@@ -61,5 +61,5 @@ def weighted_sums(
             other = tl.load(other_ptr + row, mask=valid, other=0.0)
             by_own += tl.sum(own[:, None] * x, 0)
             by_other += tl.sum(other[:, None] * x, 0)
-        tl.store(out_ptr + column, by_own, mask=column < width)
-        tl.store(out_ptr + half + column, by_other, mask=column < width)
+        tl.store(out_ptr + column, by_own)
+        tl.store(out_ptr + half + column, by_other)

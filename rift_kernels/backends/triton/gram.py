@@ -74,11 +74,12 @@ def pack_sums(square_x, square_y, product, peak_x, peak_y):
 
 @triton.jit
 def _store_side(scalars_ptr, n, own, other, inverse):
-    tl.store(scalars_ptr + OWN, own.to(tl.float32))
-    tl.store(scalars_ptr + OTHER, other.to(tl.float32))
-    tl.store(scalars_ptr + ROWS, n.to(tl.float32))
-    # Apart from the rest, because its square may not be a float32.
-    tl.store(scalars_ptr + INVERSE, inverse)
+    """The inverse stays apart from the rest, because its square may not be a float32."""
+    field = tl.arange(0, 4)
+    values = tl.where(field == OWN, own.to(tl.float32), 0.0)
+    values = tl.where(field == OTHER, other.to(tl.float32), values)
+    values = tl.where(field == ROWS, n.to(tl.float32), values)
+    tl.store(scalars_ptr + field, tl.where(field == INVERSE, inverse, values))
 
 
 @triton.jit

@@ -25,8 +25,9 @@ def cka_fwd(layers: Layers, debiased: bool, store: bool) -> tuple[Tensor, list[T
     values = layers.empty(entries)
     scalars = layers.empty(entries * gram.SCALARS)
     grams = layers.empty(entries * 2 * max_rows * max_rows if store else 0)
-    # Read only where rows do not fit into one block, and features are not multiplied as they are.
-    sums = layers.empty(entries * 2 * padded_width(layers, config) if layers.exact else 0)
+    # For where rows do not fit into one block, and features are not multiplied as they are.
+    needed = layers.exact and max_rows > SMALL_ROWS
+    sums = layers.empty(entries * 2 * padded_width(layers, config) if needed else 0)
     saved = [scalars, grams, sums]
     if layers.idle:
         return values, saved
@@ -105,7 +106,7 @@ def cka_bwd(
         own.stride_b, layers.stride_mb, stride_gb,
         incoming, grams, scalars, sums, width, max_rows, max_width,
         **layers.options, SIDE=side,
-        SMALL=small, EXACT=sums.numel() > 0,
+        SMALL=small, EXACT=layers.exact or sums.numel() > 0,
         BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k,
         num_warps=config.gram_backward_warps, num_stages=config.gram_backward_stages,
     )  # fmt: skip

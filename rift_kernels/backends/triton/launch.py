@@ -94,15 +94,25 @@ def padded_width(layers: Layers, config: Config) -> int:
 
 
 def raw_moments(
-    layers: Layers, config: Config, form: str, wanted: str, *, off_diagonal: bool = False
+    layers: Layers,
+    config: Config,
+    form: str,
+    wanted: str,
+    *,
+    difference: bool = False,
+    off_diagonal: bool = False,
 ) -> Raw:
-    """Launch moments_kernel: partial products of the wanted blocks, column sums, statistics."""
+    """Launch moments_kernel: partial products of the wanted blocks, column sums, statistics.
+
+    ``difference``: of ``wanted="xx"``, xx less yy. ``off_diagonal``: row sums without the diagonal.
+    """
     is_gram, block = form == "gram", config.block
     width, entries, size = padded_width(layers, config), layers.entries, block * block
     triples = list(zip(layers.rows, layers.x.widths, layers.y.widths, strict=True))
     sizes = [(n, n) if is_gram else (d1, d2) for n, d1, d2 in triples]
     slots = max(_tiles(-(-first // block), -(-second // block), wanted) for first, second in sizes)
     steps = max(-(-(max(d1, d2) if is_gram else n) // config.block_k) for n, d1, d2 in triples)
+    steps *= 2 if difference else 1
     available = processors(layers.device)
     tile_programs = max(1, min(-(-available // entries), slots * steps))
     blocks = width // block
@@ -140,7 +150,7 @@ def raw_moments(
             some, column_programs, segments, blocks, width, slots, tile_programs,
             **layers.options, PROGRAMS=programs, GRAM=is_gram,
             XX="xx" in wanted, YY="yy" in wanted, XY="xy" in wanted,
-            SPLIT=layers.exact, OFF_DIAGONAL=off_diagonal,
+            DIFFERENCE=difference, SPLIT=layers.exact, OFF_DIAGONAL=off_diagonal,
             DESCRIPTORS=descriptors is not None,
             BLOCK=block, BLOCK_K=config.block_k, BLOCK_R=config.block_r,
             num_warps=config.warps, num_stages=config.stages,

@@ -74,7 +74,11 @@ class Layers(NamedTuple):
 
 def _side(tensors: Sequence[Tensor], dtype: torch.dtype) -> Side:
     # One axis for the batch: a copy only where the leading axes cannot be one.
-    flat = tuple(t.to(dtype).flatten(0, -3) if t.dim() > 3 else t.to(dtype) for t in tensors)
+    flat = tuple(tensors)
+    if flat[0].dtype != dtype:
+        flat = tuple(t.to(dtype) for t in flat)
+    if flat[0].dim() > 3:
+        flat = tuple(t.flatten(0, -3) for t in flat)
     return Side(
         flat,
         tuple(t.shape[-1] for t in flat),

@@ -1,0 +1,88 @@
+"""Column sums of both sides, and how large and how much alike they are; loads of features.
+
+Bytes: X and Y once; a few numbers per program.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .device import (
+    COUNT,
+    ENERGY_X,
+    ENERGY_XY,
+    ENERGY_Y,
+    PIVOT_X,
+    PIVOT_Y,
+    first_valid_row,
+    valid_rows,
+)
+
+
+@triton.jit
+def load_features(ptr, stride_n, stride_d, rows, valid, columns, width, mean, CENTER: tl.constexpr):
+    """A tile (rows, columns) of features, masked rows 0; centered in float32 if asked for."""
+    mask = valid[:, None] & (columns < width)[None, :]
+    offsets = rows.to(tl.int64)[:, None] * stride_n + columns.to(tl.int64)[None, :] * stride_d
+    tile = tl.load(ptr + offsets, mask=mask, other=0.0)
+    if CENTER:
+        tile = tl.where(mask, tile.to(tl.float32) - mean[None, :], 0.0)
+    return tile
+
+
+@triton.jit
+def column_statistics(
+    x_ptr, y_ptr, mask_ptr, n, d1, d2, stride_xn, stride_xd, stride_yn, stride_yd,
+    sums_ptr, statistics_ptr, program, segments, blocks, width, PROGRAMS: tl.constexpr,
+    HAS_MASK: tl.constexpr, BLOCK: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """Column sums of one block of columns over one segment of rows, and its energies.
+
+    The energies are about the first valid row of all, which makes constant features exactly 0,
+    and about the segment's mean, which says how large the features are.
+    """
+    block, segment = program % blocks, program // blocks
+    columns = block * BLOCK + tl.arange(0, BLOCK)
+    first = first_valid_row(mask_ptr, n, HAS_MASK)
+    pivot_x = tl.load(
+        x_ptr + first.to(tl.int64) * stride_xn + columns.to(tl.int64) * stride_xd,
+        mask=(columns < d1) & (first < n), other=0.0,
+    ).to(tl.float32)  # fmt: skip
+    pivot_y = tl.load(
+        y_ptr + first.to(tl.int64) * stride_yn + columns.to(tl.int64) * stride_yd,
+        mask=(columns < d2) & (first < n), other=0.0,
+    ).to(tl.float32)  # fmt: skip
+    zero = tl.zeros([BLOCK], tl.float32)
+    count = tl.zeros([BLOCK_R], tl.float32)
+    sum_x, sum_y, shifted_x, shifted_y = zero, zero, zero, zero
+    square_x, square_y, product = zero, zero, zero
+    length = tl.cdiv(tl.cdiv(n, segments), BLOCK_R) * BLOCK_R
+    for start in range(segment * length, tl.minimum(n, (segment + 1) * length), BLOCK_R):
+        rows = start + tl.arange(0, BLOCK_R)
+        valid = valid_rows(mask_ptr, rows, n, HAS_MASK)
+        x = load_features(x_ptr, stride_xn, stride_xd, rows, valid, columns, d1, zero, False)
+        y = load_features(y_ptr, stride_yn, stride_yd, rows, valid, columns, d2, zero, False)
+        x, y = x.to(tl.float32), y.to(tl.float32)
+        sum_x += tl.sum(x, 0)
+        sum_y += tl.sum(y, 0)
+        x = tl.where(valid[:, None], x - pivot_x[None, :], 0.0)
+        y = tl.where(valid[:, None], y - pivot_y[None, :], 0.0)
+        shifted_x += tl.sum(x, 0)
+        shifted_y += tl.sum(y, 0)
+        square_x += tl.sum(x * x, 0)
+        square_y += tl.sum(y * y, 0)
+        product += tl.sum(x * y, 0)
+        count += valid.to(tl.float32)
+    tl.store(sums_ptr + segment * width + columns, sum_x, mask=columns < width)
+    sums_ptr += segments * width
+    tl.store(sums_ptr + segment * width + columns, sum_y, mask=columns < width)
+    rows_here = tl.sum(count, 0)
+    share = tl.where(rows_here > 0, 1 / rows_here, 0.0)
+    out = statistics_ptr + program
+    tl.store(out + COUNT * PROGRAMS, tl.where(block == 0, rows_here, 0.0))
+    tl.store(out + PIVOT_X * PROGRAMS, tl.sum(square_x, 0))
+    tl.store(out + PIVOT_Y * PROGRAMS, tl.sum(square_y, 0))
+    tl.store(out + ENERGY_X * PROGRAMS, tl.sum(square_x - shifted_x * shifted_x * share, 0))
+    tl.store(out + ENERGY_Y * PROGRAMS, tl.sum(square_y - shifted_y * shifted_y * share, 0))
+    tl.store(out + ENERGY_XY * PROGRAMS, tl.sum(product - shifted_x * shifted_y * share, 0))

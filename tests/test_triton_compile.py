@@ -1,0 +1,112 @@
+"""What the Triton kernels compile to on every architecture: found without a GPU.
+
+In a process of its own, because triton decides at import whether it compiles or interprets.
+"""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="needs triton")
+
+import triton
+
+from benchmarks import resources as report
+from tests import triton_compile
+from tests.triton_compile import CASES, TARGETS, Results
+from tests.triton_resources import Resources
+
+ROOT = Path(__file__).parent.parent
+PINNED = re.search(r"^triton==(.+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)[1]
+TENSOR_MEMORY = 512  # columns
+MATRIX = {"sm80": "mma.sync", "sm90": "wgmma", "sm100": "tcgen05", "gfx942": "mfma"}
+MATRIX_KERNELS = {
+    "moments_kernel",
+    "backward_kernel",
+    "gram_backward_kernel",
+    "small_gram_kernel",
+    "product_kernel",
+}
+
+every_case = pytest.mark.parametrize(
+    ("target", "case"),
+    [pytest.param(t, c, id=f"{t}: {c}") for t in TARGETS for c in CASES],
+)
+
+
+@pytest.fixture(scope="session")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> Results:
+    path = tmp_path_factory.mktemp("triton") / "resources.json"
+    result = subprocess.run(
+        [sys.executable, "-m", "tests.triton_compile", "--out", str(path)],
+        cwd=ROOT,
+        env={name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    return triton_compile.loaded(path)[1]
+
+
+@pytest.fixture
+def kernels(measured: Results, target: str, case: str) -> list[Resources]:
+    found = measured[target][case]
+    assert not isinstance(found, str), f"triton fails: {found}"
+    return found
+
+
+@every_case
+def test_fits(target: str, case: str, kernels: list[Resources]) -> None:
+    assert kernels, f"{case} launches nothing"
+    for kernel in kernels:
+        assert kernel.shared <= TARGETS[target].shared, kernel
+        assert kernel.tensor <= TENSOR_MEMORY, kernel
+        # Below the limit of registers ptxas spills some of its own accord, outside of loops, where
+        # that lets one more program run beside the others.
+        chosen = kernel.registers < 255 and target != "gfx942"
+        assert kernel.spilled <= (64 if chosen else 0), kernel
+
+
+@every_case
+def test_matrix_instructions(target: str, case: str, kernels: list[Resources]) -> None:
+    expected = MATRIX[target]
+    if "fp64" in case or ("of 16 rows" in case and target != "gfx942"):
+        # Neither wgmma nor tcgen05 has float64, or tiles of less than 64 rows.
+        expected = "mma.sync"
+    for kernel in kernels:
+        assert kernel.matrix == (expected if kernel.kernel in MATRIX_KERNELS else ""), kernel
+
+
+@every_case
+def test_asynchronous_copies(target: str, case: str, kernels: list[Resources]) -> None:
+    """Where loops around products load tiles, they do so ahead of time and 16 bytes at a time."""
+    if target == "gfx942":
+        pytest.skip("triton prefetches into registers there")
+    for kernel in kernels:
+        # One step covers all of few rows: there is nothing to load ahead of.
+        one_step = " rows " in case and kernel.kernel == "gram_backward_kernel"
+        if kernel.kernel in MATRIX_KERNELS and not one_step:
+            assert kernel.loads == 0, kernel
+            assert kernel.copies or kernel.bulk, kernel
+
+
+@pytest.mark.skipif(
+    triton.__version__ != PINNED, reason=f"needs triton {PINNED}, which the table is of"
+)
+def test_table_is_current(measured: Results) -> None:
+    """Run ``python -m tests.triton_compile`` where this fails, and look at the difference."""
+    version, expected = triton_compile.loaded(triton_compile.RESULT)
+    assert version == PINNED
+    assert measured == expected
+
+
+def test_markdown() -> None:
+    text = report.section(triton_compile.RESULT)
+    assert f"triton {PINNED}" in text
+    for name in (*TARGETS, "moments", "small_gram"):
+        assert name in text
