@@ -9,8 +9,10 @@ BIN := $(VENV)/bin
 demo: $(VENV)/ready
 	$(BIN)/python -m examples.finetune_digits $(ARGS)
 
+# Twice: once as users run it, once with the Triton kernels in their interpreter.
 test: $(VENV)/ready
 	$(BIN)/python -m pytest $(ARGS)
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n auto $(ARGS)
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .

@@ -47,9 +47,9 @@ def _reason_against_triton(
     if device is not None and device.type != "cuda":
         return f"the Triton kernels take features on a GPU; got {device.type}"
     if torch.version.hip is None:
-        capability = torch.cuda.get_device_capability(device)
-        if capability < (8, 0):
-            return f"the Triton kernels need compute capability 8.0; got {capability}"
+        major, minor = torch.cuda.get_device_capability(device)
+        if major < 8:
+            return f"the Triton kernels need compute capability 8.0; got {major}.{minor}"
     return None
 
 

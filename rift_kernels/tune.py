@@ -44,16 +44,17 @@ class Workload(NamedTuple):
 
 
 class Trials(Protocol):
-    """How one class is tried out; the tests have one that needs no GPU."""
+    """How the configurations of one class are tried out."""
 
     def agrees(self, config: Config) -> bool:
         """Whether the kernels run with it, and compute what they do with the first one."""
 
     def seconds(self, configs: Sequence[Config]) -> list[float]:
-        """Of forward and backward, the median for each, measured in turns."""
+        """Of forward and backward, a median for each."""
 
 
 def workload(shapes: str) -> Workload:
+    """What a class is tuned on."""
     form, size, kind = shapes.split()
     dtype = torch.bfloat16 if kind == "bf16" else torch.float32
     if form == "gram":
@@ -61,60 +62,74 @@ def workload(shapes: str) -> Workload:
     return Workload(8192, {"small": 64, "medium": 128, "large": 768}[size], dtype)
 
 
-def groups(form: str) -> list[list[Fields]]:
-    """Fields that are varied together, in the order in which they are: what matters most first."""
+def groups(shapes: str) -> list[list[Fields]]:
+    """Fields that are varied together, what matters most first."""
+    form, size, _ = shapes.split()
     backward = "backward" if form == "covariance" else "gram_backward"
-    tiles = [
-        {"block": b, "block_k": k, "warps": w, "stages": s, "sub": min(b // 4, 32)}
-        for b, k, w, s in product((64, 128), (32, 64, 128), (4, 8), (2, 3, 4, 5))
+    columns, depths, warps = (64, 128), (32, 64), (4, 8)
+    if form == "gram" and size != "large":
+        small = product((64, 128, 256, 512), (16, 32, 64))
+        # One step covers all rows, whatever the depth.
+        tiles = product((32, *columns), warps)
+        return [
+            [{"small_share": share, "small_k": k} for share, k in small],
+            [{backward: (64, n, 64), f"{backward}_warps": w} for n, w in tiles],
+        ]
+    moments = product((64, 128), (32, 64, 128), warps, (2, 3, 4, 5))
+    products = product(columns, columns, depths, warps, (1, 2, 3, 4))
+    heads = product((16, 32, 64), (2, 4, 8))
+    return [
+        [{"block": b, "block_k": k, "warps": w, "stages": s} for b, k, w, s in moments],
+        [
+            {backward: (m, n, k), f"{backward}_warps": w, f"{backward}_stages": s}
+            for m, n, k, w, s in products
+        ],
+        [{"sub": rows, "head_warps": w} for rows, w in heads],
+        [{"block_r": rows} for rows in (16, 32, 64)],
     ]
-    products = [
-        {backward: (m, n, k), f"{backward}_warps": w, f"{backward}_stages": s}
-        for m, n, k, w, s in product((64, 128), (64, 128), (32, 64), (4, 8), (1, 2, 3, 4))
-    ]
-    heads = [{"sub": r, "head_warps": w} for r, w in product((16, 32, 64), (2, 4, 8))]
-    rows = [{"block_r": r} for r in (16, 32, 64)]
-    if form == "covariance":
-        return [tiles, products, heads, rows]
-    small = [
-        {"small_share": s, "small_k": k} for s, k in product((64, 128, 256, 512), (16, 32, 64))
-    ]
-    return [small, tiles, products, heads, rows]
 
 
-def candidates(
-    shapes: str, base: Config, group: Sequence[Fields], limit: int
-) -> Iterator[tuple[Config, Fields]]:
-    """What the group makes of ``base``: what the kernels can take, and what fits into memory."""
+def candidates(shapes: str, base: Config, group: Sequence[Fields], limit: int) -> Iterator[Config]:
+    """What a group makes of ``base``: all that kernels can take and that fits into memory."""
     from .backends.triton.config import FIELDS, ConfigError, entry
 
+    form = shapes.split()[0]
     for fields in group:
         changed = base._replace(**fields)
+        if form == "covariance" and "block" in fields:
+            # The others must divide it.
+            m, n, k = (min(part, changed.block) for part in changed.backward)
+            changed = changed._replace(backward=(m, n, k))
+        if "block" in fields:
+            changed = changed._replace(sub=min(changed.sub, changed.block))
         if changed == base or shared_bytes(shapes, changed) > limit:
             continue
-        values = {name: getattr(changed, name) for name in FIELDS[shapes.split()[0]]}
-        values = {n: list(v) if isinstance(v, tuple) else v for n, v in values.items()}
         try:
-            yield entry("a candidate", shapes, values), fields
+            yield entry("a candidate", shapes, _as_json(changed, FIELDS[form]))
         except ConfigError:
             continue
 
 
+def _as_json(config: Config, fields: Sequence[str]) -> Fields:
+    values = {name: getattr(config, name) for name in fields}
+    return {name: list(v) if isinstance(v, tuple) else v for name, v in values.items()}
+
+
 def shared_bytes(shapes: str, config: Config) -> int:
-    """About what the hungriest kernel needs: stages, and the operands that are made of them."""
+    """About what the hungriest kernel takes: its stages, and the operands made of the last one."""
     form, _, kind = shapes.split()
-    wide = 2 if kind == "bf16" else 4
+    exact, wide = (False, 2) if kind == "bf16" else (True, 4)
     tile = config.block * config.block_k
-    moments = config.stages * 2 * tile * 2
-    if kind == "exact":
-        moments = (config.stages - 1) * 2 * tile * 4 + 4 * tile * 2
+    moments = 2 * tile * 2 * config.stages
+    if exact:
+        moments = 2 * tile * 4 * (config.stages - 1) + 4 * tile * 2
     if form == "covariance":
         m, n, k = config.backward
         step = 2 * m * k * wide + k * n * 2
-        return max(moments, (config.backward_stages - 1) * step + 2 * k * n * 2)
+        return max(moments, step * (config.backward_stages - 1) + 2 * k * n * 2)
     m, n, k = config.gram_backward
     step = 2 * m * k * 4 + k * n * wide
-    return max(moments, (config.gram_backward_stages - 1) * step + 2 * m * k * 2 + k * n * wide)
+    return max(moments, step * (config.gram_backward_stages - 1) + 2 * m * k * 2 + k * n * wide)
 
 
 def tune(
@@ -122,16 +137,17 @@ def tune(
     start: Config,
     trials: Trials,
     limit: int,
-    deadline: float,
+    budget: float,
     advance: Callable[[int], object] = lambda _: None,
     clock: Callable[[], float] = time.monotonic,
 ) -> tuple[Config, float]:
-    """The best configuration found until the deadline, and how much faster than ``start`` it is."""
-    best, gain = start, 1.0
-    for group in groups(shapes.split()[0]):
+    """The best configuration found within ``budget`` seconds, and how much faster it is."""
+    best, gain, begin = start, 1.0, clock()
+    all_groups = groups(shapes)
+    for turn, group in enumerate(all_groups, 1):
         rivals = []
-        for config, _ in candidates(shapes, best, group, limit):
-            if clock() > deadline:
+        for config in candidates(shapes, best, group, limit):
+            if clock() > begin + budget * turn / len(all_groups):
                 break
             if trials.agrees(config):
                 rivals.append(config)
@@ -145,7 +161,7 @@ def tune(
 
 
 class GpuTrials:
-    """Forward and backward of debiased linear CKA, on features of a class."""
+    """Forward and backward of debiased linear CKA, replayed so that only the GPU's time counts."""
 
     def __init__(self, shapes: str, arch: str, start: Config) -> None:
         self._shapes, self._arch = shapes, arch
@@ -155,7 +171,7 @@ class GpuTrials:
         y = x + torch.randn(rows, width, device="cuda", generator=generator)
         self._x, self._y = x.to(dtype).requires_grad_(), y.to(dtype)
         self._tolerance = 1e-2 if dtype == torch.bfloat16 else 1e-3
-        self._flush = torch.empty(2**28, dtype=torch.int8, device="cuda")
+        self._cache = torch.empty(2**28, dtype=torch.int8, device="cuda")
         self._expected = self._run(start)
 
     def _run(self, config: Config) -> tuple[Tensor, Tensor]:
@@ -166,6 +182,7 @@ class GpuTrials:
         return value.detach(), torch.autograd.grad(value, self._x)[0]
 
     def agrees(self, config: Config) -> bool:
+        """See :class:`Trials`."""
         try:
             results = self._run(config)
             torch.cuda.synchronize()
@@ -179,17 +196,25 @@ class GpuTrials:
         )
 
     def seconds(self, configs: Sequence[Config]) -> list[float]:
+        """See :class:`Trials`; in turns, each with cold caches."""
+        graphs = [self._graph(config) for config in configs]
         times: list[list[float]] = [[] for _ in configs]
         for _ in range(ROUNDS):
-            for config, own in zip(configs, times, strict=True):
-                self._flush.zero_()
+            for graph, own in zip(graphs, times, strict=True):
                 begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                self._cache.zero_()
                 begin.record()
-                self._run(config)
+                graph.replay()
                 end.record()
                 end.synchronize()
                 own.append(begin.elapsed_time(end) / 1e3)
         return [statistics.median(own) for own in times]
+
+    def _graph(self, config: Config) -> torch.cuda.CUDAGraph:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self._run(config)
+        return graph
 
 
 def finished(path: Path, arch: str) -> dict[str, Config]:
@@ -204,47 +229,51 @@ def write(path: Path, arch: str, shapes: str, config: Config, remark: str) -> No
     from .backends.triton.config import FIELDS
 
     content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    fields = FIELDS[shapes.split()[0]]
-    content.setdefault(arch, {})[shapes] = {name: getattr(config, name) for name in fields}
+    content.setdefault(arch, {})[shapes] = _as_json(config, FIELDS[shapes.split()[0]])
     content.setdefault("_remarks", {})[f"{arch} {shapes}"] = remark
-    temporary = path.with_suffix(path.suffix + ".new")
+    temporary = path.with_suffix(f"{path.suffix}.new")
     temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     temporary.replace(path)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    """The command: 0 when all classes are tuned, 1 for a bad file, 2 where it cannot run."""
     parser = argparse.ArgumentParser(prog="python -m rift_kernels.tune", description=__doc__)
     parser.add_argument("--out", type=Path, default=DEFAULT, help="the file, default %(default)s")
     parser.add_argument("--form", choices=("covariance", "gram"), help="only this form's classes")
-    parser.add_argument("--budget", type=float, default=120, help="seconds a class, default 120")
+    parser.add_argument("--budget", type=float, default=300, help="seconds a class, default 300")
     options = parser.parse_args(arguments)
-    reason = dispatch.reason_against("triton", torch.device("cuda"))
-    if not torch.cuda.is_available():
-        reason = "it needs a GPU that torch can use, and there is none"
-    if reason is not None:
-        print(f"rift_kernels.tune: {reason}", file=sys.stderr)
+    reason = "it needs a GPU that torch can use, and there is none"
+    if torch.cuda.is_available():
+        reason = dispatch.reason_against("triton", torch.device("cuda")) or ""
+    if reason:
+        print(f"rift_kernels.tune cannot run: {reason}", file=sys.stderr)
         return 2
     try:
         from tqdm import tqdm
     except ImportError:
         print("rift_kernels.tune needs tqdm: pip install 'rift_kernels[bench]'", file=sys.stderr)
         return 2
-    from .backends.triton.config import CLASSES, architecture, lookup
+    from .backends.triton.config import CLASSES, ConfigError, architecture, lookup
 
     arch = architecture(torch.device("cuda"))
     properties = torch.cuda.get_device_properties(torch.cuda.current_device())
     limit = getattr(properties, "shared_memory_per_block_optin", 64 * 1024)
-    done = finished(options.out, arch)
+    try:
+        done = finished(options.out, arch)
+    except ConfigError as error:
+        print(f"rift_kernels.tune: {error}", file=sys.stderr)
+        return 1
     for shapes in CLASSES:
         if shapes in done or not shapes.startswith(options.form or ""):
             continue
         start = lookup(arch, shapes)
         with tqdm(desc=shapes, unit=" candidates") as bar:
             trials = GpuTrials(shapes, arch, start)
-            deadline = time.monotonic() + options.budget
-            best, gain = tune(shapes, start, trials, limit, deadline, bar.update)
-        write(options.out, arch, shapes, best, f"{gain:.2f}x the shipped one on {properties.name}")
-        print(f"{shapes}: {gain:.2f}x the shipped configuration")
+            best, gain = tune(shapes, start, trials, limit, options.budget, bar.update)
+        text = f"{gain:.2f}x as fast as the shipped configuration"
+        write(options.out, arch, shapes, best, f"{text}, on {properties.name}")
+        print(f"{shapes}: {text}")
     print(f"To use it: export RIFT_KERNELS_CONFIGS={options.out.resolve()}")
     return 0
 

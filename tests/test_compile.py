@@ -85,15 +85,17 @@ BACKEND = "triton" if os.environ.get("TRITON_INTERPRET") == "1" else "eager"
 
 def operator_calls() -> Iterator[tuple[str, tuple]]:
     x, y, mask = cases.Case("", 9, 4, 4, masked=True).features(torch.float32)
+    several = ([], [mask], [mask, mask.flip(0)])
     for gram in (False, True):
-        for masks in ([], [mask], [mask, mask.flip(0)]):
+        for masks in several if BACKEND == "eager" else several[::2]:
             students, teachers = [x, x[:, :3].contiguous()], [y, y[:, :3].contiguous()]
             layers = (students, teachers, masks, [gram, gram])
             how = (True, True, "high", BACKEND)
             yield "cka_fwd", (*layers, *how, True)
-            yield "procrustes_fwd", (*layers, *how, "newton_schulz")
             yield "covariance_fwd", (*layers, *how, "relative", 0.5)
-            yield "bures_fwd", (*layers, *how, True, 0.5, "newton_schulz")
+            if BACKEND == "eager" or not masks:
+                yield "procrustes_fwd", (*layers, *how, "newton_schulz")
+                yield "bures_fwd", (*layers, *how, True, 0.5, "newton_schulz")
             _, saved = torch.ops.rift_kernels.cka_fwd(*layers, *how, True)
             inputs = (students, teachers) if BACKEND == "triton" else ([], [])
             dtypes = (torch.float32, torch.float32 if BACKEND == "triton" else torch.bfloat16)

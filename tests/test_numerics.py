@@ -98,7 +98,9 @@ def test_other_gradients_near_the_teacher(measure, distance, rotated, device) ->
         (256, 48, 1000, "covariance", 2e-3),
     ],
 )
-def test_massive_activation(rows, width, row, column, form, tolerance, force_form, device) -> None:
+def test_massive_activation(
+    rows, width, row, column, form, tolerance, force_form, device, has_kernels
+) -> None:
     """One row, or one row and one feature, far larger than the rest, as in language models.
 
     Debiasing removes that row's share, which is nearly all of ``||A||^2``.
@@ -111,10 +113,12 @@ def test_massive_activation(rows, width, row, column, form, tolerance, force_for
     x, y = x.float(), y.float()
     expected = cases.value_and_gradients(cases.CKA.reference, x.double(), y.double())
     actual = cases.value_and_gradients(cases.CKA, x.to(device), y.to(device))
-    assert float(actual[0]) == pytest.approx(float(expected[0]), abs=tolerance)
+    # Kernels carry 16 bits of float32.
+    slack = 5 if has_kernels else 1
+    assert float(actual[0]) == pytest.approx(float(expected[0]), abs=slack * tolerance)
     if form == "gram":
-        assert cases.relative_error(actual[1], expected[1]) <= 1e-3
-        assert cases.relative_error(actual[2], expected[2]) <= 1e-3
+        assert cases.relative_error(actual[1], expected[1]) <= slack * 1e-3
+        assert cases.relative_error(actual[2], expected[2]) <= slack * 1e-3
 
 
 @pytest.mark.parametrize("shape", [(4, 768), (6, 768), (8, 4096), (32, 8192)], ids=str)

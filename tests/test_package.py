@@ -142,3 +142,26 @@ def test_eager_on_a_gpu_warns_once(
 def test_cheaper_form(measure, gram, covariance) -> None:
     assert dispatch.use_gram(measure, *gram)
     assert not dispatch.use_gram(measure, *covariance)
+
+
+def test_reasons_against_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert "float64" in dispatch.reason_against("triton", gpu, (torch.float64, torch.float32))
+    assert "features on a GPU; got cpu" in dispatch.reason_against("triton", cpu)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "needs a GPU" in dispatch.reason_against("triton")
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
+    assert "capability 8.0; got 7.5" in dispatch.reason_against("triton", gpu)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
+    assert dispatch.reason_against("triton", gpu, (torch.bfloat16,)) is None
+    assert dispatch.choose_backend("auto", gpu, (torch.bfloat16,)) == "triton"
+    assert dispatch.choose_backend("auto", cpu) == "eager"
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert dispatch.reason_against("triton", cpu) is None
+    # Not unasked: the interpreter is slow.
+    assert dispatch.choose_backend("auto", cpu) == "eager"
+    assert dispatch.choose_backend("triton", cpu) == "triton"
+    monkeypatch.setattr(dispatch.importlib.util, "find_spec", lambda _: None)
+    assert dispatch.reason_against("triton", cpu) == "triton is not installed"

@@ -30,7 +30,7 @@ from .cka import (
     ROWS,
     SCALE,
 )
-from .device import batch_of, layer_of, pick, split, valid_rows
+from .device import batch_of, layer_of, pick, size, split, valid_rows
 
 
 @triton.jit
@@ -58,7 +58,7 @@ def _matrix(ptr, descriptor, first_row, row, first, column, width, DESCRIPTORS: 
     return tile
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["parts", "max_rows", "row_programs"])
 def backward_kernel(
     owns, others, masks, grads, rows, widths_own, widths_other,
     strides_own_n, strides_own_d, strides_other_n, strides_other_d,
@@ -75,7 +75,7 @@ def backward_kernel(
     """One program owns a tile (BLOCK_M rows, BLOCK_N columns) of one layer's gradient."""
     entry = tl.program_id(1)
     layer, batch = layer_of(entry, LAYERS), batch_of(entry, LAYERS)
-    n, d_own, d_other = pick(rows, layer), pick(widths_own, layer), pick(widths_other, layer)
+    n, d_own, d_other = size(rows, layer), size(widths_own, layer), size(widths_other, layer)
     # Programs that share rows run together, and find them in the L2 cache.
     blocks_n = tl.cdiv(width, BLOCK_N)
     block_m, block_n = tl.program_id(0) // blocks_n, tl.program_id(0) % blocks_n

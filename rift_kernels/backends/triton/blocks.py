@@ -14,7 +14,9 @@ from .device import COUNT, column_mean, statistic, sum_partials
 from .tiles import tile_of
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["n", "tile_programs", "column_programs", "segments", "slots", "spills"]
+)
 def blocks_kernel(
     n, d1, d2, tiles_ptr, spill_ptr, sums_ptr, statistics_ptr, xx_ptr, xy_ptr, yy_ptr,
     tile_programs, column_programs, segments, width, slots, spills,

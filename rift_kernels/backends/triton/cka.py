@@ -41,6 +41,7 @@ from .device import (
     inverse_scale,
     layer_of,
     pick,
+    size,
     split,
     statistic,
     sum_partials,
@@ -175,7 +176,17 @@ def _head(
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=[
+        "tile_programs",
+        "column_programs",
+        "segments",
+        "slots",
+        "spills",
+        "max_rows",
+        "row_programs",
+    ]
+)
 def cka_kernel(
     xs, ys, masks, rows, widths_x, widths_y, strides_xn, strides_xd, strides_yn, strides_yd,
     stride_xb, stride_yb, stride_mb,
@@ -193,7 +204,7 @@ def cka_kernel(
     entry = tl.program_id(1)
     programs = tl.num_programs(0)
     layer, batch = layer_of(entry, LAYERS), batch_of(entry, LAYERS)
-    n, d1, d2 = pick(rows, layer), pick(widths_x, layer), pick(widths_y, layer)
+    n, d1, d2 = size(rows, layer), size(widths_x, layer), size(widths_y, layer)
     SIZE: tl.constexpr = BLOCK * BLOCK
     PARTS: tl.constexpr = BLOCK // SUB
     sums_x = sums_ptr + entry.to(tl.int64) * (2 * segments * width)

@@ -24,7 +24,7 @@ from .device import (
     arrive,
     column_mean,
     layer_of,
-    pick,
+    size,
     statistic,
     sum_partials,
     triangle,
@@ -96,7 +96,7 @@ def _store_shifts(
             tl.store(shift_ptr + half + at, tl.zeros([SUB], tl.float32))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tile_programs", "column_programs", "segments", "slots", "spills"])
 def covariance_kernel(
     rows, widths,
     tiles_ptr, spill_ptr, sums_ptr, statistics_ptr, counters_ptr,
@@ -112,7 +112,7 @@ def covariance_kernel(
     entry = tl.program_id(1)
     programs = tl.num_programs(0)
     layer = layer_of(entry, LAYERS)
-    n, d = pick(rows, layer), pick(widths, layer)
+    n, d = size(rows, layer), size(widths, layer)
     SIZE: tl.constexpr = BLOCK * BLOCK
     PARTS: tl.constexpr = BLOCK // SUB
     sums_x = sums_ptr + entry.to(tl.int64) * (2 * segments * width)

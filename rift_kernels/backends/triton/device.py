@@ -30,6 +30,12 @@ def pick(values, index):
 
 
 @triton.jit
+def size(values, index):
+    """:func:`pick` of sizes, whose 1 is a constant to triton, and has no ``.to``, otherwise."""
+    return pick(values, index) + index * 0
+
+
+@triton.jit
 def layer_of(entry, LAYERS: tl.constexpr):
     """The grid's second axis counts layers, or the batch of a single one."""
     if LAYERS > 1:

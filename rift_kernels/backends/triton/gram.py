@@ -24,6 +24,7 @@ from .device import (
     inverse_scale,
     layer_of,
     pick,
+    size,
     statistic,
     sum_partials,
     triangle,
@@ -180,7 +181,7 @@ def _centered_tile(
     return tl.where(kept, k * scale, 0.0), peak
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tile_programs", "column_programs", "slots", "spills"])
 def gram_kernel(
     masks, rows, widths_x, widths_y, stride_mb,
     tiles_ptr, spill_ptr, row_sums_ptr, statistics_ptr, counters_ptr,
@@ -195,7 +196,7 @@ def gram_kernel(
     entry = tl.program_id(1)
     programs = tl.num_programs(0)
     layer, batch = layer_of(entry, LAYERS), batch_of(entry, LAYERS)
-    n = pick(rows, layer)
+    n = size(rows, layer)
     SIZE: tl.constexpr = BLOCK * BLOCK
     PARTS: tl.constexpr = BLOCK // SUB
     statistics_ptr += entry * 6 * PROGRAMS
@@ -213,7 +214,7 @@ def gram_kernel(
     n_float = count.to(tl.float32)
     blocks = tl.cdiv(n, BLOCK)
     tiles = blocks * (blocks + 1) // 2
-    chunks = tl.cdiv(tl.maximum(pick(widths_x, layer), pick(widths_y, layer)), BLOCK_K)
+    chunks = tl.cdiv(tl.maximum(size(widths_x, layer), size(widths_y, layer)), BLOCK_K)
     share = tl.cdiv(2 * tiles * chunks, tile_programs)
     sums = tl.zeros([FIELDS], tl.float64)
     pair, part = program // PARTS, program % PARTS

@@ -13,11 +13,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .device import batch_of, layer_of, pick, split, valid_rows
+from .device import batch_of, layer_of, pick, size, split, valid_rows
 from .gram import INVERSE, OTHER, OWN, ROWS
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["max_width"])
 def gram_backward_kernel(
     owns, masks, grads, rows, widths, strides_n, strides_d, stride_b, stride_mb, stride_gb,
     incoming_ptr, grams_ptr, scalars_ptr, sums_ptr, width, max_rows, max_width,
@@ -28,7 +28,7 @@ def gram_backward_kernel(
     """One program owns a tile of ``grad = g M X``; the rows of M sum to 0, so X may have a mean."""
     entry = tl.program_id(1)
     layer, batch = layer_of(entry, LAYERS), batch_of(entry, LAYERS)
-    n, d = pick(rows, layer), pick(widths, layer)
+    n, d = size(rows, layer), size(widths, layer)
     blocks_n = tl.cdiv(max_width, BLOCK_N)
     block_m, block_n = tl.program_id(0) // blocks_n, tl.program_id(0) % blocks_n
     if (block_m * BLOCK_M < n) & (block_n * BLOCK_N < d):

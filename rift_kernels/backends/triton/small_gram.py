@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .device import arrive, batch_of, first_valid_row, layer_of, pick, split, valid_rows
+from .device import arrive, batch_of, first_valid_row, layer_of, pick, size, split, valid_rows
 from .gram import center_offset, gram_head, inner_product, pack_sums
 
 
@@ -49,7 +49,7 @@ def _u_center(k, kept, n, DEBIASED: tl.constexpr):
     return tl.where(kept, k, 0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["share"])
 def small_gram_kernel(
     xs, ys, masks, rows, widths_x, widths_y, strides_xn, strides_xd, strides_yn, strides_yd,
     stride_xb, stride_yb, stride_mb,
@@ -61,7 +61,7 @@ def small_gram_kernel(
     program = tl.program_id(0)
     entry = tl.program_id(1)
     layer, batch = layer_of(entry, LAYERS), batch_of(entry, LAYERS)
-    n, d1, d2 = pick(rows, layer), pick(widths_x, layer), pick(widths_y, layer)
+    n, d1, d2 = size(rows, layer), size(widths_x, layer), size(widths_y, layer)
     x_ptr = pick(xs, layer) + batch * stride_xb
     y_ptr = pick(ys, layer) + batch * stride_yb
     stride_xn, stride_xd = pick(strides_xn, layer), pick(strides_xd, layer)

@@ -28,6 +28,7 @@ from .device import (
     column_mean,
     layer_of,
     pick,
+    size,
     split,
     statistic,
     triangle,
@@ -140,7 +141,9 @@ def _accumulate(
     return acc
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["tile_programs", "column_programs", "segments", "blocks", "slots", "spills"]
+)
 def moments_kernel(
     xs, ys, masks, rows, widths_x, widths_y, strides_xn, strides_xd, strides_yn, strides_yd,
     stride_xb, stride_yb, stride_mb, x_descriptor, y_descriptor,
@@ -155,7 +158,7 @@ def moments_kernel(
     program = tl.program_id(0)
     entry = tl.program_id(1)
     layer, batch = layer_of(entry, LAYERS), batch_of(entry, LAYERS)
-    n, d1, d2 = pick(rows, layer), pick(widths_x, layer), pick(widths_y, layer)
+    n, d1, d2 = size(rows, layer), size(widths_x, layer), size(widths_y, layer)
     x_ptr = pick(xs, layer) + batch * stride_xb
     y_ptr = pick(ys, layer) + batch * stride_yb
     stride_xn, stride_xd = pick(strides_xn, layer), pick(strides_xd, layer)
