@@ -1,10 +1,11 @@
 """``python -m benchmarks.gpu_check``: everything that needs a GPU, in nine minutes and offline.
 
 Installs nothing: this interpreter and what it has. Four parts, each a process with a time limit:
-build what there is to build, run the tests on the GPU, run every kernel under compute-sanitizer, run
-the benchmarks. ``PART=tests``, ``PART=sanitize`` or ``PART=bench`` builds, and runs that one alone. ``OUT`` is the folder for the results (default
-``benchmarks/results``): the benchmark's file, ``gpu-check-<date>.json`` with the outcome of the
-parts, and ``logs/``. Exits with 0 if all is well, 1 if something failed, 2 without a GPU.
+build what there is to build, run the tests on the GPU, run every kernel under compute-sanitizer,
+run the benchmarks. ``PART=tests``, ``PART=sanitize`` or ``PART=bench`` builds, and runs that one
+alone. ``OUT`` is the folder for the results (default ``benchmarks/results``): the benchmark's file,
+``gpu-check-<date>.json`` with the outcome of the parts, and ``logs/``. Exits with 0 if all is well,
+1 if something failed, 2 without a GPU.
 """
 
 from __future__ import annotations

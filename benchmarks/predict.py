@@ -1,9 +1,10 @@
-"""``python -m benchmarks.predict``: what the Triton kernels should take on an H200, launch by launch.
+"""``python -m benchmarks.predict``: what the Triton kernels should take on an H200, by launch.
 
 Written before they have run on one. A launch takes the longer of its floating point operations at
 the machine's rate and its bytes at the machine's bandwidth, and a gap before the next; nothing is
-assumed to be lost, so this is a floor, and the share of it that a target allows is how good the
-kernels have to be. Both rates were measured on such a machine. The table stands in DESIGN.md.
+assumed to be lost, so this is a floor, and its share of a target is how good the kernels have to
+be. The two parts of the first launch follow one another. Both rates were measured on such a
+machine. The table stands in DESIGN.md.
 """
 
 from __future__ import annotations
@@ -65,24 +66,27 @@ def launches(shape: Shape) -> list[Launch]:
             Launch("small_gram", 3 * 2 * 2 * n * n * d * layers, 2 * features + 2 * gram),
             Launch("gram_backward", 2 * 2 * n * n * d * layers, 2 * features + 2 * gram),
         ]
-    # Column programs and tile programs each read the features; what fits stays in the cache.
-    reads = 1 if 2 * features < L2_BYTES else 2
+    # Column programs read everything once, before the tile programs, to whom the cache leaves it
+    # where it fits.
+    columns = Launch("moments, columns", 0, 2 * features)
+    again = 0 if 2 * features < L2_BYTES else 2 * features
     if n < 2 * d:
         blocks = -(-n // BLOCK)
         tiles = blocks * (blocks + 1) * layers
         partial, gram = 4 * tiles * BLOCK**2, 4 * n * n * layers
         return [
-            Launch("moments", 2 * tiles * BLOCK**2 * d, 2 * reads * features + partial),
+            columns,
+            Launch("moments, tiles", 2 * tiles * BLOCK**2 * d, again + partial),
             Launch("gram", 0, partial + 2 * gram),
             Launch("gram_backward", 2 * 2 * n * n * d * layers, 2 * features + 2 * gram),
         ]
     blocks = -(-d // BLOCK)
     tiles = blocks * (2 * blocks + 1) * layers
     partial, planes = 4 * tiles * BLOCK**2, 2 * 2 * 2 * (blocks * BLOCK) ** 2 * layers
-    again = 4 * blocks**2 * BLOCK**2 * layers
     return [
-        Launch("moments", 2 * tiles * BLOCK**2 * n, 2 * reads * features + partial),
-        Launch("cka", 0, partial + again + planes),
+        columns,
+        Launch("moments, tiles", 2 * tiles * BLOCK**2 * n, again + partial),
+        Launch("cka", 0, partial + 4 * blocks**2 * BLOCK**2 * layers + planes),
         # Near its teacher: only the high halves.
         Launch("backward", 4 * n * d * d * layers, 3 * features + planes / 2),
     ]

@@ -107,9 +107,9 @@ def test_massive_activation(
     """
     force_form(form)
     x, y = (t.clone() for t in cases.near_pair(rows, width, 1e-2, rotated=False))
-    for features in (x, y):
-        features[0] *= row
-        features[:, 5] *= column
+    for side in (x, y):
+        side[0] *= row
+        side[:, 5] *= column
     x, y = x.float(), y.float()
     expected = cases.value_and_gradients(cases.CKA.reference, x.double(), y.double())
     actual = cases.value_and_gradients(cases.CKA, x.to(device), y.to(device))

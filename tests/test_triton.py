@@ -267,6 +267,13 @@ def test_features_changed_in_place_raise(device) -> None:
         value.backward()
 
 
+def test_too_large_a_batch(monkeypatch, device) -> None:
+    monkeypatch.setattr(layers, "MAX_ENTRIES", 2)
+    x, y, _ = cases.Case("", 8, 4, 4, batch=(3,)).features(BFLOAT16)
+    with pytest.raises(ValueError, match="batches of up to 2; got 3"):
+        rk.linear_cka(x.to(device), y.to(device))
+
+
 def test_float64_is_refused_and_left_to_eager(device) -> None:
     x, y = (t.detach().double() for t in pair(20, 4, device))
     with pytest.raises(RuntimeError, match=r"backend='triton' cannot run: .*float64"):

@@ -147,7 +147,7 @@ def raw_moments(
         tiles.moments_kernel[(some + columns, entries)](
             *layers.shape, *(descriptors or (None, None)),
             raw.tiles, raw.spill, raw.row_sums, raw.sums, raw.statistics, raw.counters,
-            some, column_programs, segments, blocks, width, slots, tile_programs,
+            some, column_programs, columns, segments, blocks, width, slots, tile_programs,
             **layers.options, PROGRAMS=programs, GRAM=is_gram,
             XX="xx" in wanted, YY="yy" in wanted, XY="xy" in wanted,
             DIFFERENCE=difference, SPLIT=layers.exact, OFF_DIAGONAL=off_diagonal,

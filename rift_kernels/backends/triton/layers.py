@@ -9,6 +9,9 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
 
+# CUDA's limit of a grid's second axis.
+MAX_ENTRIES = 65535
+
 
 class Side(NamedTuple):
     """Student or teacher: one tensor a layer, its width and its strides."""
@@ -97,12 +100,18 @@ def pack(students: Sequence[Tensor], teachers: Sequence[Tensor], masks: Sequence
     valid = [mask.view(torch.uint8).reshape(-1, mask.shape[-1]).contiguous() for mask in masks]
     if len(valid) == 1:
         valid = valid * layers
+    entries = x.tensors[0].shape[0] if x.tensors[0].dim() == 3 else layers
+    if entries > MAX_ENTRIES:
+        raise ValueError(
+            f"the Triton kernels take batches of up to {MAX_ENTRIES}; got {entries} (the leading "
+            "axes of student)"
+        )
     return Layers(
         x,
         y,
         tuple(valid),
         valid[0].stride(0) if valid else 0,
         tuple(t.shape[-2] for t in x.tensors),
-        x.tensors[0].shape[0] if x.tensors[0].dim() == 3 else layers,
+        entries,
         isinstance(students[0], FakeTensor) or not students[0].numel(),
     )

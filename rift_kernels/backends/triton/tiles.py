@@ -142,13 +142,16 @@ def _accumulate(
 
 
 @triton.jit(
-    do_not_specialize=["tile_programs", "column_programs", "segments", "blocks", "slots", "spills"]
+    do_not_specialize=[
+        *("tile_programs", "column_programs", "columns_here", "segments", "blocks", "slots"),
+        *("spills",),
+    ]
 )
 def moments_kernel(
     xs, ys, masks, rows, widths_x, widths_y, strides_xn, strides_xd, strides_yn, strides_yd,
     stride_xb, stride_yb, stride_mb, x_descriptor, y_descriptor,
     tiles_ptr, spill_ptr, row_sums_ptr, sums_ptr, statistics_ptr, counters_ptr,
-    tile_programs, column_programs, segments, blocks, width, slots, spills,
+    tile_programs, column_programs, columns_here, segments, blocks, width, slots, spills,
     LAYERS: tl.constexpr, PROGRAMS: tl.constexpr, HAS_MASK: tl.constexpr,
     GRAM: tl.constexpr, XX: tl.constexpr, YY: tl.constexpr, XY: tl.constexpr,
     DIFFERENCE: tl.constexpr, SPLIT: tl.constexpr, OFF_DIAGONAL: tl.constexpr,
@@ -171,14 +174,15 @@ def moments_kernel(
     if program == 0:
         # The next launch counts arrivals.
         tl.store(counters_ptr + entry, 0)
-    if program >= tile_programs:
-        if program - tile_programs < column_programs:
-            column_statistics(
-                x_ptr, y_ptr, mask_ptr, n, d1, d2, stride_xn, stride_xd, stride_yn, stride_yd,
-                sums_ptr, statistics_ptr, program - tile_programs, segments, blocks, width,
-                PROGRAMS, HAS_MASK, BLOCK, BLOCK_R,
-            )  # fmt: skip
+    # They come first, and leave in the L2 cache what the tile programs read.
+    if program < columns_here:
+        column_statistics(
+            x_ptr, y_ptr, mask_ptr, n, d1, d2, stride_xn, stride_xd, stride_yn, stride_yd,
+            sums_ptr, statistics_ptr, program, segments, blocks, width,
+            PROGRAMS, HAS_MASK, BLOCK, BLOCK_R,
+        )  # fmt: skip
     else:
+        program -= columns_here
         tiles_ptr += entry.to(tl.int64) * slots * (BLOCK * BLOCK)
         spill_ptr += entry.to(tl.int64) * spills * (BLOCK * BLOCK)
         row_sums_ptr += entry.to(tl.int64) * (slots + spills) * (2 * BLOCK + 1)
