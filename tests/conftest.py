@@ -11,25 +11,36 @@ import torch
 from rift_kernels import dispatch
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-# What concerns the kernels, and what of it the interpreter, thousands of times slower than a GPU,
-# goes through: of measures that differ in settings alone, one; of float16, linear CKA.
+# What concerns the kernels, and what of it their interpreter, thousands of times slower than a GPU,
+# goes through: the dtypes that make a difference to a measure, and not every distance.
 KERNEL_TESTS = {"test_triton", "test_measures", "test_numerics", "test_autograd", "test_compile"}
-INTERPRETED_MEASURES = {"cka", "cka biased", "covariance"}
-INTERPRETED_EVERYWHERE = {*INTERPRETED_MEASURES, "coral", "procrustes", "bures"}
+BOTH = {torch.bfloat16, torch.float32}
+FUSED = {"cka": {*BOTH, torch.float16}, "cka biased": BOTH, "covariance": BOTH}
+INTERPRETED_DTYPES = {
+    **FUSED,
+    "coral": {torch.bfloat16},
+    "procrustes": {torch.float32},
+    "bures": {torch.float32},
+}
+INTERPRETED_DISTANCES = (1e-1, 1e-3, 1e-5)
 
 
 def _is_interpreted(item: pytest.Item) -> bool:
     module = item.module.__name__.split(".")[-1]
     parameters = item.callspec.params if hasattr(item, "callspec") else {}
     measure, dtype = parameters.get("measure"), parameters.get("dtype")
-    everywhere = module == "test_measures"
-    measures = INTERPRETED_EVERYWHERE if everywhere else INTERPRETED_MEASURES
+    if module == "test_measures":
+        large = parameters["case"].name == "blocks"
+        dtypes = INTERPRETED_DTYPES.get(measure.name, set())
+        return dtype in (dtypes & {torch.bfloat16} if large else dtypes)
+    distance = parameters.get("distance", 1e-1)
     return (
         module in KERNEL_TESTS
         and item.get_closest_marker("eager_only") is None
-        and (measure is None or measure.name in measures)
-        and dtype is not torch.float64
-        and (dtype is not torch.float16 or (everywhere and measure.name == "cka"))
+        and (measure is None or measure.name in FUSED)
+        and (dtype is None or dtype in BOTH)
+        and distance in INTERPRETED_DISTANCES
+        and ("distance" not in parameters or dtype in (None, torch.bfloat16))
     )
 
 
