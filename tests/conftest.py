@@ -22,7 +22,8 @@ INTERPRETED_DTYPES = {
     "procrustes": {torch.float32},
     "bures": {torch.float32},
 }
-INTERPRETED_DISTANCES = (1e-1, 1e-3, 1e-5)
+# Of parameters with these names, nothing else.
+INTERPRETED_VALUES = {"distance": (1e-1, 1e-5), "factor": (1e-17, 1e17), "threads": (1,)}
 
 
 def _is_interpreted(item: pytest.Item) -> bool:
@@ -30,16 +31,15 @@ def _is_interpreted(item: pytest.Item) -> bool:
     parameters = item.callspec.params if hasattr(item, "callspec") else {}
     measure, dtype = parameters.get("measure"), parameters.get("dtype")
     if module == "test_measures":
-        large = parameters["case"].name == "blocks"
-        dtypes = INTERPRETED_DTYPES.get(measure.name, set())
-        return dtype in (dtypes & {torch.bfloat16} if large else dtypes)
-    distance = parameters.get("distance", 1e-1)
+        if parameters["case"].name == "blocks":
+            return measure.name in ("cka", "covariance") and dtype is torch.bfloat16
+        return dtype in INTERPRETED_DTYPES.get(measure.name, set())
     return (
         module in KERNEL_TESTS
         and item.get_closest_marker("eager_only") is None
         and (measure is None or measure.name in FUSED)
         and (dtype is None or dtype in BOTH)
-        and distance in INTERPRETED_DISTANCES
+        and all(parameters.get(name, kept[0]) in kept for name, kept in INTERPRETED_VALUES.items())
         and ("distance" not in parameters or dtype in (None, torch.bfloat16))
     )
 

@@ -47,6 +47,7 @@ def test_compile_fullgraph_of_the_rest() -> None:
         torch.testing.assert_close(got, wanted)
 
 
+@pytest.mark.eager_only
 def test_compile_of_large_products() -> None:
     """Which take another road on a CPU."""
     torch._dynamo.reset()

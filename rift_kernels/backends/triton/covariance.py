@@ -61,13 +61,16 @@ def _head(
     value += (pivot_x - pivot_x) + (pivot_y - pivot_y)
     value = tl.where(n < 2, float("nan"), value)
     tl.store(value_ptr, (value + mean_weight * _field(sums, SQUARE_MEANS)).to(tl.float32))
-    scale = 4 * outer + (value - value)
-    one, zero = n * 0 + 1, n * 0
-    bias = 2 * mean_weight / n
-    store_side(scalars_ptr, 0, n, scale, zero, zero, zero, bias, zero, zero, one, one)
+    scale = 4 * outer
+    one, zero, poison = n * 0 + 1, n * 0, value - value
+    # What does not vary is exactly 0 when centered, whatever rounding makes of its mean.
+    scale_x = tl.where(pivot_x == 0, 0.0, scale) + poison
+    scale_y = tl.where(pivot_y == 0, 0.0, -scale) + poison
     # The teacher's two terms cancel in part, so that their low halves matter.
     full = one if KIND == 0 else zero
-    store_side(scalars_ptr, 1, n, -scale, value, zero, full, bias, zero, zero, one, one)
+    bias = 2 * mean_weight / n
+    store_side(scalars_ptr, 0, n, scale_x, zero, zero, zero, bias, zero, zero, one, one)
+    store_side(scalars_ptr, 1, n, scale_y, value, zero, full, bias, zero, zero, one, one)
 
 
 @triton.jit
