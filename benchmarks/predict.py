@@ -4,7 +4,8 @@ Written before they have run on one. A launch takes the longer of its floating p
 the machine's rate and its bytes at the machine's bandwidth, and a gap before the next; nothing is
 assumed to be lost, so this is a floor, and its share of a target is how good the kernels have to
 be. The two parts of the first launch follow one another. Both rates were measured on such a
-machine. The table stands in DESIGN.md.
+machine. The table stands in DESIGN.md, and so does the one of what the kernels compile to, of which
+this writes the newest, too.
 """
 
 from __future__ import annotations
@@ -14,11 +15,12 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-from . import environment
+from . import environment, resources
 from .report import updated
+from .run import RESULTS
 
 DOCUMENT = environment.ROOT / "DESIGN.md"
-MARKER = "predicted"
+COMPILED = RESULTS / "triton-resources.json"
 MACHINE = "H200"
 FLOPS, BYTES, L2_BYTES = 790e12, 4.3e12, 50e6
 GAP = 1e-6
@@ -120,18 +122,19 @@ def table() -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Write the predicted times into DESIGN.md.")
+    parser = argparse.ArgumentParser(description="Write the tables of DESIGN.md.")
     parser.add_argument("--check", action="store_true", help="only say whether they are there")
     parser.add_argument("--document", type=Path, default=DOCUMENT)
     options = parser.parse_args(arguments)
     text = options.document.read_text(encoding="utf-8")
-    wanted = updated(text, MARKER, table())
+    wanted = updated(text, "predicted", table())
+    wanted = updated(wanted, "resources", resources.section(COMPILED))
     if options.check:
         if text != wanted:
             print(f"{options.document.name} differs from what python -m benchmarks.predict writes")
         return int(text != wanted)
     options.document.write_text(wanted, encoding="utf-8")
-    print(table())
+    print(f"wrote {options.document}")
     return 0
 
 

@@ -258,7 +258,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     arch = architecture(torch.device("cuda"))
     properties = torch.cuda.get_device_properties(torch.cuda.current_device())
-    limit = getattr(properties, "shared_memory_per_block_optin", 64 * 1024)
+    limit = getattr(properties, "shared_memory_per_block_optin", 0) or 64 * 1024
     try:
         done = finished(options.out, arch)
     except ConfigError as error:

@@ -19,6 +19,7 @@ from benchmarks import (
     gpu_check,
     measure,
     oracle,
+    predict,
     report,
     run,
     schema,
@@ -328,3 +329,25 @@ def test_gpu_check_reads_the_outcome_of_the_tests(tmp_path: Path) -> None:
         "failures": ["t::bad"],
         "skip_reasons": {"no triton": 1},
     }
+
+
+def test_the_tables_of_the_design_are_current(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert predict.main(["--check"]) == 0
+    document = tmp_path / "DESIGN.md"
+    document.write_text(predict.DOCUMENT.read_text(encoding="utf-8").replace("GFLOP", "FLOP", 1))
+    assert predict.main(["--check", "--document", str(document)]) == 1
+    assert "differs" in capsys.readouterr().out
+    assert predict.main(["--document", str(document)]) == 0
+    assert document.read_text(encoding="utf-8") == predict.DOCUMENT.read_text(encoding="utf-8")
+
+
+def test_predicted_floors() -> None:
+    """By hand, of the largest: 4 N D^2 operations each way, as many tiles as the triangle has."""
+    columns, tiles, head, backward = predict.launches(predict.Shape(65536, 4096, 1, None))
+    assert columns.bytes == 2 * 2 * 65536 * 4096
+    assert tiles.flops == 2 * (32 * 65) * 128**2 * 65536
+    assert backward.flops == 4 * 65536 * 4096**2
+    assert head.flops == 0
+    assert tiles.seconds == pytest.approx(tiles.flops / 790e12 + 1e-6)

@@ -31,6 +31,8 @@ MATRIX_KERNELS = {
     "small_gram_kernel",
     "product_kernel",
 }
+# Neither float64 in tensor memory nor by AMD's matrix instructions; torch multiplies there.
+NOT_COMPILED = {("sm100", "product fp64"), ("gfx942", "product fp64")}
 
 every_case = pytest.mark.parametrize(
     ("target", "case"),
@@ -56,6 +58,9 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Results:
 @pytest.fixture
 def kernels(measured: Results, target: str, case: str) -> list[Resources]:
     found = measured[target][case]
+    if (target, case) in NOT_COMPILED:
+        assert isinstance(found, str) or not found, "triton compiles it after all"
+        pytest.skip(f"needs a triton that compiles float64 products for {target}")
     assert not isinstance(found, str), f"triton fails: {found}"
     return found
 

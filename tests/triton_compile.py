@@ -173,9 +173,10 @@ CASES: dict[str, Callable[[], None]] = {
     "gram of 128 rows fp32, debiased, 12 masked layers": partial(cka, fp32, 128, 768, **MANY),
     "gram of 64 rows bf16, debiased": partial(cka, bf16, 64, 768),
     "gram of 64 rows fp32, debiased, 12 masked layers": partial(cka, fp32, 64, 768, **MANY),
-    "gram of 16 rows fp32, one program, no gradient": partial(
-        cka, fp32, 16, 64, debiased=False, grads=(False, False)
+    "gram of 64 rows fp32, one program, no gradient": partial(
+        cka, fp32, 64, 128, debiased=False, grads=(False, False)
     ),
+    "gram of 16 rows bf16": partial(cka, bf16, 16, 768),
     "distance bf16": partial(distance, bf16, 4096, 768, scale="relative"),
     "distance small fp32, 12 masked layers": partial(
         distance, fp32, 512, 64, scale="coral", **MANY

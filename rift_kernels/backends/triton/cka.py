@@ -40,6 +40,7 @@ from .device import (
     column_mean,
     inverse_scale,
     layer_of,
+    over_programs,
     pick,
     size,
     split,
@@ -365,15 +366,7 @@ def cka_kernel(
     tl.store(partial_ptr + program * FIELDS + field, sums)
     if arrive(counters_ptr + entry, programs):
         tl.debug_barrier()
-        total = tl.zeros([FIELDS], tl.float64)
-        several = tl.arange(0, 32)
-        for first in range(0, programs, 32):
-            which = first + several
-            part = tl.load(
-                partial_ptr + which[:, None] * FIELDS + field[None, :],
-                mask=(which < programs)[:, None], other=0.0,
-            )  # fmt: skip
-            total += tl.sum(part, 0)
+        total, _ = over_programs(partial_ptr, programs, FIELDS)
         pivot_x = statistic(statistics_ptr, PIVOT_X, column_programs, PROGRAMS)
         pivot_y = statistic(statistics_ptr, PIVOT_Y, column_programs, PROGRAMS)
         rounding = count * 0 + ROUNDING

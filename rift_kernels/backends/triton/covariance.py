@@ -24,6 +24,7 @@ from .device import (
     arrive,
     column_mean,
     layer_of,
+    over_programs,
     size,
     statistic,
     sum_partials,
@@ -191,15 +192,7 @@ def covariance_kernel(
     tl.store(partial_ptr + program * FIELDS + field, sums)
     if arrive(counters_ptr + entry, programs):
         tl.debug_barrier()
-        total = tl.zeros([FIELDS], tl.float64)
-        several = tl.arange(0, 32)
-        for first in range(0, programs, 32):
-            which = first + several
-            theirs = tl.load(
-                partial_ptr + which[:, None] * FIELDS + field[None, :],
-                mask=(which < programs)[:, None], other=0.0,
-            )  # fmt: skip
-            total += tl.sum(theirs, 0)
+        total, _ = over_programs(partial_ptr, programs, FIELDS)
         pivot_x = statistic(statistics_ptr, PIVOT_X, column_programs, PROGRAMS)
         pivot_y = statistic(statistics_ptr, PIVOT_Y, column_programs, PROGRAMS)
         _head(

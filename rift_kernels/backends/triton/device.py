@@ -149,3 +149,20 @@ def arrive(counter_ptr, programs):
     # Scalar atomics and tensor stores are ordered only by a barrier (triton #7125).
     tl.debug_barrier()
     return tl.atomic_add(counter_ptr, 1, sem="acq_rel") == programs - 1
+
+
+@triton.jit
+def over_programs(partial_ptr, programs, FIELDS: tl.constexpr):
+    """Sums, in order, and maxima of the fields that every program has left."""
+    total = tl.zeros([FIELDS], tl.float64)
+    peak = tl.zeros([FIELDS], tl.float64)
+    field, several = tl.arange(0, FIELDS), tl.arange(0, 32)
+    for first in range(0, programs, 32):
+        which = first + several
+        part = tl.load(
+            partial_ptr + which[:, None] * FIELDS + field[None, :],
+            mask=(which < programs)[:, None], other=0.0,
+        )  # fmt: skip
+        total += tl.sum(part, 0)
+        peak = tl.maximum(peak, tl.max(part, 0))
+    return total, peak

@@ -23,6 +23,7 @@ from .device import (
     batch_of,
     inverse_scale,
     layer_of,
+    over_programs,
     pick,
     size,
     statistic,
@@ -263,17 +264,7 @@ def gram_kernel(
     tl.store(partial_ptr + program * FIELDS + field, sums)
     if arrive(counters_ptr + entry, programs):
         tl.debug_barrier()
-        total = tl.zeros([FIELDS], tl.float64)
-        peak = tl.zeros([FIELDS], tl.float64)
-        several = tl.arange(0, 32)
-        for first in range(0, programs, 32):
-            which = first + several
-            theirs = tl.load(
-                partial_ptr + which[:, None] * FIELDS + field[None, :],
-                mask=(which < programs)[:, None], other=0.0,
-            )  # fmt: skip
-            total += tl.sum(theirs, 0)
-            peak = tl.maximum(peak, tl.max(theirs, 0))
+        total, peak = over_programs(partial_ptr, programs, FIELDS)
         total = tl.where((field == PEAK_X) | (field == PEAK_Y), peak, total)
         pivot_x = statistic(statistics_ptr, PIVOT_X, column_programs, PROGRAMS)
         pivot_y = statistic(statistics_ptr, PIVOT_Y, column_programs, PROGRAMS)
