@@ -56,8 +56,7 @@ def _small_gram(
     programs = power_of_two(-(-widest // config.small_share))
     share = round_up(-(-widest // programs), config.small_k)
     rows = max(16, power_of_two(layers.max_rows))
-    size = layers.entries * programs * (2 * rows * rows + 2) if programs > 1 else 0
-    workspace = layers.empty(size)
+    workspace = layers.empty(layers.entries * programs * (2 * rows * rows + 2))
     small_gram.small_gram_kernel[(programs, layers.entries)](
         *layers.shape, workspace, _counters(layers), values, scalars, grams, layers.max_rows, share,
         **layers.options, DEBIASED=debiased, STORE=store,

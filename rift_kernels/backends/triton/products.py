@@ -10,6 +10,8 @@ Bytes: a tile of each operand per step of the inner loop, the result once (symme
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
@@ -71,6 +73,8 @@ def product_kernel(
 def product(a: Tensor, b: Tensor, *, symmetric: bool = False) -> Tensor:
     """``a @ b`` of (..., M, K) and (..., K, N), in the wider dtype of both."""
     dtype = torch.promote_types(a.dtype, b.dtype)
+    if dtype == torch.float64 and not _multiplies_float64(a.device):
+        return a @ b
     batch = a.shape[:-2]
     out = torch.empty(*batch, a.shape[-2], b.shape[-1], dtype=dtype, device=a.device)
     if isinstance(out, FakeTensor) or not out.numel():
@@ -86,6 +90,14 @@ def product(a: Tensor, b: Tensor, *, symmetric: bool = False) -> Tensor:
             BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, num_warps=warps, num_stages=2,
         )  # fmt: skip
     return out
+
+
+@cache
+def _multiplies_float64(device: torch.device) -> bool:
+    """Whether triton compiles float64 products there: it fails for sm_100, and for AMD's GPUs."""
+    if device.type == "cpu":
+        return True
+    return torch.version.hip is None and torch.cuda.get_device_capability(device)[0] in (8, 9)
 
 
 def _blocks(dtype: torch.dtype, device: str) -> tuple[int, int, int, int]:

@@ -92,29 +92,31 @@ def small_gram_kernel(
         ky = _accumulate(ky, y)
     square = row[:, None] * ROWS + row[None, :]
     SIZE: tl.constexpr = ROWS * ROWS
+    workspace_ptr += entry.to(tl.int64) * PROGRAMS * (2 * SIZE + 2)
+    mine = workspace_ptr + program * (2 * SIZE + 2)
+    tl.store(mine + square, kx)
+    tl.store(mine + SIZE + square, ky)
+    tl.store(mine + 2 * SIZE, pivot_x)
+    tl.store(mine + 2 * SIZE + 1, pivot_y)
+    # Of one program, too: triton cannot reduce an accumulator as it is to a number on sm_100.
+    tl.debug_barrier()
     last = program == 0
     if PROGRAMS > 1:
-        workspace_ptr += entry.to(tl.int64) * PROGRAMS * (2 * SIZE + 2)
-        mine = workspace_ptr + program * (2 * SIZE + 2)
-        tl.store(mine + square, kx)
-        tl.store(mine + SIZE + square, ky)
-        tl.store(mine + 2 * SIZE, pivot_x)
-        tl.store(mine + 2 * SIZE + 1, pivot_y)
         last = arrive(counters_ptr + entry, PROGRAMS)
     if last:
+        tl.debug_barrier()
         if PROGRAMS > 1:
-            tl.debug_barrier()
             # Ready for the next call.
             tl.store(counters_ptr + entry, 0)
-            kx = tl.zeros([ROWS, ROWS], tl.float32)
-            ky = tl.zeros([ROWS, ROWS], tl.float32)
-            pivot_x, pivot_y = 0.0, 0.0
-            for other in range(PROGRAMS):
-                theirs = workspace_ptr + other * (2 * SIZE + 2)
-                kx += tl.load(theirs + square)
-                ky += tl.load(theirs + SIZE + square)
-                pivot_x += tl.load(theirs + 2 * SIZE)
-                pivot_y += tl.load(theirs + 2 * SIZE + 1)
+        kx = tl.zeros([ROWS, ROWS], tl.float32)
+        ky = tl.zeros([ROWS, ROWS], tl.float32)
+        pivot_x, pivot_y = 0.0, 0.0
+        for other in range(PROGRAMS):
+            theirs = workspace_ptr + other * (2 * SIZE + 2)
+            kx += tl.load(theirs + square)
+            ky += tl.load(theirs + SIZE + square)
+            pivot_x += tl.load(theirs + 2 * SIZE)
+            pivot_y += tl.load(theirs + 2 * SIZE + 1)
         diagonal = row[:, None] == row[None, :]
         energy_x = tl.sum(tl.sum(tl.where(diagonal, kx, 0.0), 1), 0)
         energy_y = tl.sum(tl.sum(tl.where(diagonal, ky, 0.0), 1), 0)
