@@ -59,8 +59,10 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Results:
 def kernels(measured: Results, target: str, case: str) -> list[Resources]:
     found = measured[target][case]
     if (target, case) in NOT_COMPILED:
-        assert isinstance(found, str) or not found, "triton compiles it after all"
+        assert found == [], "these products are torch's"
         pytest.skip(f"needs a triton that compiles float64 products for {target}")
+    if target == "gfx942" and triton.__version__ != PINNED and isinstance(found, str):
+        pytest.skip(f"needs triton {PINNED}; others fail to compile some for AMD's GPUs")
     assert not isinstance(found, str), f"triton fails: {found}"
     return found
 
