@@ -76,7 +76,12 @@ def test_fits(target: str, case: str, kernels: list[Resources]) -> None:
         # Below the limit of registers ptxas spills some of its own accord, outside of loops, where
         # that lets one more program run beside the others.
         chosen = kernel.registers < 255 and target != "gfx942"
-        assert kernel.spilled <= (64 if chosen else 0), kernel
+        allowed = 64 if chosen else 0
+        if kernel.kernel == "small_gram_kernel" and "of 128 rows" in case:
+            # A whole matrix of 128 rows, its addresses and masks are a little too much for eight
+            # warps, and sixteen have half the registers each.
+            allowed = 96
+        assert kernel.spilled <= allowed, kernel
 
 
 @every_case
@@ -94,6 +99,8 @@ def test_asynchronous_copies(target: str, case: str, kernels: list[Resources]) -
     """Where loops around products load tiles, they do so ahead of time and 16 bytes at a time."""
     if target == "gfx942":
         pytest.skip("triton prefetches into registers there")
+    if "one column" in case:
+        pytest.skip("needs rows of 16 bytes")
     for kernel in kernels:
         # One step covers all of few rows: there is nothing to load ahead of.
         one_step = " rows " in case and kernel.kernel == "gram_backward_kernel"

@@ -103,4 +103,4 @@ def _multiplies_float64(device: torch.device) -> bool:
 def _blocks(dtype: torch.dtype, device: str) -> tuple[int, int, int, int]:
     if device == "cpu":
         return 64, 64, 64, 4
-    return (64, 64, 16, 4) if dtype == torch.float64 else (128, 128, 32, 8)
+    return (64, 64, 16, 4) if dtype == torch.float64 else (128, 64, 32, 8)

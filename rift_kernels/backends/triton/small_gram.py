@@ -30,23 +30,57 @@ def _centered_columns(ptr, stride_n, stride_d, row, valid, first, column, width,
 
 
 @triton.jit
-def _accumulate(k, x):
-    high, low = split(x)
-    k = tl.dot(low, tl.trans(high), k)
-    k = tl.dot(high, tl.trans(low), k)
-    return tl.dot(high, tl.trans(high), k)
+def _gram_of_columns(
+    ptr, stride_n, stride_d, row, valid, first, begin, end, width, count,
+    ROWS: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """One side's Gram matrix over some columns, and their energy about the first valid row."""
+    k = tl.zeros([ROWS, ROWS], tl.float32)
+    energy = 0.0
+    end = tl.minimum(end, width)
+    for start in range(begin, end, BLOCK_K):
+        column = start + tl.arange(0, BLOCK_K)
+        x, varies = _centered_columns(
+            ptr, stride_n, stride_d, row, valid, first, column, end, count
+        )
+        energy += varies
+        high, low = split(x)
+        k = tl.dot(low, tl.trans(high), k)
+        k = tl.dot(high, tl.trans(low), k)
+        k = tl.dot(high, tl.trans(high), k)
+    return k, energy
 
 
 @triton.jit
-def _u_center(k, kept, n, DEBIASED: tl.constexpr):
+def _whole_gram(
+    workspace_ptr, side, row, kept, n, DEBIASED: tl.constexpr, ROWS: tl.constexpr,
+    PROGRAMS: tl.constexpr,
+):  # fmt: skip
+    """One side's Gram matrix of features of unit norm; debiased, U-centered.
+
+    And the energy about the first row, the inverse of the norm, and the largest diagonal element.
+    """
+    SIZE: tl.constexpr = ROWS * ROWS
+    square = row[:, None] * ROWS + row[None, :]
+    k = tl.zeros([ROWS, ROWS], tl.float32)
+    pivot = 0.0
+    for program in range(PROGRAMS):
+        theirs = workspace_ptr + program * (2 * SIZE + 2)
+        k += tl.load(theirs + side * SIZE + square)
+        pivot += tl.load(theirs + 2 * SIZE + side)
+    diagonal = row[:, None] == row[None, :]
+    energy = tl.sum(tl.sum(tl.where(diagonal, k, 0.0), 1), 0)
+    inverse = tl.where(energy == 0, 1.0, 1 / tl.sqrt(energy))
+    k = k * inverse * inverse
+    peak = tl.max(tl.max(tl.where(diagonal, k, 0.0), 1), 0)
     if DEBIASED:
         k = tl.where(kept, k, 0.0)
-        sums = tl.sum(k, 1)
-        s = center_offset(sums, tl.sum(sums, 0), n, DEBIASED)
-        # K is symmetric up to rounding: its row sums serve as column sums.
-        t = center_offset(tl.sum(k, 0), tl.sum(sums, 0), n, DEBIASED)
+        total = tl.sum(tl.sum(k, 1), 0)
+        # K is symmetric up to rounding, but the sums of its rows and of its columns are its own.
+        s = center_offset(tl.sum(k, 1), total, n, DEBIASED)
+        t = center_offset(tl.sum(k, 0), total, n, DEBIASED)
         k = k - s[:, None] - t[None, :]
-    return tl.where(kept, k, 0.0)
+    return tl.where(kept, k, 0.0), pivot, inverse, peak
 
 
 @triton.jit(do_not_specialize=["share"])
@@ -73,31 +107,23 @@ def small_gram_kernel(
     valid = valid_rows(mask_ptr, row, n, HAS_MASK)
     first = first_valid_row(mask_ptr, n, HAS_MASK)
     count = tl.sum(valid.to(tl.float32), 0)
-    kx = tl.zeros([ROWS, ROWS], tl.float32)
-    ky = tl.zeros([ROWS, ROWS], tl.float32)
-    pivot_x, pivot_y = 0.0, 0.0
     begin = program * share
     end = tl.minimum(begin + share, tl.maximum(d1, d2))
-    for start in range(begin, end, BLOCK_K):
-        column = start + tl.arange(0, BLOCK_K)
-        x, varies = _centered_columns(
-            x_ptr, stride_xn, stride_xd, row, valid, first, column, tl.minimum(d1, end), count
-        )
-        pivot_x += varies
-        kx = _accumulate(kx, x)
-        y, varies = _centered_columns(
-            y_ptr, stride_yn, stride_yd, row, valid, first, column, tl.minimum(d2, end), count
-        )
-        pivot_y += varies
-        ky = _accumulate(ky, y)
     square = row[:, None] * ROWS + row[None, :]
     SIZE: tl.constexpr = ROWS * ROWS
     workspace_ptr += entry.to(tl.int64) * PROGRAMS * (2 * SIZE + 2)
     mine = workspace_ptr + program * (2 * SIZE + 2)
+    # One after the other, because registers hold one accumulator of 128 rows.
+    kx, varies = _gram_of_columns(
+        x_ptr, stride_xn, stride_xd, row, valid, first, begin, end, d1, count, ROWS, BLOCK_K
+    )
     tl.store(mine + square, kx)
+    tl.store(mine + 2 * SIZE, varies)
+    ky, varies = _gram_of_columns(
+        y_ptr, stride_yn, stride_yd, row, valid, first, begin, end, d2, count, ROWS, BLOCK_K
+    )
     tl.store(mine + SIZE + square, ky)
-    tl.store(mine + 2 * SIZE, pivot_x)
-    tl.store(mine + 2 * SIZE + 1, pivot_y)
+    tl.store(mine + 2 * SIZE + 1, varies)
     # Of one program, too: triton cannot reduce an accumulator as it is to a number on sm_100.
     tl.debug_barrier()
     last = program == 0
@@ -108,39 +134,29 @@ def small_gram_kernel(
         if PROGRAMS > 1:
             # Ready for the next call.
             tl.store(counters_ptr + entry, 0)
-        kx = tl.zeros([ROWS, ROWS], tl.float32)
-        ky = tl.zeros([ROWS, ROWS], tl.float32)
-        pivot_x, pivot_y = 0.0, 0.0
-        for other in range(PROGRAMS):
-            theirs = workspace_ptr + other * (2 * SIZE + 2)
-            kx += tl.load(theirs + square)
-            ky += tl.load(theirs + SIZE + square)
-            pivot_x += tl.load(theirs + 2 * SIZE)
-            pivot_y += tl.load(theirs + 2 * SIZE + 1)
-        diagonal = row[:, None] == row[None, :]
-        energy_x = tl.sum(tl.sum(tl.where(diagonal, kx, 0.0), 1), 0)
-        energy_y = tl.sum(tl.sum(tl.where(diagonal, ky, 0.0), 1), 0)
-        inverse_x = tl.where(energy_x == 0, 1.0, 1 / tl.sqrt(energy_x))
-        inverse_y = tl.where(energy_y == 0, 1.0, 1 / tl.sqrt(energy_y))
-        kx = kx * inverse_x * inverse_x
-        ky = ky * inverse_y * inverse_y
-        peak_x = tl.max(tl.max(tl.where(diagonal, kx, 0.0), 1), 0)
-        peak_y = tl.max(tl.max(tl.where(diagonal, ky, 0.0), 1), 0)
         kept = valid[:, None] & valid[None, :]
         if DEBIASED:
             kept = kept & (row[:, None] != row[None, :])
-        kx = _u_center(kx, kept, count, DEBIASED)
-        ky = _u_center(ky, kept, count, DEBIASED)
-        if STORE:
-            plane = max_rows.to(tl.int64) * max_rows
-            grams_ptr += entry * 2 * plane
-            inside = (row < n)[:, None] & (row < n)[None, :]
-            at = row[:, None] * max_rows + row[None, :]
-            tl.store(grams_ptr + at, kx, mask=inside)
-            tl.store(grams_ptr + plane + at, ky, mask=inside)
-        sums = pack_sums(
-            inner_product(kx, kx), inner_product(ky, ky), inner_product(kx, ky), peak_x, peak_y
+        plane = max_rows.to(tl.int64) * max_rows
+        grams_ptr += entry * 2 * plane
+        inside = (row < n)[:, None] & (row < n)[None, :]
+        at = row[:, None] * max_rows + row[None, :]
+        kx, pivot_x, inverse_x, peak_x = _whole_gram(
+            workspace_ptr, 0, row, kept, count, DEBIASED, ROWS, PROGRAMS
         )
+        if STORE:
+            tl.store(grams_ptr + at, kx, mask=inside)
+        square_x = inner_product(kx, kx)
+        # Out of the registers for as long as the other one is made.
+        tl.store(mine + square, kx)
+        ky, pivot_y, inverse_y, peak_y = _whole_gram(
+            workspace_ptr, 1, row, kept, count, DEBIASED, ROWS, PROGRAMS
+        )
+        if STORE:
+            tl.store(grams_ptr + plane + at, ky, mask=inside)
+        tl.debug_barrier()
+        product = inner_product(tl.load(mine + square), ky)
+        sums = pack_sums(square_x, inner_product(ky, ky), product, peak_x, peak_y)
         gram_head(
             values_ptr + entry, scalars_ptr + entry * 8, sums, count.to(tl.float64),
             pivot_x, pivot_y, inverse_x, inverse_y, DEBIASED,
