@@ -212,6 +212,8 @@ def _send(job: tuple[str, str], pipe: Connection) -> None:
 def _isolated(job: tuple[str, str]) -> list[Resources] | str:
     """In a process of its own: where triton asserts what is not so, the process ends."""
     context = multiprocessing.get_context("forkserver")
+    # Imported once, not in every process.
+    context.set_forkserver_preload(["tests.triton_compile"])
     receive, send = context.Pipe(duplex=False)
     child = context.Process(target=_send, args=(job, send))
     child.start()
