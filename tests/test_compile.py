@@ -28,6 +28,7 @@ def test_compile_fullgraph(measure, form, force_form) -> None:
             assert torch.equal(got, wanted)
 
 
+@pytest.mark.eager_only
 def test_compile_fullgraph_of_the_rest() -> None:
     torch._dynamo.reset()
     x, y, mask = cases.Case("", 24, 6, 6, masked=True).features(torch.float32)
