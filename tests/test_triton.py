@@ -274,6 +274,14 @@ def test_too_large_a_batch(monkeypatch, device) -> None:
         rk.linear_cka(x.to(device), y.to(device))
 
 
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_blocks_of_products_are_square(kind, dtype) -> None:
+    """Of symmetric ones only a triangle of tiles is computed."""
+    block_m, block_n, *_ = products._blocks(dtype, kind)
+    assert block_m == block_n
+
+
 def test_float64_is_refused_and_left_to_eager(device) -> None:
     x, y = (t.detach().double() for t in pair(20, 4, device))
     with pytest.raises(RuntimeError, match=r"backend='triton' cannot run: .*float64"):

@@ -101,6 +101,7 @@ def _multiplies_float64(device: torch.device) -> bool:
 
 
 def _blocks(dtype: torch.dtype, device: str) -> tuple[int, int, int, int]:
+    """Rows and columns of a tile, alike because symmetric results are a triangle of tiles."""
     if device == "cpu":
         return 64, 64, 64, 4
-    return (64, 64, 16, 4) if dtype == torch.float64 else (128, 64, 32, 8)
+    return (64, 64, 16, 8) if dtype == torch.float64 else (64, 64, 32, 4)
