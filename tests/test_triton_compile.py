@@ -102,13 +102,10 @@ def test_asynchronous_copies(target: str, case: str, kernels: list[Resources]) -
     if "one column" in case:
         pytest.skip("needs rows of 16 bytes")
     for kernel in kernels:
-        # One step covers all of few rows: there is nothing to load ahead of. And what centers its
-        # columns before it multiplies them, triton does not load ahead.
+        # One step covers all of few rows: there is nothing to load ahead of.
         one_step = " rows " in case and kernel.kernel == "gram_backward_kernel"
-        if kernel.kernel in MATRIX_KERNELS - {"small_gram_kernel"} and not one_step:
-            # On sm_80 triton takes the operand that is transposed through registers.
-            transposed = target == "sm80" and kernel.kernel == "moments_kernel"
-            assert kernel.loads <= (1 if transposed else 0), kernel
+        if kernel.kernel in MATRIX_KERNELS and not one_step:
+            assert kernel.loads == 0, kernel
             assert kernel.copies or kernel.bulk, kernel
 
 

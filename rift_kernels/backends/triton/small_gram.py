@@ -107,6 +107,8 @@ def small_gram_kernel(
     valid = valid_rows(mask_ptr, row, n, HAS_MASK)
     first = first_valid_row(mask_ptr, n, HAS_MASK)
     count = tl.sum(valid.to(tl.float32), 0)
+    # A whole number of blocks, which loads of 16 bytes have to know.
+    share = share // BLOCK_K * BLOCK_K
     begin = program * share
     end = tl.minimum(begin + share, tl.maximum(d1, d2))
     square = row[:, None] * ROWS + row[None, :]

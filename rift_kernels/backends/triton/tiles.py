@@ -57,23 +57,27 @@ def tile_of(slot, blocks_x, blocks_y, XX: tl.constexpr, YY: tl.constexpr):
 
 
 @triton.jit
-def _product(a, b, acc, GRAM: tl.constexpr, SPLIT: tl.constexpr):
-    """``acc + a^T b``, or ``acc + a b^T`` in Gram form."""
+def _load_turned(ptr, stride_n, stride_d, rows, valid, columns, width, mean, CENTER: tl.constexpr):
+    """As load_features, but (columns, rows): turned in registers, sm_80 could not copy it ahead."""
+    mask = valid[None, :] & (columns < width)[:, None]
+    offsets = rows.to(tl.int64)[None, :] * stride_n + columns.to(tl.int64)[:, None] * stride_d
+    tile = tl.load(ptr + offsets, mask=mask, other=0.0)
+    if CENTER:
+        tile = tl.where(mask, tile.to(tl.float32) - mean[:, None], 0.0)
+    return tile
+
+
+@triton.jit
+def _product(a, b, acc, SPLIT: tl.constexpr):
+    """``acc + a b``."""
     if SPLIT:
         a_high, a_low = split(a)
         b_high, b_low = split(b)
-        if GRAM:
-            acc = tl.dot(a_low, tl.trans(b_high), acc)
-            acc = tl.dot(a_high, tl.trans(b_low), acc)
-            acc = tl.dot(a_high, tl.trans(b_high), acc)
-        else:
-            acc = tl.dot(tl.trans(a_low), b_high, acc)
-            acc = tl.dot(tl.trans(a_high), b_low, acc)
-            acc = tl.dot(tl.trans(a_high), b_high, acc)
-    elif GRAM:
-        acc = tl.dot(a, tl.trans(b), acc)
+        acc = tl.dot(a_low, b_high, acc)
+        acc = tl.dot(a_high, b_low, acc)
+        acc = tl.dot(a_high, b_high, acc)
     else:
-        acc = tl.dot(tl.trans(a), b, acc)
+        acc = tl.dot(a, b, acc)
     return acc
 
 
@@ -100,11 +104,11 @@ def _accumulate(
         for chunk in range(first, last):
             if GRAM:
                 a = a_descriptor.load([a_block * BLOCK, chunk * BLOCK_K])
-                b = b_descriptor.load([b_block * BLOCK, chunk * BLOCK_K])
+                b = tl.trans(b_descriptor.load([b_block * BLOCK, chunk * BLOCK_K]))
             else:
-                a = a_descriptor.load([chunk * BLOCK_K, a_block * BLOCK])
+                a = tl.trans(a_descriptor.load([chunk * BLOCK_K, a_block * BLOCK]))
                 b = b_descriptor.load([chunk * BLOCK_K, b_block * BLOCK])
-            acc = _product(a, b, acc, GRAM, SPLIT)
+            acc = _product(a, b, acc, SPLIT)
     else:
         a_ptr, b_ptr = tl.where(a_is_y, y_ptr, x_ptr), tl.where(b_is_y, y_ptr, x_ptr)
         a_n, a_d = tl.where(a_is_y, stride_yn, stride_xn), tl.where(a_is_y, stride_yd, stride_xd)
@@ -125,7 +129,7 @@ def _accumulate(
                     b_mean = tl.load(b_sums + k, mask=k < width, other=0.0) / count
                 a = load_features(a_ptr, a_n, a_d, a_side, a_valid, k, a_width, a_mean, SPLIT)
                 b = load_features(b_ptr, b_n, b_d, b_side, b_valid, k, b_width, b_mean, SPLIT)
-                acc = _product(a, b, acc, GRAM, SPLIT)
+                acc = _product(a, tl.trans(b), acc, SPLIT)
         else:
             a_mean = tl.zeros([BLOCK], tl.float32)
             b_mean = a_mean
@@ -135,9 +139,9 @@ def _accumulate(
             for chunk in range(first, last):
                 k = chunk * BLOCK_K + tl.arange(0, BLOCK_K)
                 valid = valid_rows(mask_ptr, k, n, HAS_MASK)
-                a = load_features(a_ptr, a_n, a_d, k, valid, a_side, a_width, a_mean, SPLIT)
+                a = _load_turned(a_ptr, a_n, a_d, k, valid, a_side, a_width, a_mean, SPLIT)
                 b = load_features(b_ptr, b_n, b_d, k, valid, b_side, b_width, b_mean, SPLIT)
-                acc = _product(a, b, acc, GRAM, SPLIT)
+                acc = _product(a, b, acc, SPLIT)
     return acc
 
 
