@@ -1,6 +1,7 @@
 """The tuner without a GPU: a model of what configurations cost stands in for the timing."""
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -191,11 +192,11 @@ def test_without_tqdm(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFix
 
 
 def test_without_a_gpu(tmp_path: Path) -> None:
-    if torch.cuda.is_available():
-        pytest.skip("this machine has a GPU")
     result = subprocess.run(
         [sys.executable, "-m", "rift_kernels.tune", "--out", str(tmp_path / "mine.json")],
         cwd=Path(__file__).parent.parent,
+        # Whatever this machine has.
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
         text=True,
         check=False,

@@ -30,7 +30,7 @@ from .cka import (
     ROWS,
     SCALE,
 )
-from .device import batch_of, layer_of, pick, size, split, valid_rows
+from .device import batch_of, features_of, layer_of, mask_of, pick, size, split, valid_rows
 
 
 @triton.jit
@@ -80,14 +80,14 @@ def backward_kernel(
     blocks_n = tl.cdiv(width, BLOCK_N)
     block_m, block_n = tl.program_id(0) // blocks_n, tl.program_id(0) % blocks_n
     if (block_m * BLOCK_M < n) & (block_n * BLOCK_N < d_own):
-        own_ptr = pick(owns, layer) + batch * stride_own_b
-        other_ptr = pick(others, layer) + batch * stride_other_b
+        own_ptr, own_n, own_d = features_of(
+            owns, strides_own_n, strides_own_d, stride_own_b, layer, batch
+        )
+        other_ptr, other_n, other_d = features_of(
+            others, strides_other_n, strides_other_d, stride_other_b, layer, batch
+        )
         grad_ptr = pick(grads, layer) + batch * stride_grad_b
-        own_n, own_d = pick(strides_own_n, layer), pick(strides_own_d, layer)
-        other_n, other_d = pick(strides_other_n, layer), pick(strides_other_d, layer)
-        mask_ptr = own_ptr
-        if HAS_MASK:
-            mask_ptr = pick(masks, layer) + batch * stride_mb
+        mask_ptr = mask_of(masks, stride_mb, layer, batch, own_ptr, HAS_MASK)
         mean_own_ptr = means_ptr + (entry * 2 + SIDE) * width
         mean_other_ptr = means_ptr + (entry * 2 + 1 - SIDE) * width
         # Rows of one half of the planes: P above R, or R alone.

@@ -38,10 +38,11 @@ from .device import (
     arrive,
     batch_of,
     column_mean,
+    features_of,
     inverse_scale,
     layer_of,
+    mask_of,
     over_programs,
-    pick,
     size,
     split,
     statistic,
@@ -320,13 +321,13 @@ def cka_kernel(
         run = program - slots * PARTS
         length = tl.cdiv(tl.cdiv(n, row_programs), BLOCK_R) * BLOCK_R
         begin, end = run * length, tl.minimum(n, (run + 1) * length)
-        x_ptr = pick(xs, layer) + batch * stride_xb
-        y_ptr = pick(ys, layer) + batch * stride_yb
-        stride_xn, stride_xd = pick(strides_xn, layer), pick(strides_xd, layer)
-        stride_yn, stride_yd = pick(strides_yn, layer), pick(strides_yd, layer)
-        mask_ptr = x_ptr
-        if HAS_MASK:
-            mask_ptr = pick(masks, layer) + batch * stride_mb
+        x_ptr, stride_xn, stride_xd = features_of(
+            xs, strides_xn, strides_xd, stride_xb, layer, batch
+        )
+        y_ptr, stride_yn, stride_yd = features_of(
+            ys, strides_yn, strides_yd, stride_yb, layer, batch
+        )
+        mask_ptr = mask_of(masks, stride_mb, layer, batch, x_ptr, HAS_MASK)
         r_ptr = energies_ptr + entry.to(tl.int64) * 2 * max_rows
         q_ptr = r_ptr + max_rows
         sum_r, square_r = row_energies(

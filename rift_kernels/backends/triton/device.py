@@ -56,6 +56,22 @@ def batch_of(entry, LAYERS: tl.constexpr):
 
 
 @triton.jit
+def features_of(tensors, strides_n, strides_d, stride_b, layer, batch):
+    """Where a side's features of one layer begin, and their strides."""
+    return pick(tensors, layer) + batch * stride_b, pick(strides_n, layer), pick(strides_d, layer)
+
+
+@triton.jit
+def mask_of(masks, stride_b, layer, batch, otherwise, HAS_MASK: tl.constexpr):
+    """Where the mask of one layer begins; ``otherwise``, never read, where there is none."""
+    if HAS_MASK:
+        mask_ptr = pick(masks, layer) + batch * stride_b
+    else:
+        mask_ptr = otherwise
+    return mask_ptr
+
+
+@triton.jit
 def split(x):
     """A float32 as the sum of two bfloat16, to 16 bits."""
     high = x.to(tl.bfloat16)

@@ -23,8 +23,8 @@ from .device import (
     batch_of,
     inverse_scale,
     layer_of,
+    mask_of,
     over_programs,
-    pick,
     size,
     statistic,
     sum_partials,
@@ -206,9 +206,7 @@ def gram_kernel(
     row_sums_ptr += entry.to(tl.int64) * (slots + spills) * (2 * BLOCK + 1)
     totals_ptr = row_sums_ptr + (slots + spills) * (2 * BLOCK)
     partial_ptr += entry.to(tl.int64) * programs * FIELDS
-    mask_ptr = statistics_ptr
-    if HAS_MASK:
-        mask_ptr = pick(masks, layer) + batch * stride_mb
+    mask_ptr = mask_of(masks, stride_mb, layer, batch, statistics_ptr, HAS_MASK)
     count = statistic(statistics_ptr, COUNT, column_programs, PROGRAMS)
     inverse_x = inverse_scale(statistics_ptr, PIVOT_X, ENERGY_X, column_programs, PROGRAMS)
     inverse_y = inverse_scale(statistics_ptr, PIVOT_Y, ENERGY_Y, column_programs, PROGRAMS)

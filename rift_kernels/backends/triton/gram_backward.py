@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .device import batch_of, layer_of, pick, size, split, valid_rows
+from .device import batch_of, features_of, layer_of, mask_of, pick, size, split, valid_rows
 from .gram import INVERSE, OTHER, OWN, ROWS
 
 
@@ -32,12 +32,9 @@ def gram_backward_kernel(
     blocks_n = tl.cdiv(max_width, BLOCK_N)
     block_m, block_n = tl.program_id(0) // blocks_n, tl.program_id(0) % blocks_n
     if (block_m * BLOCK_M < n) & (block_n * BLOCK_N < d):
-        x_ptr = pick(owns, layer) + batch * stride_b
+        x_ptr, stride_n, stride_d = features_of(owns, strides_n, strides_d, stride_b, layer, batch)
         grad_ptr = pick(grads, layer) + batch * stride_gb
-        stride_n, stride_d = pick(strides_n, layer), pick(strides_d, layer)
-        mask_ptr = x_ptr
-        if HAS_MASK:
-            mask_ptr = pick(masks, layer) + batch * stride_mb
+        mask_ptr = mask_of(masks, stride_mb, layer, batch, x_ptr, HAS_MASK)
         scalars_ptr += entry * 8 + SIDE * 4
         incoming = tl.load(incoming_ptr + entry).to(tl.float32)
         c_own = tl.load(scalars_ptr + OWN)

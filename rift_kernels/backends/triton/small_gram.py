@@ -11,7 +11,17 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .device import arrive, batch_of, first_valid_row, layer_of, pick, size, split, valid_rows
+from .device import (
+    arrive,
+    batch_of,
+    features_of,
+    first_valid_row,
+    layer_of,
+    mask_of,
+    size,
+    split,
+    valid_rows,
+)
 from .gram import center_offset, gram_head, inner_product, pack_sums
 
 
@@ -96,13 +106,9 @@ def small_gram_kernel(
     entry = tl.program_id(1)
     layer, batch = layer_of(entry, LAYERS), batch_of(entry, LAYERS)
     n, d1, d2 = size(rows, layer), size(widths_x, layer), size(widths_y, layer)
-    x_ptr = pick(xs, layer) + batch * stride_xb
-    y_ptr = pick(ys, layer) + batch * stride_yb
-    stride_xn, stride_xd = pick(strides_xn, layer), pick(strides_xd, layer)
-    stride_yn, stride_yd = pick(strides_yn, layer), pick(strides_yd, layer)
-    mask_ptr = x_ptr
-    if HAS_MASK:
-        mask_ptr = pick(masks, layer) + batch * stride_mb
+    x_ptr, stride_xn, stride_xd = features_of(xs, strides_xn, strides_xd, stride_xb, layer, batch)
+    y_ptr, stride_yn, stride_yd = features_of(ys, strides_yn, strides_yd, stride_yb, layer, batch)
+    mask_ptr = mask_of(masks, stride_mb, layer, batch, x_ptr, HAS_MASK)
     row = tl.arange(0, ROWS)
     valid = valid_rows(mask_ptr, row, n, HAS_MASK)
     first = first_valid_row(mask_ptr, n, HAS_MASK)

@@ -26,8 +26,9 @@ from .device import (
     COUNT,
     batch_of,
     column_mean,
+    features_of,
     layer_of,
-    pick,
+    mask_of,
     size,
     split,
     statistic,
@@ -166,13 +167,9 @@ def moments_kernel(
     entry = tl.program_id(1)
     layer, batch = layer_of(entry, LAYERS), batch_of(entry, LAYERS)
     n, d1, d2 = size(rows, layer), size(widths_x, layer), size(widths_y, layer)
-    x_ptr = pick(xs, layer) + batch * stride_xb
-    y_ptr = pick(ys, layer) + batch * stride_yb
-    stride_xn, stride_xd = pick(strides_xn, layer), pick(strides_xd, layer)
-    stride_yn, stride_yd = pick(strides_yn, layer), pick(strides_yd, layer)
-    mask_ptr = x_ptr
-    if HAS_MASK:
-        mask_ptr = pick(masks, layer) + batch * stride_mb
+    x_ptr, stride_xn, stride_xd = features_of(xs, strides_xn, strides_xd, stride_xb, layer, batch)
+    y_ptr, stride_yn, stride_yd = features_of(ys, strides_yn, strides_yd, stride_yb, layer, batch)
+    mask_ptr = mask_of(masks, stride_mb, layer, batch, x_ptr, HAS_MASK)
     sums_ptr += entry.to(tl.int64) * (2 * segments * width)
     statistics_ptr += entry * 6 * PROGRAMS
     if program == 0:
