@@ -41,10 +41,10 @@ def _centered_columns(ptr, stride_n, stride_d, row, valid, first, column, width,
 
 @triton.jit
 def _gram_of_columns(
-    ptr, stride_n, stride_d, row, valid, first, begin, end, width, count,
+    ptr, stride_n, stride_d, row, valid, first, begin, end, width, count, out_ptr, energy_ptr,
     ROWS: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """One side's Gram matrix over some columns, and their energy about the first valid row."""
+    """Stores one side's Gram matrix over some columns, and their energy about the first row."""
     k = tl.zeros([ROWS, ROWS], tl.float32)
     energy = 0.0
     end = tl.minimum(end, width)
@@ -58,39 +58,51 @@ def _gram_of_columns(
         k = tl.dot(low, tl.trans(high), k)
         k = tl.dot(high, tl.trans(low), k)
         k = tl.dot(high, tl.trans(high), k)
-    return k, energy
+    tl.store(out_ptr + row[:, None] * ROWS + row[None, :], k)
+    tl.store(energy_ptr, energy)
 
 
 @triton.jit
-def _whole_gram(
-    workspace_ptr, side, row, kept, n, DEBIASED: tl.constexpr, ROWS: tl.constexpr,
-    PROGRAMS: tl.constexpr,
-):  # fmt: skip
-    """One side's Gram matrix of features of unit norm; debiased, U-centered.
+def _add_up(
+    workspace_ptr, mine_ptr, side, PROGRAMS: tl.constexpr, ROWS: tl.constexpr, STRIP: tl.constexpr
+):
+    """One side's Gram matrix over all programs, left in this program's own part.
 
-    And the energy about the first row, the inverse of the norm, and the largest diagonal element.
+    Returns its diagonal, the sums of its columns without the diagonal, and the energy about the
+    first row.
     """
-    SIZE: tl.constexpr = ROWS * ROWS
-    square = row[:, None] * ROWS + row[None, :]
-    k = tl.zeros([ROWS, ROWS], tl.float32)
+    PART: tl.constexpr = 2 * ROWS * ROWS + 2
+    column = tl.arange(0, ROWS)
+    diagonal = tl.zeros([ROWS], tl.float32)
+    sums = tl.zeros([ROWS], tl.float32)
+    for first in tl.static_range(0, ROWS, STRIP):
+        row = first + tl.arange(0, STRIP)
+        at = side * ROWS * ROWS + row[:, None] * ROWS + column[None, :]
+        k = tl.load(workspace_ptr + at)
+        for program in range(1, PROGRAMS):
+            k += tl.load(workspace_ptr + program * PART + at)
+        if PROGRAMS > 1:
+            tl.store(mine_ptr + at, k)
+        on_diagonal = row[:, None] == column[None, :]
+        diagonal += tl.sum(tl.where(on_diagonal, k, 0.0), 0)
+        sums += tl.sum(tl.where(on_diagonal, 0.0, k), 0)
     pivot = 0.0
     for program in range(PROGRAMS):
-        theirs = workspace_ptr + program * (2 * SIZE + 2)
-        k += tl.load(theirs + side * SIZE + square)
-        pivot += tl.load(theirs + 2 * SIZE + side)
-    diagonal = row[:, None] == row[None, :]
-    energy = tl.sum(tl.sum(tl.where(diagonal, k, 0.0), 1), 0)
-    inverse = tl.where(energy == 0, 1.0, 1 / tl.sqrt(energy))
-    k = k * inverse * inverse
-    peak = tl.max(tl.max(tl.where(diagonal, k, 0.0), 1), 0)
+        pivot += tl.load(workspace_ptr + program * PART + 2 * ROWS * ROWS + side)
+    return diagonal, sums, pivot
+
+
+@triton.jit
+def _centered_rows(k_ptr, at, kept, inverse, sums, n, DEBIASED: tl.constexpr):
+    """Some rows of a Gram matrix of features of unit norm; debiased, U-centered."""
+    k = tl.load(k_ptr + at) * inverse * inverse
     if DEBIASED:
         k = tl.where(kept, k, 0.0)
-        total = tl.sum(tl.sum(k, 1), 0)
         # K is symmetric up to rounding, but the sums of its rows and of its columns are its own.
+        total = tl.sum(sums, 0)
         s = center_offset(tl.sum(k, 1), total, n, DEBIASED)
-        t = center_offset(tl.sum(k, 0), total, n, DEBIASED)
-        k = k - s[:, None] - t[None, :]
-    return tl.where(kept, k, 0.0), pivot, inverse, peak
+        k = k - s[:, None] - center_offset(sums, total, n, DEBIASED)[None, :]
+    return tl.where(kept, k, 0.0)
 
 
 @triton.jit(do_not_specialize=["share"])
@@ -117,21 +129,19 @@ def small_gram_kernel(
     share = share // BLOCK_K * BLOCK_K
     begin = program * share
     end = tl.minimum(begin + share, tl.maximum(d1, d2))
-    square = row[:, None] * ROWS + row[None, :]
     SIZE: tl.constexpr = ROWS * ROWS
+    STRIP: tl.constexpr = 32 if ROWS > 32 else ROWS
     workspace_ptr += entry.to(tl.int64) * PROGRAMS * (2 * SIZE + 2)
     mine = workspace_ptr + program * (2 * SIZE + 2)
     # One after the other, because registers hold one accumulator of 128 rows.
-    kx, varies = _gram_of_columns(
-        x_ptr, stride_xn, stride_xd, row, valid, first, begin, end, d1, count, ROWS, BLOCK_K
-    )
-    tl.store(mine + square, kx)
-    tl.store(mine + 2 * SIZE, varies)
-    ky, varies = _gram_of_columns(
-        y_ptr, stride_yn, stride_yd, row, valid, first, begin, end, d2, count, ROWS, BLOCK_K
-    )
-    tl.store(mine + SIZE + square, ky)
-    tl.store(mine + 2 * SIZE + 1, varies)
+    _gram_of_columns(
+        x_ptr, stride_xn, stride_xd, row, valid, first, begin, end, d1, count,
+        mine, mine + 2 * SIZE, ROWS, BLOCK_K,
+    )  # fmt: skip
+    _gram_of_columns(
+        y_ptr, stride_yn, stride_yd, row, valid, first, begin, end, d2, count,
+        mine + SIZE, mine + 2 * SIZE + 1, ROWS, BLOCK_K,
+    )  # fmt: skip
     # Of one program, too: triton cannot reduce an accumulator as it is to a number on sm_100.
     tl.debug_barrier()
     last = program == 0
@@ -142,29 +152,37 @@ def small_gram_kernel(
         if PROGRAMS > 1:
             # Ready for the next call.
             tl.store(counters_ptr + entry, 0)
-        kept = valid[:, None] & valid[None, :]
-        if DEBIASED:
-            kept = kept & (row[:, None] != row[None, :])
+        diagonal_x, sums_x, pivot_x = _add_up(workspace_ptr, mine, 0, PROGRAMS, ROWS, STRIP)
+        diagonal_y, sums_y, pivot_y = _add_up(workspace_ptr, mine, 1, PROGRAMS, ROWS, STRIP)
+        energy_x, energy_y = tl.sum(diagonal_x, 0), tl.sum(diagonal_y, 0)
+        inverse_x = tl.where(energy_x == 0, 1.0, 1 / tl.sqrt(energy_x))
+        inverse_y = tl.where(energy_y == 0, 1.0, 1 / tl.sqrt(energy_y))
+        sums_x, sums_y = sums_x * inverse_x * inverse_x, sums_y * inverse_y * inverse_y
         plane = max_rows.to(tl.int64) * max_rows
         grams_ptr += entry * 2 * plane
-        inside = (row < n)[:, None] & (row < n)[None, :]
-        at = row[:, None] * max_rows + row[None, :]
-        kx, pivot_x, inverse_x, peak_x = _whole_gram(
-            workspace_ptr, 0, row, kept, count, DEBIASED, ROWS, PROGRAMS
-        )
-        if STORE:
-            tl.store(grams_ptr + at, kx, mask=inside)
-        square_x = inner_product(kx, kx)
-        # Out of the registers for as long as the other one is made.
-        tl.store(mine + square, kx)
-        ky, pivot_y, inverse_y, peak_y = _whole_gram(
-            workspace_ptr, 1, row, kept, count, DEBIASED, ROWS, PROGRAMS
-        )
-        if STORE:
-            tl.store(grams_ptr + plane + at, ky, mask=inside)
+        square_x = count.to(tl.float64) * 0
+        square_y, product = square_x, square_x
         tl.debug_barrier()
-        product = inner_product(tl.load(mine + square), ky)
-        sums = pack_sums(square_x, inner_product(ky, ky), product, peak_x, peak_y)
+        # In strips, because registers do not hold two matrices of 128 rows.
+        for start in tl.static_range(0, ROWS, STRIP):
+            i = start + tl.arange(0, STRIP)
+            kept = valid_rows(mask_ptr, i, n, HAS_MASK)[:, None] & valid[None, :]
+            if DEBIASED:
+                kept = kept & (i[:, None] != row[None, :])
+            at = i[:, None] * ROWS + row[None, :]
+            kx = _centered_rows(mine, at, kept, inverse_x, sums_x, count, DEBIASED)
+            ky = _centered_rows(mine + SIZE, at, kept, inverse_y, sums_y, count, DEBIASED)
+            square_x += inner_product(kx, kx)
+            square_y += inner_product(ky, ky)
+            product += inner_product(kx, ky)
+            if STORE:
+                out = grams_ptr + i[:, None] * max_rows + row[None, :]
+                inside = (i < n)[:, None] & (row < n)[None, :]
+                tl.store(out, kx, mask=inside)
+                tl.store(out + plane, ky, mask=inside)
+        peak_x = tl.max(diagonal_x, 0) * inverse_x * inverse_x
+        peak_y = tl.max(diagonal_y, 0) * inverse_y * inverse_y
+        sums = pack_sums(square_x, square_y, product, peak_x, peak_y)
         gram_head(
             values_ptr + entry, scalars_ptr + entry * 8, sums, count.to(tl.float64),
             pivot_x, pivot_y, inverse_x, inverse_y, DEBIASED,
