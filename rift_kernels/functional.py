@@ -73,6 +73,7 @@ def linear_cka(
     *,
     mask: Mask = None,
     debiased: bool = True,
+    distance: bool = False,
     precision: str = "high",
     backend: str = "auto",
 ) -> Tensor:
@@ -92,11 +93,13 @@ def linear_cka(
         teacher: (..., N, D2), or a list of (N, D2_l).
         mask: boolean (..., N), True = valid.
         debiased: correct the bias of small batches; needs n >= 4, else n >= 2.
+        distance: return 1 - CKA, rounded once: a float32 near 1 has steps of 6e-8, one near 0 not.
         precision, backend: see :mod:`rift_kernels.functional`.
 
     Returns:
-        (...) or (L,), in [-1, 1] ([0, 1] biased). 0 with gradient 0 where student or teacher has no
-        variance, or debiased none beyond rounding: when at most one row differs from the others.
+        (...) or (L,); CKA is in [-1, 1], [0, 1] biased. It is 0 with gradient 0 where student or
+        teacher has no variance, or debiased none beyond rounding: when at most one row differs from
+        the others.
 
     Accuracy, float32: 2e-6. Debiased with n >= D1 + D2, it is less where a single row is far longer
     than all others: 1e-4 at 100 times, 2e-3 at 1000 times; what cannot be told from rounding is 0.
@@ -104,9 +107,10 @@ def linear_cka(
     Sources: Kornblith et al. 2019 (CKA), Song et al. 2012 (HSIC_1), Nguyen et al. 2021 (debiased).
     """
     checks.flag("debiased", debiased)
+    checks.flag("distance", distance)
     return _measure(
         "cka",
-        (debiased,),
+        (debiased, distance),
         student,
         teacher,
         mask,
@@ -122,6 +126,7 @@ def procrustes_similarity(
     *,
     mask: Mask = None,
     method: str = "newton_schulz",
+    distance: bool = False,
     precision: str = "high",
     backend: str = "auto",
 ) -> Tensor:
@@ -139,15 +144,18 @@ def procrustes_similarity(
             part. That is nothing to the value, but where standard deviations fall as steeply as
             ``k^-2`` it is felt in the gradient (5e-4; 3e-3 in Gram form), the more the closer the
             value is to 1.
+        distance: return 1 - similarity, rounded once.
         precision, backend: see :mod:`rift_kernels.functional`.
 
     Returns:
-        (...) or (L,). 0 with gradient 0 where student or teacher has no variance.
+        (...) or (L,), the similarity. 0 with gradient 0 where student or teacher has no variance.
 
     Source: Williams et al. 2021 (shape metrics).
     """
     checks.option("method", method, ("newton_schulz", "svd"))
-    return _measure("procrustes", (method,), student, teacher, mask, precision, backend)
+    checks.flag("distance", distance)
+    settings = (method, distance)
+    return _measure("procrustes", settings, student, teacher, mask, precision, backend)
 
 
 def covariance_distance(

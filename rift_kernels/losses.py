@@ -111,9 +111,10 @@ class RIFTLoss(nn.Module):
             )
         how: dict[str, Any] = {"mask": mask, "precision": self.precision, "backend": self.backend}
         if self.measure == "cka":
-            values = 1 - functional.linear_cka(student, teacher, debiased=self.debiased, **how)
+            how |= {"debiased": self.debiased, "distance": True}
+            values = functional.linear_cka(student, teacher, **how)
         elif self.measure == "procrustes":
-            values = 1 - functional.procrustes_similarity(student, teacher, **how)
+            values = functional.procrustes_similarity(student, teacher, distance=True, **how)
         elif self.measure == "covariance":
             how |= {"scale": self.scale, "mean_weight": self.mean_weight}
             values = functional.covariance_distance(

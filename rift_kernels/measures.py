@@ -104,12 +104,21 @@ def _nan_below(value: Tensor, count: Tensor, minimum: int) -> Tensor:
     return value.masked_fill(count < minimum, float("nan"))
 
 
-def cka(f: Centered, backend: ModuleType, gram: bool, want: Wanted, debiased: bool) -> Head:
+def _similarity(value: Tensor, distance: bool) -> tuple[Tensor, int]:
+    """The value, or 1 less it, still in float64; and the sign of the gradient."""
+    return (1 - value, -1) if distance else (value, 1)
+
+
+def cka(
+    f: Centered, backend: ModuleType, gram: bool, want: Wanted, debiased: bool, distance: bool
+) -> Head:
     """Linear CKA: ``H(X, Y) / sqrt(H(X, X) H(Y, Y))``; biased, ``H(X, Y) = <Kx, Ky> = ||C||^2``."""
-    return (_cka_gram if gram else _cka_covariance)(f, backend, want, debiased)
+    return (_cka_gram if gram else _cka_covariance)(f, backend, want, debiased, distance)
 
 
-def _cka_gram(f: Centered, backend: ModuleType, want: Wanted, debiased: bool) -> Head:
+def _cka_gram(
+    f: Centered, backend: ModuleType, want: Wanted, debiased: bool, distance: bool
+) -> Head:
     """``<Kx, Ky>`` of Gram matrices of unit norm; debiased, of U-centered ones."""
     # Stacked, because a small call costs what its operations cost.
     k = torch.stack(backend.moments(f.x, f.y, True, "xx yy")[::2], -3)
@@ -117,8 +126,9 @@ def _cka_gram(f: Centered, backend: ModuleType, want: Wanted, debiased: bool) ->
     inverse = _safe_inverse(norm)
     xx, yy = _scale_(k, inverse).unbind(-3)
     value = _nan_below(_inner(xx, yy), f.count, 4 if debiased else 2)
-    slope_x, slope_y = (2 * inverse).unbind(-1)
-    return value, Coefficients(
+    result, sign = _similarity(value, distance)
+    slope_x, slope_y = (2 * sign * inverse).unbind(-1)
+    return result, Coefficients(
         xx=_scale_(yy - _times(xx, value), slope_x) if want.student else None,
         yy=_scale_(xx - _times(yy, value), slope_y) if want.teacher else None,
     )
@@ -151,7 +161,9 @@ def _u_center_(k: Tensor, f: Centered) -> Tensor:
     return norm.masked_fill(norm <= noise, 0.0) + (noise - noise)
 
 
-def _cka_covariance(f: Centered, backend: ModuleType, want: Wanted, debiased: bool) -> Head:
+def _cka_covariance(
+    f: Centered, backend: ModuleType, want: Wanted, debiased: bool, distance: bool
+) -> Head:
     """``||C||^2`` of unit-norm A and B; debiased, less what the rows' energies explain.
 
     That correction loses digits where a single row holds nearly all of ``||A||^2``. ``h`` is
@@ -180,10 +192,11 @@ def _cka_covariance(f: Centered, backend: ModuleType, want: Wanted, debiased: bo
     inverse_h = h.reciprocal().masked_fill_(h <= 16 * torch.finfo(xx.dtype).eps, 0.0)
     inverse_root = inverse_h.prod(-1).sqrt()
     value = _nan_below(cross * inverse_root, f.count, 4 if debiased else 2)
+    result, sign = _similarity(value, distance)
     if not any(want):
-        return value, Coefficients()
-    beta = 2 * inverse_root
-    alpha = -2 * value.unsqueeze(-1) * inverse_h
+        return result, Coefficients()
+    beta = 2 * sign * inverse_root
+    alpha = -2 * sign * value.unsqueeze(-1) * inverse_h
     alpha_x, alpha_y = alpha.unbind(-1)
     wx = wy = None
     if debiased:
@@ -191,7 +204,7 @@ def _cka_covariance(f: Centered, backend: ModuleType, want: Wanted, debiased: bo
         w = alpha.unsqueeze(-1) * u + beta[..., None, None] * u.flip(-2)
         # Copies, because an operator must not return two views of one tensor.
         wx, wy = (row.to(xx.dtype, copy=True) for row in (w * inverse.unsqueeze(-1)).unbind(-2))
-    return value, Coefficients(
+    return result, Coefficients(
         # Two factors each, because their product may not be a float32.
         xx=_scale_(xx, inverse_x, alpha_x * inverse_x) if want.student else None,
         xy=_scale_(xy, cross_scale, beta * cross_scale),
@@ -201,7 +214,9 @@ def _cka_covariance(f: Centered, backend: ModuleType, want: Wanted, debiased: bo
     )
 
 
-def procrustes(f: Centered, backend: ModuleType, gram: bool, want: Wanted, method: str) -> Head:
+def procrustes(
+    f: Centered, backend: ModuleType, gram: bool, want: Wanted, method: str, distance: bool
+) -> Head:
     """Nuclear norm of the cross-covariance over the norms of the features.
 
     The nuclear norm is ``<C, polar(C)>``; in Gram form it is the fidelity of Kx and Ky.
@@ -216,14 +231,16 @@ def procrustes(f: Centered, backend: ModuleType, gram: bool, want: Wanted, metho
     else:
         factor, nuclear = _polar(f.x, f.y, backend, gram, exact)
     value = _nan_below(nuclear * scale, f.count, 2)
-    own_x, own_y = -value * inverse_x, -value * inverse_y
+    result, sign = _similarity(value, distance)
+    scale = sign * scale
+    own_x, own_y = -sign * value * inverse_x, -sign * value * inverse_y
     if gram:
         # A difference of near-equal terms: one matrix, formed in float64 and kept so.
-        return value, Coefficients(
+        return result, Coefficients(
             xx=_plus_diagonal_(_scale_(forth, scale), own_x) if want.student else None,
             yy=_plus_diagonal_(_scale_(back, scale), own_y) if want.teacher else None,
         )
-    return value, Coefficients(
+    return result, Coefficients(
         xy=_times(factor, scale).to(f.x.dtype),
         wx=own_x.to(f.x.dtype).unsqueeze(-1),
         wy=own_y.to(f.x.dtype).unsqueeze(-1),

@@ -118,16 +118,16 @@ def _measure_fwd(
 
 
 def _cka_fwd(*call: Any) -> tuple[Tensor, list[Tensor]]:
-    *layers, debiased = call
+    *layers, debiased, distance = call
     backend = layers[-1]
     if _is_fused("cka", backend, layers[3]):
-        return _backend(backend).cka_fwd(*layers[:-1], debiased)
-    return _measure_fwd(partial(measures.cka, debiased=debiased), *layers)
+        return _backend(backend).cka_fwd(*layers[:-1], debiased, distance)
+    return _measure_fwd(partial(measures.cka, debiased=debiased, distance=distance), *layers)
 
 
 def _procrustes_fwd(*call: Any) -> tuple[Tensor, list[Tensor]]:
-    *layers, method = call
-    return _measure_fwd(partial(measures.procrustes, method=method), *layers)
+    *layers, method, distance = call
+    return _measure_fwd(partial(measures.procrustes, method=method, distance=distance), *layers)
 
 
 def _covariance_fwd(*call: Any) -> tuple[Tensor, list[Tensor]]:
@@ -206,8 +206,13 @@ def _matmul(a: Tensor, b: Tensor, precision: str) -> Tensor:
         return a @ b
 
 
-_register(f"cka_fwd({_LAYERS}, {_HOW}, bool debiased) -> (Tensor, Tensor[])", _cka_fwd)
-_register(f"procrustes_fwd({_LAYERS}, {_HOW}, str method) -> (Tensor, Tensor[])", _procrustes_fwd)
+_register(
+    f"cka_fwd({_LAYERS}, {_HOW}, bool debiased, bool distance) -> (Tensor, Tensor[])", _cka_fwd
+)
+_register(
+    f"procrustes_fwd({_LAYERS}, {_HOW}, str method, bool distance) -> (Tensor, Tensor[])",
+    _procrustes_fwd,
+)
 _register(
     f"covariance_fwd({_LAYERS}, {_HOW}, str scale, float mean_weight) -> (Tensor, Tensor[])",
     _covariance_fwd,

@@ -93,12 +93,12 @@ def operator_calls() -> Iterator[tuple[str, tuple]]:
             students, teachers = [x, x[:, :3].contiguous()], [y, y[:, :3].contiguous()]
             layers = (students, teachers, masks, [gram, gram])
             how = (True, True, "high", BACKEND)
-            yield "cka_fwd", (*layers, *how, True)
+            yield "cka_fwd", (*layers, *how, True, False)
             yield "covariance_fwd", (*layers, *how, "relative", 0.5)
             if BACKEND == "eager" or not masks:
-                yield "procrustes_fwd", (*layers, *how, "newton_schulz")
+                yield "procrustes_fwd", (*layers, *how, "newton_schulz", True)
                 yield "bures_fwd", (*layers, *how, True, 0.5, "newton_schulz")
-            _, saved = torch.ops.rift_kernels.cka_fwd(*layers, *how, True)
+            _, saved = torch.ops.rift_kernels.cka_fwd(*layers, *how, True, True)
             inputs = (students, teachers) if BACKEND == "triton" else ([], [])
             dtypes = (torch.float32, torch.float32 if BACKEND == "triton" else torch.bfloat16)
             rest = (masks, [gram, gram], *how, *dtypes, "cka")
@@ -120,7 +120,7 @@ def test_operators_return_no_two_views_of_one_tensor() -> None:
     x, y, _ = cases.Case("", 9, 4, 4).features(torch.float32)
     for gram in (False, True):
         _, saved = torch.ops.rift_kernels.cka_fwd(
-            [x], [y], [], [gram], True, True, "high", BACKEND, True
+            [x], [y], [], [gram], True, True, "high", BACKEND, True, False
         )
         kept = [tensor for tensor in saved if tensor.numel()]
         assert len({tensor.untyped_storage().data_ptr() for tensor in kept}) == len(kept)

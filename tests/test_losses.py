@@ -21,7 +21,7 @@ def features(rows: int = 32, width: int = 12, batch=()):
 def test_is_weight_times_reduced_value(measure, device) -> None:
     x, y = (t.to(device) for t in features(batch=(3,)))
     functions = {
-        "cka": lambda: 1 - rk.linear_cka(x, y),
+        "cka": lambda: rk.linear_cka(x, y, distance=True),
         "procrustes": lambda: 1 - rk.procrustes_similarity(x, y),
         "covariance": lambda: rk.covariance_distance(x, y),
         "bures": lambda: rk.bures_distance(x, y),
@@ -59,7 +59,9 @@ def test_mask_and_backend_reach_every_function(measure) -> None:
 
 def test_defaults() -> None:
     x, y = features(batch=(3,))
-    assert torch.equal(rk.RIFTLoss()(x, y), (1 - rk.linear_cka(x, y, debiased=True)).mean())
+    assert torch.equal(
+        rk.RIFTLoss()(x, y), rk.linear_cka(x, y, debiased=True, distance=True).mean()
+    )
 
 
 @pytest.mark.parametrize("measure", losses.MEASURES)

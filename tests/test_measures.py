@@ -43,3 +43,19 @@ def test_value_and_gradients(measure, case, form, dtype, force_form, device, has
             assert cases.relative_error(got, wanted) <= cases.GRADIENT_TOLERANCE[dtype]
         if mask is not None:
             assert not got[~mask].any()
+
+
+@pytest.mark.parametrize("rows", [12, 40], ids=str)
+@pytest.mark.parametrize("form", cases.FORMS)
+@cases.by_name([cases.CKA, cases.CKA_BIASED, cases.PROCRUSTES])
+def test_distance_is_what_similarity_lacks_of_one(measure, form, rows, force_form, device) -> None:
+    """And is rounded once, where the teacher is near: ``1 - float32`` has whole steps of 2^-24."""
+    force_form(form)
+    x, y = (t.to(device, torch.bfloat16) for t in cases.near_pair(rows, 16, 1e-3, rotated=False))
+    similarity, *gradients = cases.value_and_gradients(measure, x, y)
+    distance, *opposite = cases.value_and_gradients(measure, x, y, distance=True)
+    assert abs(float(distance) - (1 - float(similarity))) <= 2**-24
+    steps = float(distance) * 2**24
+    assert steps != round(steps)
+    for got, wanted in zip(opposite, gradients, strict=True):
+        assert torch.equal(got, -wanted)

@@ -199,7 +199,7 @@ def test_descriptors_only_where_the_copy_engine_can(change, monkeypatch, device)
 
 def is_full(x: Tensor, y: Tensor, high: bool = True) -> bool:
     """Whether the student's backward multiplies the low halves as well."""
-    _, saved = covariance_form.cka_fwd(layers.pack([x], [y], []), True, True, False, high)
+    _, saved = covariance_form.cka_fwd(layers.pack([x], [y], []), True, False, True, False, high)
     return bool(saved[0][int(cka.FULL.value)])
 
 

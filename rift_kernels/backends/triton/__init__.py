@@ -44,6 +44,7 @@ def cka_fwd(
     teacher_grad: bool,
     precision: str,
     debiased: bool,
+    distance: bool,
 ) -> tuple[Tensor, list[Tensor]]:
     """Values, and what the backward needs beside the features, group after group."""
     values: list[Tensor] = [students[0]] * len(gram)
@@ -52,10 +53,13 @@ def cka_fwd(
         for form, indices in _groups(gram):
             layers = pack(_some(students, indices), _some(teachers, indices), _some(masks, indices))
             if form:
-                value, kept = gram_form.cka_fwd(layers, debiased, student_grad or teacher_grad)
+                value, kept = gram_form.cka_fwd(
+                    layers, debiased, distance, student_grad or teacher_grad
+                )
             else:
-                sides = (student_grad, teacher_grad)
-                value, kept = covariance_form.cka_fwd(layers, debiased, *sides, precision == "high")
+                value, kept = covariance_form.cka_fwd(
+                    layers, debiased, distance, student_grad, teacher_grad, precision == "high"
+                )
             if len(indices) == len(gram):
                 return value.reshape(students[0].shape[:-2] if len(gram) == 1 else (-1,)), kept
             for i, one in zip(indices, value.unbind(), strict=True):

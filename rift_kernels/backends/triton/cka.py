@@ -137,7 +137,7 @@ def store_side(
 @triton.jit
 def _head(
     value_ptr, scalars_ptr, sums, n, pivot_x, pivot_y, inverse_x, inverse_y, t_x, t_y,
-    rounding, DEBIASED: tl.constexpr, HIGH: tl.constexpr,
+    rounding, DEBIASED: tl.constexpr, DISTANCE: tl.constexpr, HIGH: tl.constexpr,
 ):  # fmt: skip
     """The scalars of one layer, in float64."""
     square_a, square_b = _field(sums, SQUARE_A), _field(sums, SQUARE_B)
@@ -160,11 +160,14 @@ def _head(
     value += (pivot_x - pivot_x) + (pivot_y - pivot_y)
     value = tl.where(n < fewest, float("nan"), value)
     beta += value - value
+    left = (1 - value) * square_c
+    if DISTANCE:
+        value = 1 - value
+        beta = -beta
     tl.store(value_ptr, value.to(tl.float32))
     u_x = tl.where(dead, 0.0, h / tl.where(dead, 1.0, hxx))
     u_y = tl.where(dead, 0.0, h / tl.where(dead, 1.0, hyy))
     alpha_x, alpha_y = -u_x * beta, -u_y * beta
-    left = (1 - value) * square_c
     full_x = (_field(sums, SQUARE_FX) > left) & HIGH
     full_y = (_field(sums, SQUARE_FY) > left) & HIGH
     # A row's weight is ROW + ROW_OWN r + ROW_OTHER q, of the energies of scaled features.
@@ -197,7 +200,8 @@ def cka_kernel(
     means_ptr, energies_ptr, weighted_ptr, partial_ptr,
     tile_programs, column_programs, segments, width, slots, spills, max_rows, row_programs,
     LAYERS: tl.constexpr, PROGRAMS: tl.constexpr, HAS_MASK: tl.constexpr,
-    SPLIT: tl.constexpr, NEAR: tl.constexpr, SHIFT: tl.constexpr, DEBIASED: tl.constexpr,
+    SPLIT: tl.constexpr, NEAR: tl.constexpr, SHIFT: tl.constexpr,
+    DEBIASED: tl.constexpr, DISTANCE: tl.constexpr,
     STUDENT: tl.constexpr, TEACHER: tl.constexpr, HIGH: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, SUB: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
@@ -376,5 +380,5 @@ def cka_kernel(
             rounding = tl.maximum(rounding, (count * 0 + ROUNDING_OF_SPLIT) / narrow)
         _head(
             values_ptr + entry, scalars_ptr, total, count, pivot_x, pivot_y,
-            inverse_x, inverse_y, t_x, t_y, rounding, DEBIASED, HIGH,
+            inverse_x, inverse_y, t_x, t_y, rounding, DEBIASED, DISTANCE, HIGH,
         )  # fmt: skip

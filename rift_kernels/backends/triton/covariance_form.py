@@ -65,7 +65,7 @@ def _saved(
 
 
 def cka_fwd(
-    layers: Layers, debiased: bool, student: bool, teacher: bool, high: bool
+    layers: Layers, debiased: bool, distance: bool, student: bool, teacher: bool, high: bool
 ) -> tuple[Tensor, list[Tensor]]:
     """Values, and what :func:`bwd` needs beside the features."""
     config = configuration(layers, "covariance")
@@ -85,7 +85,8 @@ def cka_fwd(
         raw.tile_programs, layers.max_rows, row_programs,
         **layers.options, PROGRAMS=raw.programs,
         SPLIT=layers.exact, NEAR=layers.x.widths == layers.y.widths,
-        SHIFT=not layers.exact, DEBIASED=debiased, STUDENT=student, TEACHER=teacher, HIGH=high,
+        SHIFT=not layers.exact, DEBIASED=debiased, DISTANCE=distance,
+        STUDENT=student, TEACHER=teacher, HIGH=high,
         BLOCK=config.block, BLOCK_K=config.block_k, SUB=config.sub, BLOCK_R=config.block_r,
         num_warps=config.head_warps,
     )  # fmt: skip

@@ -86,8 +86,9 @@ def _store_side(scalars_ptr, n, own, other, inverse):
 
 @triton.jit
 def gram_head(
-    value_ptr, scalars_ptr, sums, n, pivot_x, pivot_y, inverse_x, inverse_y, DEBIASED: tl.constexpr
-):
+    value_ptr, scalars_ptr, sums, n, pivot_x, pivot_y, inverse_x, inverse_y,
+    DEBIASED: tl.constexpr, DISTANCE: tl.constexpr,
+):  # fmt: skip
     """The scalars of one layer, in float64; K of features scaled by the inverses."""
     xx, yy, xy = _field(sums, SQUARE_X), _field(sums, SQUARE_Y), _field(sums, PRODUCT)
     dead = (pivot_x == 0) | (pivot_y == 0)
@@ -103,9 +104,13 @@ def gram_head(
     value += (pivot_x - pivot_x) + (pivot_y - pivot_y)
     value = tl.where(n < fewest, float("nan"), value)
     beta += value - value
+    slope = -2 * value
+    if DISTANCE:
+        value = 1 - value
+        beta, slope = -beta, -slope
     tl.store(value_ptr, value.to(tl.float32))
-    alpha_x = tl.where(dead, 0.0, -2 * value / tl.where(dead, 1.0, xx))
-    alpha_y = tl.where(dead, 0.0, -2 * value / tl.where(dead, 1.0, yy))
+    alpha_x = tl.where(dead, 0.0, slope / tl.where(dead, 1.0, xx))
+    alpha_y = tl.where(dead, 0.0, slope / tl.where(dead, 1.0, yy))
     _store_side(scalars_ptr, n, alpha_x, beta, inverse_x)
     _store_side(scalars_ptr + 4, n, alpha_y, beta, inverse_y)
 
@@ -189,7 +194,7 @@ def gram_kernel(
     values_ptr, scalars_ptr, grams_ptr, partial_ptr,
     tile_programs, column_programs, slots, spills, max_rows,
     LAYERS: tl.constexpr, PROGRAMS: tl.constexpr, HAS_MASK: tl.constexpr,
-    DEBIASED: tl.constexpr, STORE: tl.constexpr,
+    DEBIASED: tl.constexpr, DISTANCE: tl.constexpr, STORE: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, SUB: tl.constexpr,
 ):  # fmt: skip
     """One program owns SUB rows of one tile of both Kx and Ky."""
@@ -268,5 +273,5 @@ def gram_kernel(
         pivot_y = statistic(statistics_ptr, PIVOT_Y, column_programs, PROGRAMS)
         gram_head(
             values_ptr + entry, scalars_ptr + entry * 8, total, count, pivot_x, pivot_y,
-            inverse_x, inverse_y, DEBIASED,
+            inverse_x, inverse_y, DEBIASED, DISTANCE,
         )  # fmt: skip

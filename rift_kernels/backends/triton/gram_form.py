@@ -18,7 +18,9 @@ SMALL_ROWS = 128
 SAVED = 3
 
 
-def cka_fwd(layers: Layers, debiased: bool, store: bool) -> tuple[Tensor, list[Tensor]]:
+def cka_fwd(
+    layers: Layers, debiased: bool, distance: bool, store: bool
+) -> tuple[Tensor, list[Tensor]]:
     """Values, and what :func:`cka_bwd` needs beside the features."""
     config = configuration(layers, "gram")
     entries, max_rows = layers.entries, layers.max_rows
@@ -32,7 +34,7 @@ def cka_fwd(layers: Layers, debiased: bool, store: bool) -> tuple[Tensor, list[T
     if layers.idle:
         return values, saved
     if max_rows <= SMALL_ROWS:
-        _small_gram(layers, config, values, scalars, grams, debiased, store)
+        _small_gram(layers, config, values, scalars, grams, debiased, distance, store)
         return values, saved
     raw = raw_moments(layers, config, "gram", "xx yy", off_diagonal=debiased)
     programs = raw.slots // 2 * (config.block // config.sub)
@@ -42,7 +44,7 @@ def cka_fwd(layers: Layers, debiased: bool, store: bool) -> tuple[Tensor, list[T
         raw.tiles, raw.spill, raw.row_sums, raw.statistics, raw.counters,
         values, scalars, grams, partial,
         raw.tile_programs, raw.column_programs, raw.slots, raw.tile_programs, max_rows,
-        **layers.options, PROGRAMS=raw.programs, DEBIASED=debiased, STORE=store,
+        **layers.options, PROGRAMS=raw.programs, DEBIASED=debiased, DISTANCE=distance, STORE=store,
         BLOCK=config.block, BLOCK_K=config.block_k, SUB=config.sub, num_warps=config.head_warps,
     )  # fmt: skip
     return values, [scalars, grams, raw.sums if layers.exact else sums]
@@ -50,7 +52,7 @@ def cka_fwd(layers: Layers, debiased: bool, store: bool) -> tuple[Tensor, list[T
 
 def _small_gram(
     layers: Layers, config: Config, values: Tensor, scalars: Tensor, grams: Tensor,
-    debiased: bool, store: bool,
+    debiased: bool, distance: bool, store: bool,
 ) -> None:  # fmt: skip
     widest = max(*layers.x.widths, *layers.y.widths)
     programs = power_of_two(-(-widest // config.small_share))
@@ -59,7 +61,7 @@ def _small_gram(
     workspace = layers.empty(layers.entries * programs * (2 * rows * rows + 2))
     small_gram.small_gram_kernel[(programs, layers.entries)](
         *layers.shape, workspace, _counters(layers), values, scalars, grams, layers.max_rows, share,
-        **layers.options, DEBIASED=debiased, STORE=store,
+        **layers.options, DEBIASED=debiased, DISTANCE=distance, STORE=store,
         ROWS=rows, BLOCK_K=config.small_k, PROGRAMS=programs,
         num_warps=8 if rows > 64 else 4, num_stages=2,
     )  # fmt: skip

@@ -110,7 +110,8 @@ def small_gram_kernel(
     xs, ys, masks, rows, widths_x, widths_y, strides_xn, strides_xd, strides_yn, strides_yd,
     stride_xb, stride_yb, stride_mb,
     workspace_ptr, counters_ptr, values_ptr, scalars_ptr, grams_ptr, max_rows, share,
-    LAYERS: tl.constexpr, HAS_MASK: tl.constexpr, DEBIASED: tl.constexpr, STORE: tl.constexpr,
+    LAYERS: tl.constexpr, HAS_MASK: tl.constexpr,
+    DEBIASED: tl.constexpr, DISTANCE: tl.constexpr, STORE: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_K: tl.constexpr, PROGRAMS: tl.constexpr,
 ):  # fmt: skip
     """One program owns ``share`` columns of all rows of one layer, the last one the head."""
@@ -185,5 +186,5 @@ def small_gram_kernel(
         sums = pack_sums(square_x, square_y, product, peak_x, peak_y)
         gram_head(
             values_ptr + entry, scalars_ptr + entry * 8, sums, count.to(tl.float64),
-            pivot_x, pivot_y, inverse_x, inverse_y, DEBIASED,
+            pivot_x, pivot_y, inverse_x, inverse_y, DEBIASED, DISTANCE,
         )  # fmt: skip
