@@ -61,8 +61,8 @@ def cka_fwd(
                     layers, debiased, distance, student_grad, teacher_grad, precision == "high"
                 )
             if len(indices) == len(gram):
-                return value.reshape(students[0].shape[:-2] if len(gram) == 1 else (-1,)), kept
-            for i, one in zip(indices, value.unbind(), strict=True):
+                return value, kept
+            for i, one in zip(indices, value.reshape(-1).unbind(), strict=True):
                 values[i] = one
             saved += kept
     return torch.stack(values), saved
@@ -72,10 +72,10 @@ def covariance_fwd(
     students: list[Tensor],
     teachers: list[Tensor],
     masks: list[Tensor],
-    gram: list[bool],
+    _gram: list[bool],
     student_grad: bool,
     teacher_grad: bool,
-    _: str,
+    _precision: str,
     scale: str,
     mean_weight: float,
 ) -> tuple[Tensor, list[Tensor]]:
@@ -83,8 +83,7 @@ def covariance_fwd(
     with torch.cuda.device_of(students[0]):
         layers = pack(students, teachers, masks)
         sides = (student_grad, teacher_grad)
-        value, saved = covariance_form.covariance_fwd(layers, scale, mean_weight, *sides)
-    return value.reshape(students[0].shape[:-2] if len(gram) == 1 else (-1,)), saved
+        return covariance_form.covariance_fwd(layers, scale, mean_weight, *sides)
 
 
 def fused_bwd(
@@ -117,7 +116,7 @@ def fused_bwd(
                     how = (layers, mine, kept, side, tensors[0].dtype)
                     some = gram_form.cka_bwd(*how) if form else covariance_form.bwd(*how, is_cka)
                     for i, grad in zip(indices, some, strict=True):
-                        grads[side * count + i] = grad.reshape(tensors[i].shape)
+                        grads[side * count + i] = grad.view(tensors[i].shape)
     return (grads[:count] if wanted[0] else []) + (grads[count:] if wanted[1] else [])
 
 

@@ -62,14 +62,13 @@ _found: dict[tuple[object, ...], Config] = {}
 
 def configuration(layers: Layers, form: str) -> Config:
     """The entry for these layers. Every call of a loss comes here, so the way is short."""
-    tensor = layers.x.tensors[0]
-    side = max(layers.rows) if form == "gram" else max(*layers.x.widths, *layers.y.widths)
+    side = layers.max_rows if form == "gram" else max(*layers.x.widths, *layers.y.widths)
     size = 0 if side <= 64 else 1 if side <= 128 else 2
-    key = tensor.device, tensor.dtype, form, size
+    key = layers.device, layers.exact, form, size
     found = _found.get(key)
     if found is None:
         kind = "exact" if layers.exact else "bf16"
-        found = lookup(architecture(tensor.device), f"{form} {SIZES[size]} {kind}")
+        found = lookup(architecture(layers.device), f"{form} {SIZES[size]} {kind}")
         _found[key] = found
     return found
 

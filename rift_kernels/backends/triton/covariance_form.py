@@ -69,7 +69,7 @@ def cka_fwd(
 ) -> tuple[Tensor, list[Tensor]]:
     """Values, and what :func:`bwd` needs beside the features."""
     config = configuration(layers, "covariance")
-    values = layers.empty(layers.entries)
+    values = layers.values()
     saved = _saved(layers, config, (2 * student, 2 * teacher), debiased)
     if layers.idle:
         return values, list(saved)
@@ -98,7 +98,7 @@ def covariance_fwd(
 ) -> tuple[Tensor, list[Tensor]]:
     """The covariance distance, and what :func:`bwd` needs beside the features."""
     config = configuration(layers, "covariance")
-    values = layers.empty(layers.entries)
+    values = layers.values()
     # Relative to its own norm, the teacher's gradient has two terms.
     saved = _saved(layers, config, (int(student), teacher * (2 if scale == "relative" else 1)))
     if layers.idle:

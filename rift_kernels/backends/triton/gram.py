@@ -47,7 +47,7 @@ OWN = tl.constexpr(0)
 OTHER = tl.constexpr(1)
 ROWS = tl.constexpr(2)
 INVERSE = tl.constexpr(3)
-SCALARS = 8
+SCALARS = tl.constexpr(8)
 
 NOISE = tl.constexpr(4 * 2.0**-23)
 
@@ -82,6 +82,12 @@ def _store_side(scalars_ptr, n, own, other, inverse):
     values = tl.where(field == OTHER, other.to(tl.float32), values)
     values = tl.where(field == ROWS, n.to(tl.float32), values)
     tl.store(scalars_ptr + field, tl.where(field == INVERSE, inverse, values))
+
+
+@triton.jit
+def grams_of(kept_ptr, entry, plane):
+    """Both matrices of an entry, behind the scalars of all entries."""
+    return kept_ptr + tl.num_programs(1) * SCALARS + entry * 2 * plane
 
 
 @triton.jit
@@ -191,7 +197,7 @@ def _centered_tile(
 def gram_kernel(
     masks, rows, widths_x, widths_y, stride_mb,
     tiles_ptr, spill_ptr, row_sums_ptr, statistics_ptr, counters_ptr,
-    values_ptr, scalars_ptr, grams_ptr, partial_ptr,
+    values_ptr, kept_ptr, partial_ptr,
     tile_programs, column_programs, slots, spills, max_rows,
     LAYERS: tl.constexpr, PROGRAMS: tl.constexpr, HAS_MASK: tl.constexpr,
     DEBIASED: tl.constexpr, DISTANCE: tl.constexpr, STORE: tl.constexpr,
@@ -235,7 +241,7 @@ def gram_kernel(
         if DEBIASED:
             kept = inside & (i[:, None] != j[None, :])
         plane = max_rows.to(tl.int64) * max_rows
-        grams_ptr += entry * 2 * plane
+        grams_ptr = grams_of(kept_ptr, entry, plane)
         direct = i.to(tl.int64)[:, None] * max_rows + j[None, :]
         turned = j.to(tl.int64)[None, :] * max_rows + i[:, None]
         bounds = (i < n)[:, None] & (j < n)[None, :]
@@ -272,6 +278,6 @@ def gram_kernel(
         pivot_x = statistic(statistics_ptr, PIVOT_X, column_programs, PROGRAMS)
         pivot_y = statistic(statistics_ptr, PIVOT_Y, column_programs, PROGRAMS)
         gram_head(
-            values_ptr + entry, scalars_ptr + entry * 8, total, count, pivot_x, pivot_y,
+            values_ptr + entry, kept_ptr + entry * SCALARS, total, count, pivot_x, pivot_y,
             inverse_x, inverse_y, DEBIASED, DISTANCE,
         )  # fmt: skip

@@ -14,13 +14,13 @@ import triton
 import triton.language as tl
 
 from .device import batch_of, features_of, layer_of, mask_of, pick, size, split, valid_rows
-from .gram import INVERSE, OTHER, OWN, ROWS
+from .gram import INVERSE, OTHER, OWN, ROWS, SCALARS, grams_of
 
 
 @triton.jit(do_not_specialize=["max_width"])
 def gram_backward_kernel(
     owns, masks, grads, rows, widths, strides_n, strides_d, stride_b, stride_mb, stride_gb,
-    incoming_ptr, grams_ptr, scalars_ptr, sums_ptr, width, max_rows, max_width,
+    incoming_ptr, kept_ptr, sums_ptr, width, max_rows, max_width,
     LAYERS: tl.constexpr, HAS_MASK: tl.constexpr, SIDE: tl.constexpr,
     SMALL: tl.constexpr, EXACT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -35,13 +35,14 @@ def gram_backward_kernel(
         x_ptr, stride_n, stride_d = features_of(owns, strides_n, strides_d, stride_b, layer, batch)
         grad_ptr = pick(grads, layer) + batch * stride_gb
         mask_ptr = mask_of(masks, stride_mb, layer, batch, x_ptr, HAS_MASK)
-        scalars_ptr += entry * 8 + SIDE * 4
+        scalars_ptr = kept_ptr + entry * SCALARS + SIDE * 4
         incoming = tl.load(incoming_ptr + entry).to(tl.float32)
         c_own = tl.load(scalars_ptr + OWN)
         c_other = tl.load(scalars_ptr + OTHER)
         plane = max_rows.to(tl.int64) * max_rows
-        own_ptr = grams_ptr + (entry * 2 + SIDE) * plane
-        other_ptr = grams_ptr + (entry * 2 + 1 - SIDE) * plane
+        grams_ptr = grams_of(kept_ptr, entry, plane)
+        own_ptr = grams_ptr + SIDE * plane
+        other_ptr = grams_ptr + (1 - SIDE) * plane
         row = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
         column = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
         mean = tl.zeros([BLOCK_N], tl.float32)

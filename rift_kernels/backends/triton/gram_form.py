@@ -15,7 +15,7 @@ from .launch import gradients, padded_width, power_of_two, raw_moments, round_up
 from .layers import Layers
 
 SMALL_ROWS = 128
-SAVED = 3
+SAVED = 2
 
 
 def cka_fwd(
@@ -24,17 +24,17 @@ def cka_fwd(
     """Values, and what :func:`cka_bwd` needs beside the features."""
     config = configuration(layers, "gram")
     entries, max_rows = layers.entries, layers.max_rows
-    values = layers.empty(entries)
-    scalars = layers.empty(entries * gram.SCALARS)
-    grams = layers.empty(entries * 2 * max_rows * max_rows if store else 0)
+    values = layers.values()
+    # The scalars of all entries, then both matrices of each: one allocation for both.
+    kept = layers.empty(entries * (gram.SCALARS.value + store * 2 * max_rows * max_rows))
     # For where rows do not fit into one block, and features are not multiplied as they are.
     needed = layers.exact and max_rows > SMALL_ROWS
     sums = layers.empty(entries * 2 * padded_width(layers, config) if needed else 0)
-    saved = [scalars, grams, sums]
+    saved = [kept, sums]
     if layers.idle:
         return values, saved
     if max_rows <= SMALL_ROWS:
-        _small_gram(layers, config, values, scalars, grams, debiased, distance, store)
+        _small_gram(layers, config, values, kept, debiased, distance, store)
         return values, saved
     raw = raw_moments(layers, config, "gram", "xx yy", off_diagonal=debiased)
     programs = raw.slots // 2 * (config.block // config.sub)
@@ -42,25 +42,30 @@ def cka_fwd(
     gram.gram_kernel[(programs, entries)](
         layers.masks, layers.rows, layers.x.widths, layers.y.widths, layers.stride_mb,
         raw.tiles, raw.spill, raw.row_sums, raw.statistics, raw.counters,
-        values, scalars, grams, partial,
+        values, kept, partial,
         raw.tile_programs, raw.column_programs, raw.slots, raw.tile_programs, max_rows,
         **layers.options, PROGRAMS=raw.programs, DEBIASED=debiased, DISTANCE=distance, STORE=store,
         BLOCK=config.block, BLOCK_K=config.block_k, SUB=config.sub, num_warps=config.head_warps,
     )  # fmt: skip
-    return values, [scalars, grams, raw.sums if layers.exact else sums]
+    return values, [kept, raw.sums if layers.exact else sums]
 
 
 def _small_gram(
-    layers: Layers, config: Config, values: Tensor, scalars: Tensor, grams: Tensor,
-    debiased: bool, distance: bool, store: bool,
-) -> None:  # fmt: skip
+    layers: Layers,
+    config: Config,
+    values: Tensor,
+    kept: Tensor,
+    debiased: bool,
+    distance: bool,
+    store: bool,
+) -> None:
     widest = max(*layers.x.widths, *layers.y.widths)
     programs = power_of_two(-(-widest // config.small_share))
     share = round_up(-(-widest // programs), config.small_k)
     rows = max(16, power_of_two(layers.max_rows))
     workspace = layers.empty(layers.entries * programs * (2 * rows * rows + 2))
     small_gram.small_gram_kernel[(programs, layers.entries)](
-        *layers.shape, workspace, _counters(layers), values, scalars, grams, layers.max_rows, share,
+        *layers.shape, workspace, _counters(layers), values, kept, layers.max_rows, share,
         **layers.options, DEBIASED=debiased, DISTANCE=distance, STORE=store,
         ROWS=rows, BLOCK_K=config.small_k, PROGRAMS=programs,
         num_warps=8 if rows > 64 else 4, num_stages=2,
@@ -89,7 +94,7 @@ def cka_bwd(
 ) -> tuple[Tensor, ...]:
     """One side's gradients, side 0 being the student."""
     config = configuration(layers, "gram")
-    scalars, grams, sums = saved
+    kept, sums = saved
     own = layers.x if side == 0 else layers.y
     entries, max_rows, max_width = layers.entries, layers.max_rows, max(own.widths)
     small = max_rows <= SMALL_ROWS
@@ -105,7 +110,7 @@ def cka_bwd(
     gram_backward.gram_backward_kernel[grid](
         own.tensors, layers.masks, grads, layers.rows, own.widths, own.strides_n, own.strides_d,
         own.stride_b, layers.stride_mb, stride_gb,
-        incoming, grams, scalars, sums, width, max_rows, max_width,
+        incoming, kept, sums, width, max_rows, max_width,
         **layers.options, SIDE=side,
         SMALL=small, EXACT=layers.exact or sums.numel() > 0,
         BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k,

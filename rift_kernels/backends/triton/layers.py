@@ -31,33 +31,23 @@ class Layers(NamedTuple):
     masks: tuple[Tensor, ...]
     stride_mb: int
     rows: tuple[int, ...]
+    max_rows: int
     entries: int
+    # Of the values: that of the batch of one layer, or (L,).
+    shape_of_values: tuple[int, ...]
+    device: torch.device
+    # Features with more digits than bfloat16: split in two, and centered before they are.
+    exact: bool
     # Without features (an empty batch) or with shapes only (torch.compile traces): no launch.
     idle: bool
-
-    @property
-    def max_rows(self) -> int:
-        """Of the longest layer."""
-        return max(self.rows)
-
-    @property
-    def device(self) -> torch.device:
-        """Of all tensors."""
-        return self.x.tensors[0].device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of all features."""
-        return self.x.tensors[0].dtype
-
-    @property
-    def exact(self) -> bool:
-        """Features with more digits than bfloat16: split in two, and centered before they are."""
-        return self.dtype != torch.bfloat16
 
     def empty(self, *size: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """Uninitialised memory on the device."""
         return torch.empty(size, dtype=dtype, device=self.device)
+
+    def values(self) -> Tensor:
+        """Memory for a value each, in the shape that they are returned in."""
+        return self.empty(*self.shape_of_values)
 
     @property
     def options(self) -> dict[str, Any]:
@@ -106,12 +96,17 @@ def pack(students: Sequence[Tensor], teachers: Sequence[Tensor], masks: Sequence
             f"the Triton kernels take batches of up to {MAX_ENTRIES}; got {entries} (the leading "
             "axes of student)"
         )
+    rows = tuple(t.shape[-2] for t in x.tensors)
     return Layers(
-        x,
-        y,
-        tuple(valid),
-        valid[0].stride(0) if valid else 0,
-        tuple(t.shape[-2] for t in x.tensors),
-        entries,
-        isinstance(students[0], FakeTensor) or not students[0].numel(),
+        x=x,
+        y=y,
+        masks=tuple(valid),
+        stride_mb=valid[0].stride(0) if valid else 0,
+        rows=rows,
+        max_rows=max(rows),
+        entries=entries,
+        shape_of_values=students[0].shape[:-2] if layers == 1 else (layers,),
+        device=students[0].device,
+        exact=dtype != torch.bfloat16,
+        idle=isinstance(students[0], FakeTensor) or not students[0].numel(),
     )

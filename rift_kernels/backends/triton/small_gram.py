@@ -22,7 +22,7 @@ from .device import (
     split,
     valid_rows,
 )
-from .gram import center_offset, gram_head, inner_product, pack_sums
+from .gram import SCALARS, center_offset, gram_head, grams_of, inner_product, pack_sums
 
 
 @triton.jit
@@ -109,7 +109,7 @@ def _centered_rows(k_ptr, at, kept, inverse, sums, n, DEBIASED: tl.constexpr):
 def small_gram_kernel(
     xs, ys, masks, rows, widths_x, widths_y, strides_xn, strides_xd, strides_yn, strides_yd,
     stride_xb, stride_yb, stride_mb,
-    workspace_ptr, counters_ptr, values_ptr, scalars_ptr, grams_ptr, max_rows, share,
+    workspace_ptr, counters_ptr, values_ptr, kept_ptr, max_rows, share,
     LAYERS: tl.constexpr, HAS_MASK: tl.constexpr,
     DEBIASED: tl.constexpr, DISTANCE: tl.constexpr, STORE: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_K: tl.constexpr, PROGRAMS: tl.constexpr,
@@ -160,7 +160,7 @@ def small_gram_kernel(
         inverse_y = tl.where(energy_y == 0, 1.0, 1 / tl.sqrt(energy_y))
         sums_x, sums_y = sums_x * inverse_x * inverse_x, sums_y * inverse_y * inverse_y
         plane = max_rows.to(tl.int64) * max_rows
-        grams_ptr += entry * 2 * plane
+        grams_ptr = grams_of(kept_ptr, entry, plane)
         square_x = count.to(tl.float64) * 0
         square_y, product = square_x, square_x
         tl.debug_barrier()
@@ -185,6 +185,6 @@ def small_gram_kernel(
         peak_y = tl.max(diagonal_y, 0) * inverse_y * inverse_y
         sums = pack_sums(square_x, square_y, product, peak_x, peak_y)
         gram_head(
-            values_ptr + entry, scalars_ptr + entry * 8, sums, count.to(tl.float64),
+            values_ptr + entry, kept_ptr + entry * SCALARS, sums, count.to(tl.float64),
             pivot_x, pivot_y, inverse_x, inverse_y, DEBIASED, DISTANCE,
         )  # fmt: skip
