@@ -203,11 +203,11 @@ def is_full(x: Tensor, y: Tensor, high: bool = True) -> bool:
     return bool(saved[0][int(cka.FULL.value)])
 
 
-@pytest.mark.parametrize("distance", [1e-2, 1e-4])
-def test_low_halves_are_multiplied_where_they_matter(distance, device) -> None:
+@pytest.mark.parametrize("gap", [1e-2, 1e-4])
+def test_low_halves_are_multiplied_where_they_matter(gap, device) -> None:
     """Not for a student near its teacher, but for a rotated one; never with precision="medium"."""
     near, rotated = (
-        [t.to(device, BFLOAT16) for t in cases.near_pair(256, 32, distance, turn)]
+        [t.to(device, BFLOAT16) for t in cases.near_pair(256, 32, gap, turn)]
         for turn in (False, True)
     )
     assert not is_full(*near)

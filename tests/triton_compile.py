@@ -185,7 +185,7 @@ CASES: dict[str, Callable[[], None]] = {
         distance, fp32, 512, 64, scale="coral", **MANY
     ),
     "distance of one column fp32": partial(distance, fp32, 64, 1, scale="none", grads=BOTH),
-    "moments bf16": partial(moments, bf16, 1024, 768, False, "xx xy yy"),
+    "moments fp32": partial(moments, fp32, 1024, 768, False, "xx xy yy"),
     "moments fp32, gram": partial(moments, fp32, 96, 768, True, "xy"),
     "product fp64": partial(product, fp64, 768),
     "product fp32": partial(product, fp32, 768),

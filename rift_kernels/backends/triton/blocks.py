@@ -1,6 +1,6 @@
-"""Centered second-moment blocks in float32, mirrored below the diagonal, from partial moments.
+"""Second-moment blocks in float32, mirrored below the diagonal, from partial moments.
 
-Covariance form only; what the generic measures and ``second_moments`` are made of.
+What the generic measures and ``second_moments`` are made of, of features centered before.
 
 Bytes: the partial tiles once, the blocks once.
 """
@@ -10,26 +10,21 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .device import COUNT, column_mean, statistic, sum_partials
+from .device import sum_partials
 from .tiles import tile_of
 
 
-@triton.jit(
-    do_not_specialize=["n", "tile_programs", "column_programs", "segments", "slots", "spills"]
-)
+@triton.jit(do_not_specialize=["n", "tile_programs", "slots", "spills"])
 def blocks_kernel(
-    n, d1, d2, tiles_ptr, spill_ptr, sums_ptr, statistics_ptr, xx_ptr, xy_ptr, yy_ptr,
-    tile_programs, column_programs, segments, width, slots, spills,
-    PROGRAMS: tl.constexpr, XX: tl.constexpr, YY: tl.constexpr,
-    CENTER: tl.constexpr, GRAM: tl.constexpr,
-    BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, SUB: tl.constexpr,
+    n, d1, d2, tiles_ptr, spill_ptr, xx_ptr, xy_ptr, yy_ptr, tile_programs, slots, spills,
+    XX: tl.constexpr, YY: tl.constexpr,
+    GRAM: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, SUB: tl.constexpr,
 ):  # fmt: skip
     """One program owns SUB rows of one tile."""
     program = tl.program_id(0)
     entry = tl.program_id(1)
     SIZE: tl.constexpr = BLOCK * BLOCK
     PARTS: tl.constexpr = BLOCK // SUB
-    sums_ptr += entry.to(tl.int64) * (2 * segments * width)
     tiles_ptr += entry.to(tl.int64) * slots * SIZE
     spill_ptr += entry.to(tl.int64) * spills * SIZE
     first, second = (n, n) if GRAM else (d1, d2)
@@ -43,14 +38,6 @@ def blocks_kernel(
     i, j = block_i * BLOCK + local, block_j * BLOCK + across
     offsets = local[:, None] * BLOCK + across[None, :]
     tile = sum_partials(tiles_ptr, spill_ptr, slot, chunks, share, offsets, SIZE)
-    if CENTER:
-        statistics_ptr += entry * 6 * PROGRAMS
-        count = statistic(statistics_ptr, COUNT, column_programs, PROGRAMS).to(tl.float32)
-        sums_i = sums_ptr + tl.where(left_is_y, segments * width, 0)
-        sums_j = sums_ptr + tl.where(right_is_y, segments * width, 0)
-        mean_i = column_mean(sums_i, i, segments, width, count, i < width, SUB)
-        mean_j = column_mean(sums_j, j, segments, width, count, j < width, BLOCK)
-        tile -= (count * mean_i)[:, None] * mean_j[None, :]
     height = tl.where(left_is_y, second, first)
     breadth = tl.where(right_is_y, second, first)
     out = tl.where(left_is_y, yy_ptr, tl.where(right_is_y, xy_ptr, xx_ptr))

@@ -165,7 +165,7 @@ def gradients(side: Side, layers: Layers, dtype: torch.dtype) -> tuple[tuple[Ten
 
 
 def second_moments(layers: Layers, form: str, wanted: str) -> tuple[Tensor | None, ...]:
-    """The blocks xx, xy, yy of second moments in float32, (B, ., .) each; None if not wanted."""
+    """The blocks xx, xy, yy of centered features in float32, (B, ., .) each; None if not wanted."""
     config = configuration(layers, form)
     is_gram = form == "gram"
     n, d1, d2 = layers.rows[0], layers.x.widths[0], layers.y.widths[0]
@@ -180,12 +180,9 @@ def second_moments(layers: Layers, form: str, wanted: str) -> tuple[Tensor | Non
         raw = raw_moments(layers, config, form, wanted)
         some = next(iter(results.values()))
         blocks.blocks_kernel[(raw.slots * (config.block // config.sub), layers.entries)](
-            n, d1, d2, raw.tiles, raw.spill, raw.sums, raw.statistics,
-            *(results.get(name, some) for name in shapes),
-            raw.tile_programs, raw.column_programs, raw.segments, raw.width, raw.slots,
-            raw.tile_programs,
-            PROGRAMS=raw.programs, XX="xx" in wanted, YY="yy" in wanted,
-            CENTER=not layers.exact and not is_gram, GRAM=is_gram,
+            n, d1, d2, raw.tiles, raw.spill, *(results.get(name, some) for name in shapes),
+            raw.tile_programs, raw.slots, raw.tile_programs,
+            XX="xx" in wanted, YY="yy" in wanted, GRAM=is_gram,
             BLOCK=config.block, BLOCK_K=config.block_k, SUB=config.sub,
             num_warps=config.head_warps,
         )  # fmt: skip
