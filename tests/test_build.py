@@ -1,0 +1,154 @@
+"""How the CUDA C++ extension is built: setup.py's choices, and the extension where it was built."""
+
+import importlib
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import rift_kernels
+
+ROOT = Path(__file__).parent.parent
+pytest.importorskip("setuptools", reason="needs setuptools")
+
+
+specification = importlib.util.spec_from_file_location("rift_setup", ROOT / "setup.py")
+build = importlib.util.module_from_spec(specification)
+specification.loader.exec_module(build)
+
+
+@pytest.fixture
+def nvcc(tmp_path: Path) -> Path:
+    compiler = tmp_path / "bin" / "nvcc"
+    compiler.parent.mkdir()
+    compiler.write_text("#!/bin/sh\n")
+    compiler.chmod(0o755)
+    return compiler
+
+
+def test_nvcc_is_found(nvcc: Path, tmp_path: Path) -> None:
+    with_nvcc = {"PATH": str(nvcc.parent)}
+    for choice in ({}, {"RIFT_KERNELS_CUDA": ""}, {"RIFT_KERNELS_CUDA": "1"}):
+        assert build.find_nvcc({**with_nvcc, **choice}) == str(nvcc)
+    assert build.find_nvcc({**with_nvcc, "RIFT_KERNELS_CUDA": "0"}) is None
+    assert build.find_nvcc({"PATH": str(tmp_path)}) is None
+    assert build.find_nvcc({}) is None
+    other = nvcc.rename(nvcc.with_name("nvcc-13"))
+    assert build.find_nvcc({"PATH": "", "NVCC": str(other)}) == str(other)
+    assert build.find_nvcc({**with_nvcc, "NVCC": other.name}) == str(other)
+    assert build.find_nvcc({"NVCC": "/nowhere", "RIFT_KERNELS_CUDA": "0"}) is None
+
+
+@pytest.mark.parametrize(
+    ("environment", "text"),
+    [
+        ({"RIFT_KERNELS_CUDA": "yes"}, r"RIFT_KERNELS_CUDA must be 1 .*, 0 .* or unset .*'yes'"),
+        ({"RIFT_KERNELS_CUDA": "1"}, r"install the CUDA toolkit .*, or set RIFT_KERNELS_CUDA=0"),
+        ({"NVCC": "/nowhere/nvcc"}, r"NVCC must be .*; got '/nowhere/nvcc'"),
+    ],
+)
+def test_no_nvcc(environment: dict[str, str], text: str, tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match=text):
+        build.find_nvcc({"PATH": str(tmp_path), **environment})
+
+
+@pytest.mark.parametrize(
+    ("text", "architectures"),
+    [
+        (None, ["80", "90a", "100a"]),
+        ("", ["80", "90a", "100a"]),
+        ("80,90a", ["80", "90a"]),
+        (" 90a ; 100f;90a", ["90a", "100f"]),
+    ],
+)
+def test_architectures(text: str | None, architectures: list[str]) -> None:
+    environment = {} if text is None else {"RIFT_KERNELS_CUDA_ARCHS": text}
+    assert build.parse_architectures(environment) == architectures
+
+
+def test_readme_names_the_architectures() -> None:
+    assert f'`"{build.ARCHITECTURES}"`' in (ROOT / "README.md").read_text()
+
+
+@pytest.mark.parametrize("text", ["sm_80", "8.0", "80;", "80 90a", "9", "native", "90b"])
+def test_wrong_architectures(text: str) -> None:
+    with pytest.raises(SystemExit, match="RIFT_KERNELS_CUDA_ARCHS must be") as error:
+        build.parse_architectures({"RIFT_KERNELS_CUDA_ARCHS": text})
+    assert repr(text) in str(error.value)
+    assert build.ARCHITECTURES in str(error.value)
+
+
+def test_gencode() -> None:
+    assert build.gencode(["80", "90a"]) == [
+        "-gencode=arch=compute_80,code=sm_80",
+        "-gencode=arch=compute_90a,code=sm_90a",
+        "-gencode=arch=compute_90,code=compute_90",
+    ]
+
+
+def test_build_ninja() -> None:
+    folder = Path("/a b$")
+    text = build.build_ninja(
+        ["/my tools/nvcc", *build.flags_of({})],
+        ["80", "90a"],
+        [folder / "scale.cu", folder / "bindings.cpp"],
+        ["/py thon/include"],
+        folder / "_C.so",
+    )
+    kernel, bindings = re.findall(r"  flags = (.*)", text)
+    assert "'/my tools/nvcc' -std=c++17" in text
+    assert "build scale.cu.o: compile /a$ b$$/scale.cu\n" in text
+    assert "build /a$ b$$/_C.so: link scale.cu.o bindings.cpp.o\n" in text
+    assert kernel.split() == [*build.KERNEL_FLAGS, *build.gencode(["80", "90a"])]
+    assert bindings == """'-DRIFT_ARCHS="80;90a"' -isystem '/py thon/include'"""
+
+
+@pytest.fixture
+def extension():
+    """``rift_kernels._C``: may be missing only where nothing could have built it."""
+    if importlib.util.find_spec("rift_kernels._C") is None:
+        if os.environ.get("RIFT_KERNELS_CUDA") == "0":
+            pytest.skip("needs rift_kernels._C, which RIFT_KERNELS_CUDA=0 leaves out")
+        if shutil.which(os.environ.get("NVCC") or "nvcc") is None:
+            pytest.skip("needs rift_kernels._C, and there is no nvcc on PATH to build it")
+        pytest.fail("there is an nvcc, but no rift_kernels._C: pip install --editable .")
+    return importlib.import_module("rift_kernels._C")
+
+
+def test_warnings_are_errors_where_asked_for() -> None:
+    assert "all-warnings" in build.flags_of({"RIFT_KERNELS_STRICT": "1"})
+    assert "all-warnings" not in build.flags_of({})
+
+
+def test_extension(extension) -> None:
+    given = {"RIFT_KERNELS_CUDA_ARCHS": extension.architectures}
+    assert ";".join(build.parse_architectures(given)) == extension.architectures
+    # Nothing to do needs no GPU.
+    extension.scale([], 2, 2, 0)
+
+
+@pytest.mark.usefixtures("extension")
+@pytest.mark.parametrize(
+    ("call", "launcher"),
+    [("scale([(16, 16, 1, 1, 16)], 2, 2, 0)", "scale"), ("cka_small_plan(4, 4)", "cka_small_plan")],
+)
+def test_launch_without_a_gpu(call, launcher) -> None:
+    code = (
+        "import rift_kernels._C as extension\n"
+        f"try: extension.{call}\n"
+        "except RuntimeError as error: print(error)"
+    )
+    parent = Path(rift_kernels.__file__).parent.parent
+    # No device, whatever the machine.
+    environment = {**os.environ, "PYTHONPATH": str(parent), "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+    name, error, text = result.stdout.strip().split(": ", 2)
+    assert name == launcher
+    assert error in ("cudaErrorInsufficientDriver", "cudaErrorNoDevice")
+    assert "CUDA" in text
