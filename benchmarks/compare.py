@@ -102,7 +102,11 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def _able(workload: Workload, candidates: Sequence[Provider]) -> list[Provider]:
-    return [p for p in candidates if p.reason is None and workload.measure in p.measures]
+    return [
+        p
+        for p in candidates
+        if p.reason is None and workload.measure in p.measures and p.takes(workload)
+    ]
 
 
 def _essential(name: str) -> bool:

@@ -1,4 +1,4 @@
-"""``python -m benchmarks.exercise``: every Triton kernel once on small features.
+"""``python -m benchmarks.exercise``: every Triton and CUDA kernel once on small features.
 
 What compute-sanitizer watches, and what a first look at a new GPU runs: values and gradients are
 compared with the eager backend's in float64.
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 import rift_kernels as rk
+from rift_kernels import dispatch
 
 TOLERANCE = 1e-2
 
@@ -42,6 +43,9 @@ def main() -> int:
         return 2
     failures = 0
     # Small and general Gram form, covariance form with pointers and with descriptors.
+    few_rows = dispatch.reason_against("cuda") is None
+    if not few_rows:
+        print(f"without the CUDA kernels: {dispatch.reason_against('cuda')}")
     for rows, width in ((32, 72), (160, 136), (300, 64), (1100, 72)):
         for dtype in (torch.bfloat16, torch.float32):
             generator = torch.Generator("cuda").manual_seed(0)
@@ -52,12 +56,15 @@ def main() -> int:
                 for name in MEASURES:
                     wide = (x.double(), y.double(), mask)
                     expected = _value_and_gradient(name, *wide, "eager")
-                    actual = _value_and_gradient(name, x, y, mask, "triton")
-                    error = float((actual - expected).norm())
-                    if not error <= TOLERANCE:
-                        failures += 1
-                        masked = "" if mask is None else ", masked"
-                        print(f"{name}, {rows} x {width} {dtype}{masked}: off by {error:.1e}")
+                    has_both = few_rows and rows <= 128 and name.startswith("linear_cka")
+                    for backend in ("triton", "cuda") if has_both else ("triton",):
+                        actual = _value_and_gradient(name, x, y, mask, backend)
+                        error = float((actual - expected).norm())
+                        if not error <= TOLERANCE:
+                            failures += 1
+                            masked = "" if mask is None else ", masked"
+                            what = f"{backend}: {name}, {rows} x {width} {dtype}{masked}"
+                            print(f"{what}: off by {error:.1e}")
     print(f"exercise: {failures} failures")
     return 1 if failures else 0
 

@@ -16,7 +16,7 @@ import rift_kernels
 from rift_kernels import dispatch
 
 from . import baselines, flops
-from .workloads import Workload
+from .workloads import CKA_MEASURES, Workload
 
 Pair = Callable[[Tensor, Tensor], Tensor]
 Values = Callable[[list[Tensor], list[Tensor]], Tensor]
@@ -38,6 +38,7 @@ class Provider:
         reason: why it cannot run here, or None.
         flops: the model of its cost, None where there is none.
         products_in: the dtype that it multiplies in, None for that of the features.
+        takes: whether it has anything for a workload of these measures.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Provider:
     reason: str | None = None
     flops: Callable[[Workload], float | None] = lambda _: None
     products_in: torch.dtype | None = None
+    takes: Callable[[Workload], bool] = lambda _: True
 
 
 def providers(device: torch.device, compiled: bool = True) -> list[Provider]:
@@ -110,7 +112,13 @@ def _ours(backend: str) -> Provider:
         dispatch.reason_against(backend),
         flops.rift_kernels,
         torch.float32 if backend == "eager" else None,
+        _has_few_rows if backend == "cuda" else lambda _: True,
     )
+
+
+def _has_few_rows(workload: Workload) -> bool:
+    """What the CUDA kernels are for."""
+    return workload.measure in CKA_MEASURES and workload.rows <= 128
 
 
 def _ckatorch() -> Provider:

@@ -7,6 +7,7 @@ import os
 import platform
 import warnings
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 
@@ -16,17 +17,74 @@ BACKENDS = ("eager", "triton", "cuda")
 ENVIRONMENT_VARIABLE = "RIFT_KERNELS_BACKEND"
 
 
+class Problem(NamedTuple):
+    """What is asked of a backend: a measure of layers in these forms, of at most these sizes."""
+
+    measure: str
+    gram: tuple[bool, ...]
+    rows: int
+    width: int
+
+
+# What `auto` takes on a GPU. Of the CUDA kernels nothing has been measured yet; by the roofline
+# model a small loss costs what its launches cost, and they make one of two.
+PREFERRED = (
+    ("cuda", "linear CKA in Gram form of up to 128 rows"),
+    ("triton", "every measure, but no float64"),
+)
+
+
 def reason_against(
-    backend: str, device: torch.device | None = None, dtypes: Sequence[torch.dtype] = ()
+    backend: str,
+    device: torch.device | None = None,
+    dtypes: Sequence[torch.dtype] = (),
+    problem: Problem | None = None,
 ) -> str | None:
-    """None if ``backend`` can run features of these dtypes there, else why it cannot.
+    """None if ``backend`` can run this problem on features of these dtypes there, else why not.
 
     Without a device: whether it can run anything on this machine.
     """
     if backend == "triton":
         return _reason_against_triton(device, dtypes)
     if backend == "cuda":
-        return "this version of rift_kernels contains no CUDA C++ kernels yet"
+        return _reason_against_cuda(device, dtypes, problem)
+    return None
+
+
+def _reason_against_cuda(
+    device: torch.device | None, dtypes: Sequence[torch.dtype], problem: Problem | None
+) -> str | None:
+    if importlib.util.find_spec("rift_kernels._C") is None:
+        return (
+            "rift_kernels was installed without its CUDA kernels: put the toolkit's nvcc on PATH "
+            "and install it again with RIFT_KERNELS_CUDA=1"
+        )
+    if torch.version.hip is not None:
+        return "the CUDA kernels are for NVIDIA's GPUs"
+    if device is None and not torch.cuda.is_available():
+        return "the CUDA kernels need a GPU that torch can use, and there is none"
+    if device is not None and device.type != "cuda":
+        return f"the CUDA kernels take features on a GPU; got {device.type}"
+    if torch.float64 in dtypes:
+        return "the CUDA kernels take no float64, which the eager backend does"
+    capability = torch.cuda.get_device_capability(device)
+    if capability[0] < 8:
+        return "the CUDA kernels need compute capability 8.0; got {}.{}".format(*capability)
+    return None if device is None else _too_much_for_cuda(device, problem)
+
+
+def _too_much_for_cuda(device: torch.device, problem: Problem | None) -> str | None:
+    from .backends import cuda
+
+    if problem is None or problem.measure != "cka":
+        got = "any measure" if problem is None else problem.measure
+        return f"the CUDA kernels compute linear CKA; got {got}"
+    if problem.rows > cuda.MAX_ROWS:
+        return f"the CUDA kernels take up to {cuda.MAX_ROWS} rows; got {problem.rows}"
+    if not all(problem.gram):
+        return "the CUDA kernels take no more rows than student and teacher have columns together"
+    if not cuda.fits(device, problem.rows, problem.width):
+        return f"{problem.rows} rows of {problem.width} columns do not fit the GPU's shared memory"
     return None
 
 
@@ -53,8 +111,13 @@ def _reason_against_triton(
     return None
 
 
-def choose_backend(backend: str, device: torch.device, dtypes: Sequence[torch.dtype] = ()) -> str:
-    """The backend for features of these dtypes on ``device``.
+def choose_backend(
+    backend: str,
+    device: torch.device,
+    dtypes: Sequence[torch.dtype] = (),
+    problem: Problem | None = None,
+) -> str:
+    """The backend for this problem on features of these dtypes on ``device``.
 
     An explicit choice, by argument or by ``RIFT_KERNELS_BACKEND``, is kept or refused, never
     replaced.
@@ -73,16 +136,17 @@ def choose_backend(backend: str, device: torch.device, dtypes: Sequence[torch.dt
                 f"{source} must be one of {', '.join(map(repr, ('auto', *BACKENDS)))}; "
                 f"got {backend!r}"
             )
-        reason = reason_against(backend, device, dtypes)
+        reason = reason_against(backend, device, dtypes, problem)
         if reason is not None:
             raise RuntimeError(f"{source}={backend!r} cannot run: {reason}")
         return backend
     if not _has_kernels(device):
         return "eager"
-    reason = reason_against("triton", device, dtypes)
-    if reason is None:
-        return "triton"
-    _warn_eager_on_gpu(reason)
+    for preferred, _ in PREFERRED:
+        reason = reason_against(preferred, device, dtypes, problem)
+        if reason is None:
+            return preferred
+    _warn_eager_on_gpu(str(reason))
     return "eager"
 
 
@@ -148,4 +212,8 @@ def backend_report() -> str:
     for backend in BACKENDS:
         reason = reason_against(backend)
         lines.append(f"  {backend:<8} {'ready' if reason is None else 'no: ' + reason}")
+    lines.append("on a GPU, the first that can run")
+    lines += [
+        f"  {backend:<8} {what}" for backend, what in (*PREFERRED, ("eager", "what neither takes"))
+    ]
     return "\n".join(lines)

@@ -376,13 +376,15 @@ def _measure(
     given = checks.layers(student, teacher, mask, min_rows=min_rows, equal_widths=equal_widths)
     teachers = given.teachers
     matrices = checks.rotations(rotation, given.students, teachers, given.is_list)
-    backend = dispatch.choose_backend(backend, teachers[0].device, given.dtypes)
+    # A rotation makes the teacher as wide as the student.
+    others = given.students if matrices else teachers
+    shapes = [(*x.shape[-2:], y.shape[-1]) for x, y in zip(given.students, others, strict=True)]
+    gram = tuple(dispatch.use_gram(name, *shape) for shape in shapes)
+    rows, width = max(n for n, _, _ in shapes), max(max(d1, d2) for _, d1, d2 in shapes)
+    problem = dispatch.Problem(name, gram, rows, width)
+    backend = dispatch.choose_backend(backend, teachers[0].device, given.dtypes, problem)
     if matrices:
         teachers = _rotate(given, matrices, precision)
-    gram = tuple(
-        dispatch.use_gram(name, x.shape[-2], x.shape[-1], y.shape[-1])
-        for x, y in zip(given.students, teachers, strict=True)
-    )
     call = ops.Call(name, settings, gram, precision, backend)
     values = ops.measure(call, given.students, teachers, given.masks)
     return values.unsqueeze(0) if given.is_list and len(teachers) == 1 else values
@@ -409,7 +411,9 @@ def _moments(
 ) -> list[SecondMoments]:
     checks.option("precision", precision, PRECISIONS)
     given = checks.layers(student, teacher, mask, min_rows=min_rows, equal_widths=False)
-    backend = dispatch.choose_backend(backend, given.teachers[0].device, given.dtypes)
+    rows, width = given.students[0].shape[-2:]
+    problem = dispatch.Problem("moments", (), rows, width)
+    backend = dispatch.choose_backend(backend, given.teachers[0].device, given.dtypes, problem)
     results = []
     for i, (x, y) in enumerate(zip(given.students, given.teachers, strict=True)):
         masks = given.masks[i : i + 1] or given.masks[:1]

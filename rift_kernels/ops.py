@@ -34,6 +34,10 @@ def _backend(name: str) -> ModuleType:
         from .backends import triton
 
         return triton
+    if name == "cuda":
+        from .backends import cuda
+
+        return cuda
     return eager
 
 
@@ -43,10 +47,12 @@ def _is_fused(measure: str, backend: str, gram: Sequence[bool]) -> bool:
 
 
 def _inputs(
-    measure: str, gram: Sequence[bool], sides: tuple[bool, bool], students: list[Tensor],
-    teachers: list[Tensor],
-) -> tuple[list[Tensor], list[Tensor]]:  # fmt: skip
-    """The features that the backward of a fused measure reads."""
+    call: Call, sides: tuple[bool, bool], students: list[Tensor], teachers: list[Tensor]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """The features that the backward reads: only that of Triton's fused measures does."""
+    if call.backend != "triton" or not _is_fused(call.measure, call.backend, call.gram):
+        return [], []
+    measure, gram = call.measure, call.gram
     both = measure == "cka" and not all(gram)
     # One side alone would be taken for what was computed in its dtype.
     both = both or students[0].dtype != teachers[0].dtype
@@ -168,7 +174,8 @@ def _features_bwd(
     if _is_fused(measure, backend, gram):
         features_ = (students, teachers, saved, masks, gram)
         sides = (student_grad, teacher_grad)
-        return primitives.fused_bwd(grad_values, *features_, sides, measure == "cka")
+        dtypes = (student_dtype, teacher_dtype)
+        return primitives.fused_bwd(grad_values, *features_, sides, dtypes, measure == "cka")
     layers = len(gram)
     grad_students, grad_teachers = [], []
     with full_precision(grad_values.device, precision):
@@ -272,10 +279,7 @@ class _Measure(torch.autograd.Function):
         students, teachers = list(tensors[:layers]), list(tensors[layers : 2 * layers])
         masks = list(tensors[2 * layers :])
         values, saved = _forward(call, sides, students, teachers, masks)
-        own: list[Tensor] = []
-        other: list[Tensor] = []
-        if _is_fused(call.measure, call.backend, call.gram):
-            own, other = _inputs(call.measure, call.gram, sides, students, teachers)
+        own, other = _inputs(call, sides, students, teachers)
         ctx.save_for_backward(*map(_savable, (*masks, *own, *other)), *saved)
         ctx.call, ctx.sides, ctx.kept = call, sides, (len(masks), len(own), len(other))
         ctx.dtypes = students[0].dtype, teachers[0].dtype

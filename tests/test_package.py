@@ -21,7 +21,7 @@ ALLOWED = {
     "functional": {"checks", "dispatch", "ops"},
     "ops": {"features", "measures", "backends", "precision"},
     "measures": {"features", "matrix_functions"},
-    "dispatch": {"_version"},
+    "dispatch": {"_version", "backends"},
     "tune": {"backends", "dispatch", "functional"},
     # Kernels import one another where one reads what the other leaves.
     "backends/triton/__init__": {
@@ -115,7 +115,7 @@ def test_eager_on_a_gpu_warns_once(
     monkeypatch.setattr(
         dispatch,
         "reason_against",
-        lambda backend, *_: "the reason" if backend == "triton" else None,
+        lambda backend, *_: None if backend == "eager" else "the reason",
     )
     with pytest.warns(UserWarning, match="eager backend on this GPU: the reason"):
         assert dispatch.choose_backend("auto", gpu) == "eager"
@@ -166,3 +166,34 @@ def test_reasons_against_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     assert dispatch.choose_backend("triton", cpu) == "triton"
     monkeypatch.setattr(dispatch.importlib.util, "find_spec", lambda _: None)
     assert dispatch.reason_against("triton", cpu) == "triton is not installed"
+
+
+def test_reasons_against_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    def reason(device: str | None = "cuda", **problem: object) -> str | None:
+        asked = {"measure": "cka", "gram": (True,), "rows": 64, "width": 768, **problem}
+        where = None if device is None else torch.device(device)
+        dtypes = asked.pop("dtypes", (torch.bfloat16,))
+        return dispatch.reason_against("cuda", where, dtypes, dispatch.Problem(**asked))
+
+    monkeypatch.setattr(dispatch.importlib.util, "find_spec", lambda _: None)
+    assert "installed without its CUDA kernels: put" in reason()
+    monkeypatch.setattr(dispatch.importlib.util, "find_spec", lambda _: "found")
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "need a GPU" in reason(None)
+    assert "features on a GPU; got cpu" in reason("cpu")
+    assert "float64" in reason(dtypes=(torch.float64, torch.float32))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
+    assert "capability 8.0; got 7.5" in reason()
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    assert reason() is None
+    assert "linear CKA; got bures" in reason(measure="bures")
+    assert "up to 128 rows; got 129" in reason(rows=129)
+    assert "no more rows than" in reason(gram=(True, False))
+    assert "64 rows of 100000 columns do not fit" in reason(width=100000)
+    gpu, asked = torch.device("cuda"), dispatch.Problem("cka", (True,), 64, 768)
+    assert dispatch.choose_backend("auto", gpu, (torch.bfloat16,), asked) == "cuda"
+    many = asked._replace(rows=256)
+    assert dispatch.choose_backend("auto", gpu, (torch.bfloat16,), many) == "triton"
+    with pytest.raises(RuntimeError, match=r"backend='cuda' cannot run: .* up to 128 rows"):
+        dispatch.choose_backend("cuda", gpu, (torch.bfloat16,), many)

@@ -94,6 +94,7 @@ def fused_bwd(
     masks: list[Tensor],
     gram: list[bool],
     wanted: tuple[bool, bool],
+    dtypes: tuple[torch.dtype, torch.dtype],
     is_cka: bool,
 ) -> list[Tensor]:
     """The wanted gradients, all students first; a side that none of them needs may be empty."""
@@ -113,7 +114,7 @@ def fused_bwd(
                 mine = torch.stack([incoming[i] for i in indices])
             for side, tensors in enumerate((students, teachers)):
                 if wanted[side]:
-                    how = (layers, mine, kept, side, tensors[0].dtype)
+                    how = (layers, mine, kept, side, dtypes[side])
                     some = gram_form.cka_bwd(*how) if form else covariance_form.bwd(*how, is_cka)
                     for i, grad in zip(indices, some, strict=True):
                         grads[side * count + i] = grad.view(tensors[i].shape)

@@ -1,0 +1,182 @@
+// The launchers as Python functions of addresses, on the current device. It imports without a
+// driver; what a launcher answers becomes a RuntimeError that names it.
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <algorithm>
+#include <array>
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "cka_small.h"
+#include "scale.h"
+
+namespace py = pybind11;
+
+namespace {
+
+using Address = unsigned long long;
+
+void check(cudaError_t error, const char* launcher) {
+  if (error == cudaSuccess) return;
+  throw std::runtime_error(std::string(launcher) + ": " + cudaGetErrorName(error) + ": " +
+                           cudaGetErrorString(error));
+}
+
+rift::Type type_of(const char* name, int value) {
+  if (value >= 0 && value <= 2) return static_cast<rift::Type>(value);
+  throw py::value_error(std::string(name) + " must be 0 (bfloat16), 1 (float16) or 2 (float32); got " +
+                        std::to_string(value));
+}
+
+template <typename T>
+T* at(Address address) {
+  return reinterpret_cast<T*>(address);
+}
+
+// The address of something that must be there.
+template <typename T>
+T* there(const char* name, Address address) {
+  if (address != 0) return at<T>(address);
+  throw py::value_error(std::string(name) + " must be an address; got 0");
+}
+
+int within(const char* name, long long value, long long most) {
+  if (value >= 1 && value <= most) return static_cast<int>(value);
+  throw py::value_error(std::string(name) + " must be 1 to " + std::to_string(most) + "; got " +
+                        std::to_string(value));
+}
+
+// x, y, mask, grad_x, grad_y; their strides; rows and widths
+using Layer = std::array<long long, 12>;
+
+rift::CkaSmallLayer layer_of(const Layer& v, int rows, int width) {
+  rift::CkaSmallLayer layer{};
+  layer.x = there<const void>("x", v[0]);
+  layer.y = there<const void>("y", v[1]);
+  layer.mask = at<const unsigned char>(v[2]);
+  layer.grad_x = at<void>(v[3]);
+  layer.grad_y = at<void>(v[4]);
+  layer.stride_xn = v[5];
+  layer.stride_xd = v[6];
+  layer.stride_yn = v[7];
+  layer.stride_yd = v[8];
+  layer.rows = within("rows", v[9], rows);
+  layer.width_x = within("width_x", v[10], width);
+  layer.width_y = within("width_y", v[11], width);
+  return layer;
+}
+
+rift::CkaSmallPlan cka_small_plan(int rows, int width) {
+  within("rows", rows, rift::MAX_ROWS);
+  within("width", width, 1 << 30);
+  rift::CkaSmallPlan plan;
+  check(rift::cka_small_plan(rows, width, &plan), "cka_small_plan");
+  return plan;
+}
+
+// Strides of a batch in bytes, for the pieces of it that one launch takes.
+void advance(rift::CkaSmallLayer& layer, const std::array<long long, 5>& batch, long long entries,
+             rift::Type type) {
+  const long long bytes = type == rift::Type::fp32 ? 4 : 2;
+  const long long grad_bytes = type == rift::Type::bf16 ? 2 : 4;
+  const auto move = [&](auto*& pointer, long long by) {
+    if (!pointer) return;
+    using Pointer = std::remove_reference_t<decltype(pointer)>;
+    pointer = reinterpret_cast<Pointer>(reinterpret_cast<Address>(pointer) +
+                                        static_cast<Address>(by * entries));
+  };
+  move(layer.x, batch[0] * bytes);
+  move(layer.y, batch[1] * bytes);
+  move(layer.mask, batch[2]);
+  move(layer.grad_x, batch[3] * grad_bytes);
+  move(layer.grad_y, batch[4] * grad_bytes);
+}
+
+void cka_small(const rift::CkaSmallPlan& plan, const std::vector<Layer>& layers,
+               const std::optional<std::array<long long, 5>>& batch, int type_number, int rows,
+               int entries, bool debiased, bool distance, Address values, Address workspace,
+               Address counters, Address stream) {
+  const rift::Type type = type_of("type", type_number);
+  if (plan.blocks == 0) throw py::value_error("plan must be one that fits; got one of no blocks");
+  within("rows", rows, rift::MAX_ROWS);
+  const int width = plan.share * plan.blocks;
+  if (batch ? layers.size() != 1 : static_cast<int>(layers.size()) != entries) {
+    throw py::value_error("layers must be one for each entry, or one for a batch; got " +
+                          std::to_string(layers.size()) + " for " + std::to_string(entries));
+  }
+  rift::CkaSmallArguments arguments{};
+  arguments.batched = batch.has_value();
+  if (batch) {
+    arguments.layers[0] = layer_of(layers[0], rows, width);
+    arguments.batch_x = (*batch)[0];
+    arguments.batch_y = (*batch)[1];
+    arguments.batch_mask = (*batch)[2];
+    arguments.batch_grad_x = (*batch)[3];
+    arguments.batch_grad_y = (*batch)[4];
+  }
+  arguments.debiased = debiased;
+  arguments.distance = distance;
+  arguments.share = plan.share;
+  if (!plan.cluster) {
+    arguments.workspace = there<float>("workspace", workspace);
+    arguments.counters = there<unsigned>("counters", counters);
+  }
+  const int most = batch ? plan.entries : std::min(plan.entries, rift::MAX_LAYERS);
+  for (int begin = 0; begin < entries; begin += most) {
+    const int count = std::min(most, entries - begin);
+    for (int i = 0; !batch && i < count; ++i) {
+      arguments.layers[i] = layer_of(layers[static_cast<size_t>(begin + i)], rows, width);
+    }
+    if (batch && begin > 0) advance(arguments.layers[0], *batch, most, type);
+    arguments.values = there<float>("values", values) + begin;
+    check(rift::cka_small(arguments, plan, type, rows, count, reinterpret_cast<cudaStream_t>(stream)),
+          "cka_small");
+  }
+}
+
+// unit, out, count, entries, incoming
+using Tensor = std::array<long long, 5>;
+
+void scale(const std::vector<Tensor>& tensors, int unit, int out, Address stream) {
+  const rift::Type unit_type = type_of("unit", unit), out_type = type_of("out", out);
+  rift::ScaledTensors all;
+  for (size_t begin = 0; begin < tensors.size(); begin += rift::MAX_TENSORS) {
+    all.size = static_cast<int>(std::min<size_t>(rift::MAX_TENSORS, tensors.size() - begin));
+    for (int i = 0; i < all.size; ++i) {
+      const Tensor& v = tensors[begin + static_cast<size_t>(i)];
+      if (v[2] < 0 || v[3] < 0) {
+        throw py::value_error("count and entries must not be negative; got " +
+                              std::to_string(v[2]) + " and " + std::to_string(v[3]));
+      }
+      const bool empty = v[2] == 0 || v[3] == 0;
+      all.tensors[i] = {empty ? nullptr : there<const void>("unit", v[0]),
+                        empty ? nullptr : there<void>("out", v[1]),
+                        empty ? nullptr : there<const float>("incoming", v[4]), v[2], v[3]};
+    }
+    check(rift::scale(all, unit_type, out_type, reinterpret_cast<cudaStream_t>(stream)),
+          "scale");
+  }
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, module) {
+  module.doc() = "CUDA C++ kernels as functions of addresses; see csrc/.";
+  module.attr("architectures") = RIFT_ARCHS;
+  module.attr("MAX_ROWS") = rift::MAX_ROWS;
+  module.attr("MAX_LAYERS") = rift::MAX_LAYERS;
+  py::class_<rift::CkaSmallPlan>(module, "CkaSmallPlan", py::module_local())
+      .def_readonly("cluster", &rift::CkaSmallPlan::cluster)
+      .def_readonly("blocks", &rift::CkaSmallPlan::blocks)
+      .def_readonly("share", &rift::CkaSmallPlan::share)
+      .def_readonly("shared_bytes", &rift::CkaSmallPlan::shared_bytes)
+      .def_readonly("entries", &rift::CkaSmallPlan::entries)
+      .def_readonly("workspace", &rift::CkaSmallPlan::workspace);
+  module.def("cka_small_plan", &cka_small_plan, "How the current device runs layers of a size.");
+  module.def("cka_small", &cka_small, "Values and gradients; see csrc/cka_small.h.");
+  module.def("scale", &scale, "out = incoming * unit; see csrc/scale.h.");
+}

@@ -1,0 +1,8 @@
+#pragma once
+
+// In front of functions that the host and the device have: plain C++, also for a CPU's compiler.
+#ifdef __CUDACC__
+#define RIFT_BOTH __host__ __device__
+#else
+#define RIFT_BOTH
+#endif

@@ -1,0 +1,8 @@
+#pragma once
+
+namespace rift {
+
+// Of features and gradients.
+enum class Type { bf16, fp16, fp32 };
+
+}  // namespace rift

@@ -1,0 +1,187 @@
+"""CUDA C++ kernels from ``csrc/``: linear CKA of few rows, value and gradients in one launch.
+
+    cka_fwd      cka_small: values, and gradients of a loss whose own gradient is 1
+    fused_bwd    scale: those, times the incoming gradient
+
+They keep no features: what the forward leaves for the backward are the gradients.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from functools import cache
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses import FakeTensor
+
+# csrc/cka_small_layout.h has the same, and the plan that `fits` foresees.
+MAX_ROWS = 128
+MAX_LAYERS = 24
+_LARGEST_CLUSTER = 16
+_TILE = 16
+# Arrival counters of one stream, as csrc/cka_small_layout.h counts them.
+_COUNTERS = 5 * 256
+# Bytes that a block may have, by compute capability.
+_SHARED = {
+    **dict.fromkeys(((8, 0), (8, 7)), 163 * 1024),
+    **dict.fromkeys(((9, 0), (10, 0), (10, 3)), 227 * 1024),
+}
+_LEAST_SHARED = 99 * 1024
+_TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
+
+
+@cache
+def _extension() -> ModuleType:
+    return importlib.import_module("rift_kernels._C")
+
+
+def fits(device: torch.device, rows: int, width: int) -> bool:
+    """Whether the shared memory of a group of blocks holds a layer; pure Python, for torch.compile
+    traces it."""
+    shared = _SHARED.get(torch.cuda.get_device_capability(device), _LEAST_SHARED)
+    return shared_bytes(rows, width, _LARGEST_CLUSTER) <= shared
+
+
+def shared_bytes(rows: int, width: int, blocks: int) -> int:
+    """What each of some blocks needs for a layer."""
+    padded = 16 if rows <= 16 else 32 if rows <= 32 else 64 if rows <= 64 else 128
+    share = -(-width // (blocks * _TILE)) * _TILE
+    tiles = padded // _TILE
+    tiles = tiles * (tiles + 1) // 2
+    planes = 4 * 2 * padded * (share + 8)
+    grams = 2 * 4 * tiles * _TILE * (_TILE + 1) + 2 * 4 * tiles * _TILE * _TILE // blocks
+    return planes + grams + 16 + 1024 + 192 + 2 * 4 * padded + padded
+
+
+@cache
+def _plan(_device: int, rows: int, width: int) -> Any:
+    """Of the current device, which is the one named."""
+    return _extension().cka_small_plan(rows, width)
+
+
+def _stream(device: torch.device) -> int:
+    return torch.cuda.current_stream(device).cuda_stream
+
+
+_zeros: dict[tuple[torch.device, int], Tensor] = {}
+
+
+def _counters(device: torch.device) -> Tensor:
+    """Counters that only count on: of a stream, and fresh ones inside a CUDA graph."""
+    if torch.cuda.is_current_stream_capturing():
+        return torch.zeros(_COUNTERS, dtype=torch.int32, device=device)
+    key = device, _stream(device)
+    if key not in _zeros:
+        _zeros[key] = torch.zeros(_COUNTERS, dtype=torch.int32, device=device)
+    return _zeros[key]
+
+
+def _flat(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """(N, D), or with one axis for the batch; of one dtype."""
+    wide = [t.to(dtype) for t in tensors]
+    return [t.flatten(0, -3) if t.dim() > 3 else t for t in wide]
+
+
+def cka_fwd(
+    students: list[Tensor],
+    teachers: list[Tensor],
+    masks: list[Tensor],
+    _gram: list[bool],
+    student_grad: bool,
+    teacher_grad: bool,
+    _precision: str,
+    debiased: bool,
+    distance: bool,
+) -> tuple[Tensor, list[Tensor]]:
+    """Values, and the gradients of a loss whose own is 1, all students first."""
+    first = students[0]
+    dtype = first.dtype if first.dtype == teachers[0].dtype else torch.float32
+    grad_dtype = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+    count = len(students)
+    shape = first.shape[:-2] if count == 1 else (count,)
+    values = torch.empty(shape, dtype=torch.float32, device=first.device)
+    grads: list[list[Tensor]] = [
+        [torch.empty(t.shape, dtype=grad_dtype, device=t.device) for t in side] if wanted else []
+        for side, wanted in ((students, student_grad), (teachers, teacher_grad))
+    ]
+    if not isinstance(first, FakeTensor) and first.numel():
+        with torch.cuda.device_of(first):
+            x, y = _flat(students, dtype), _flat(teachers, dtype)
+            valid = [m.reshape(-1, m.shape[-1]).contiguous() for m in masks]
+            _launch(x, y, valid, grads, values, debiased, distance)
+    return values, grads[0] + grads[1]
+
+
+def _launch(
+    x: list[Tensor], y: list[Tensor], masks: list[Tensor], grads: list[list[Tensor]],
+    values: Tensor, debiased: bool, distance: bool,
+) -> None:  # fmt: skip
+    count = len(x)
+    device = values.device
+    rows = max(t.shape[-2] for t in x)
+    width = max(t.shape[-1] for t in (*x, *y))
+    plan = _plan(device.index, rows, width)
+    layers = [
+        (
+            a.data_ptr(), b.data_ptr(),
+            masks[i if len(masks) > 1 else 0].data_ptr() if masks else 0,
+            grads[0][i].data_ptr() if grads[0] else 0, grads[1][i].data_ptr() if grads[1] else 0,
+            a.stride(-2), a.stride(-1), b.stride(-2), b.stride(-1),
+            a.shape[-2], a.shape[-1], b.shape[-1],
+        )
+        for i, (a, b) in enumerate(zip(x, y, strict=True))
+    ]  # fmt: skip
+    batch = None
+    entries = count
+    if x[0].dim() == 3:
+        entries, n, d1 = x[0].shape
+        batch = (x[0].stride(0), y[0].stride(0), n, n * d1, n * y[0].shape[-1])
+    workspace = counters = 0
+    if not plan.cluster:
+        # Kept until the launch is made; on one stream nobody else gets it before that has run.
+        memory = torch.empty(min(plan.entries, entries) * plan.workspace, device=device)
+        workspace, counters = memory.data_ptr(), _counters(device).data_ptr()
+    _extension().cka_small(
+        plan, layers, batch, _TYPES[x[0].dtype], rows, entries, debiased, distance,
+        values.data_ptr(), workspace, counters, _stream(device),
+    )  # fmt: skip
+
+
+def fused_bwd(
+    grad_values: Tensor,
+    _students: list[Tensor],
+    _teachers: list[Tensor],
+    saved: list[Tensor],
+    _masks: list[Tensor],
+    gram: list[bool],
+    wanted: tuple[bool, bool],
+    dtypes: tuple[torch.dtype, torch.dtype],
+    _is_cka: bool,
+) -> list[Tensor]:
+    """The wanted gradients, all students first."""
+    count = len(gram)
+    sides = [dtype for dtype, want in zip(dtypes, wanted, strict=True) if want]
+    grads = [
+        torch.empty(unit.shape, dtype=sides[i // count], device=unit.device)
+        for i, unit in enumerate(saved)
+    ]
+    if isinstance(grad_values, FakeTensor) or not grad_values.numel():
+        return grads
+    incoming = grad_values.contiguous()
+    entries = incoming.numel() // count
+    with torch.cuda.device_of(incoming):
+        stream = _stream(incoming.device)
+        for side, dtype in enumerate(sides):
+            tensors = [
+                (
+                    saved[i].data_ptr(), grads[i].data_ptr(), saved[i].numel() // entries, entries,
+                    incoming.data_ptr() + 4 * (i % count),
+                )
+                for i in range(side * count, (side + 1) * count)
+            ]  # fmt: skip
+            _extension().scale(tensors, _TYPES[saved[0].dtype], _TYPES[dtype], stream)
+    return grads

@@ -1,0 +1,290 @@
+// A GPU for csrc on a CPU: every thread of a grid is a fiber, and the instructions of
+// csrc/primitives.cuh do what the PTX manual says. Fibers run until they wait for one another, in an
+// order drawn anew each round, so that a missing barrier shows.
+#pragma once
+
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <numeric>
+#include <random>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#define __device__
+#define __global__
+#define __grid_constant__
+#define __launch_bounds__(...)
+
+struct Index {
+  unsigned x = 0, y = 0, z = 0;
+};
+inline Index threadIdx, blockIdx, blockDim, gridDim;
+
+using std::max;
+using std::min;
+
+namespace emulator {
+
+// Those who wait for the same thing.
+struct Barrier {
+  int expected = 0, arrived = 0, generation = 0;
+};
+
+struct Warp {
+  Barrier barrier;
+  const void* address[32];
+  double value[32];
+  uint32_t a[32][4], b[32][2];
+};
+
+struct Block {
+  Barrier barrier;
+  std::vector<unsigned char> shared;
+  std::vector<Warp> warps;
+};
+
+struct Fiber {
+  ucontext_t context;
+  std::unique_ptr<char[]> stack;
+  Index thread, block;
+  bool done = false;
+};
+
+constexpr size_t STACK = 96 * 1024;
+// Behind a block's shared memory, to be found as it was.
+constexpr size_t GUARD = 256;
+constexpr unsigned char GUARD_BYTE = 0xA5;
+
+struct Grid {
+  std::vector<Block> blocks;
+  std::vector<Barrier> clusters;  // one a row of blocks
+  std::vector<Fiber> fibers;
+  ucontext_t scheduler;
+  Fiber* current = nullptr;
+  std::function<void()> kernel;
+  std::string error;
+
+  Block& block() { return blocks[blockIdx.y * gridDim.x + blockIdx.x]; }
+  Warp& warp() { return block().warps[threadIdx.x / 32]; }
+};
+
+inline Grid* grid = nullptr;
+
+inline void yield() { swapcontext(&grid->current->context, &grid->scheduler); }
+
+inline void wait(Barrier& barrier) {
+  const int generation = barrier.generation;
+  if (++barrier.arrived == barrier.expected) {
+    barrier.arrived = 0;
+    ++barrier.generation;
+    return;
+  }
+  while (barrier.generation == generation) yield();
+}
+
+inline void enter() {
+  try {
+    grid->kernel();
+  } catch (const std::exception& error) {
+    // It cannot leave its fiber.
+    grid->error = error.what();
+  }
+  grid->current->done = true;
+  yield();
+}
+
+// Runs the kernel; throws where fibers wait for ever or write behind their shared memory.
+inline void run(std::function<void()> kernel, unsigned blocks, unsigned entries, unsigned threads,
+                size_t shared_bytes, unsigned seed) {
+  Grid all;
+  grid = &all;
+  all.kernel = std::move(kernel);
+  gridDim = {blocks, entries, 1};
+  blockDim = {threads, 1, 1};
+  all.blocks.resize(blocks * entries);
+  all.clusters.resize(entries);
+  for (Barrier& cluster : all.clusters) cluster.expected = static_cast<int>(blocks * threads);
+  for (Block& block : all.blocks) {
+    block.barrier.expected = static_cast<int>(threads);
+    // NaN wherever it is read before it is written.
+    block.shared.assign(shared_bytes + GUARD, 0xFF);
+    std::fill(block.shared.end() - GUARD, block.shared.end(), GUARD_BYTE);
+    block.warps.resize(threads / 32);
+    for (Warp& warp : block.warps) warp.barrier.expected = 32;
+  }
+  all.fibers.resize(static_cast<size_t>(blocks) * entries * threads);
+  for (size_t i = 0; i < all.fibers.size(); ++i) {
+    Fiber& fiber = all.fibers[i];
+    fiber.thread.x = static_cast<unsigned>(i % threads);
+    fiber.block.x = static_cast<unsigned>(i / threads % blocks);
+    fiber.block.y = static_cast<unsigned>(i / threads / blocks);
+    fiber.stack.reset(new char[STACK]);
+    getcontext(&fiber.context);
+    fiber.context.uc_stack.ss_sp = fiber.stack.get();
+    fiber.context.uc_stack.ss_size = STACK;
+    fiber.context.uc_link = nullptr;
+    makecontext(&fiber.context, enter, 0);
+  }
+  std::vector<size_t> order(all.fibers.size());
+  std::iota(order.begin(), order.end(), 0);
+  std::mt19937 random(seed);
+  size_t left = order.size();
+  for (long long round = 0; left > 0; ++round) {
+    if (round > 1000000) throw std::runtime_error("the fibers wait for ever");
+    std::shuffle(order.begin(), order.end(), random);
+    for (size_t i : order) {
+      Fiber& fiber = all.fibers[i];
+      if (fiber.done) continue;
+      all.current = &fiber;
+      threadIdx = fiber.thread;
+      blockIdx = fiber.block;
+      swapcontext(&all.scheduler, &fiber.context);
+      left -= fiber.done;
+      if (!all.error.empty()) throw std::runtime_error(all.error);
+    }
+  }
+  for (const Block& block : all.blocks) {
+    for (size_t i = 0; i < GUARD; ++i) {
+      if (block.shared[block.shared.size() - 1 - i] != GUARD_BYTE) {
+        throw std::runtime_error("a block wrote behind its shared memory");
+      }
+    }
+  }
+  grid = nullptr;
+}
+
+}  // namespace emulator
+
+inline void __syncthreads() { emulator::wait(emulator::grid->block().barrier); }
+inline void __threadfence() {}
+
+template <typename T>
+T __shfl_xor_sync(unsigned, T x, int lane_mask) {
+  emulator::Warp& warp = emulator::grid->warp();
+  warp.value[threadIdx.x % 32] = static_cast<double>(x);
+  emulator::wait(warp.barrier);
+  const T result = static_cast<T>(warp.value[(threadIdx.x % 32) ^ static_cast<unsigned>(lane_mask)]);
+  emulator::wait(warp.barrier);
+  return result;
+}
+
+inline unsigned atomicAdd(unsigned* counter, unsigned more) {
+  const unsigned before = *counter;
+  *counter += more;
+  return before;
+}
+
+namespace rift {
+
+struct Bf16 {
+  uint16_t bits;
+};
+struct Half {
+  uint16_t bits;
+};
+
+inline float bits_to_float(uint32_t bits) {
+  float x;
+  std::memcpy(&x, &bits, 4);
+  return x;
+}
+
+inline uint32_t float_to_bits(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  return bits;
+}
+
+inline uint16_t round_to_bf16(float x) {
+  if (std::isnan(x)) return 0x7FFF;
+  const uint32_t bits = float_to_bits(x);
+  return static_cast<uint16_t>((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
+}
+
+inline uint16_t round_to_half(float x) {
+  const auto half = static_cast<_Float16>(x);
+  uint16_t bits;
+  std::memcpy(&bits, &half, 2);
+  return bits;
+}
+
+inline float half_to_float(uint16_t bits) {
+  _Float16 half;
+  std::memcpy(&half, &bits, 2);
+  return static_cast<float>(half);
+}
+
+inline unsigned char* shared_memory() { return emulator::grid->block().shared.data(); }
+
+inline void load_any(uint32_t (&r)[4], const void* row, bool transposed) {
+  if (reinterpret_cast<uintptr_t>(row) % 16 != 0) throw std::runtime_error("a row is misaligned");
+  emulator::Warp& warp = emulator::grid->warp();
+  const unsigned lane = threadIdx.x % 32;
+  warp.address[lane] = row;
+  emulator::wait(warp.barrier);
+  for (unsigned m = 0; m < 4; ++m) {
+    uint32_t pair = 0;
+    for (unsigned i = 0; i < 2; ++i) {
+      const unsigned g = lane / 4, t = 2 * (lane % 4) + i;
+      const unsigned from = transposed ? t : g, column = transposed ? g : t;
+      const auto* elements = static_cast<const uint16_t*>(warp.address[m * 8 + from]);
+      pair |= uint32_t{elements[column]} << (16 * i);
+    }
+    r[m] = pair;
+  }
+  emulator::wait(warp.barrier);
+}
+
+inline void load_matrices(uint32_t (&r)[4], const void* row) { load_any(r, row, false); }
+inline void load_matrices_transposed(uint32_t (&r)[4], const void* row) { load_any(r, row, true); }
+
+inline float half_of(uint32_t pair, unsigned which) {
+  return bits_to_float((which ? pair >> 16 : pair & 0xFFFF) << 16);
+}
+
+inline void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  emulator::Warp& warp = emulator::grid->warp();
+  const unsigned lane = threadIdx.x % 32;
+  std::copy(a, a + 4, warp.a[lane]);
+  warp.b[lane][0] = b0;
+  warp.b[lane][1] = b1;
+  emulator::wait(warp.barrier);
+  for (unsigned part = 0; part < 4; ++part) {
+    const unsigned g = lane / 4, row = g + part / 2 * 8, column = 2 * (lane % 4) + part % 2;
+    double sum = c[part];
+    for (unsigned k = 0; k < 16; ++k) {
+      // Who holds a(row, k) and b(k, column).
+      const uint32_t left = warp.a[row % 8 * 4 + k % 8 / 2][row / 8 + k / 8 * 2];
+      const uint32_t right = warp.b[column * 4 + k % 8 / 2][k / 8];
+      sum += static_cast<double>(half_of(left, k % 2)) * static_cast<double>(half_of(right, k % 2));
+    }
+    c[part] = static_cast<float>(sum);
+  }
+  emulator::wait(warp.barrier);
+}
+
+inline const float* map_to_rank(const float* mine, int rank) {
+  emulator::Grid& all = *emulator::grid;
+  const auto offset = reinterpret_cast<const unsigned char*>(mine) - all.block().shared.data();
+  Index there = blockIdx;
+  there.x = static_cast<unsigned>(rank);
+  return reinterpret_cast<const float*>(
+      all.blocks[there.y * gridDim.x + there.x].shared.data() + offset);
+}
+
+inline void cluster_barrier() { emulator::wait(emulator::grid->clusters[blockIdx.y]); }
+
+inline unsigned load_acquire(const unsigned* counter) {
+  emulator::yield();
+  return *counter;
+}
+
+}  // namespace rift

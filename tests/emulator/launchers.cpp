@@ -1,0 +1,101 @@
+// The launchers of csrc on a CPU. The environment says which GPU this is:
+//   RIFT_EMULATED_MAJOR    of the compute capability: 8 has no clusters
+//   RIFT_EMULATED_SHARED   bytes of shared memory that a block may have
+//   RIFT_EMULATED_THREADS  of a block
+//   RIFT_EMULATED_SEED     of the order in which threads run
+#define RIFT_EMULATOR
+#include "../../csrc/cka_small.cuh"
+#include "../../csrc/cka_small.h"
+#include "../../csrc/scale.cuh"
+
+namespace {
+
+std::string last_error;
+
+int setting(const char* name, int otherwise) {
+  const char* text = std::getenv(name);
+  return text ? std::atoi(text) : otherwise;
+}
+
+unsigned seed() { return static_cast<unsigned>(setting("RIFT_EMULATED_SEED", 0)); }
+
+template <typename Run>
+cudaError_t caught(Run run) {
+  try {
+    run();
+    return cudaSuccess;
+  } catch (const std::exception& error) {
+    last_error = error.what();
+    return cudaErrorLaunchFailure;
+  }
+}
+
+}  // namespace
+
+const char* cudaGetErrorString(cudaError_t) { return last_error.c_str(); }
+
+namespace rift {
+namespace {
+
+template <typename T, typename G, int ROWS>
+void run_small(const CkaSmallArguments& arguments, const CkaSmallPlan& plan, int entries) {
+  // Where there are no clusters, a GPU counts on; here nothing is left of the last launch.
+  emulator::run(
+      [&] {
+        plan.cluster ? cka_small_kernel<T, G, ROWS, true>(arguments)
+                     : cka_small_kernel<T, G, ROWS, false>(arguments);
+      },
+      static_cast<unsigned>(plan.blocks), static_cast<unsigned>(entries),
+      static_cast<unsigned>(setting("RIFT_EMULATED_THREADS", 64)),
+      static_cast<size_t>(plan.shared_bytes), seed());
+}
+
+template <typename T, typename G>
+void run_small(const CkaSmallArguments& arguments, const CkaSmallPlan& plan, int rows,
+               int entries) {
+  switch (padded_rows(rows)) {
+    case 16: return run_small<T, G, 16>(arguments, plan, entries);
+    case 32: return run_small<T, G, 32>(arguments, plan, entries);
+    case 64: return run_small<T, G, 64>(arguments, plan, entries);
+    default: return run_small<T, G, 128>(arguments, plan, entries);
+  }
+}
+
+template <typename Unit, typename Out>
+void run_scale(const ScaledTensors& all) {
+  emulator::run([&] { scale_kernel<Unit, Out>(all); }, 2, static_cast<unsigned>(all.size), 32, 0,
+                seed());
+}
+
+}  // namespace
+
+cudaError_t cka_small_plan(int rows, int width, CkaSmallPlan* plan) {
+  *plan = cka_small_plan(rows, width, setting("RIFT_EMULATED_MAJOR", 9),
+                         setting("RIFT_EMULATED_SHARED", 227 * 1024), 132);
+  return cudaSuccess;
+}
+
+cudaError_t cka_small(const CkaSmallArguments& arguments, const CkaSmallPlan& plan, Type type,
+                      int rows, int entries, cudaStream_t) {
+  return caught([&] {
+    switch (type) {
+      case Type::bf16: return run_small<Bf16, Bf16>(arguments, plan, rows, entries);
+      case Type::fp16: return run_small<Half, float>(arguments, plan, rows, entries);
+      default: return run_small<float, float>(arguments, plan, rows, entries);
+    }
+  });
+}
+
+cudaError_t scale(const ScaledTensors& all, Type unit, Type out, cudaStream_t) {
+  if (all.size == 0) return cudaSuccess;
+  return caught([&] {
+    if (unit == Type::bf16) return run_scale<Bf16, Bf16>(all);
+    switch (out) {
+      case Type::bf16: return run_scale<float, Bf16>(all);
+      case Type::fp16: return run_scale<float, Half>(all);
+      default: return run_scale<float, float>(all);
+    }
+  });
+}
+
+}  // namespace rift

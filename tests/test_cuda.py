@@ -1,0 +1,306 @@
+"""The CUDA C++ backend on a CPU: its kernels' own source, every thread of them a fiber.
+
+See tests/emulator/emulator.h. What a GPU adds is tested by the whole suite on one.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import pytest
+import torch
+
+import rift_kernels as rk
+from rift_kernels import dispatch
+from rift_kernels.backends import cuda
+from tests import cases, emulated
+
+MEASURES = (cases.CKA, cases.CKA_BIASED)
+PAIRS = [
+    pytest.param(measure, case, id=f"{measure.name}-{case.name}")
+    for measure in MEASURES
+    for case in (
+        *cases.CASES,
+        cases.Case("many rows", 100, 40, 24),
+        cases.Case("exact", 16, 32, 16),
+    )
+    if measure.takes(case) and case.rows <= cuda.MAX_ROWS
+]
+# Before sm_90, blocks have no clusters to meet in, and less memory.
+GPUS = {"clusters": ("9", str(227 * 1024)), "global memory": ("8", str(163 * 1024))}
+every_gpu = pytest.mark.parametrize("gpu", GPUS)
+
+
+@pytest.fixture(scope="session")
+def extension(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
+    return emulated.build(tmp_path_factory.mktemp("emulated"))
+
+
+@pytest.fixture
+def emulate(monkeypatch: pytest.MonkeyPatch, extension: ModuleType):
+    """Make every call run on this kind of GPU, emulated."""
+
+    def start(gpu: str = "clusters", seed: int = 0, threads: int = 64) -> None:
+        major, shared = GPUS[gpu]
+        monkeypatch.setenv("RIFT_EMULATED_MAJOR", major)
+        monkeypatch.setenv("RIFT_EMULATED_SHARED", shared)
+        monkeypatch.setenv("RIFT_EMULATED_SEED", str(seed))
+        monkeypatch.setenv("RIFT_EMULATED_THREADS", str(threads))
+        monkeypatch.setattr(dispatch, "choose_backend", lambda *_: "cuda")
+        monkeypatch.setattr(dispatch, "use_gram", lambda *_: True)
+        monkeypatch.setattr(cuda, "_extension", lambda: extension)
+        monkeypatch.setattr(cuda, "_stream", lambda _: 0)
+        zeros = torch.zeros(cuda._COUNTERS, dtype=torch.int32)
+        monkeypatch.setattr(cuda, "_counters", lambda _: zeros)
+        cuda._plan.cache_clear()
+
+    yield start
+    cuda._plan.cache_clear()
+
+
+def close(
+    measure, x, y, mask=None, *, dtype: torch.dtype | None = None, scale: float = 1.0
+) -> None:
+    """Values and gradients are the oracle's, to what its dtype allows."""
+    exact = (x.double(), y.double())
+    expected = cases.value_and_gradients(measure.reference, *exact, mask=mask, scale=scale)
+    actual = cases.value_and_gradients(measure, x, y, mask=mask, scale=scale)
+    assert actual[0].dtype == torch.float32
+    assert actual[0].shape == expected[0].shape
+    tolerance = cases.VALUE_TOLERANCE[dtype or x.dtype]
+    assert float((actual[0] - expected[0]).abs().max()) <= tolerance
+    for got, wanted, features in zip(actual[1:], expected[1:], (x, y), strict=True):
+        assert got.dtype == features.dtype
+        assert got.shape == features.shape
+        if float(wanted.norm()) * float(features.double().norm()) < 1e-9:
+            assert float(got.double().norm() * features.double().norm()) < 1e-4
+        else:
+            assert cases.relative_error(got, wanted) <= cases.GRADIENT_TOLERANCE[features.dtype]
+        if mask is not None:
+            assert not got[~mask].any()
+
+
+@every_gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize(("measure", "case"), PAIRS)
+def test_value_and_gradients(measure, case, dtype, gpu, emulate) -> None:
+    emulate(gpu)
+    close(measure, *case.features(dtype), scale=256.0 if dtype == torch.float16 else 1.0)
+
+
+@every_gpu
+def test_gradient_close_to_the_teacher(gpu, emulate) -> None:
+    """Where it is a difference of near-equal terms, rotated or not."""
+    kinds = ((1e-1, False), (1e-5, False), (1e-5, True))
+    # Found in float64, which the kernels do not take.
+    pairs = [cases.near_pair(48, 96, gap, rotated) for gap, rotated in kinds]
+    emulate(gpu)
+    for x, y in pairs:
+        close(cases.CKA, x.bfloat16(), y.bfloat16())
+
+
+def test_a_long_row_costs_no_digits(emulate) -> None:
+    emulate()
+    x, y, _ = cases.Case("", 24, 32, 32).features(torch.float32)
+    x[3] *= 1000
+    expected = cases.CKA.reference(x.double(), y.double())
+    assert abs(float(rk.linear_cka(x, y)) - float(expected)) <= 1e-5
+
+
+@every_gpu
+def test_layers_of_different_shapes(gpu, emulate) -> None:
+    """More than one launch takes, too."""
+    emulate(gpu)
+    shapes = [(20, 24, 8), (7, 3, 40), (16, 16, 16), (33, 10, 12), *[(5, 4, 4)] * 22]
+    pairs = [
+        cases.Case("", *shape).features(torch.float32, i)[:2] for i, shape in enumerate(shapes)
+    ]
+    students, teachers = (
+        [t.clone().requires_grad_() for t in side] for side in zip(*pairs, strict=True)
+    )
+    values = rk.linear_cka(students, teachers)
+    incoming = torch.rand(len(shapes))
+    values.backward(incoming)
+    for value, factor, x, y in zip(values, incoming, students, teachers, strict=True):
+        exact = [t.detach().double().requires_grad_() for t in (x, y)]
+        expected = cases.CKA.reference(*exact)
+        expected.backward(factor.double())
+        assert abs(float(value.detach()) - float(expected.detach())) <= 1e-5
+        for got, wanted in zip((x, y), exact, strict=True):
+            assert cases.relative_error(got.grad, wanted.grad) <= 1e-4
+
+
+def test_one_mask_for_all_layers_or_one_each(emulate) -> None:
+    emulate()
+    x, y, mask = cases.Case("", 20, 8, 8, masked=True).features(torch.float32)
+    other = mask.roll(1)
+    x = torch.where((mask | other)[:, None], x, float("nan"))
+    single = [float(rk.linear_cka(x, y, mask=m)) for m in (mask, other)]
+    assert rk.linear_cka([x, x], [y, y], mask=[mask, other]).tolist() == single
+    assert rk.linear_cka([x, x], [y, y], mask=mask).tolist() == [single[0]] * 2
+
+
+@every_gpu
+def test_the_order_of_threads_changes_nothing(gpu, emulate) -> None:
+    """A barrier that is missing would show; and results repeat to the last bit."""
+    x, y, _ = cases.Case("", 40, 70, 50).features(torch.float32)
+    results = []
+    for seed in range(4):
+        emulate(gpu, seed)
+        results.append(cases.value_and_gradients(cases.CKA, x, y))
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(other, results[0], strict=True))
+
+
+@pytest.mark.parametrize("threads", [32, 256])
+def test_any_number_of_threads(threads, emulate) -> None:
+    emulate(threads=threads)
+    for rows in (9, 40, 70):
+        close(cases.CKA, *cases.Case("", rows, 40, 24).features(torch.float32))
+
+
+@pytest.mark.parametrize("grads", [(False, False), (True, False), (False, True)], ids=str)
+def test_only_wanted_gradients_are_computed(grads, emulate) -> None:
+    emulate()
+    x, y, _ = cases.Case("", 20, 12, 12).features(torch.bfloat16)
+    both = cases.value_and_gradients(rk.linear_cka, x, y)
+    x.requires_grad_(grads[0])
+    y.requires_grad_(grads[1])
+    value = rk.linear_cka(x, y)
+    assert torch.equal(value.detach(), both[0])
+    if any(grads):
+        torch.manual_seed(1)
+        value.backward(torch.ones(()))
+    assert [x.grad is not None, y.grad is not None] == list(grads)
+
+
+def test_distance_and_retained_graph(emulate) -> None:
+    emulate()
+    x, y, _ = cases.Case("", 20, 12, 12).features(torch.bfloat16)
+    _, grad_x, _ = cases.value_and_gradients(rk.linear_cka, x, y)
+    _, opposite, _ = cases.value_and_gradients(rk.linear_cka, x, y, distance=True)
+    assert torch.equal(opposite, -grad_x)
+    x.requires_grad_()
+    loss = rk.RIFTLoss()(x, y)
+    loss.backward(retain_graph=True)
+    once = x.grad.clone()
+    loss.backward()
+    # The features are not needed for that: they may change.
+    assert torch.equal(x.grad, once + once)
+
+
+def test_dtypes_may_differ(emulate) -> None:
+    emulate()
+    x, y, _ = cases.Case("", 20, 12, 12).features(torch.float32)
+    close(cases.CKA, x.bfloat16(), y, dtype=torch.bfloat16)
+    close(cases.CKA, x, y.half(), dtype=torch.float16)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_is_not_finite_makes_only_its_own_layer_nan(bad, emulate) -> None:
+    emulate()
+    x, y, _ = cases.Case("", 20, 12, 12, batch=(3,)).features(torch.float32)
+    x[1, 4, 5] = bad
+    values, grad_x, _ = cases.value_and_gradients(rk.linear_cka, x, y)
+    assert values.isnan().tolist() == [False, True, False]
+    assert grad_x[1].isnan().all()
+    assert grad_x[[0, 2]].isfinite().all()
+
+
+def test_no_variance_and_too_few_rows(emulate) -> None:
+    emulate()
+    x, y, _ = cases.Case("", 20, 12, 12).features(torch.float32)
+    for constant in (0.0, 0.1):
+        value, *grads = cases.value_and_gradients(rk.linear_cka, torch.full_like(x, constant), y)
+        assert value == 0
+        assert not any(grad.any() for grad in grads)
+    students, mask = x.expand(2, 20, 12), torch.ones(2, 20, dtype=torch.bool)
+    mask[1, 3:] = False
+    values = torch.ops.rift_kernels.cka_fwd(
+        [students], [y.expand(2, 20, 12)], [mask], [True], False, False, "high", "cuda", True, False
+    )[0]
+    assert values.isnan().tolist() == [False, True]
+
+
+def test_an_empty_batch(emulate) -> None:
+    emulate()
+    x = torch.zeros(0, 5, 4, requires_grad=True)
+    values = rk.linear_cka(x, x.detach())
+    values.sum().backward()
+    assert values.shape == (0,)
+    assert x.grad.shape == x.shape
+
+
+def test_compiles_whole(emulate) -> None:
+    emulate()
+    x, y, _ = cases.Case("", 20, 12, 12).features(torch.float32)
+    expected = cases.value_and_gradients(rk.linear_cka, x, y)
+    compiled = torch.compile(rk.linear_cka, fullgraph=True, backend="aot_eager")
+    actual = cases.value_and_gradients(compiled, x, y)
+    assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
+
+
+@pytest.mark.parametrize("gpu", GPUS)
+def test_python_foresees_the_plan(gpu, emulate, extension) -> None:
+    emulate(gpu)
+    for rows in (2, 16, 17, 64, 65, 128):
+        for width in (1, 16, 17, 300, 768, 1024, 3000, 20000):
+            plan = extension.cka_small_plan(rows, width)
+            needed = cuda.shared_bytes(rows, width, cuda._LARGEST_CLUSTER)
+            assert (plan.blocks > 0) == (needed <= int(GPUS[gpu][1]))
+            if plan.blocks:
+                assert plan.shared_bytes == cuda.shared_bytes(rows, width, plan.blocks)
+                assert plan.share * plan.blocks >= width
+                assert plan.cluster == (gpu == "clusters")
+    assert (extension.MAX_ROWS, extension.MAX_LAYERS) == (cuda.MAX_ROWS, cuda.MAX_LAYERS)
+
+
+def test_wrong_arguments(emulate, extension) -> None:
+    emulate()
+    plan = extension.cka_small_plan(8, 8)
+    layer = (16, 16, 0, 0, 0, 8, 1, 8, 1, 8, 8, 8)
+    rest = (None, 2, 8, 1, True, False, 16, 0, 0, 0)
+    for text, arguments in {
+        "x must be an address; got 0": ([(0, *layer[1:])], *rest),
+        "rows must be 1 to 8; got 9": ([(*layer[:9], 9, 8, 8)], *rest),
+        "width_y must be 1 to 16; got 17": ([(*layer[:9], 8, 8, 17)], *rest),
+        "type must be 0 .*; got 3": ([layer], None, 3, *rest[2:]),
+        "layers must be one for each entry.*; got 2 for 1": ([layer] * 2, *rest),
+        "values must be an address; got 0": ([layer], *rest[:6], 0, 0, 0, 0),
+    }.items():
+        with pytest.raises(ValueError, match=text):
+            extension.cka_small(plan, *arguments)
+    with pytest.raises(ValueError, match="plan must be one that fits"):
+        extension.cka_small(extension.cka_small_plan(128, 100000), [layer], *rest)
+    with pytest.raises(ValueError, match="rows must be 1 to 128; got 129"):
+        extension.cka_small_plan(129, 8)
+    emulate("global memory")
+    with pytest.raises(ValueError, match="workspace must be an address; got 0"):
+        extension.cka_small(extension.cka_small_plan(8, 8), [layer], *rest)
+    with pytest.raises(ValueError, match="count and entries must not be negative; got -1 and 2"):
+        extension.scale([(16, 16, -1, 2, 16)], 2, 2, 0)
+    with pytest.raises(ValueError, match="incoming must be an address; got 0"):
+        extension.scale([(16, 16, 1, 2, 0)], 2, 2, 0)
+
+
+@pytest.mark.parametrize(
+    ("unit", "out"),
+    [
+        (torch.bfloat16, torch.bfloat16),
+        *((torch.float32, out) for out in (torch.bfloat16, torch.float16, torch.float32)),
+    ],
+    ids=str,
+)
+def test_scale(unit, out, extension) -> None:
+    """Aligned, misaligned, entries that share a vector, nothing at all."""
+    jobs, expected, tensors = [], [], []
+    for offset, count, entries in ((0, 64, 3), (1, 64, 2), (0, 5, 4), (0, 1, 1), (0, 0, 3)):
+        from_ = torch.randn(offset + count * entries).to(unit)[offset:]
+        to = torch.full((offset + count * entries,), float("nan"), dtype=out)[offset:]
+        incoming = torch.randn(entries)
+        tensors.append((from_, to, incoming))
+        jobs.append((from_.data_ptr(), to.data_ptr(), count, entries, incoming.data_ptr()))
+        expected.append((from_.float().view(entries, count) * incoming[:, None]).flatten().to(out))
+    extension.scale(jobs, cuda._TYPES[unit], cuda._TYPES[out], 0)
+    for (_, got, _), wanted in zip(tensors, expected, strict=True):
+        assert torch.equal(got, wanted)
