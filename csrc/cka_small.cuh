@@ -92,66 +92,111 @@ struct Planes {
   uint16_t *high, *low;
   int pitch, share;
 
-  __device__ float whole(int at) const {
-    return bits_to_float(uint32_t{high[at]} << 16 | uint32_t{low[at]});
-  }
-
   // The features as they are, all 32 bits of them; 0 for what is masked or outside.
   template <typename T>
   __device__ void load(const T* features, long long stride_n, long long stride_d,
                        const unsigned char* valid, int width) const {
-    const int warps = blockDim.x / 32;
-    for (int row = threadIdx.x / 32; row < ROWS; row += warps) {
-      for (int column = threadIdx.x % 32; column < share; column += 32) {
-        float x = 0;
-        if (valid[row] && column < width) x = to_float(features[row * stride_n + column * stride_d]);
-        const uint32_t bits = float_to_bits(x);
-        high[row * pitch + column] = static_cast<uint16_t>(bits >> 16);
-        low[row * pitch + column] = static_cast<uint16_t>(bits);
+    constexpr int SIZE = 16 / static_cast<int>(sizeof(T));
+    if (stride_d == 1 && stride_n % SIZE == 0 && reinterpret_cast<uintptr_t>(features) % 16 == 0) {
+      load_vectors<T, SIZE>(features, stride_n, stride_d, valid, width);
+    } else {
+      load_vectors<T, 1>(features, stride_n, stride_d, valid, width);
+    }
+  }
+
+  template <typename T, int SIZE>
+  __device__ void load_vectors(const T* features, long long stride_n, long long stride_d,
+                               const unsigned char* valid, int width) const {
+    // So many are under way at once.
+    constexpr int BATCH = 4;
+    const int threads = blockDim.x, row_steps = share / SIZE, steps = ROWS * row_steps;
+    for (int first = threadIdx.x; first < steps; first += threads * BATCH) {
+      Vector<T, SIZE> from[BATCH] = {};
+#pragma unroll
+      for (int i = 0; i < BATCH; ++i) {
+        const int step = first + i * threads, row = step / row_steps;
+        const int column = step % row_steps * SIZE;
+        if (step >= steps || !valid[row]) continue;
+        const T* at = features + row * stride_n + column * stride_d;
+        if (column + SIZE <= width) {
+          from[i] = *reinterpret_cast<const Vector<T, SIZE>*>(at);
+        } else {
+          for (int k = 0; k < SIZE; ++k) {
+            if (column + k < width) from[i].elements[k] = at[k];
+          }
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < BATCH; ++i) {
+        const int step = first + i * threads, at = step / row_steps * pitch + step % row_steps * SIZE;
+        if (step >= steps) continue;
+        Vector<uint16_t, SIZE> high_bits, low_bits;
+#pragma unroll
+        for (int k = 0; k < SIZE; ++k) {
+          const uint32_t bits = float_to_bits(to_float(from[i].elements[k]));
+          high_bits.elements[k] = static_cast<uint16_t>(bits >> 16);
+          low_bits.elements[k] = static_cast<uint16_t>(bits);
+        }
+        *reinterpret_cast<Vector<uint16_t, SIZE>*>(high + at) = high_bits;
+        *reinterpret_cast<Vector<uint16_t, SIZE>*>(low + at) = low_bits;
       }
     }
   }
 
   // Takes the mean off every column, exactly all of a constant one, and leaves it in two halves.
   // Returns this thread's part of the columns' energy about their first valid row.
-  __device__ float center(const unsigned char* valid, int first, int count, float* scratch) const {
+  //
+  // Half a warp owns two columns at a time, each lane every 16th row of them, in registers.
+  __device__ float center(const unsigned char* valid, int first, int count) const {
+    constexpr int LANES = 16, STEPS = ROWS / LANES;
+    const int lane = threadIdx.x % LANES;
     float varies = 0;
-    for (int base = 0; base < share; base += blockDim.x) {
-      // Some threads for each column, each of which takes every so-manyth row.
-      const int columns = min(share - base, static_cast<int>(blockDim.x));
-      const int parts = blockDim.x / columns;
-      const int part = threadIdx.x / columns, column = base + threadIdx.x % columns;
-      const bool mine = part < parts && first < ROWS;
-      const float pivot = mine ? whole(first * pitch + column) : 0;
-      float mean = 0;
+    for (int column = threadIdx.x / LANES * 2; column < share; column += blockDim.x / LANES * 2) {
+      float pivot[2] = {}, x[STEPS][2], mean[2] = {};
+      if (first < ROWS) read_pair(first * pitch + column, pivot);
+#pragma unroll
+      for (int i = 0; i < STEPS; ++i) {
+        read_pair((lane + i * LANES) * pitch + column, x[i]);
+        const bool counts = valid[lane + i * LANES];
+#pragma unroll
+        for (int k = 0; k < 2; ++k) {
+          x[i][k] = counts ? x[i][k] - pivot[k] : 0;
+          varies += x[i][k] * x[i][k];
+        }
+      }
       // The second time of what rounding has left of the mean.
+#pragma unroll
       for (int pass = 0; pass < 2; ++pass) {
-        float sum = 0;
-        for (int row = part; mine && row < ROWS; row += parts) {
-          if (!valid[row]) continue;
-          const float x = whole(row * pitch + column) - pivot;
-          if (pass == 0) varies += x * x;
-          sum += x - mean;
+#pragma unroll
+        for (int k = 0; k < 2; ++k) {
+          float sum = 0;
+#pragma unroll
+          for (int i = 0; i < STEPS; ++i) {
+            sum += valid[lane + i * LANES] ? x[i][k] - mean[k] : 0;
+          }
+          mean[k] += lane_sum(sum, LANES) / static_cast<float>(count);
         }
-        __syncthreads();
-        scratch[threadIdx.x] = sum;
-        __syncthreads();
-        sum = 0;
-        for (int other = 0; mine && other < parts; ++other) {
-          sum += scratch[other * columns + threadIdx.x % columns];
-        }
-        mean += sum / static_cast<float>(count);
       }
-      __syncthreads();
-      for (int row = part; mine && row < ROWS; row += parts) {
-        const int at = row * pitch + column;
-        const float x = valid[row] ? (whole(at) - pivot) - mean : 0;
-        high[at] = round_to_bf16(x);
-        low[at] = round_to_bf16(x - bf16_to_float(high[at]));
+#pragma unroll
+      for (int i = 0; i < STEPS; ++i) {
+        const bool counts = valid[lane + i * LANES];
+        uint32_t high_pair, low_pair;
+        split_pair(counts ? x[i][0] - mean[0] : 0, counts ? x[i][1] - mean[1] : 0, high_pair,
+                   low_pair);
+        const int at = (lane + i * LANES) * pitch + column;
+        *reinterpret_cast<uint32_t*>(high + at) = high_pair;
+        *reinterpret_cast<uint32_t*>(low + at) = low_pair;
       }
-      __syncthreads();
     }
     return varies;
+  }
+
+  // Two neighbours of a row, as load has left them.
+  __device__ void read_pair(int at, float (&x)[2]) const {
+    const uint32_t high_pair = *reinterpret_cast<const uint32_t*>(high + at);
+    const uint32_t low_pair = *reinterpret_cast<const uint32_t*>(low + at);
+    x[0] = bits_to_float(high_pair << 16 | (low_pair & 0xFFFF));
+    x[1] = bits_to_float((high_pair & 0xFFFF0000) | low_pair >> 16);
   }
 
   // Where this lane's row of a 16 x 16 tile begins, for load_matrices.
@@ -338,7 +383,6 @@ __device__ void run_cka_small(const CkaSmallArguments& arguments) {
   unsigned char* memory = shared_memory();
   auto* planes = reinterpret_cast<uint16_t*>(memory);
   auto* gram = reinterpret_cast<float*>(memory + at.gram);
-  auto* scratch = reinterpret_cast<float*>(memory + at.scratch);
   auto* sums_scratch = reinterpret_cast<double*>(memory + at.sums);
   auto* offsets = reinterpret_cast<float*>(memory + at.offsets);
   unsigned char* valid = memory + at.valid;
@@ -374,8 +418,9 @@ __device__ void run_cka_small(const CkaSmallArguments& arguments) {
   y.load(static_cast<const T*>(layer.y) + batch * arguments.batch_y + begin * layer.stride_yd,
          layer.stride_yn, layer.stride_yd, valid, width_y);
   __syncthreads();
-  const float varies_x = x.center(valid, first, count, scratch);
-  const float varies_y = y.center(valid, first, count, scratch);
+  const float varies_x = x.center(valid, first, count);
+  const float varies_y = y.center(valid, first, count);
+  __syncthreads();
 
   constexpr int PAIRS = pair_count(ROWS / TILE_ROWS);
   constexpr int FLOATS = gram_floats(ROWS), ELEMENTS = gram_elements(ROWS);

@@ -40,7 +40,6 @@ struct CkaSmallLayout {
   int gram;         // both Gram matrices in tiles, what blocks exchange first
   int varies;       // float[4]: energies about the first row
   int range;        // this block's share of the sum over all blocks
-  int scratch;      // float[THREADS]
   int sums;         // double[3][warps]
   int offsets;      // float[2][rows]
   int valid;        // char[rows]
@@ -67,8 +66,7 @@ RIFT_BOTH constexpr CkaSmallLayout cka_small_layout(int rows, int share, int blo
   at.gram = 4 * at.plane * 2;
   at.varies = at.gram + gram_floats(rows) * 4;
   at.range = at.varies + 4 * 4;
-  at.scratch = at.range + gram_elements(rows) / blocks * 4;
-  at.sums = at.scratch + THREADS * 4;
+  at.sums = at.range + gram_elements(rows) / blocks * 4;
   at.offsets = at.sums + 3 * THREADS / 32 * 8;
   at.valid = at.offsets + 2 * rows * 4;
   at.bytes = at.valid + rows;

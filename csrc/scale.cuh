@@ -14,11 +14,6 @@ namespace rift {
 
 constexpr int SCALE_THREADS = 256;
 
-template <typename T, int SIZE>
-struct alignas(sizeof(T) * SIZE) Vector {
-  T elements[SIZE];
-};
-
 template <typename Unit, typename Out, int SIZE>
 __device__ void scale_tensor(const ScaledTensor& tensor) {
   const auto* unit = static_cast<const Vector<Unit, SIZE>*>(tensor.unit);

@@ -54,7 +54,7 @@ def shared_bytes(rows: int, width: int, blocks: int) -> int:
     tiles = tiles * (tiles + 1) // 2
     planes = 4 * 2 * padded * (share + 8)
     grams = 2 * 4 * tiles * _TILE * (_TILE + 1) + 2 * 4 * tiles * _TILE * _TILE // blocks
-    return planes + grams + 16 + 1024 + 192 + 2 * 4 * padded + padded
+    return planes + grams + 16 + 192 + 2 * 4 * padded + padded
 
 
 @cache
