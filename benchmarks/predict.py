@@ -21,6 +21,7 @@ from .run import RESULTS
 
 DOCUMENT = environment.ROOT / "DESIGN.md"
 COMPILED = RESULTS / "triton-resources.json"
+COMPILED_CUDA = RESULTS / "cuda-resources.json"
 MACHINE = "H200"
 FLOPS, BYTES, L2_BYTES = 790e12, 4.3e12, 50e6
 GAP = 1e-6
@@ -129,6 +130,7 @@ def main(arguments: list[str] | None = None) -> int:
     text = options.document.read_text(encoding="utf-8")
     wanted = updated(text, "predicted", table())
     wanted = updated(wanted, "resources", resources.section(COMPILED))
+    wanted = updated(wanted, "cuda-resources", resources.cuda_section(COMPILED_CUDA))
     if options.check:
         if text != wanted:
             print(f"{options.document.name} differs from what python -m benchmarks.predict writes")

@@ -1,6 +1,7 @@
-"""The registers and shared memory of the Triton kernels as a Markdown table.
+"""The registers and shared memory of the kernels as Markdown tables.
 
-From ``results/triton-resources.json``, which ``python -m tests.triton_compile`` writes.
+From ``results/triton-resources.json``, which ``python -m tests.triton_compile`` writes, and
+``results/cuda-resources.json``, which ``python -m tests.cuda_resources`` writes.
 """
 
 from __future__ import annotations
@@ -46,3 +47,23 @@ def _name(kernel: str, case: str) -> str:
 
 def _cell(needs: tuple[int, int] | None) -> str:
     return "-" if needs is None else f"{needs[0]} / {needs[1] / 1024:.0f}"
+
+
+def cuda_section(path: Path) -> str:
+    """A row a CUDA kernel, a column an architecture."""
+    content = json.loads(path.read_text(encoding="utf-8"))
+    release = content.pop("nvcc")
+    rows: dict[str, dict[str, str]] = {}
+    for arch, kernels in content.items():
+        for kernel, needs in kernels.items():
+            # Whether blocks meet in a cluster goes with the architecture.
+            name = kernel.replace(", true>", ">").replace(", false>", ">")
+            rows.setdefault(name, {})[arch] = str(needs["registers"])
+    table = markdown(
+        ["kernel", *content],
+        [[f"`{name}`", *(row.get(arch, "-") for arch in content)] for name, row in rows.items()],
+    )
+    return (
+        f"{table}\n\nRegisters a thread, nothing spilled; types of features and gradients, rows; "
+        f"nvcc {release}."
+    )

@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.util
+import json
 import os
 import re
 import shutil
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import rift_kernels
+from tests import cuda_resources
 
 ROOT = Path(__file__).parent.parent
 pytest.importorskip("setuptools", reason="needs setuptools")
@@ -152,3 +154,35 @@ def test_launch_without_a_gpu(call, launcher) -> None:
     assert name == launcher
     assert error in ("cudaErrorInsufficientDriver", "cudaErrorNoDevice")
     assert "CUDA" in text
+
+
+@pytest.fixture(scope="session")
+def compiled() -> cuda_resources.Resources:
+    if importlib.util.find_spec("rift_kernels._C") is None:
+        pytest.skip("needs rift_kernels._C")
+    if cuda_resources.cuobjdump() is None or shutil.which("c++filt") is None:
+        pytest.skip("needs cuobjdump and c++filt")
+    origin = importlib.util.find_spec("rift_kernels._C").origin
+    return cuda_resources.measured(Path(origin))
+
+
+def test_what_the_kernels_compile_to(compiled) -> None:
+    """Everything in registers; products on tensor cores; clusters where there are any."""
+    for arch, kernels in compiled.items():
+        assert any("cka_small" in name for name in kernels)
+        has_clusters = int(re.search(r"\d+", arch)[0]) >= 90
+        for name, needs in kernels.items():
+            assert needs["stack"] == 0, (arch, name)
+            assert needs["local"] == 0, (arch, name)
+            if name.startswith("cka_small"):
+                assert needs["products"] > 0, (arch, name)
+                assert (needs["clusters"] > 0) == has_clusters, (arch, name)
+
+
+def test_table_is_current(compiled) -> None:
+    """Run ``python -m tests.cuda_resources`` where this fails, and look at the difference."""
+    expected = json.loads(cuda_resources.RESULT.read_text(encoding="utf-8"))
+    nvcc = shutil.which(os.environ.get("NVCC") or "nvcc")
+    if nvcc is None or cuda_resources.release(nvcc) != expected.pop("nvcc"):
+        pytest.skip("needs the nvcc that the table is of")
+    assert compiled == {arch: expected[arch] for arch in compiled}
