@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "cka_small.h"
+#include "moments_sm90.h"
 #include "scale.h"
 
 namespace py = pybind11;
@@ -138,6 +139,35 @@ void cka_small(const rift::CkaSmallPlan& plan, const std::vector<Layer>& layers,
   }
 }
 
+// elements, stride of a row, columns
+using Features = std::array<long long, 3>;
+
+rift::Schedule moments_schedule(int rows, int width_x, int width_y, int programs) {
+  return rift::moments_schedule(within("rows", rows, 1 << 30), within("width_x", width_x, 1 << 20),
+                                within("width_y", width_y, 1 << 20),
+                                within("programs", programs, 1 << 16));
+}
+
+void moments_sm90(const Features& x, const Features& y, int rows, int programs, Address tiles,
+                  Address spill, Address stream) {
+  const auto matrix = [&](const char* name, const Features& v) {
+    if (v[0] % 16 != 0 || v[1] % 8 != 0) {
+      throw py::value_error(std::string(name) + " must have rows at multiples of 16 bytes; got " +
+                            std::to_string(v[0]) + " with a stride of " + std::to_string(v[1]) +
+                            " elements");
+    }
+    return rift::Matrix{there<const void>(name, v[0]), v[1], rows, static_cast<int>(v[2])};
+  };
+  rift::MomentsArguments arguments{};
+  arguments.schedule =
+      moments_schedule(rows, static_cast<int>(x[2]), static_cast<int>(y[2]), programs);
+  arguments.tiles = there<float>("tiles", tiles);
+  arguments.spill = there<float>("spill", spill);
+  check(rift::moments_sm90(arguments, matrix("x", x), matrix("y", y),
+                           reinterpret_cast<cudaStream_t>(stream)),
+        "moments_sm90");
+}
+
 // unit, out, count, entries, incoming
 using Tensor = std::array<long long, 5>;
 
@@ -178,5 +208,22 @@ PYBIND11_MODULE(_C, module) {
       .def_readonly("workspace", &rift::CkaSmallPlan::workspace);
   module.def("cka_small_plan", &cka_small_plan, "How the current device runs layers of a size.");
   module.def("cka_small", &cka_small, "Values and gradients; see csrc/cka_small.h.");
+  py::class_<rift::MomentTile>(module, "MomentTile", py::module_local())
+      .def_readonly("left_is_y", &rift::MomentTile::left_is_y)
+      .def_readonly("right_is_y", &rift::MomentTile::right_is_y)
+      .def_readonly("i", &rift::MomentTile::i)
+      .def_readonly("j", &rift::MomentTile::j);
+  py::class_<rift::Schedule>(module, "Schedule", py::module_local())
+      .def_readonly("chunks", &rift::Schedule::chunks)
+      .def_readonly("programs", &rift::Schedule::programs)
+      .def_property_readonly("tiles", &rift::Schedule::tiles)
+      .def("tile", &rift::Schedule::tile)
+      .def("begin", &rift::Schedule::begin)
+      .def("piece", [](const rift::Schedule& schedule, int program, int at) {
+        const rift::Piece piece = schedule.piece(program, at);
+        return std::array<int, 3>{piece.slot, piece.first, piece.last};
+      });
+  module.def("moments_schedule", &moments_schedule, "Who multiplies what; see csrc/schedule.h.");
+  module.def("moments_sm90", &moments_sm90, "Raw second moments; see csrc/moments_sm90.h.");
   module.def("scale", &scale, "out = incoming * unit; see csrc/scale.h.");
 }

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from types import ModuleType
 
 import pytest
 import torch
 
 from rift_kernels import dispatch
+from tests import emulated
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # What concerns the kernels, and what of it their interpreter, thousands of times slower than a GPU,
@@ -77,6 +79,12 @@ def has_kernels(device: torch.device) -> bool:
     return INTERPRETED or (
         device.type == "cuda" and dispatch.reason_against("triton", device) is None
     )
+
+
+@pytest.fixture(scope="session")
+def emulated_extension(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
+    """``rift_kernels._C`` on a CPU."""
+    return emulated.build(tmp_path_factory.mktemp("emulated"))
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -13,7 +13,7 @@ import torch
 import rift_kernels as rk
 from rift_kernels import dispatch
 from rift_kernels.backends import cuda
-from tests import cases, emulated
+from tests import cases
 
 MEASURES = (cases.CKA, cases.CKA_BIASED)
 PAIRS = [
@@ -31,13 +31,8 @@ GPUS = {"clusters": ("9", str(227 * 1024)), "global memory": ("8", str(163 * 102
 every_gpu = pytest.mark.parametrize("gpu", GPUS)
 
 
-@pytest.fixture(scope="session")
-def extension(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
-    return emulated.build(tmp_path_factory.mktemp("emulated"))
-
-
 @pytest.fixture
-def emulate(monkeypatch: pytest.MonkeyPatch, extension: ModuleType):
+def emulate(monkeypatch: pytest.MonkeyPatch, emulated_extension: ModuleType):
     """Make every call run on this kind of GPU, emulated."""
 
     def start(gpu: str = "clusters", seed: int = 0, threads: int = 64) -> None:
@@ -48,7 +43,7 @@ def emulate(monkeypatch: pytest.MonkeyPatch, extension: ModuleType):
         monkeypatch.setenv("RIFT_EMULATED_THREADS", str(threads))
         monkeypatch.setattr(dispatch, "choose_backend", lambda *_: "cuda")
         monkeypatch.setattr(dispatch, "use_gram", lambda *_: True)
-        monkeypatch.setattr(cuda, "_extension", lambda: extension)
+        monkeypatch.setattr(cuda, "_extension", lambda: emulated_extension)
         monkeypatch.setattr(cuda, "_stream", lambda _: 0)
         zeros = torch.zeros(cuda._COUNTERS, dtype=torch.int32)
         monkeypatch.setattr(cuda, "_counters", lambda _: zeros)
@@ -241,23 +236,26 @@ def test_compiles_whole(emulate) -> None:
 
 
 @pytest.mark.parametrize("gpu", GPUS)
-def test_python_foresees_the_plan(gpu, emulate, extension) -> None:
+def test_python_foresees_the_plan(gpu, emulate, emulated_extension) -> None:
     emulate(gpu)
     for rows in (2, 16, 17, 64, 65, 128):
         for width in (1, 16, 17, 300, 768, 1024, 3000, 20000):
-            plan = extension.cka_small_plan(rows, width)
+            plan = emulated_extension.cka_small_plan(rows, width)
             needed = cuda.shared_bytes(rows, width, cuda._LARGEST_CLUSTER)
             assert (plan.blocks > 0) == (needed <= int(GPUS[gpu][1]))
             if plan.blocks:
                 assert plan.shared_bytes == cuda.shared_bytes(rows, width, plan.blocks)
                 assert plan.share * plan.blocks >= width
                 assert plan.cluster == (gpu == "clusters")
-    assert (extension.MAX_ROWS, extension.MAX_LAYERS) == (cuda.MAX_ROWS, cuda.MAX_LAYERS)
+    assert (emulated_extension.MAX_ROWS, emulated_extension.MAX_LAYERS) == (
+        cuda.MAX_ROWS,
+        cuda.MAX_LAYERS,
+    )
 
 
-def test_wrong_arguments(emulate, extension) -> None:
+def test_wrong_arguments(emulate, emulated_extension) -> None:
     emulate()
-    plan = extension.cka_small_plan(8, 8)
+    plan = emulated_extension.cka_small_plan(8, 8)
     layer = (16, 16, 0, 0, 0, 8, 1, 8, 1, 8, 8, 8)
     rest = (None, 2, 8, 1, True, False, 16, 0, 0, 0)
     for text, arguments in {
@@ -269,18 +267,18 @@ def test_wrong_arguments(emulate, extension) -> None:
         "values must be an address; got 0": ([layer], *rest[:6], 0, 0, 0, 0),
     }.items():
         with pytest.raises(ValueError, match=text):
-            extension.cka_small(plan, *arguments)
+            emulated_extension.cka_small(plan, *arguments)
     with pytest.raises(ValueError, match="plan must be one that fits"):
-        extension.cka_small(extension.cka_small_plan(128, 100000), [layer], *rest)
+        emulated_extension.cka_small(emulated_extension.cka_small_plan(128, 100000), [layer], *rest)
     with pytest.raises(ValueError, match="rows must be 1 to 128; got 129"):
-        extension.cka_small_plan(129, 8)
+        emulated_extension.cka_small_plan(129, 8)
     emulate("global memory")
     with pytest.raises(ValueError, match="workspace must be an address; got 0"):
-        extension.cka_small(extension.cka_small_plan(8, 8), [layer], *rest)
+        emulated_extension.cka_small(emulated_extension.cka_small_plan(8, 8), [layer], *rest)
     with pytest.raises(ValueError, match="count and entries must not be negative; got -1 and 2"):
-        extension.scale([(16, 16, -1, 2, 16)], 2, 2, 0)
+        emulated_extension.scale([(16, 16, -1, 2, 16)], 2, 2, 0)
     with pytest.raises(ValueError, match="incoming must be an address; got 0"):
-        extension.scale([(16, 16, 1, 2, 0)], 2, 2, 0)
+        emulated_extension.scale([(16, 16, 1, 2, 0)], 2, 2, 0)
 
 
 @pytest.mark.parametrize(
@@ -291,7 +289,7 @@ def test_wrong_arguments(emulate, extension) -> None:
     ],
     ids=str,
 )
-def test_scale(unit, out, extension) -> None:
+def test_scale(unit, out, emulated_extension) -> None:
     """Aligned, misaligned, entries that share a vector, nothing at all."""
     jobs, expected, tensors = [], [], []
     for offset, count, entries in ((0, 64, 3), (1, 64, 2), (0, 5, 4), (0, 1, 1), (0, 0, 3)):
@@ -301,6 +299,6 @@ def test_scale(unit, out, extension) -> None:
         tensors.append((from_, to, incoming))
         jobs.append((from_.data_ptr(), to.data_ptr(), count, entries, incoming.data_ptr()))
         expected.append((from_.float().view(entries, count) * incoming[:, None]).flatten().to(out))
-    extension.scale(jobs, cuda._TYPES[unit], cuda._TYPES[out], 0)
+    emulated_extension.scale(jobs, cuda._TYPES[unit], cuda._TYPES[out], 0)
     for (_, got, _), wanted in zip(tensors, expected, strict=True):
         assert torch.equal(got, wanted)

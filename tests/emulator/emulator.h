@@ -12,6 +12,7 @@
 #include <cstring>
 #include <functional>
 #include <memory>
+#include <new>
 #include <numeric>
 #include <random>
 #include <stdexcept>
@@ -38,6 +39,20 @@ struct Barrier {
   int expected = 0, arrived = 0, generation = 0;
 };
 
+// Memory that begins at a multiple of 1024 bytes, as a block's does.
+struct Shared {
+  static constexpr std::align_val_t ALIGNMENT{1024};
+  struct Free {
+    void operator()(unsigned char* bytes) const { ::operator delete[](bytes, ALIGNMENT); }
+  };
+  std::unique_ptr<unsigned char[], Free> bytes;
+  size_t size = 0;
+
+  // NaN wherever it is read before it is written, and a guard behind it, to be found as it was.
+  void make(size_t wanted);
+  bool is_intact() const;
+};
+
 struct Warp {
   Barrier barrier;
   const void* address[32];
@@ -47,8 +62,10 @@ struct Warp {
 
 struct Block {
   Barrier barrier;
-  std::vector<unsigned char> shared;
+  Shared shared;
   std::vector<Warp> warps;
+  // Of 128 threads each, for the products that they make together.
+  std::vector<Barrier> warpgroups;
 };
 
 struct Fiber {
@@ -59,9 +76,20 @@ struct Fiber {
 };
 
 constexpr size_t STACK = 96 * 1024;
-// Behind a block's shared memory, to be found as it was.
 constexpr size_t GUARD = 256;
 constexpr unsigned char GUARD_BYTE = 0xA5;
+
+inline void Shared::make(size_t wanted) {
+  size = wanted;
+  bytes.reset(static_cast<unsigned char*>(::operator new[](size + GUARD, ALIGNMENT)));
+  std::fill_n(bytes.get(), size, static_cast<unsigned char>(0xFF));
+  std::fill_n(bytes.get() + size, GUARD, GUARD_BYTE);
+}
+
+inline bool Shared::is_intact() const {
+  return std::all_of(bytes.get() + size, bytes.get() + size + GUARD,
+                     [](unsigned char byte) { return byte == GUARD_BYTE; });
+}
 
 struct Grid {
   std::vector<Block> blocks;
@@ -114,9 +142,9 @@ inline void run(std::function<void()> kernel, unsigned blocks, unsigned entries,
   for (Barrier& cluster : all.clusters) cluster.expected = static_cast<int>(blocks * threads);
   for (Block& block : all.blocks) {
     block.barrier.expected = static_cast<int>(threads);
-    // NaN wherever it is read before it is written.
-    block.shared.assign(shared_bytes + GUARD, 0xFF);
-    std::fill(block.shared.end() - GUARD, block.shared.end(), GUARD_BYTE);
+    block.shared.make(shared_bytes);
+    block.warpgroups.resize((threads + 127) / 128);
+    for (Barrier& group : block.warpgroups) group.expected = 128;
     block.warps.resize(threads / 32);
     for (Warp& warp : block.warps) warp.barrier.expected = 32;
   }
@@ -152,10 +180,8 @@ inline void run(std::function<void()> kernel, unsigned blocks, unsigned entries,
     }
   }
   for (const Block& block : all.blocks) {
-    for (size_t i = 0; i < GUARD; ++i) {
-      if (block.shared[block.shared.size() - 1 - i] != GUARD_BYTE) {
-        throw std::runtime_error("a block wrote behind its shared memory");
-      }
+    if (!block.shared.is_intact()) {
+      throw std::runtime_error("a block wrote behind its shared memory");
     }
   }
   grid = nullptr;
@@ -222,7 +248,7 @@ inline float half_to_float(uint16_t bits) {
   return static_cast<float>(half);
 }
 
-inline unsigned char* shared_memory() { return emulator::grid->block().shared.data(); }
+inline unsigned char* shared_memory() { return emulator::grid->block().shared.bytes.get(); }
 
 inline void load_any(uint32_t (&r)[4], const void* row, bool transposed) {
   if (reinterpret_cast<uintptr_t>(row) % 16 != 0) throw std::runtime_error("a row is misaligned");
@@ -273,11 +299,11 @@ inline void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uin
 
 inline const float* map_to_rank(const float* mine, int rank) {
   emulator::Grid& all = *emulator::grid;
-  const auto offset = reinterpret_cast<const unsigned char*>(mine) - all.block().shared.data();
+  const auto offset = reinterpret_cast<const unsigned char*>(mine) - shared_memory();
   Index there = blockIdx;
   there.x = static_cast<unsigned>(rank);
   return reinterpret_cast<const float*>(
-      all.blocks[there.y * gridDim.x + there.x].shared.data() + offset);
+      all.blocks[there.y * gridDim.x + there.x].shared.bytes.get() + offset);
 }
 
 inline void cluster_barrier() { emulator::wait(emulator::grid->clusters[blockIdx.y]); }

@@ -6,6 +6,8 @@
 #define RIFT_EMULATOR
 #include "../../csrc/cka_small.cuh"
 #include "../../csrc/cka_small.h"
+#include "../../csrc/moments_sm90.cuh"
+#include "../../csrc/moments_sm90.h"
 #include "../../csrc/scale.cuh"
 
 namespace {
@@ -83,6 +85,19 @@ cudaError_t cka_small(const CkaSmallArguments& arguments, const CkaSmallPlan& pl
       case Type::fp16: return run_small<Half, float>(arguments, plan, rows, entries);
       default: return run_small<float, float>(arguments, plan, rows, entries);
     }
+  });
+}
+
+cudaError_t moments_sm90(const MomentsArguments& arguments, const Matrix& x, const Matrix& y,
+                         cudaStream_t) {
+  const auto map = [](const Matrix& m) {
+    const auto* elements = static_cast<const uint16_t*>(m.elements);
+    return TensorMap{elements, m.stride, m.rows, m.columns, MOMENT_CHUNK};
+  };
+  return caught([&] {
+    emulator::run([&] { moments_sm90_kernel(arguments, map(x), map(y)); },
+                  static_cast<unsigned>(arguments.schedule.programs), 1, MOMENT_THREADS,
+                  MOMENT_SHARED, seed());
   });
 }
 

@@ -1,0 +1,20 @@
+// Raw second moments of bfloat16 features on Hopper; see moments_sm90.cuh.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include "moments_sm90_layout.h"
+
+namespace rift {
+
+// A row-major matrix whose rows begin at multiples of 16 bytes.
+struct Matrix {
+  const void* elements;
+  long long stride;  // in elements
+  int rows, columns;
+};
+
+cudaError_t moments_sm90(const MomentsArguments& arguments, const Matrix& x, const Matrix& y,
+                         cudaStream_t stream);
+
+}  // namespace rift

@@ -1,0 +1,117 @@
+// Hopper's instructions as csrc/sm90.cuh names them, on a CPU. What is asynchronous there is done at
+// once here, so that a missing wait for it does not show.
+#pragma once
+
+#include "../../csrc/primitives.cuh"
+
+namespace rift {
+
+// A row-major matrix of 16-bit elements, where a GPU has 128 bytes that only its driver knows.
+struct TensorMap {
+  const uint16_t* elements;
+  long long stride;
+  int rows, columns, box_rows;
+};
+
+inline uint32_t shared_address(const void* pointer) {
+  return static_cast<uint32_t>(static_cast<const unsigned char*>(pointer) - shared_memory());
+}
+
+// In the 8 bytes that a GPU has for one.
+struct Mbarrier {
+  uint8_t phase, expected, pending, unused;
+  int32_t bytes;
+
+  void end_phase() {
+    if (pending > 0 || bytes > 0) return;
+    phase ^= 1;
+    pending = expected;
+  }
+};
+static_assert(sizeof(Mbarrier) == 8);
+
+inline void init_barrier(Mbarrier* barrier, int arrivals) {
+  *barrier = {0, static_cast<uint8_t>(arrivals), static_cast<uint8_t>(arrivals), 0, 0};
+}
+
+inline void fence_barriers() {}
+
+inline void arrive(Mbarrier* barrier) {
+  if (barrier->pending == 0) throw std::runtime_error("more arrivals than a barrier expects");
+  --barrier->pending;
+  barrier->end_phase();
+}
+
+inline void arrive_and_expect(Mbarrier* barrier, int bytes) {
+  barrier->bytes += bytes;
+  arrive(barrier);
+}
+
+inline void wait_barrier(const Mbarrier* barrier, unsigned parity) {
+  while (barrier->phase == parity) emulator::yield();
+}
+
+// The address of 16 bytes in 1024, as the copy engine and the products see it.
+inline uint32_t swizzled(uint32_t address) { return address ^ (address >> 7 & 7) << 4; }
+
+inline void copy_box(void* to, const TensorMap* map, int column, int row, Mbarrier* barrier) {
+  if (shared_address(to) % 1024 != 0) throw std::runtime_error("a box is misaligned");
+  for (int r = 0; r < map->box_rows; ++r) {
+    for (int c = 0; c < 64; ++c) {
+      const bool inside = row + r < map->rows && column + c < map->columns;
+      const uint16_t x = inside ? map->elements[(row + r) * map->stride + column + c] : 0;
+      const uint32_t at = shared_address(to) + static_cast<uint32_t>(r * 128 + c * 2);
+      std::memcpy(shared_memory() + swizzled(at), &x, 2);
+    }
+  }
+  barrier->bytes -= map->box_rows * 128;
+  barrier->end_phase();
+}
+
+inline void prefetch(const TensorMap*) {}
+
+inline uint64_t describe(const void* box, int next) {
+  return uint64_t{1} << 62 | uint64_t{1024 >> 4} << 32 | static_cast<uint64_t>(next >> 4) << 16 |
+         (shared_address(box) & 0x3FFFF) >> 4;
+}
+
+inline void begin_products() {}
+inline void commit_products() {}
+
+template <int GROUPS>
+void wait_products() {}
+
+// Element (inner, column) of an operand whose columns lie side by side.
+inline float operand(uint64_t descriptor, int inner, int column) {
+  if (descriptor >> 62 != 1) throw std::runtime_error("only rows of 128 bytes, swizzled");
+  const uint32_t start = (descriptor & 0x3FFF) << 4, next = (descriptor >> 16 & 0x3FFF) << 4;
+  const uint32_t eight_rows = (descriptor >> 32 & 0x3FFF) << 4;
+  const uint32_t at = start + column / 64 * next + inner / 8 * eight_rows + inner % 8 * 128 +
+                      column % 64 * 2;
+  uint16_t bits;
+  std::memcpy(&bits, shared_memory() + swizzled(at), 2);
+  return bits_to_float(uint32_t{bits} << 16);
+}
+
+inline void multiply_add(float (&c)[64], uint64_t a, uint64_t b) {
+  emulator::Barrier& group = emulator::grid->block().warpgroups[threadIdx.x / 128];
+  emulator::wait(group);
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
+  for (int half = 0; half < 2; ++half) {
+    float left[16];
+    for (int k = 0; k < 16; ++k) left[k] = operand(a, k, warp * 16 + lane / 4 + half * 8);
+    for (int n = 0; n < 16; ++n) {
+      for (int i = 0; i < 2; ++i) {
+        double sum = c[4 * n + 2 * half + i];
+        for (int k = 0; k < 16; ++k) {
+          sum += static_cast<double>(left[k]) *
+                 static_cast<double>(operand(b, k, 8 * n + lane % 4 * 2 + i));
+        }
+        c[4 * n + 2 * half + i] = static_cast<float>(sum);
+      }
+    }
+  }
+  emulator::wait(group);
+}
+
+}  // namespace rift
