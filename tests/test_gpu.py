@@ -1,0 +1,103 @@
+"""What only a GPU can show, of whatever kernels ``auto`` takes there and of Triton's alone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+import rift_kernels as rk
+from rift_kernels import dispatch
+from tests import cases
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+@pytest.fixture(autouse=True, params=["cuda and triton", "triton"])
+def preferred(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    kinds = tuple(kind for kind in dispatch.PREFERRED if kind[0] in request.param)
+    monkeypatch.setattr(dispatch, "PREFERRED", kinds)
+
+
+@pytest.fixture
+def device() -> torch.device:
+    return torch.device("cuda")
+
+
+def pair(
+    rows: int, width: int, device: torch.device, dtype: torch.dtype = torch.bfloat16
+) -> tuple[Tensor, Tensor]:
+    x, y, _ = cases.Case("", rows, width, width).features(dtype)
+    return x.to(device).requires_grad_(), y.to(device)
+
+
+@pytest.mark.parametrize("rows", [40, 140, 400])
+def test_graph_replays(rows, device) -> None:
+    """A captured loss and backward gives the same bits a thousand times, and follows its inputs."""
+    x, y = pair(rows, 64, device)
+    function = rk.RIFTLoss("cka")
+
+    def step() -> tuple[Tensor, Tensor]:
+        loss = function(x, y)
+        return loss.detach(), torch.autograd.grad(loss, x)[0]
+
+    expected = [t.clone() for t in step()]
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = step()
+    for replay in range(1000):
+        graph.replay()
+        if replay % 100 == 0:
+            for got, wanted in zip(results, expected, strict=True):
+                assert torch.equal(got, wanted)
+    with torch.no_grad():
+        x.copy_(x + y)
+    expected = step()
+    graph.replay()
+    for got, wanted in zip(results, expected, strict=True):
+        assert torch.equal(got, wanted)
+
+
+@pytest.mark.parametrize("rows", [40, 400])
+def test_two_streams_at_once(rows, device) -> None:
+    pairs = [pair(rows, 64, device), pair(rows, 64, device, torch.float32)]
+    expected = [rk.linear_cka(x, y).detach() for x, y in pairs]
+    streams = [torch.cuda.Stream() for _ in pairs]
+    torch.cuda.synchronize()
+    results: list[list[Tensor]] = [[], []]
+    for _ in range(50):
+        for (x, y), stream, values in zip(pairs, streams, results, strict=True):
+            with torch.cuda.stream(stream):
+                values.append(rk.linear_cka(x, y).detach())
+    torch.cuda.synchronize()
+    for values, wanted in zip(results, expected, strict=True):
+        assert all(torch.equal(value, wanted) for value in values)
+
+
+def test_memory_is_that_of_the_blocks(device) -> None:
+    """Beyond features and gradient: partial tiles and planes, no copy of the features."""
+    x, y = pair(65536, 512, device)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    rk.linear_cka(x, y).backward()
+    extra = torch.cuda.max_memory_allocated() - before - x.grad.nbytes
+    assert extra < x.nbytes / 2
+
+
+def test_layers_share_a_launch(device) -> None:
+    """Lists, batches and a single pair agree; more layers than one launch takes among them."""
+    x, y, _ = cases.Case("", 40, 64, 64, batch=(30,)).features(torch.bfloat16)
+    x, y = x.to(device), y.to(device)
+    batch, grads, _ = cases.value_and_gradients(rk.linear_cka, x, y)
+    students = [one.clone().requires_grad_() for one in x]
+    values = rk.linear_cka(students, list(y))
+    incoming = torch.rand(batch.shape, generator=torch.Generator().manual_seed(1)) + 0.5
+    values.backward(incoming.to(device))
+    torch.testing.assert_close(values, batch, atol=1e-6, rtol=0)
+    for student, grad in zip(students, grads, strict=True):
+        assert cases.relative_error(student.grad, grad) <= 4e-3
