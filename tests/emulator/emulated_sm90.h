@@ -1,5 +1,5 @@
-// Hopper's instructions as csrc/sm90.cuh names them, on a CPU. What is asynchronous there is done at
-// once here, so that a missing wait for it does not show.
+// Hopper's instructions as csrc/sm90.cuh names them, on a CPU. What is asynchronous there is late
+// here: copies are made some rounds after, in any order, and products when they are waited for.
 #pragma once
 
 #include "../../csrc/primitives.cuh"
@@ -54,18 +54,26 @@ inline void wait_barrier(const Mbarrier* barrier, unsigned parity) {
 // The address of 16 bytes in 1024, as the copy engine and the products see it.
 inline uint32_t swizzled(uint32_t address) { return address ^ (address >> 7 & 7) << 4; }
 
-inline void copy_box(void* to, const TensorMap* map, int column, int row, Mbarrier* barrier) {
-  if (shared_address(to) % 1024 != 0) throw std::runtime_error("a box is misaligned");
-  for (int r = 0; r < map->box_rows; ++r) {
+inline void copy_now(unsigned char* shared, uint32_t start, const TensorMap& map, int column,
+                     int row, Mbarrier* barrier) {
+  for (int r = 0; r < map.box_rows; ++r) {
     for (int c = 0; c < 64; ++c) {
-      const bool inside = row + r < map->rows && column + c < map->columns;
-      const uint16_t x = inside ? map->elements[(row + r) * map->stride + column + c] : 0;
-      const uint32_t at = shared_address(to) + static_cast<uint32_t>(r * 128 + c * 2);
-      std::memcpy(shared_memory() + swizzled(at), &x, 2);
+      const bool inside = row + r < map.rows && column + c < map.columns;
+      const uint16_t x = inside ? map.elements[(row + r) * map.stride + column + c] : 0;
+      const uint32_t at = start + static_cast<uint32_t>(r * 128 + c * 2);
+      std::memcpy(shared + swizzled(at), &x, 2);
     }
   }
-  barrier->bytes -= map->box_rows * 128;
+  barrier->bytes -= map.box_rows * 128;
   barrier->end_phase();
+}
+
+inline void copy_box(void* to, const TensorMap* map, int column, int row, Mbarrier* barrier) {
+  if (shared_address(to) % 1024 != 0) throw std::runtime_error("a box is misaligned");
+  unsigned char* shared = shared_memory();
+  const uint32_t start = shared_address(to);
+  const TensorMap from = *map;
+  emulator::grid->copies.push_back([=] { copy_now(shared, start, from, column, row, barrier); });
 }
 
 inline void prefetch(const TensorMap*) {}
@@ -76,10 +84,18 @@ inline uint64_t describe(const void* box, int next) {
 }
 
 inline void begin_products() {}
-inline void commit_products() {}
+
+inline void commit_products() { emulator::grid->current->products.emplace_back(); }
 
 template <int GROUPS>
-void wait_products() {}
+void wait_products() {
+  emulator::Groups& products = emulator::grid->current->products;
+  // The last one is open, and holds nothing yet.
+  while (products.size() > GROUPS + 1) {
+    for (const auto& product : products.front()) product();
+    products.erase(products.begin());
+  }
+}
 
 // Element (inner, column) of an operand whose columns lie side by side.
 inline float operand(uint64_t descriptor, int inner, int column) {
@@ -93,9 +109,7 @@ inline float operand(uint64_t descriptor, int inner, int column) {
   return bits_to_float(uint32_t{bits} << 16);
 }
 
-inline void multiply_add(float (&c)[64], uint64_t a, uint64_t b) {
-  emulator::Barrier& group = emulator::grid->block().warpgroups[threadIdx.x / 128];
-  emulator::wait(group);
+inline void multiply_now(float* c, uint64_t a, uint64_t b) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
   for (int half = 0; half < 2; ++half) {
     float left[16];
@@ -111,7 +125,13 @@ inline void multiply_add(float (&c)[64], uint64_t a, uint64_t b) {
       }
     }
   }
-  emulator::wait(group);
+}
+
+inline void multiply_add(float (&c)[64], uint64_t a, uint64_t b) {
+  // All 128 threads of a warpgroup come here, or none.
+  emulator::wait(emulator::grid->block().warpgroups[threadIdx.x / 128]);
+  float* where = c;
+  emulator::grid->current->products.back().push_back([=] { multiply_now(where, a, b); });
 }
 
 }  // namespace rift

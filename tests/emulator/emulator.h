@@ -68,8 +68,12 @@ struct Block {
   std::vector<Barrier> warpgroups;
 };
 
+// Work that a thread has started and not waited for: the newest group is still open.
+using Groups = std::vector<std::vector<std::function<void()>>>;
+
 struct Fiber {
   ucontext_t context;
+  Groups products{1};
   std::unique_ptr<char[]> stack;
   Index thread, block;
   bool done = false;
@@ -98,6 +102,8 @@ struct Grid {
   ucontext_t scheduler;
   Fiber* current = nullptr;
   std::function<void()> kernel;
+  // Copies under way, each done some rounds later.
+  std::vector<std::function<void()>> copies;
   std::string error;
 
   Block& block() { return blocks[blockIdx.y * gridDim.x + blockIdx.x]; }
@@ -168,6 +174,11 @@ inline void run(std::function<void()> kernel, unsigned blocks, unsigned entries,
   for (long long round = 0; left > 0; ++round) {
     if (round > 1000000) throw std::runtime_error("the fibers wait for ever");
     std::shuffle(order.begin(), order.end(), random);
+    std::shuffle(all.copies.begin(), all.copies.end(), random);
+    for (size_t some = all.copies.size() - all.copies.size() / 2; some > 0; --some) {
+      all.copies.back()();
+      all.copies.pop_back();
+    }
     for (size_t i : order) {
       Fiber& fiber = all.fibers[i];
       if (fiber.done) continue;
@@ -179,6 +190,7 @@ inline void run(std::function<void()> kernel, unsigned blocks, unsigned entries,
       if (!all.error.empty()) throw std::runtime_error(all.error);
     }
   }
+  if (!all.copies.empty()) throw std::runtime_error("a copy was not waited for");
   for (const Block& block : all.blocks) {
     if (!block.shared.is_intact()) {
       throw std::runtime_error("a block wrote behind its shared memory");
