@@ -17,8 +17,15 @@ from typing import Any
 RESULT = Path(__file__).parent.parent / "benchmarks" / "results" / "cuda-resources.json"
 # A kernel for other architectures returns at once.
 EMPTY_REGISTERS = 8
-# In machine code: products on tensor cores, local memory, barriers of clusters.
-INSTRUCTIONS = {"products": r"\sHMMA\.", "local": r"\s(?:LDL|STL)\b", "clusters": r"\sUCGABAR_"}
+# In machine code: products of a warp and of a warpgroup on tensor cores, copies by the copy engine,
+# local memory, barriers of clusters.
+INSTRUCTIONS = {
+    "products": r"\sHMMA\.",
+    "warpgroup": r"\sHGMMA\.",
+    "bulk": r"\sUTMALDG\.",
+    "local": r"\s(?:LDL|STL)\b",
+    "clusters": r"\sUCGABAR_",
+}
 # Architecture -> kernel -> its needs
 Resources = dict[str, dict[str, dict[str, Any]]]
 
@@ -74,7 +81,7 @@ def _readable(mangled: str) -> str:
     """As ``cka_small<Bf16, Bf16, 64, true>``."""
     command = ["c++filt", mangled]
     name = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return re.search(r"(\w+<.*>)\(", name)[1].replace("_kernel", "").replace("rift::", "")
+    return re.search(r"rift::(\w+(?:<.*>)?)\(", name)[1].replace("_kernel", "").replace("rift::", "")
 
 
 def dumped(extension: Path, nvcc: str = "nvcc") -> str:

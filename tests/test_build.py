@@ -177,6 +177,10 @@ def test_what_the_kernels_compile_to(compiled) -> None:
             if name.startswith("cka_small"):
                 assert needs["products"] > 0, (arch, name)
                 assert (needs["clusters"] > 0) == has_clusters, (arch, name)
+        # Hopper's own kernels are there, on its own instructions, and nowhere else.
+        hopper = [needs for name, needs in kernels.items() if "sm90" in name]
+        assert bool(hopper) == (arch == "sm_90a")
+        assert all(needs["warpgroup"] and needs["bulk"] for needs in hopper)
 
 
 def test_table_is_current(compiled) -> None:

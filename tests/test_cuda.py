@@ -43,7 +43,7 @@ def emulate(monkeypatch: pytest.MonkeyPatch, emulated_extension: ModuleType):
         monkeypatch.setenv("RIFT_EMULATED_THREADS", str(threads))
         monkeypatch.setattr(dispatch, "choose_backend", lambda *_: "cuda")
         monkeypatch.setattr(dispatch, "use_gram", lambda *_: True)
-        monkeypatch.setattr(cuda, "_extension", lambda: emulated_extension)
+        monkeypatch.setattr(cuda, "extension", lambda: emulated_extension)
         monkeypatch.setattr(cuda, "_stream", lambda _: 0)
         zeros = torch.zeros(cuda._COUNTERS, dtype=torch.int32)
         monkeypatch.setattr(cuda, "_counters", lambda _: zeros)

@@ -7,6 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks import moments
+from rift_kernels.backends import cuda
+
 BLOCK, CHUNK = 128, 64
 
 
@@ -90,6 +93,14 @@ def test_moments(emulated_extension, rows, width_x, width_y, programs) -> None:
         tile = schedule.tile(slot)
         expected = padded[tile.left_is_y][tile.i].T @ padded[tile.right_is_y][tile.j]
         torch.testing.assert_close(totals[slot], expected, rtol=1e-5, atol=1e-4)
+
+
+def test_the_benchmark_adds_up_the_parts(emulated_extension, monkeypatch) -> None:
+    monkeypatch.setattr(cuda, "extension", lambda: emulated_extension)
+    x, y = torch.randn(2, 200, 136).bfloat16()
+    launch = moments.Moments(x, y, 3)
+    launch(0)
+    torch.testing.assert_close(launch.cross(), x.float().T @ y.float(), rtol=1e-5, atol=1e-4)
 
 
 def test_wrong_arguments(emulated_extension) -> None:

@@ -35,7 +35,8 @@ _TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 
 
 @cache
-def _extension() -> ModuleType:
+def extension() -> ModuleType:
+    """``rift_kernels._C``, imported when it is first needed."""
     return importlib.import_module("rift_kernels._C")
 
 
@@ -60,7 +61,7 @@ def shared_bytes(rows: int, width: int, blocks: int) -> int:
 @cache
 def _plan(_device: int, rows: int, width: int) -> Any:
     """Of the current device, which is the one named."""
-    return _extension().cka_small_plan(rows, width)
+    return extension().cka_small_plan(rows, width)
 
 
 def _stream(device: torch.device) -> int:
@@ -145,7 +146,7 @@ def _launch(
         # Kept until the launch is made; on one stream nobody else gets it before that has run.
         memory = torch.empty(min(plan.entries, entries) * plan.workspace, device=device)
         workspace, counters = memory.data_ptr(), _counters(device).data_ptr()
-    _extension().cka_small(
+    extension().cka_small(
         plan, layers, batch, _TYPES[x[0].dtype], rows, entries, debiased, distance,
         values.data_ptr(), workspace, counters, _stream(device),
     )  # fmt: skip
@@ -183,5 +184,5 @@ def fused_bwd(
                 )
                 for i in range(side * count, (side + 1) * count)
             ]  # fmt: skip
-            _extension().scale(tensors, _TYPES[saved[0].dtype], _TYPES[dtype], stream)
+            extension().scale(tensors, _TYPES[saved[0].dtype], _TYPES[dtype], stream)
     return grads

@@ -1,0 +1,97 @@
+"""``python -m benchmarks.moments``: Hopper's second moments, csrc/moments_sm90.cuh, alone.
+
+Checked against products in float32, and timed beside torch.mm on the same features, inputs in turn
+so that they come from memory. No loss uses this kernel yet: this says whether it is worth it.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from rift_kernels import dispatch
+from rift_kernels.backends import cuda
+
+SHAPES = ((12608, 768), (50432, 1024), (65536, 4096))
+BLOCK = 128
+ROUNDS = 10
+
+
+class Moments:
+    """A launch on some features, and what it leaves."""
+
+    def __init__(self, x: Tensor, y: Tensor, programs: int) -> None:
+        self.x, self.y = x, y
+        self.schedule = cuda.extension().moments_schedule(*x.shape, y.shape[1], programs)
+        # Of each tile the part that begins with the first rows, and of each program the other.
+        self.tiles = torch.empty(self.schedule.tiles, BLOCK, BLOCK, device=x.device)
+        self.spill = torch.empty(programs, BLOCK, BLOCK, device=x.device)
+
+    def __call__(self, stream: int) -> None:
+        sides = [(t.data_ptr(), t.stride(0), t.shape[1]) for t in (self.x, self.y)]
+        addresses = self.tiles.data_ptr(), self.spill.data_ptr()
+        cuda.extension().moments_sm90(
+            *sides, self.x.shape[0], self.schedule.programs, *addresses, stream
+        )
+
+    def cross(self) -> Tensor:
+        """X^T Y of the last launch."""
+        schedule, tiles = self.schedule, self.tiles.clone()
+        for program in range(schedule.programs):
+            at = schedule.begin(program)
+            if at < schedule.begin(program + 1) and at % schedule.chunks:
+                tiles[at // schedule.chunks] += self.spill[program]
+        down, across = (-(-t.shape[1] // BLOCK) for t in (self.x, self.y))
+        blocks = tiles[schedule.tiles - down * across :].unflatten(0, (down, across))
+        whole = blocks.transpose(1, 2).reshape(down * BLOCK, across * BLOCK)
+        return whole[: self.x.shape[1], : self.y.shape[1]]
+
+
+def _seconds(calls: list[Callable[[], object]]) -> float:
+    """Of one call, the inputs in turn."""
+    event: type = torch.cuda.Event
+    for call in calls:
+        call()
+    start, end = event(enable_timing=True), event(enable_timing=True)
+    start.record()
+    for _ in range(ROUNDS):
+        for call in calls:
+            call()
+    end.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end) / 1e3 / (ROUNDS * len(calls))
+
+
+def main() -> int:
+    gpu = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+    if not gpu or dispatch.reason_against("cuda") is not None:
+        print("moments needs a Hopper GPU and rift_kernels._C; not done.")
+        return 0
+    programs = torch.cuda.get_device_properties("cuda").multi_processor_count
+    stream = torch.cuda.current_stream().cuda_stream
+    wrong = 0
+    for rows, width in SHAPES:
+        pairs = [torch.randn(2, rows, width, device="cuda").bfloat16().unbind() for _ in range(3)]
+        launches = [Moments(x, y, programs) for x, y in pairs]
+        ours = _seconds([partial(launch, stream) for launch in launches])
+        x, y = pairs[0]
+        expected = x.float().T @ y.float()
+        off = float((launches[0].cross() - expected).norm() / expected.norm())
+        wrong += not off < 1e-3
+        # As many products as the two triangles and X^T Y have.
+        both = [(x.T, torch.cat([x, y], 1)) for x, y in pairs]
+        theirs = _seconds([partial(torch.mm, left, right) for left, right in both])
+        flops = 2 * rows * width * (2 * width + 1)
+        print(
+            f"{rows} x {width}: off by {off:.1e}; {ours * 1e6:.1f} us, {flops / ours / 1e12:.0f} "
+            f"TFLOP/s; torch.mm of X^T [X Y] {theirs * 1e6:.1f} us"
+        )
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
