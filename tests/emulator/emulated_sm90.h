@@ -65,6 +65,8 @@ inline void copy_now(unsigned char* shared, uint32_t start, const TensorMap& map
     }
   }
   barrier->bytes -= map.box_rows * 128;
+  // From outside of any fiber.
+  if (barrier->bytes < 0) throw std::runtime_error("more bytes than a barrier expects");
   barrier->end_phase();
 }
 
