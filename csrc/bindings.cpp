@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "cka_small.h"
+#include "covariance.h"
 #include "moments_sm90.h"
 #include "scale.h"
 
@@ -142,6 +143,16 @@ void cka_small(const rift::CkaSmallPlan& plan, const std::vector<Layer>& layers,
 // elements, stride of a row, columns
 using Features = std::array<long long, 3>;
 
+rift::CovarianceSide side_of(const char* name, const Features& v) {
+  if (v[0] % 16 != 0 || v[1] % 8 != 0) {
+    throw py::value_error(std::string(name) + " must have rows at multiples of 16 bytes; got " +
+                          std::to_string(v[0]) + " with a stride of " + std::to_string(v[1]) +
+                          " elements");
+  }
+  return {there<const void>(name, static_cast<Address>(v[0])), v[1],
+          within("width", v[2], 1 << 15)};
+}
+
 rift::Schedule moments_schedule(int rows, int width_x, int width_y, int programs) {
   return rift::moments_schedule(within("rows", rows, 1 << 30), within("width_x", width_x, 1 << 20),
                                 within("width_y", width_y, 1 << 20),
@@ -151,12 +162,8 @@ rift::Schedule moments_schedule(int rows, int width_x, int width_y, int programs
 void moments_sm90(const Features& x, const Features& y, int rows, int programs, Address tiles,
                   Address spill, Address stream) {
   const auto matrix = [&](const char* name, const Features& v) {
-    if (v[0] % 16 != 0 || v[1] % 8 != 0) {
-      throw py::value_error(std::string(name) + " must have rows at multiples of 16 bytes; got " +
-                            std::to_string(v[0]) + " with a stride of " + std::to_string(v[1]) +
-                            " elements");
-    }
-    return rift::Matrix{there<const void>(name, v[0]), v[1], rows, static_cast<int>(v[2])};
+    const rift::CovarianceSide side = side_of(name, v);
+    return rift::Matrix{side.features, side.stride, rows, side.width};
   };
   rift::MomentsArguments arguments{};
   arguments.schedule =
@@ -166,6 +173,47 @@ void moments_sm90(const Features& x, const Features& y, int rows, int programs, 
   check(rift::moments_sm90(arguments, matrix("x", x), matrix("y", y),
                            reinterpret_cast<cudaStream_t>(stream)),
         "moments_sm90");
+}
+
+rift::CovarianceCall covariance_call(const Features& x, const Features& y, int rows, bool student,
+                                     bool teacher, bool debiased, bool distance, bool high,
+                                     int processors) {
+  return {side_of("x", x), side_of("y", y), within("rows", rows, 1 << 30), student, teacher,
+          debiased,        distance,        high, within("processors", processors, 1 << 16)};
+}
+
+// Bytes of scratch memory, and of memory that the backward needs.
+std::array<long long, 2> covariance_memory(const rift::CovarianceCall& call) {
+  rift::CovarianceMemory memory{};
+  rift::covariance_arguments(call, memory);
+  return {memory.scratch_bytes, memory.saved_bytes};
+}
+
+void covariance_forward(const rift::CovarianceCall& call, Address scratch, Address saved,
+                        Address value, Address stream) {
+  rift::CovarianceMemory memory{there<unsigned char>("scratch", scratch),
+                                there<unsigned char>("saved", saved), 0, 0};
+  rift::CovarianceArguments arguments = rift::covariance_arguments(call, memory);
+  arguments.value = there<float>("value", value);
+  check(rift::covariance_forward(arguments, reinterpret_cast<cudaStream_t>(stream)),
+        "covariance_forward");
+}
+
+void covariance_backward(const rift::CovarianceCall& call, int side, Address saved,
+                         Address incoming, Address grad, Address stream) {
+  if (side != 0 && side != 1) {
+    throw py::value_error("side must be 0 (student) or 1 (teacher); got " + std::to_string(side));
+  }
+  rift::CovarianceMemory memory{nullptr, there<unsigned char>("saved", saved), 0, 0};
+  const rift::CovarianceArguments arguments = rift::covariance_arguments(call, memory);
+  if (!(side == 0 ? arguments.planes_x : arguments.planes_y)) {
+    throw py::value_error("side must be one whose gradient the forward was asked for; got " +
+                          std::to_string(side));
+  }
+  check(rift::covariance_backward(arguments, side, there<const float>("incoming", incoming),
+                                  there<void>("grad", grad),
+                                  reinterpret_cast<cudaStream_t>(stream)),
+        "covariance_backward");
 }
 
 // unit, out, count, entries, incoming
@@ -225,5 +273,10 @@ PYBIND11_MODULE(_C, module) {
       });
   module.def("moments_schedule", &moments_schedule, "Who multiplies what; see csrc/schedule.h.");
   module.def("moments_sm90", &moments_sm90, "Raw second moments; see csrc/moments_sm90.h.");
+  py::class_<rift::CovarianceCall>(module, "CovarianceCall", py::module_local())
+      .def(py::init(&covariance_call));
+  module.def("covariance_memory", &covariance_memory, "Bytes of scratch, and for the backward.");
+  module.def("covariance_forward", &covariance_forward, "The value; see csrc/covariance.h.");
+  module.def("covariance_backward", &covariance_backward, "A gradient; see csrc/covariance.h.");
   module.def("scale", &scale, "out = incoming * unit; see csrc/scale.h.");
 }

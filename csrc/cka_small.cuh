@@ -18,42 +18,10 @@
 
 #include "cka_head.h"
 #include "cka_small_layout.h"
+#include "reduce.cuh"
 #include "types.cuh"
 
 namespace rift {
-
-// Two floats as the high halves and the low halves of a pair of bfloat16 each.
-__device__ inline void split_pair(float first, float second, uint32_t& high, uint32_t& low) {
-  const uint32_t h0 = round_to_bf16(first), h1 = round_to_bf16(second);
-  high = h0 | h1 << 16;
-  const uint32_t l0 = round_to_bf16(first - bf16_to_float(static_cast<uint16_t>(h0)));
-  low = l0 | uint32_t{round_to_bf16(second - bf16_to_float(static_cast<uint16_t>(h1)))} << 16;
-}
-
-// The sum over the lanes of a warp or of `width` neighbours, the same for each of them.
-template <typename T>
-__device__ inline T lane_sum(T x, int width = 32) {
-  for (int lane = width / 2; lane > 0; lane /= 2) x += __shfl_xor_sync(0xffffffffu, x, lane);
-  return x;
-}
-
-// Sums over the block, in the same order every time, for every thread.
-template <int COUNT>
-__device__ inline void block_sums(double (&x)[COUNT], double* scratch) {
-  const int warps = blockDim.x / 32;
-  __syncthreads();
-#pragma unroll
-  for (int i = 0; i < COUNT; ++i) {
-    const double sum = lane_sum(x[i]);
-    if (threadIdx.x % 32 == 0) scratch[i * warps + threadIdx.x / 32] = sum;
-  }
-  __syncthreads();
-#pragma unroll
-  for (int i = 0; i < COUNT; ++i) {
-    x[i] = 0;
-    for (int warp = 0; warp < warps; ++warp) x[i] += scratch[i * warps + warp];
-  }
-}
 
 // Where the blocks of a layer meet.
 template <bool CLUSTER>

@@ -1,56 +1,19 @@
 #include "moments_sm90.h"
 
-#include <cudaTypedefs.h>
-
 #include "moments_sm90.cuh"
 
 namespace rift {
-namespace {
-
-static_assert(sizeof(TensorMap) == sizeof(CUtensorMap));
-
-// The driver's function, without linking against the driver: there may be none.
-cudaError_t encoder(PFN_cuTensorMapEncodeTiled_v12000* function) {
-  void* found = nullptr;
-  cudaDriverEntryPointQueryResult result = cudaDriverEntryPointSymbolNotFound;
-  const cudaError_t error = cudaGetDriverEntryPointByVersion(
-      "cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &result);
-  if (error != cudaSuccess) return error;
-  *function = reinterpret_cast<PFN_cuTensorMapEncodeTiled_v12000>(found);
-  return result == cudaDriverEntryPointSuccess ? cudaSuccess : cudaErrorSymbolNotFound;
-}
-
-cudaError_t encode(const Matrix& matrix, TensorMap* map) {
-  static PFN_cuTensorMapEncodeTiled_v12000 function = nullptr;
-  if (!function) {
-    PFN_cuTensorMapEncodeTiled_v12000 found = nullptr;
-    const cudaError_t error = encoder(&found);
-    if (error != cudaSuccess) return error;
-    function = found;
-  }
-  const cuuint64_t size[2] = {static_cast<cuuint64_t>(matrix.columns),
-                              static_cast<cuuint64_t>(matrix.rows)};
-  const cuuint64_t stride[1] = {static_cast<cuuint64_t>(matrix.stride) * 2};
-  const cuuint32_t box[2] = {BOX_COLUMNS, MOMENT_CHUNK}, steps[2] = {1, 1};
-  const CUresult result = function(
-      reinterpret_cast<CUtensorMap*>(map), CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2,
-      const_cast<void*>(matrix.elements), size, stride, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-      CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-      CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
-}
-
-}  // namespace
 
 cudaError_t moments_sm90(const MomentsArguments& arguments, const Matrix& x, const Matrix& y,
                          cudaStream_t stream) {
   if (x.rows == 0) return cudaSuccess;
   TensorMap map_x, map_y;
-  cudaError_t error = encode(x, &map_x);
-  if (error == cudaSuccess) error = encode(y, &map_y);
-  if (error != cudaSuccess) return error;
-  error = cudaFuncSetAttribute(moments_sm90_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                               MOMENT_SHARED);
+  cudaError_t error = encode(x, MOMENT_CHUNK, &map_x);
+  if (error == cudaSuccess) error = encode(y, MOMENT_CHUNK, &map_y);
+  if (error == cudaSuccess) {
+    error = cudaFuncSetAttribute(moments_sm90_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                 MOMENT_SHARED);
+  }
   if (error != cudaSuccess) return error;
   moments_sm90_kernel<<<static_cast<unsigned>(arguments.schedule.programs), MOMENT_THREADS,
                         MOMENT_SHARED, stream>>>(arguments, map_x, map_y);

@@ -4,15 +4,9 @@
 #include <cuda_runtime.h>
 
 #include "moments_sm90_layout.h"
+#include "tensor_map.h"
 
 namespace rift {
-
-// A row-major matrix whose rows begin at multiples of 16 bytes.
-struct Matrix {
-  const void* elements;
-  long long stride;  // in elements
-  int rows, columns;
-};
 
 cudaError_t moments_sm90(const MomentsArguments& arguments, const Matrix& x, const Matrix& y,
                          cudaStream_t stream);

@@ -93,27 +93,55 @@ __device__ inline void wait_products() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(GROUPS) : "memory");
 }
 
-// c += a^T b of a warpgroup: 64 columns of a, 128 of b, 16 rows of both. Warp w has rows 16 w and on
-// of the result; as multiply_add, c[4 n + i] lies in columns 8 n and on.
+// A barrier of the 256 threads that multiply, beside the one that fetches.
+__device__ inline void meet_multipliers() { asm volatile("bar.sync 1, 256;" ::: "memory"); }
+
 #define RIFT_C8(n)                                                                            \
   "+f"(c[n]), "+f"(c[n + 1]), "+f"(c[n + 2]), "+f"(c[n + 3]), "+f"(c[n + 4]), "+f"(c[n + 5]), \
       "+f"(c[n + 6]), "+f"(c[n + 7])
+#define RIFT_C64                                                                                \
+  RIFT_C8(0), RIFT_C8(8), RIFT_C8(16), RIFT_C8(24), RIFT_C8(32), RIFT_C8(40), RIFT_C8(48), \
+      RIFT_C8(56)
+#define RIFT_NAMES                                                                         \
+  "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "               \
+  "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "       \
+  "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "       \
+  "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "
 
+// c += a^T b of a warpgroup: 64 columns of a, 128 of b, 16 rows of both. Warp w has rows 16 w and on
+// of the result; as multiply_add, c[4 n + i] lies in columns 8 n and on.
 __device__ inline void multiply_add(float (&c)[64], uint64_t a, uint64_t b) {
   asm volatile(
       "{\n\t.reg .pred adds;\n\tsetp.ne.b32 adds, %66, 0;\n\t"
-      "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 "
-      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
-      "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
-      "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "
+      "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 " RIFT_NAMES
       "%64, %65, adds, 1, 1, 1, 1;\n\t}"
-      : RIFT_C8(0), RIFT_C8(8), RIFT_C8(16), RIFT_C8(24), RIFT_C8(32), RIFT_C8(40), RIFT_C8(48),
-        RIFT_C8(56)
+      : RIFT_C64
       : "l"(a), "l"(b), "r"(1));
 }
 
+// c += a b: the same of 64 rows of a as they lie, their 16 columns being the inner dimension.
+__device__ inline void multiply_add_rows(float (&c)[64], uint64_t a, uint64_t b) {
+  asm volatile(
+      "{\n\t.reg .pred adds;\n\tsetp.ne.b32 adds, %66, 0;\n\t"
+      "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 " RIFT_NAMES
+      "%64, %65, adds, 1, 1, 0, 1;\n\t}"
+      : RIFT_C64
+      : "l"(a), "l"(b), "r"(1));
+}
+
+// The same of a in registers, each warp its 16 rows as in primitives.cuh.
+__device__ inline void multiply_add(float (&c)[64], const uint32_t (&a)[4], uint64_t b) {
+  asm volatile(
+      "{\n\t.reg .pred adds;\n\tsetp.ne.b32 adds, %69, 0;\n\t"
+      "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 " RIFT_NAMES
+      "{%64, %65, %66, %67}, %68, adds, 1, 1, 1;\n\t}"
+      : RIFT_C64
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(1));
+}
+
 #undef RIFT_C8
+#undef RIFT_C64
+#undef RIFT_NAMES
 
 }  // namespace rift
 #endif

@@ -2,6 +2,8 @@
 // here: copies are made some rounds after, in any order, and products when they are waited for.
 #pragma once
 
+#include <array>
+
 #include "../../csrc/primitives.cuh"
 
 namespace rift {
@@ -99,6 +101,18 @@ void wait_products() {
   }
 }
 
+inline void meet_multipliers() { emulator::wait(emulator::grid->block().multipliers); }
+
+// Element (row, inner) of an operand whose rows are 128 bytes each.
+inline float row_operand(uint64_t descriptor, int row, int inner) {
+  if (descriptor >> 62 != 1) throw std::runtime_error("only rows of 128 bytes, swizzled");
+  const uint32_t start = (descriptor & 0x3FFF) << 4, eight_rows = (descriptor >> 32 & 0x3FFF) << 4;
+  const uint32_t at = start + row / 8 * eight_rows + row % 8 * 128 + inner * 2;
+  uint16_t bits;
+  std::memcpy(&bits, shared_memory() + swizzled(at), 2);
+  return bits_to_float(uint32_t{bits} << 16);
+}
+
 // Element (inner, column) of an operand whose columns lie side by side.
 inline float operand(uint64_t descriptor, int inner, int column) {
   if (descriptor >> 62 != 1) throw std::runtime_error("only rows of 128 bytes, swizzled");
@@ -111,16 +125,16 @@ inline float operand(uint64_t descriptor, int inner, int column) {
   return bits_to_float(uint32_t{bits} << 16);
 }
 
-inline void multiply_now(float* c, uint64_t a, uint64_t b) {
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
+// `left(half, k)`: this thread's rows of the left operand.
+template <typename Left>
+void multiply_now(float* c, Left left, uint64_t b) {
+  const int lane = threadIdx.x % 32;
   for (int half = 0; half < 2; ++half) {
-    float left[16];
-    for (int k = 0; k < 16; ++k) left[k] = operand(a, k, warp * 16 + lane / 4 + half * 8);
     for (int n = 0; n < 16; ++n) {
       for (int i = 0; i < 2; ++i) {
         double sum = c[4 * n + 2 * half + i];
         for (int k = 0; k < 16; ++k) {
-          sum += static_cast<double>(left[k]) *
+          sum += static_cast<double>(left(half, k)) *
                  static_cast<double>(operand(b, k, 8 * n + lane % 4 * 2 + i));
         }
         c[4 * n + 2 * half + i] = static_cast<float>(sum);
@@ -129,11 +143,39 @@ inline void multiply_now(float* c, uint64_t a, uint64_t b) {
   }
 }
 
-inline void multiply_add(float (&c)[64], uint64_t a, uint64_t b) {
-  // All 128 threads of a warpgroup come here, or none.
+// When it is waited for. All 128 threads of a warpgroup come here, or none.
+template <typename Left>
+void multiply_later(float (&c)[64], Left left, uint64_t b) {
   emulator::wait(emulator::grid->block().warpgroups[threadIdx.x / 128]);
   float* where = c;
-  emulator::grid->current->products.back().push_back([=] { multiply_now(where, a, b); });
+  emulator::grid->current->products.back().push_back([=] { multiply_now(where, left, b); });
+}
+
+inline int first_row() { return threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4; }
+
+inline void multiply_add(float (&c)[64], uint64_t a, uint64_t b) {
+  multiply_later(c, [=](int half, int k) { return operand(a, k, first_row() + 8 * half); }, b);
+}
+
+inline void multiply_add_rows(float (&c)[64], uint64_t a, uint64_t b) {
+  multiply_later(c, [=](int half, int k) { return row_operand(a, first_row() + 8 * half, k); }, b);
+}
+
+inline void multiply_add(float (&c)[64], const uint32_t (&a)[4], uint64_t b) {
+  emulator::Warp& warp = emulator::grid->warp();
+  const unsigned lane = threadIdx.x % 32;
+  std::array<std::array<uint32_t, 4>, 32> all;
+  std::copy(a, a + 4, warp.a[lane]);
+  emulator::wait(warp.barrier);
+  for (int other = 0; other < 32; ++other) std::copy_n(warp.a[other], 4, all[other].begin());
+  emulator::wait(warp.barrier);
+  multiply_later(
+      c,
+      [=](int half, int k) {
+        const uint32_t pair = all[lane / 4 * 4 + k % 8 / 2][half + k / 8 * 2];
+        return half_of(pair, static_cast<unsigned>(k % 2));
+      },
+      b);
 }
 
 }  // namespace rift

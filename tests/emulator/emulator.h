@@ -66,6 +66,8 @@ struct Block {
   std::vector<Warp> warps;
   // Of 128 threads each, for the products that they make together.
   std::vector<Barrier> warpgroups;
+  // The named barrier of those that multiply.
+  Barrier multipliers;
 };
 
 // Work that a thread has started and not waited for: the newest group is still open.
@@ -150,6 +152,7 @@ inline void run(std::function<void()> kernel, unsigned blocks, unsigned entries,
     block.barrier.expected = static_cast<int>(threads);
     block.shared.make(shared_bytes);
     block.warpgroups.resize((threads + 127) / 128);
+    block.multipliers.expected = 256;
     for (Barrier& group : block.warpgroups) group.expected = 128;
     block.warps.resize(threads / 32);
     for (Warp& warp : block.warps) warp.barrier.expected = 32;

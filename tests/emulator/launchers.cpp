@@ -4,11 +4,15 @@
 //   RIFT_EMULATED_THREADS  of a block
 //   RIFT_EMULATED_SEED     of the order in which threads run
 #define RIFT_EMULATOR
+#include "../../csrc/backward_sm90.cuh"
 #include "../../csrc/cka_small.cuh"
 #include "../../csrc/cka_small.h"
+#include "../../csrc/covariance.h"
+#include "../../csrc/covariance_head.cuh"
 #include "../../csrc/moments_sm90.cuh"
 #include "../../csrc/moments_sm90.h"
 #include "../../csrc/scale.cuh"
+#include "../../csrc/statistics.cuh"
 
 namespace {
 
@@ -88,14 +92,61 @@ cudaError_t cka_small(const CkaSmallArguments& arguments, const CkaSmallPlan& pl
   });
 }
 
+namespace {
+
+TensorMap map_of(const Matrix& m, int box_rows) {
+  const auto* elements = static_cast<const uint16_t*>(m.elements);
+  return {elements, m.stride, static_cast<int>(m.rows), m.columns, box_rows};
+}
+
+Matrix matrix_of(const CovarianceSide& side, int rows) {
+  return {side.features, side.stride, rows, side.width};
+}
+
+}  // namespace
+
+cudaError_t covariance_forward(const CovarianceArguments& arguments, cudaStream_t stream) {
+  const auto run = [&](auto kernel, int programs, size_t shared) {
+    return caught([&] {
+      emulator::run([&] { kernel(arguments); }, static_cast<unsigned>(programs), 1,
+                    STATISTICS_THREADS, shared, seed());
+    });
+  };
+  cudaError_t error =
+      run(statistics_kernel, arguments.statistics_programs(), sizeof(StatisticsScratch));
+  if (error != cudaSuccess) return error;
+  const MomentsArguments moments{arguments.schedule, arguments.tiles, arguments.spill};
+  error = moments_sm90(moments, matrix_of(arguments.x, arguments.rows),
+                       matrix_of(arguments.y, arguments.rows), stream);
+  if (error == cudaSuccess && arguments.debiased) {
+    error = run(rows_kernel, arguments.row_programs,
+                static_cast<size_t>(rows_shared(arguments.width)));
+  }
+  if (error != cudaSuccess) return error;
+  return run(covariance_head_kernel, arguments.head_programs(), sizeof(HeadScratch));
+}
+
+cudaError_t covariance_backward(const CovarianceArguments& arguments, int side,
+                                const float* incoming, void* grad, cudaStream_t) {
+  const CovarianceSide& own = side == 0 ? arguments.x : arguments.y;
+  const CovarianceSide& other = side == 0 ? arguments.y : arguments.x;
+  const void* planes = side == 0 ? arguments.planes_x : arguments.planes_y;
+  const BackwardMaps maps{
+      map_of(matrix_of(own, arguments.rows), BACKWARD_ROWS),
+      map_of(matrix_of(other, arguments.rows), BACKWARD_ROWS),
+      map_of({planes, arguments.width, 4LL * arguments.width, arguments.width}, BOX_COLUMNS)};
+  const BackwardArguments all{arguments, incoming, static_cast<unsigned short*>(grad), side};
+  return caught([&] {
+    emulator::run([&] { backward_sm90_kernel(all, maps); }, backward_programs(arguments, side), 1,
+                  MOMENT_THREADS, BACKWARD_SHARED, seed());
+  });
+}
+
 cudaError_t moments_sm90(const MomentsArguments& arguments, const Matrix& x, const Matrix& y,
                          cudaStream_t) {
-  const auto map = [](const Matrix& m) {
-    const auto* elements = static_cast<const uint16_t*>(m.elements);
-    return TensorMap{elements, m.stride, m.rows, m.columns, MOMENT_CHUNK};
-  };
+  const TensorMap map_x = map_of(x, MOMENT_CHUNK), map_y = map_of(y, MOMENT_CHUNK);
   return caught([&] {
-    emulator::run([&] { moments_sm90_kernel(arguments, map(x), map(y)); },
+    emulator::run([&] { moments_sm90_kernel(arguments, map_x, map_y); },
                   static_cast<unsigned>(arguments.schedule.programs), 1, MOMENT_THREADS,
                   MOMENT_SHARED, seed());
   });

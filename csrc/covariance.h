@@ -1,0 +1,16 @@
+// Linear CKA in covariance form on Hopper, bfloat16; see covariance_layout.h for the launches.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include "covariance_layout.h"
+
+namespace rift {
+
+cudaError_t covariance_forward(const CovarianceArguments& arguments, cudaStream_t stream);
+
+// Of side 0, the student, or 1.
+cudaError_t covariance_backward(const CovarianceArguments& arguments, int side,
+                                const float* incoming, void* grad, cudaStream_t stream);
+
+}  // namespace rift

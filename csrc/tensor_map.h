@@ -1,0 +1,20 @@
+// What the copy engine has to know of a matrix.
+#pragma once
+
+#include <cuda_runtime.h>
+
+namespace rift {
+
+struct TensorMap;
+
+// bfloat16, row-major, rows at multiples of 16 bytes; fetched in boxes of 64 columns.
+struct Matrix {
+  const void* elements;
+  long long stride;  // in elements
+  long long rows;
+  int columns;
+};
+
+cudaError_t encode(const Matrix& matrix, int box_rows, TensorMap* map);
+
+}  // namespace rift
