@@ -1,7 +1,7 @@
 """``python -m benchmarks.moments``: Hopper's second moments, csrc/moments_sm90.cuh, alone.
 
 Checked against products in float32, and timed beside torch.mm on the same features, inputs in turn
-so that they come from memory. No loss uses this kernel yet: this says whether it is worth it.
+so that they come from memory. It says whether the kernel is worth it.
 """
 
 from __future__ import annotations

@@ -112,13 +112,18 @@ def _ours(backend: str) -> Provider:
         dispatch.reason_against(backend),
         flops.rift_kernels,
         torch.float32 if backend == "eager" else None,
-        _has_few_rows if backend == "cuda" else lambda _: True,
+        _suits_cuda if backend == "cuda" else lambda _: True,
     )
 
 
-def _has_few_rows(workload: Workload) -> bool:
-    """What the CUDA kernels are for."""
-    return workload.measure in CKA_MEASURES and workload.rows <= 128
+def _suits_cuda(workload: Workload) -> bool:
+    """What the CUDA kernels are for: few rows, or on Hopper many in bfloat16."""
+    if workload.measure not in CKA_MEASURES:
+        return False
+    if dispatch.use_gram("cka", workload.rows, workload.width, workload.width):
+        return workload.rows <= 128
+    is_hopper = torch.cuda.get_device_capability() == (9, 0)
+    return is_hopper and workload.dtype == torch.bfloat16
 
 
 def _ckatorch() -> Provider:

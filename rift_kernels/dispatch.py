@@ -24,6 +24,7 @@ class Problem(NamedTuple):
     gram: tuple[bool, ...]
     rows: int
     width: int
+    masked: bool = False
 
 
 # What `auto` takes on a GPU. Of the CUDA kernels nothing has been measured yet; by the roofline
@@ -70,19 +71,21 @@ def _reason_against_cuda(
     capability = torch.cuda.get_device_capability(device)
     if capability[0] < 8:
         return "the CUDA kernels need compute capability 8.0; got {}.{}".format(*capability)
-    return None if device is None else _too_much_for_cuda(device, problem)
+    return None if device is None else _too_much_for_cuda(device, dtypes, problem)
 
 
-def _too_much_for_cuda(device: torch.device, problem: Problem | None) -> str | None:
+def _too_much_for_cuda(
+    device: torch.device, dtypes: Sequence[torch.dtype], problem: Problem | None
+) -> str | None:
     from .backends import cuda
 
     if problem is None or problem.measure != "cka":
         got = "any measure" if problem is None else problem.measure
         return f"the CUDA kernels compute linear CKA; got {got}"
+    if not all(problem.gram):
+        return _too_much_for_hopper(device, dtypes, problem)
     if problem.rows > cuda.MAX_ROWS:
         return f"the CUDA kernels take up to {cuda.MAX_ROWS} rows; got {problem.rows}"
-    if not all(problem.gram):
-        return "the CUDA kernels take no more rows than student and teacher have columns together"
     if not cuda.fits(device, problem.rows, problem.width):
         return f"{problem.rows} rows of {problem.width} columns do not fit the GPU's shared memory"
     return None
@@ -108,6 +111,26 @@ def _reason_against_triton(
         major, minor = torch.cuda.get_device_capability(device)
         if major < 8:
             return f"the Triton kernels need compute capability 8.0; got {major}.{minor}"
+    return None
+
+
+def _too_much_for_hopper(
+    device: torch.device, dtypes: Sequence[torch.dtype], problem: Problem
+) -> str | None:
+    """Of more rows than student and teacher have columns together."""
+    if any(problem.gram):
+        return (
+            "the CUDA kernels take layers with few rows or layers with many, not both in one call"
+        )
+    if torch.cuda.get_device_capability(device) != (9, 0):
+        return (
+            "the CUDA kernels for more rows than student and teacher have columns together need a "
+            "Hopper GPU"
+        )
+    if set(dtypes) != {torch.bfloat16}:
+        return f"the CUDA kernels for many rows take bfloat16; got {' and '.join(map(str, dtypes))}"
+    if problem.masked:
+        return "the CUDA kernels for many rows take no mask"
     return None
 
 
@@ -143,6 +166,9 @@ def choose_backend(
     if not _has_kernels(device):
         return "eager"
     for preferred, _ in PREFERRED:
+        # Many rows in CUDA only if asked for, as long as that has not been measured.
+        if preferred == "cuda" and not (problem and all(problem.gram)):
+            continue
         reason = reason_against(preferred, device, dtypes, problem)
         if reason is None:
             return preferred

@@ -381,7 +381,7 @@ def _measure(
     shapes = [(*x.shape[-2:], y.shape[-1]) for x, y in zip(given.students, others, strict=True)]
     gram = tuple(dispatch.use_gram(name, *shape) for shape in shapes)
     rows, width = max(n for n, _, _ in shapes), max(max(d1, d2) for _, d1, d2 in shapes)
-    problem = dispatch.Problem(name, gram, rows, width)
+    problem = dispatch.Problem(name, gram, rows, width, bool(given.masks))
     backend = dispatch.choose_backend(backend, teachers[0].device, given.dtypes, problem)
     if matrices:
         teachers = _rotate(given, matrices, precision)

@@ -49,8 +49,9 @@ def _is_fused(measure: str, backend: str, gram: Sequence[bool]) -> bool:
 def _inputs(
     call: Call, sides: tuple[bool, bool], students: list[Tensor], teachers: list[Tensor]
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """The features that the backward reads: only that of Triton's fused measures does."""
-    if call.backend != "triton" or not _is_fused(call.measure, call.backend, call.gram):
+    """The features that the backward of fused measures reads; of few rows in CUDA, none."""
+    few_rows = call.backend == "cuda" and all(call.gram)
+    if few_rows or not _is_fused(call.measure, call.backend, call.gram):
         return [], []
     measure, gram = call.measure, call.gram
     both = measure == "cka" and not all(gram)

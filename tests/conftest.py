@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from rift_kernels import dispatch
+from rift_kernels.backends import cuda
 from tests import emulated
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -85,6 +86,29 @@ def has_kernels(device: torch.device) -> bool:
 def emulated_extension(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
     """``rift_kernels._C`` on a CPU."""
     return emulated.build(tmp_path_factory.mktemp("emulated"))
+
+
+@pytest.fixture
+def emulate(monkeypatch: pytest.MonkeyPatch, emulated_extension: ModuleType):
+    """Make every call run on this kind of GPU, emulated."""
+
+    def start(gpu: str = "clusters", seed: int = 0, threads: int = 64, form: str = "gram") -> None:
+        major, shared = emulated.GPUS[gpu]
+        monkeypatch.setenv("RIFT_EMULATED_MAJOR", major)
+        monkeypatch.setenv("RIFT_EMULATED_SHARED", shared)
+        monkeypatch.setenv("RIFT_EMULATED_SEED", str(seed))
+        monkeypatch.setenv("RIFT_EMULATED_THREADS", str(threads))
+        monkeypatch.setattr(dispatch, "choose_backend", lambda *_: "cuda")
+        monkeypatch.setattr(dispatch, "use_gram", lambda *_: form == "gram")
+        monkeypatch.setattr(cuda, "extension", lambda: emulated_extension)
+        monkeypatch.setattr(cuda, "_stream", lambda _: 0)
+        monkeypatch.setattr(cuda, "_processors", lambda _: 3)
+        zeros = torch.zeros(cuda._COUNTERS, dtype=torch.int32)
+        monkeypatch.setattr(cuda, "_counters", lambda _: zeros)
+        cuda._plan.cache_clear()
+
+    yield start
+    cuda._plan.cache_clear()
 
 
 @pytest.fixture(autouse=True, scope="session")

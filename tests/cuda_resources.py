@@ -81,7 +81,9 @@ def _readable(mangled: str) -> str:
     """As ``cka_small<Bf16, Bf16, 64, true>``."""
     command = ["c++filt", mangled]
     name = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return re.search(r"rift::(\w+(?:<.*>)?)\(", name)[1].replace("_kernel", "").replace("rift::", "")
+    return (
+        re.search(r"rift::(\w+(?:<.*>)?)\(", name)[1].replace("_kernel", "").replace("rift::", "")
+    )
 
 
 def dumped(extension: Path, nvcc: str = "nvcc") -> str:

@@ -11,8 +11,13 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
+
+from tests import cases
 
 TESTS = Path(__file__).parent
+# Before sm_90, blocks have no clusters to meet in, and less memory.
+GPUS = {"clusters": ("9", str(227 * 1024)), "global memory": ("8", str(163 * 1024))}
 SOURCES = (TESTS.parent / "csrc" / "bindings.cpp", TESTS / "emulator" / "launchers.cpp")
 
 
@@ -38,3 +43,25 @@ def build(folder: Path) -> ModuleType:
     module = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(module)
     return module
+
+
+def close(
+    measure, x, y, mask=None, *, dtype: torch.dtype | None = None, scale: float = 1.0
+) -> None:
+    """Values and gradients are the oracle's, to what its dtype allows."""
+    exact = (x.double(), y.double())
+    expected = cases.value_and_gradients(measure.reference, *exact, mask=mask, scale=scale)
+    actual = cases.value_and_gradients(measure, x, y, mask=mask, scale=scale)
+    assert actual[0].dtype == torch.float32
+    assert actual[0].shape == expected[0].shape
+    tolerance = cases.VALUE_TOLERANCE[dtype or x.dtype]
+    assert float((actual[0] - expected[0]).abs().max()) <= tolerance
+    for got, wanted, features in zip(actual[1:], expected[1:], (x, y), strict=True):
+        assert got.dtype == features.dtype
+        assert got.shape == features.shape
+        if float(wanted.norm()) * float(features.double().norm()) < 1e-9:
+            assert float(got.double().norm() * features.double().norm()) < 1e-4
+        else:
+            assert cases.relative_error(got, wanted) <= cases.GRADIENT_TOLERANCE[features.dtype]
+        if mask is not None:
+            assert not got[~mask].any()

@@ -181,6 +181,7 @@ def test_what_the_kernels_compile_to(compiled) -> None:
         hopper = [needs for name, needs in kernels.items() if "sm90" in name]
         assert bool(hopper) == (arch == "sm_90a")
         assert all(needs["warpgroup"] and needs["bulk"] for needs in hopper)
+        assert len(hopper) in (0, 2)
 
 
 def test_table_is_current(compiled) -> None:

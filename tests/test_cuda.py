@@ -5,15 +5,13 @@ See tests/emulator/emulator.h. What a GPU adds is tested by the whole suite on o
 
 from __future__ import annotations
 
-from types import ModuleType
-
 import pytest
 import torch
 
 import rift_kernels as rk
-from rift_kernels import dispatch
 from rift_kernels.backends import cuda
 from tests import cases
+from tests.emulated import GPUS, close
 
 MEASURES = (cases.CKA, cases.CKA_BIASED)
 PAIRS = [
@@ -26,53 +24,7 @@ PAIRS = [
     )
     if measure.takes(case) and case.rows <= cuda.MAX_ROWS
 ]
-# Before sm_90, blocks have no clusters to meet in, and less memory.
-GPUS = {"clusters": ("9", str(227 * 1024)), "global memory": ("8", str(163 * 1024))}
 every_gpu = pytest.mark.parametrize("gpu", GPUS)
-
-
-@pytest.fixture
-def emulate(monkeypatch: pytest.MonkeyPatch, emulated_extension: ModuleType):
-    """Make every call run on this kind of GPU, emulated."""
-
-    def start(gpu: str = "clusters", seed: int = 0, threads: int = 64) -> None:
-        major, shared = GPUS[gpu]
-        monkeypatch.setenv("RIFT_EMULATED_MAJOR", major)
-        monkeypatch.setenv("RIFT_EMULATED_SHARED", shared)
-        monkeypatch.setenv("RIFT_EMULATED_SEED", str(seed))
-        monkeypatch.setenv("RIFT_EMULATED_THREADS", str(threads))
-        monkeypatch.setattr(dispatch, "choose_backend", lambda *_: "cuda")
-        monkeypatch.setattr(dispatch, "use_gram", lambda *_: True)
-        monkeypatch.setattr(cuda, "extension", lambda: emulated_extension)
-        monkeypatch.setattr(cuda, "_stream", lambda _: 0)
-        zeros = torch.zeros(cuda._COUNTERS, dtype=torch.int32)
-        monkeypatch.setattr(cuda, "_counters", lambda _: zeros)
-        cuda._plan.cache_clear()
-
-    yield start
-    cuda._plan.cache_clear()
-
-
-def close(
-    measure, x, y, mask=None, *, dtype: torch.dtype | None = None, scale: float = 1.0
-) -> None:
-    """Values and gradients are the oracle's, to what its dtype allows."""
-    exact = (x.double(), y.double())
-    expected = cases.value_and_gradients(measure.reference, *exact, mask=mask, scale=scale)
-    actual = cases.value_and_gradients(measure, x, y, mask=mask, scale=scale)
-    assert actual[0].dtype == torch.float32
-    assert actual[0].shape == expected[0].shape
-    tolerance = cases.VALUE_TOLERANCE[dtype or x.dtype]
-    assert float((actual[0] - expected[0]).abs().max()) <= tolerance
-    for got, wanted, features in zip(actual[1:], expected[1:], (x, y), strict=True):
-        assert got.dtype == features.dtype
-        assert got.shape == features.shape
-        if float(wanted.norm()) * float(features.double().norm()) < 1e-9:
-            assert float(got.double().norm() * features.double().norm()) < 1e-4
-        else:
-            assert cases.relative_error(got, wanted) <= cases.GRADIENT_TOLERANCE[features.dtype]
-        if mask is not None:
-            assert not got[~mask].any()
 
 
 @every_gpu

@@ -101,3 +101,27 @@ def test_layers_share_a_launch(device) -> None:
     torch.testing.assert_close(values, batch, atol=1e-6, rtol=0)
     for student, grad in zip(students, grads, strict=True):
         assert cases.relative_error(student.grad, grad) <= 4e-3
+
+
+HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+
+
+@pytest.mark.skipif(not HOPPER, reason="needs a Hopper GPU")
+@pytest.mark.parametrize("debiased", [True, False])
+@pytest.mark.parametrize("shape", [(300, 64), (1000, 136), (4096, 768), (12608, 768)], ids=str)
+def test_many_rows_in_cuda(shape, debiased, device) -> None:
+    """Not what ``auto`` takes: asked for."""
+    y = torch.randn(shape, device=device, generator=torch.Generator(device).manual_seed(0))
+    noise = torch.randn(shape, device=device, generator=torch.Generator(device).manual_seed(1))
+    x, y = (y + 0.1 * noise + 1).bfloat16(), y.bfloat16()
+    how = {"debiased": debiased}
+    expected = cases.value_and_gradients(
+        rk.linear_cka, x.double(), y.double(), backend="eager", **how
+    )
+    first = cases.value_and_gradients(rk.linear_cka, x, y, backend="cuda", **how)
+    assert abs(float(first[0]) - float(expected[0])) <= 1e-5
+    for got, wanted in zip(first[1:], expected[1:], strict=True):
+        assert cases.relative_error(got, wanted) <= 4e-3
+    for _ in range(20):
+        again = cases.value_and_gradients(rk.linear_cka, x, y, backend="cuda", **how)
+        assert all(torch.equal(a, b) for a, b in zip(again, first, strict=True))

@@ -189,10 +189,20 @@ def test_reasons_against_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     assert reason() is None
     assert "linear CKA; got bures" in reason(measure="bures")
     assert "up to 128 rows; got 129" in reason(rows=129)
-    assert "no more rows than" in reason(gram=(True, False))
+    assert "not both in one call" in reason(gram=(True, False))
+    many = {"gram": (False,), "rows": 4096}
+    assert reason(**many) is None
+    assert "take no mask" in reason(**many, masked=True)
+    assert "bfloat16; got torch.float32" in reason(**many, dtypes=(torch.float32,))
     assert "64 rows of 100000 columns do not fit" in reason(width=100000)
     gpu, asked = torch.device("cuda"), dispatch.Problem("cka", (True,), 64, 768)
     assert dispatch.choose_backend("auto", gpu, (torch.bfloat16,), asked) == "cuda"
+    # Not before it is measured.
+    most = asked._replace(rows=4096, gram=(False,))
+    assert dispatch.choose_backend("auto", gpu, (torch.bfloat16,), most) == "triton"
+    assert dispatch.choose_backend("cuda", gpu, (torch.bfloat16,), most) == "cuda"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (10, 0))
+    assert "need a Hopper GPU" in reason(**{"gram": (False,), "rows": 4096})
     many = asked._replace(rows=256)
     assert dispatch.choose_backend("auto", gpu, (torch.bfloat16,), many) == "triton"
     with pytest.raises(RuntimeError, match=r"backend='cuda' cannot run: .* up to 128 rows"):

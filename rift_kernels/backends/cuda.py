@@ -1,9 +1,14 @@
-"""CUDA C++ kernels from ``csrc/``: linear CKA of few rows, value and gradients in one launch.
+"""CUDA C++ kernels from ``csrc/``: linear CKA.
+
+Of few rows (Gram form), value and gradients in one launch for all layers; no features are kept:
 
     cka_fwd      cka_small: values, and gradients of a loss whose own gradient is 1
     fused_bwd    scale: those, times the incoming gradient
 
-They keep no features: what the forward leaves for the backward are the gradients.
+Of many bfloat16 rows on Hopper (covariance form), one layer after another:
+
+    cka_fwd      statistics, moments_sm90, rows (debiased), covariance_head
+    fused_bwd    backward_sm90
 """
 
 from __future__ import annotations
@@ -91,10 +96,25 @@ def cka_fwd(
     students: list[Tensor],
     teachers: list[Tensor],
     masks: list[Tensor],
-    _gram: list[bool],
+    gram: list[bool],
     student_grad: bool,
     teacher_grad: bool,
-    _precision: str,
+    precision: str,
+    debiased: bool,
+    distance: bool,
+) -> tuple[Tensor, list[Tensor]]:
+    """Values, and what the backward needs beside the features, if it needs them at all."""
+    sides = (student_grad, teacher_grad)
+    if all(gram):
+        return _small_fwd(students, teachers, masks, sides, debiased, distance)
+    return _covariance_fwd(students, teachers, (*sides, debiased, distance, precision == "high"))
+
+
+def _small_fwd(
+    students: list[Tensor],
+    teachers: list[Tensor],
+    masks: list[Tensor],
+    sides: tuple[bool, bool],
     debiased: bool,
     distance: bool,
 ) -> tuple[Tensor, list[Tensor]]:
@@ -107,7 +127,7 @@ def cka_fwd(
     values = torch.empty(shape, dtype=torch.float32, device=first.device)
     grads: list[list[Tensor]] = [
         [torch.empty(t.shape, dtype=grad_dtype, device=t.device) for t in side] if wanted else []
-        for side, wanted in ((students, student_grad), (teachers, teacher_grad))
+        for side, wanted in zip((students, teachers), sides, strict=True)
     ]
     if not isinstance(first, FakeTensor) and first.numel():
         with torch.cuda.device_of(first):
@@ -152,10 +172,107 @@ def _launch(
     )  # fmt: skip
 
 
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _aligned(features: Tensor) -> Tensor:
+    """Rows contiguous and at multiples of 16 bytes, as the copy engine takes them."""
+    stride_n, stride_d = features.stride()
+    if stride_d == 1 and stride_n % 8 == 0 and features.data_ptr() % 16 == 0:
+        return features
+    rows, width = features.shape
+    room = features.new_empty(rows, -(-width // 8) * 8)
+    room[:, :width] = features
+    return room[:, :width]
+
+
+def _entries(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """(N, D) each, of a list or of a batch."""
+    first = tensors[0]
+    return list(tensors if first.dim() == 2 else first.reshape(-1, *first.shape[-2:]).unbind())
+
+
+def _call(x: Tensor, y: Tensor, settings: tuple[bool, ...]) -> Any:
+    """``settings``: student_grad, teacher_grad, debiased, distance, high."""
+    sides = [(t.data_ptr(), t.stride(0), t.shape[1]) for t in (x, y)]
+    return extension().CovarianceCall(*sides, x.shape[0], *settings, _processors(x.device))
+
+
+def _sizes(x: Tensor, y: Tensor, settings: tuple[bool, ...]) -> tuple[int, int]:
+    """Bytes of scratch memory, and of what is saved: known from shapes alone."""
+    sides = [(16, 8, int(t.shape[1])) for t in (x, y)]
+    call = extension().CovarianceCall(*sides, int(x.shape[0]), *settings, _processors(x.device))
+    scratch, saved = extension().covariance_memory(call)
+    return scratch, saved
+
+
+def _covariance_fwd(
+    students: list[Tensor], teachers: list[Tensor], settings: tuple[bool, ...]
+) -> tuple[Tensor, list[Tensor]]:
+    """Values, and one piece of memory an entry."""
+    first = students[0]
+    shape = first.shape[:-2] if len(students) == 1 else (len(students),)
+    values = torch.empty(shape, dtype=torch.float32, device=first.device)
+    memory: list[Tensor] = []
+    if not first.numel():
+        return values, memory
+    with torch.cuda.device_of(first):
+        pairs = zip(_entries(students), _entries(teachers), strict=True)
+        for i, (x, y) in enumerate(pairs):
+            scratch_bytes, saved_bytes = _sizes(x, y, settings)
+            saved = torch.empty(saved_bytes, dtype=torch.uint8, device=x.device)
+            memory.append(saved)
+            if isinstance(first, FakeTensor):
+                continue
+            scratch = torch.empty(scratch_bytes, dtype=torch.uint8, device=x.device)
+            x, y = _aligned(x), _aligned(y)
+            address = values.data_ptr() + 4 * i
+            extension().covariance_forward(
+                _call(x, y, settings), scratch.data_ptr(), saved.data_ptr(), address,
+                _stream(x.device),
+            )  # fmt: skip
+    return values, memory
+
+
+def _covariance_bwd(
+    grad_values: Tensor,
+    students: list[Tensor],
+    teachers: list[Tensor],
+    saved: list[Tensor],
+    wanted: tuple[bool, bool],
+) -> list[Tensor]:
+    grads = [
+        torch.empty(t.shape, dtype=t.dtype, device=t.device)
+        for side, want in zip((students, teachers), wanted, strict=True)
+        for t in (side if want else [])
+    ]
+    if isinstance(grad_values, FakeTensor) or not saved:
+        return grads
+    incoming = grad_values.contiguous()
+    count = len(students)
+    # Debiased, the forward has left more.
+    first = _entries(students)[0], _entries(teachers)[0]
+    debiased = saved[0].numel() == _sizes(*first, (*wanted, True, False, True))[1]
+    settings = (*wanted, debiased, False, True)
+    with torch.cuda.device_of(incoming):
+        outs = [_entries(grads[at : at + count]) for at in range(0, len(grads), count)]
+        pairs = zip(_entries(students), _entries(teachers), strict=True)
+        for i, (x, y) in enumerate(pairs):
+            x, y = _aligned(x), _aligned(y)
+            call = _call(x, y, settings)
+            for out, side in zip(outs, [i for i in (0, 1) if wanted[i]], strict=True):
+                extension().covariance_backward(
+                    call, side, saved[i].data_ptr(), incoming.data_ptr() + 4 * i,
+                    out[i].data_ptr(), _stream(x.device),
+                )  # fmt: skip
+    return grads
+
+
 def fused_bwd(
     grad_values: Tensor,
-    _students: list[Tensor],
-    _teachers: list[Tensor],
+    students: list[Tensor],
+    teachers: list[Tensor],
     saved: list[Tensor],
     _masks: list[Tensor],
     gram: list[bool],
@@ -164,6 +281,8 @@ def fused_bwd(
     _is_cka: bool,
 ) -> list[Tensor]:
     """The wanted gradients, all students first."""
+    if not all(gram):
+        return _covariance_bwd(grad_values, students, teachers, saved, wanted)
     count = len(gram)
     sides = [dtype for dtype, want in zip(dtypes, wanted, strict=True) if want]
     grads = [

@@ -1,0 +1,171 @@
+"""Linear CKA of many rows on Hopper, on a CPU: the kernels' own source, see tests/emulator."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import rift_kernels as rk
+from rift_kernels.backends import cuda
+from tests import cases
+from tests.emulated import close
+
+SHAPES = [(40, 8, 8), (100, 24, 40), (130, 56, 24), (150, 136, 136), (300, 72, 200)]
+
+
+@pytest.fixture(scope="module")
+def near() -> dict[tuple[float, bool], tuple[torch.Tensor, torch.Tensor]]:
+    """By 1 - CKA, and whether the student is rotated; found before the kernels take over."""
+    kinds = ((1e-1, False), (1e-5, False), (1e-5, True), (1e-4, True))
+    return {kind: cases.near_pair(200, 64, *kind) for kind in kinds}
+
+
+@pytest.fixture(autouse=True)
+def _hopper(near, emulate) -> None:  # noqa: ARG001
+    """Make every call take these kernels."""
+    emulate(form="covariance")
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@cases.by_name([cases.CKA, cases.CKA_BIASED])
+def test_value_and_gradients(measure, shape) -> None:
+    x, y, _ = cases.Case("", *shape).features(torch.bfloat16)
+    close(measure, x, y)
+
+
+@pytest.mark.parametrize("offset", [1.0, 30.0])
+@cases.by_name([cases.CKA, cases.CKA_BIASED])
+def test_offsets(measure, offset) -> None:
+    x, y, _ = cases.Case("", 200, 24, 24, offset=offset).features(torch.bfloat16)
+    close(measure, x, y)
+
+
+def test_gradient_close_to_the_teacher(near) -> None:
+    """Two products where the student is near, five where it is a rotation; a scale is no matter."""
+    for x, y in near.values():
+        close(cases.CKA, x.bfloat16(), y.bfloat16())
+        close(cases.CKA, (1.5 * x).bfloat16(), y.bfloat16())
+
+
+def test_medium_precision_multiplies_no_low_halves(near) -> None:
+    x, y = (t.bfloat16() for t in near[1e-4, True])
+    _, expected, _ = cases.value_and_gradients(cases.CKA.reference, x.double(), y.double())
+    _, high, _ = cases.value_and_gradients(rk.linear_cka, x, y)
+    _, medium, _ = cases.value_and_gradients(rk.linear_cka, x, y, precision="medium")
+    assert cases.relative_error(high, expected) <= 4e-3
+    assert 1e-2 <= cases.relative_error(medium, expected) <= 1
+
+
+def test_what_the_copy_engine_cannot_take_is_copied() -> None:
+    """Odd widths, columns apart, rows that begin anywhere."""
+    x, y, _ = cases.Case("", 60, 13, 7).features(torch.bfloat16)
+    close(cases.CKA, x, y)
+    close(cases.CKA, x.T.contiguous().T, y)
+    close(cases.CKA, *cases.Case("", 60, 12, 12, strided=True).features(torch.bfloat16)[:2])
+
+
+def test_batches_and_lists() -> None:
+    x, y, _ = cases.Case("", 40, 16, 16, batch=(3,)).features(torch.bfloat16)
+    close(cases.CKA, x, y)
+    values, grad_x, _ = cases.value_and_gradients(rk.linear_cka, x, y)
+    students = [one.clone().requires_grad_() for one in x]
+    listed = rk.linear_cka(students, list(y))
+    assert torch.equal(listed, values)
+    incoming = torch.rand(3, generator=torch.Generator().manual_seed(1)).double() + 0.5
+    listed.backward(incoming.float())
+    for student, grad in zip(students, grad_x, strict=True):
+        assert torch.equal(student.grad, grad)
+
+
+@pytest.mark.parametrize("grads", [(False, False), (True, False), (False, True)], ids=str)
+@pytest.mark.parametrize("debiased", [True, False])
+def test_only_wanted_gradients(debiased, grads) -> None:
+    x, y, _ = cases.Case("", 60, 16, 24).features(torch.bfloat16)
+    both = cases.value_and_gradients(rk.linear_cka, x, y, debiased=debiased)
+    x.requires_grad_(grads[0])
+    y.requires_grad_(grads[1])
+    value = rk.linear_cka(x, y, debiased=debiased)
+    assert torch.equal(value.detach(), both[0])
+    if any(grads):
+        incoming = torch.rand((), generator=torch.Generator().manual_seed(1)).double() + 0.5
+        value.backward(incoming.float())
+    for tensor, wanted, grad in zip((x, y), grads, both[1:], strict=True):
+        assert torch.equal(tensor.grad, grad) if wanted else tensor.grad is None
+
+
+def test_distance() -> None:
+    x, y, _ = cases.Case("", 60, 16, 16).features(torch.bfloat16)
+    value, grad_x, _ = cases.value_and_gradients(rk.linear_cka, x, y)
+    distance, opposite, _ = cases.value_and_gradients(rk.linear_cka, x, y, distance=True)
+    assert abs(float(distance) - (1 - float(value))) <= 2**-24
+    assert torch.equal(opposite, -grad_x)
+
+
+def test_the_order_of_threads_changes_nothing(emulate) -> None:
+    x, y, _ = cases.Case("", 150, 136, 40).features(torch.bfloat16)
+    results = []
+    for seed in range(3):
+        emulate(seed=seed, form="covariance")
+        results.append(cases.value_and_gradients(rk.linear_cka, x, y))
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(other, results[0], strict=True))
+
+
+@pytest.mark.parametrize("processors", [1, 2, 7])
+def test_any_number_of_processors(processors, monkeypatch) -> None:
+    monkeypatch.setattr(cuda, "_processors", lambda _: processors)
+    for measure in (cases.CKA, cases.CKA_BIASED):
+        close(measure, *cases.Case("", 150, 136, 24).features(torch.bfloat16)[:2])
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_is_not_finite_is_nan(bad) -> None:
+    x, y, _ = cases.Case("", 60, 16, 16).features(torch.bfloat16)
+    x[4, 5] = bad
+    value, grad_x, _ = cases.value_and_gradients(rk.linear_cka, x, y)
+    assert value.isnan()
+    assert grad_x.isnan().all()
+
+
+def test_no_variance() -> None:
+    x, y, _ = cases.Case("", 60, 16, 16).features(torch.bfloat16)
+    for constant in (0.0, 0.1):
+        for measure in (cases.CKA, cases.CKA_BIASED):
+            value, *grads = cases.value_and_gradients(measure, torch.full_like(x, constant), y)
+            assert value == 0
+            assert not any(grad.any() for grad in grads)
+
+
+@pytest.mark.parametrize("factor", [1e-17, 1e17])
+def test_scale_changes_nothing(factor) -> None:
+    x, y, _ = cases.Case("", 60, 16, 16).features(torch.bfloat16)
+    expected = float(rk.linear_cka(x, y))
+    assert float(rk.linear_cka((x.double() * factor).bfloat16(), y)) == pytest.approx(
+        float(cases.CKA.reference((x.double() * factor).bfloat16().double(), y.double())), abs=1e-5
+    )
+    assert abs(expected) > 0.1
+
+
+def test_features_changed_in_place_raise() -> None:
+    x, y, _ = cases.Case("", 60, 16, 16).features(torch.bfloat16)
+    features = x.requires_grad_() * 1
+    value = rk.linear_cka(features, y)
+    features += 1
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        value.backward()
+
+
+def test_an_empty_batch() -> None:
+    x = torch.zeros(0, 20, 8, dtype=torch.bfloat16, requires_grad=True)
+    values = rk.linear_cka(x, x.detach())
+    values.sum().backward()
+    assert values.shape == (0,)
+    assert x.grad.shape == x.shape
+
+
+def test_compiles_whole() -> None:
+    x, y, _ = cases.Case("", 60, 16, 16).features(torch.bfloat16)
+    expected = cases.value_and_gradients(rk.linear_cka, x, y)
+    compiled = torch.compile(rk.linear_cka, fullgraph=True, backend="aot_eager")
+    actual = cases.value_and_gradients(compiled, x, y)
+    assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
