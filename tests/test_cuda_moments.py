@@ -108,7 +108,7 @@ def test_wrong_arguments(emulated_extension) -> None:
         ("x must have rows at multiples of 16 bytes; got 32 with a stride of 9", (32, 9, 8), 16),
         ("x must have rows at multiples of 16 bytes; got 36", (36, 8, 8), 16),
         ("tiles must be an address; got 0", (32, 8, 8), 0),
-        ("width must be 1 to", (32, 8, 0), 16),
+        ("width_x must be 1 to", (32, 8, 0), 16),
     ):
         with pytest.raises(ValueError, match=text):
             emulated_extension.moments_sm90(x, (32, 8, 8), 4, 1, tiles, 16, 0)
