@@ -143,6 +143,25 @@ def test_dtypes_may_differ(emulate) -> None:
     close(cases.CKA, x, y.half(), dtype=torch.float16)
 
 
+def test_the_default_dtype_changes_nothing(emulate, monkeypatch) -> None:
+    """In one of 16 bits, the workspace would be half of what the kernel writes."""
+    x, y, _ = cases.Case("", 20, 40, 40).features(torch.float32)
+    emulate("global memory")
+    made, empty = [], torch.empty
+
+    def recorded(*size, **how):
+        made.append(empty(*size, **how))
+        return made[-1]
+
+    monkeypatch.setattr(torch, "empty", recorded)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        rk.linear_cka(x, y)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert [t.dtype for t in made] == [torch.float32] * 2
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_what_is_not_finite_makes_only_its_own_layer_nan(bad, emulate) -> None:
     emulate()

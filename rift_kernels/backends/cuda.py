@@ -164,7 +164,8 @@ def _launch(
     workspace = counters = 0
     if not plan.cluster:
         # Kept until the launch is made; on one stream nobody else gets it before that has run.
-        memory = torch.empty(min(plan.entries, entries) * plan.workspace, device=device)
+        floats = min(plan.entries, entries) * plan.workspace
+        memory = torch.empty(floats, dtype=torch.float32, device=device)
         workspace, counters = memory.data_ptr(), _counters(device).data_ptr()
     extension().cka_small(
         plan, layers, batch, _TYPES[x[0].dtype], rows, entries, debiased, distance,
