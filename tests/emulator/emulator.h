@@ -1,6 +1,7 @@
 // A GPU for csrc on a CPU: every thread of a grid is a fiber, and the instructions of
 // csrc/primitives.cuh do what the PTX manual says. Fibers run until they wait for one another, in an
-// order drawn anew each round, so that a missing barrier shows.
+// order drawn anew each round, and by the seed a block or a warp runs only while all others wait: so a
+// missing barrier shows.
 #pragma once
 
 #include <ucontext.h>
@@ -62,6 +63,7 @@ struct Warp {
 
 struct Block {
   Barrier barrier;
+  unsigned running = 0;  // threads
   Shared shared;
   std::vector<Warp> warps;
   // Of 128 threads each, for the products that they make together.
@@ -103,6 +105,7 @@ struct Grid {
   std::vector<Fiber> fibers;
   ucontext_t scheduler;
   Fiber* current = nullptr;
+  long long progress = 0;  // barriers passed and fibers done
   std::function<void()> kernel;
   // Copies under way, each done some rounds later.
   std::vector<std::function<void()>> copies;
@@ -121,6 +124,7 @@ inline void wait(Barrier& barrier) {
   if (++barrier.arrived == barrier.expected) {
     barrier.arrived = 0;
     ++barrier.generation;
+    ++grid->progress;
     return;
   }
   while (barrier.generation == generation) yield();
@@ -134,6 +138,8 @@ inline void enter() {
     grid->error = error.what();
   }
   grid->current->done = true;
+  --grid->block().running;
+  ++grid->progress;
   yield();
 }
 
@@ -150,6 +156,7 @@ inline void run(std::function<void()> kernel, unsigned blocks, unsigned entries,
   for (Barrier& cluster : all.clusters) cluster.expected = static_cast<int>(blocks * threads);
   for (Block& block : all.blocks) {
     block.barrier.expected = static_cast<int>(threads);
+    block.running = threads;
     block.shared.make(shared_bytes);
     block.warpgroups.resize((threads + 127) / 128);
     block.multipliers.expected = 256;
@@ -173,9 +180,18 @@ inline void run(std::function<void()> kernel, unsigned blocks, unsigned entries,
   std::vector<size_t> order(all.fibers.size());
   std::iota(order.begin(), order.end(), 0);
   std::mt19937 random(seed);
+  // Of three seeds, the second starves a block of each entry, the third a warp of each block.
+  const unsigned victim = seed / 3;
+  const auto starves = [&](const Fiber& fiber) {
+    return (seed % 3 == 1 && fiber.block.x == victim % blocks) ||
+           (seed % 3 == 2 && fiber.thread.x / 32 == victim % (threads / 32));
+  };
   size_t left = order.size();
+  long long before = -1;
   for (long long round = 0; left > 0; ++round) {
     if (round > 1000000) throw std::runtime_error("the fibers wait for ever");
+    const bool moving = all.progress != before;
+    before = all.progress;
     std::shuffle(order.begin(), order.end(), random);
     std::shuffle(all.copies.begin(), all.copies.end(), random);
     for (size_t some = all.copies.size() - all.copies.size() / 2; some > 0; --some) {
@@ -184,7 +200,7 @@ inline void run(std::function<void()> kernel, unsigned blocks, unsigned entries,
     }
     for (size_t i : order) {
       Fiber& fiber = all.fibers[i];
-      if (fiber.done) continue;
+      if (fiber.done || (moving && starves(fiber))) continue;
       all.current = &fiber;
       threadIdx = fiber.thread;
       blockIdx = fiber.block;
@@ -317,8 +333,9 @@ inline const float* map_to_rank(const float* mine, int rank) {
   const auto offset = reinterpret_cast<const unsigned char*>(mine) - shared_memory();
   Index there = blockIdx;
   there.x = static_cast<unsigned>(rank);
-  return reinterpret_cast<const float*>(
-      all.blocks[there.y * gridDim.x + there.x].shared.bytes.get() + offset);
+  emulator::Block& block = all.blocks[there.y * gridDim.x + there.x];
+  if (block.running == 0) throw std::runtime_error("the memory of a block that has left");
+  return reinterpret_cast<const float*>(block.shared.bytes.get() + offset);
 }
 
 inline void cluster_barrier() { emulator::wait(emulator::grid->clusters[blockIdx.y]); }
