@@ -100,7 +100,7 @@ constexpr int LARGEST_CLUSTER = 16;
 // How a GPU runs layers of some size.
 struct CkaSmallPlan {
   bool cluster;      // blocks of a layer meet in a cluster, or through global memory
-  int blocks;        // of one layer; 0: shared memory does not hold it
+  int blocks;        // of one layer; 0: the shared memory of so many does not hold it
   int share;         // columns of a block
   int shared_bytes;  // of a block
   int entries;       // that one launch may have
@@ -111,13 +111,15 @@ struct CkaSmallPlan {
 RIFT_BOTH constexpr CkaSmallPlan cka_small_plan(int rows, int width, int major, int shared,
                                                 int processors) {
   const int padded = padded_rows(rows);
+  // Without clusters, blocks that wait for one another run at once, one on a processor.
+  const int most = major < 9 && processors < LARGEST_CLUSTER ? processors : LARGEST_CLUSTER;
   // One tile of columns a block at least; as many blocks as a cluster has, more only if need be.
-  for (int blocks = 1; blocks <= LARGEST_CLUSTER; blocks *= 2) {
-    const bool splits = blocks < PORTABLE_CLUSTER && width > blocks * TILE_ROWS;
+  for (int blocks = 1; blocks <= most; blocks *= 2) {
+    const bool splits =
+        blocks < PORTABLE_CLUSTER && 2 * blocks <= most && width > blocks * TILE_ROWS;
     const int share = share_of(width, blocks), bytes = cka_small_layout(padded, share, blocks).bytes;
     if (splits || bytes > shared) continue;
     if (major >= 9) return {true, blocks, share, bytes, 65535, 0};
-    // Blocks that wait for one another run at once, one on a processor.
     const int entries = processors / blocks;
     return {false, blocks, share, bytes, entries < COUNTED_ENTRIES ? entries : COUNTED_ENTRIES,
             exchange_floats(padded, blocks) * blocks};

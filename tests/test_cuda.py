@@ -5,6 +5,8 @@ See tests/emulator/emulator.h. What a GPU adds is tested by the whole suite on o
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -206,15 +208,30 @@ def test_compiles_whole(emulate) -> None:
     assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
 
 
+@pytest.mark.parametrize("processors", [5, 9, 14])
+def test_few_processors(processors, emulate, monkeypatch) -> None:
+    """Of a layer, as many blocks as run at once; of a batch, as many entries, then the others."""
+    monkeypatch.setenv("RIFT_EMULATED_PROCESSORS", str(processors))
+    emulate("global memory")
+    case = cases.Case("", 12, 70, 33, batch=(5,), masked=True)
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        close(cases.CKA, *case.features(dtype), scale=256.0 if dtype == torch.float16 else 1.0)
+
+
+@pytest.mark.parametrize("processors", [4, 14, 132])
 @pytest.mark.parametrize("gpu", GPUS)
-def test_python_foresees_the_plan(gpu, emulate, emulated_extension) -> None:
+def test_python_foresees_the_plan(gpu, processors, emulate, emulated_extension, monkeypatch) -> None:
+    monkeypatch.setenv("RIFT_EMULATED_PROCESSORS", str(processors))
     emulate(gpu)
+    gpu_is = SimpleNamespace(multi_processor_count=processors)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (int(GPUS[gpu][0]), 0))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: gpu_is)
     for rows in (2, 16, 17, 64, 65, 128):
         for width in (1, 16, 17, 300, 768, 1024, 3000, 20000):
             plan = emulated_extension.cka_small_plan(rows, width)
-            needed = cuda.shared_bytes(rows, width, cuda._LARGEST_CLUSTER)
-            assert (plan.blocks > 0) == (needed <= int(GPUS[gpu][1]))
+            assert (plan.blocks > 0) == cuda.fits(torch.device("cuda"), rows, width)
             if plan.blocks:
+                assert plan.entries > 0
                 assert plan.shared_bytes == cuda.shared_bytes(rows, width, plan.blocks)
                 assert plan.share * plan.blocks >= width
                 assert plan.cluster == (gpu == "clusters")

@@ -48,8 +48,14 @@ def extension() -> ModuleType:
 def fits(device: torch.device, rows: int, width: int) -> bool:
     """Whether the shared memory of a group of blocks holds a layer; pure Python, for torch.compile
     traces it."""
-    shared = _SHARED.get(torch.cuda.get_device_capability(device), _LEAST_SHARED)
-    return shared_bytes(rows, width, _LARGEST_CLUSTER) <= shared
+    capability = torch.cuda.get_device_capability(device)
+    blocks = _LARGEST_CLUSTER
+    if capability < (9, 0):
+        # They run at once, one on a processor, of which a part of a GPU (MIG) has few.
+        processors = torch.cuda.get_device_properties(device).multi_processor_count
+        while blocks > processors:
+            blocks //= 2
+    return shared_bytes(rows, width, blocks) <= _SHARED.get(capability, _LEAST_SHARED)
 
 
 def shared_bytes(rows: int, width: int, blocks: int) -> int:

@@ -1,6 +1,7 @@
 // The launchers of csrc on a CPU. The environment says which GPU this is:
 //   RIFT_EMULATED_MAJOR    of the compute capability: 8 has no clusters
 //   RIFT_EMULATED_SHARED   bytes of shared memory that a block may have
+//   RIFT_EMULATED_PROCESSORS
 //   RIFT_EMULATED_THREADS  of a block
 //   RIFT_EMULATED_SEED     of the order in which threads run
 #define RIFT_EMULATOR
@@ -77,7 +78,8 @@ void run_scale(const ScaledTensors& all) {
 
 cudaError_t cka_small_plan(int rows, int width, CkaSmallPlan* plan) {
   *plan = cka_small_plan(rows, width, setting("RIFT_EMULATED_MAJOR", 9),
-                         setting("RIFT_EMULATED_SHARED", 227 * 1024), 132);
+                         setting("RIFT_EMULATED_SHARED", 227 * 1024),
+                         setting("RIFT_EMULATED_PROCESSORS", 132));
   return cudaSuccess;
 }
 
