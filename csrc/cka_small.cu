@@ -1,5 +1,7 @@
 #include "cka_small.cuh"
 
+#include <algorithm>
+
 #include "cka_small.h"
 
 namespace rift {
@@ -54,6 +56,12 @@ cudaError_t cka_small_plan(int rows, int width, CkaSmallPlan* plan) {
   ask(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin);
   ask(&processors, cudaDevAttrMultiProcessorCount);
   if (error != cudaSuccess || rows > MAX_ROWS) return error;
+  // Compiled for older GPUs only, the kernels that run here, from PTX, have no clusters.
+  cudaFuncAttributes compiled = {};
+  const Kernel kernel = kernel_of(Type::fp32, rows, false);
+  error = cudaFuncGetAttributes(&compiled, reinterpret_cast<const void*>(kernel));
+  if (error != cudaSuccess) return error;
+  major = std::min(major, compiled.ptxVersion / 10);
   *plan = cka_small_plan(rows, width, major, shared, processors);
   return cudaSuccess;
 }
