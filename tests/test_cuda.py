@@ -190,6 +190,44 @@ def test_no_variance_and_too_few_rows(emulate) -> None:
     assert values.isnan().tolist() == [False, True]
 
 
+@pytest.mark.parametrize("size", [1e-6, 1.0, 1e6])
+def test_one_row_that_differs(size, emulate) -> None:
+    """Debiased, that is no variance, on either side, wherever the row lies and however long."""
+    emulate()
+    x, y, _ = cases.Case("", 20, 12, 12).features(torch.float32)
+    for row in (0, 17):
+        single = x[1].expand(20, 12).clone()
+        single[row] = x[2]
+        for features in ((size * single, y), (y, size * single)):
+            value, *grads = cases.value_and_gradients(rk.linear_cka, *features)
+            assert value == 0
+            assert not any(grad.any() for grad in grads)
+
+
+def test_the_first_rows_masked(emulate) -> None:
+    """What is constant, or has an offset, is so about the first valid row."""
+    emulate()
+    x, y, _ = cases.Case("", 20, 12, 12, offset=30.0).features(torch.float32)
+    mask = torch.arange(20) > 2
+    masked = torch.where(mask[:, None], x, float("nan"))
+    for features in ((masked, y), (y, masked)):
+        close(cases.CKA, *features, mask=mask)
+    for constant in ((torch.full_like(x, 0.1), y), (y, torch.full_like(x, 0.1))):
+        value, *grads = cases.value_and_gradients(rk.linear_cka, *constant, mask=mask)
+        assert value == 0
+        assert not any(grad.any() for grad in grads)
+
+
+def test_one_entry_for_a_batch(emulate) -> None:
+    """A teacher that is expanded, and not copied."""
+    emulate()
+    x, y, _ = cases.Case("", 12, 20, 33, batch=(3,)).features(torch.float32)
+    expanded = y[:1].expand(3, 12, 33)
+    actual = cases.value_and_gradients(rk.linear_cka, x, expanded)
+    copied = cases.value_and_gradients(rk.linear_cka, x, expanded.contiguous())
+    assert all(torch.equal(a, b) for a, b in zip(actual, copied, strict=True))
+
+
 def test_an_empty_batch(emulate) -> None:
     emulate()
     x = torch.zeros(0, 5, 4, requires_grad=True)
@@ -206,6 +244,13 @@ def test_compiles_whole(emulate) -> None:
     compiled = torch.compile(rk.linear_cka, fullgraph=True, backend="aot_eager")
     actual = cases.value_and_gradients(compiled, x, y)
     assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
+
+
+def test_counters_of_one_stream(emulate) -> None:
+    """Calls of different sizes count on from one another."""
+    emulate("global memory")
+    for width in (12, 20, 12, 40, 12, 100, 20, 12, 100, 40):
+        close(cases.CKA, *cases.Case("", 12, width, 9).features(torch.float32))
 
 
 @pytest.mark.parametrize("processors", [5, 9, 14])
@@ -260,6 +305,8 @@ def test_wrong_arguments(emulate, emulated_extension) -> None:
         emulated_extension.cka_small(emulated_extension.cka_small_plan(128, 100000), [layer], *rest)
     with pytest.raises(ValueError, match="rows must be 1 to 128; got 129"):
         emulated_extension.cka_small_plan(129, 8)
+    with pytest.raises(ValueError, match="width must be 1 to 1048576; got 16777216"):
+        emulated_extension.cka_small_plan(128, 1 << 24)
     emulate("global memory")
     with pytest.raises(ValueError, match="workspace must be an address; got 0"):
         emulated_extension.cka_small(emulated_extension.cka_small_plan(8, 8), [layer], *rest)
