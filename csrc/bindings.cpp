@@ -190,8 +190,17 @@ std::array<long long, 2> covariance_memory(const rift::CovarianceCall& call) {
   return {memory.scratch_bytes, memory.saved_bytes};
 }
 
+// Without Hopper's own instructions, which only "90a" has, its kernels are empty.
+void check_hopper() {
+  if (std::string(RIFT_ARCHS).find("90a") == std::string::npos) {
+    throw std::runtime_error("covariance_forward: needs RIFT_KERNELS_CUDA_ARCHS with 90a; got " +
+                             std::string(RIFT_ARCHS));
+  }
+}
+
 void covariance_forward(const rift::CovarianceCall& call, Address scratch, Address saved,
                         Address value, Address stream) {
+  check_hopper();
   rift::CovarianceMemory memory{there<unsigned char>("scratch", scratch),
                                 there<unsigned char>("saved", saved), 0, 0};
   rift::CovarianceArguments arguments = rift::covariance_arguments(call, memory);

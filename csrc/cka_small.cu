@@ -32,17 +32,6 @@ Kernel kernel_of(Type type, int rows, bool cluster) {
   return cluster ? kernel_of<true>(type, rows) : kernel_of<false>(type, rows);
 }
 
-// The most that a launch has asked for, per kernel: shared memory beyond 48 KiB is opted into once.
-cudaError_t allow(Kernel kernel, int bytes, bool large_cluster) {
-  const auto* function = reinterpret_cast<const void*>(kernel);
-  cudaError_t error =
-      cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-  if (error == cudaSuccess && large_cluster) {
-    error = cudaFuncSetAttribute(function, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
-  }
-  return error;
-}
-
 }  // namespace
 
 cudaError_t cka_small_plan(int rows, int width, CkaSmallPlan* plan) {
@@ -70,7 +59,10 @@ cudaError_t cka_small(const CkaSmallArguments& arguments, const CkaSmallPlan& pl
                       int rows, int entries, cudaStream_t stream) {
   if (entries == 0) return cudaSuccess;
   const Kernel kernel = kernel_of(type, rows, plan.cluster);
-  cudaError_t error = allow(kernel, plan.shared_bytes, plan.blocks > PORTABLE_CLUSTER);
+  // All that there is: a captured launch may need more than the last one of this kernel did.
+  cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                           cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                           plan.shared_most);
   if (error != cudaSuccess) return error;
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(static_cast<unsigned>(plan.blocks), static_cast<unsigned>(entries));

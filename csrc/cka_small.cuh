@@ -237,12 +237,12 @@ __device__ void run_cka_small(const CkaSmallArguments& arguments) {
   const float* ky = gram + FLOATS / 2;
   if (layer.grad_x) {
     G* grad = static_cast<G*>(layer.grad_x) + batch * arguments.batch_grad_x + begin;
-    x.gradient(kx, ky, result.own_x, result.other, inverse[0], grad, layer.rows, width_x,
+    x.gradient(kx, ky, result.own_x, result.other, inverse[0], valid, grad, layer.rows, width_x,
                layer.width_x);
   }
   if (layer.grad_y) {
     G* grad = static_cast<G*>(layer.grad_y) + batch * arguments.batch_grad_y + begin;
-    y.gradient(ky, kx, result.own_y, result.other, inverse[1], grad, layer.rows, width_y,
+    y.gradient(ky, kx, result.own_y, result.other, inverse[1], valid, grad, layer.rows, width_y,
                layer.width_y);
   }
   // Nobody leaves while another may still read what it has left in its shared memory.

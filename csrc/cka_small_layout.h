@@ -93,9 +93,9 @@ RIFT_BOTH constexpr int counter_at(int entry, int blocks) {
   return row * COUNTED_ENTRIES + entry;
 }
 
-// At most as many blocks as a cluster has, and with the attribute that is not portable.
-constexpr int PORTABLE_CLUSTER = 8;
-constexpr int LARGEST_CLUSTER = 16;
+// What every GPU with clusters grants; without them, blocks only have to run at once.
+constexpr int LARGEST_CLUSTER = 8;
+constexpr int LARGEST_GROUP = 16;
 
 // How a GPU runs layers of some size.
 struct CkaSmallPlan {
@@ -103,6 +103,7 @@ struct CkaSmallPlan {
   int blocks;        // of one layer; 0: the shared memory of so many does not hold it
   int share;         // columns of a block
   int shared_bytes;  // of a block
+  int shared_most;   // that a block may have on this GPU
   int entries;       // that one launch may have
   int workspace;     // floats that an entry needs in global memory
 };
@@ -112,16 +113,17 @@ RIFT_BOTH constexpr CkaSmallPlan cka_small_plan(int rows, int width, int major, 
                                                 int processors) {
   const int padded = padded_rows(rows);
   // Without clusters, blocks that wait for one another run at once, one on a processor.
-  const int most = major < 9 && processors < LARGEST_CLUSTER ? processors : LARGEST_CLUSTER;
-  // One tile of columns a block at least; as many blocks as a cluster has, more only if need be.
+  const int group = processors < LARGEST_GROUP ? processors : LARGEST_GROUP;
+  const int most = major >= 9 ? LARGEST_CLUSTER : group;
+  // One tile of columns a block at least; 8 blocks, more only if need be.
   for (int blocks = 1; blocks <= most; blocks *= 2) {
     const bool splits =
-        blocks < PORTABLE_CLUSTER && 2 * blocks <= most && width > blocks * TILE_ROWS;
+        blocks < LARGEST_CLUSTER && 2 * blocks <= most && width > blocks * TILE_ROWS;
     const int share = share_of(width, blocks), bytes = cka_small_layout(padded, share, blocks).bytes;
     if (splits || bytes > shared) continue;
-    if (major >= 9) return {true, blocks, share, bytes, 65535, 0};
+    if (major >= 9) return {true, blocks, share, bytes, shared, 65535, 0};
     const int entries = processors / blocks;
-    return {false, blocks, share, bytes, entries < COUNTED_ENTRIES ? entries : COUNTED_ENTRIES,
+    return {false, blocks, share, bytes, shared, entries < COUNTED_ENTRIES ? entries : COUNTED_ENTRIES,
             exchange_floats(padded, blocks) * blocks};
   }
   return {};

@@ -155,7 +155,8 @@ struct Planes {
   // This block's columns of (own K + other K') X.
   template <typename G>
   __device__ void gradient(const float* k_own, const float* k_other, float own, float other,
-                           float inverse, G* grad, int rows, int width, int full_width) const {
+                           float inverse, const unsigned char* valid, G* grad, int rows, int width,
+                           int full_width) const {
     constexpr int TILES = ROWS / TILE_ROWS;
     const int warps = blockDim.x / 32, warp = threadIdx.x / 32;
     // Rows of tiles over the warps, and columns where warps are left.
@@ -196,7 +197,8 @@ struct Planes {
             const int out_row = i * TILE_ROWS + row + part / 2 * 8;
             const int out_column = j + half * 8 + column + part % 2;
             if (out_row < rows && out_column < width) {
-              from_float(c[half][part] * inverse * inverse,
+              // A NaN elsewhere is none of a masked row's.
+              from_float(valid[out_row] ? c[half][part] * inverse * inverse : 0,
                          grad + static_cast<long long>(out_row) * full_width + out_column);
             }
           }

@@ -25,7 +25,11 @@ __device__ void scale_tensor(const ScaledTensor& tensor) {
     const float factor = tensor.incoming[i / count];
     Vector<Out, SIZE> to;
 #pragma unroll
-    for (int k = 0; k < SIZE; ++k) from_float(factor * to_float(from.elements[k]), &to.elements[k]);
+    for (int k = 0; k < SIZE; ++k) {
+      const float x = to_float(from.elements[k]);
+      // That of a masked row stays 0 where Inf comes in.
+      from_float(x == 0 ? 0 : factor * x, &to.elements[k]);
+    }
     out[i] = to;
   }
 }

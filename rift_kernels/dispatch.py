@@ -82,6 +82,12 @@ def _too_much_for_cuda(
     if problem is None or problem.measure != "cka":
         got = "any measure" if problem is None else problem.measure
         return f"the CUDA kernels compute linear CKA; got {got}"
+    capability = torch.cuda.get_device_capability(device)
+    if not cuda.compiled_for(capability):
+        return (
+            "the CUDA kernels were not compiled for compute capability {}.{}: install again with "
+            "RIFT_KERNELS_CUDA_ARCHS".format(*capability)
+        )
     if not all(problem.gram):
         return _too_much_for_hopper(device, dtypes, problem)
     if problem.rows > cuda.MAX_ROWS:
@@ -122,10 +128,12 @@ def _too_much_for_hopper(
         return (
             "the CUDA kernels take layers with few rows or layers with many, not both in one call"
         )
-    if torch.cuda.get_device_capability(device) != (9, 0):
+    from .backends import cuda
+
+    if not cuda.compiled_for(torch.cuda.get_device_capability(device), True):
         return (
             "the CUDA kernels for more rows than student and teacher have columns together need a "
-            "Hopper GPU"
+            "Hopper GPU and an installation for 90a"
         )
     if set(dtypes) != {torch.bfloat16}:
         return f"the CUDA kernels for many rows take bfloat16; got {' and '.join(map(str, dtypes))}"

@@ -29,7 +29,7 @@ def build(folder: Path) -> ModuleType:
     target = folder / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
     command = [
         *("g++", "-std=c++17", "-O2", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"),
-        *("-fPIC", "-shared", "-fvisibility=hidden", '-DRIFT_ARCHS="emulated"'),
+        *("-fPIC", "-shared", "-fvisibility=hidden", '-DRIFT_ARCHS="80;90a"'),
         # Its cuda_runtime.h, not CUDA's.
         *("-I", str(TESTS / "emulator"), "-I", str(TESTS.parent / "csrc")),
         *("-isystem", pybind11.get_include(), "-isystem", sysconfig.get_path("include")),

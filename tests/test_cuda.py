@@ -265,7 +265,9 @@ def test_few_processors(processors, emulate, monkeypatch) -> None:
 
 @pytest.mark.parametrize("processors", [4, 14, 132])
 @pytest.mark.parametrize("gpu", GPUS)
-def test_python_foresees_the_plan(gpu, processors, emulate, emulated_extension, monkeypatch) -> None:
+def test_python_foresees_the_plan(
+    gpu, processors, emulate, emulated_extension, monkeypatch
+) -> None:
     monkeypatch.setenv("RIFT_EMULATED_PROCESSORS", str(processors))
     emulate(gpu)
     gpu_is = SimpleNamespace(multi_processor_count=processors)
@@ -337,3 +339,28 @@ def test_scale(unit, out, emulated_extension) -> None:
     emulated_extension.scale(jobs, cuda._TYPES[unit], cuda._TYPES[out], 0)
     for (_, got, _), wanted in zip(tensors, expected, strict=True):
         assert torch.equal(got, wanted)
+
+
+def test_a_masked_row_has_no_gradient_whatever_happens(emulate) -> None:
+    emulate()
+    x, y, _ = cases.Case("", 20, 12, 12).features(torch.float32)
+    mask = torch.arange(20) != 5
+    x[3, 4] = float("nan")
+    _, grad_x, grad_y = cases.value_and_gradients(rk.linear_cka, x, y, mask=mask)
+    for grad in (grad_x, grad_y):
+        assert not grad[5].any()
+        assert grad[3].isnan().all()
+    x = torch.nan_to_num(x).requires_grad_()
+    rk.linear_cka(x, y, mask=mask).backward(torch.tensor(float("inf")))
+    assert not x.grad[5].any()
+    assert not x.grad[3].isfinite().any()
+
+
+def test_what_was_compiled_is_known_under_compile(emulate) -> None:
+    emulate()
+
+    def function(x: torch.Tensor) -> torch.Tensor:
+        return x + cuda.compiled_for((9, 0)) + 2 * cuda.compiled_for((7, 5))
+
+    compiled = torch.compile(function, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(torch.zeros(2)), torch.ones(2))

@@ -5,12 +5,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import rift_kernels as rk
 from rift_kernels import dispatch
+from rift_kernels.backends import cuda
 
 PACKAGE = Path(rk.__file__).parent
 # Who may import whom inside the package; what is not listed may import nothing of it.
@@ -186,6 +188,8 @@ def test_reasons_against_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
     assert "capability 8.0; got 7.5" in reason()
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    built = SimpleNamespace(architectures="80;90a;100a")
+    monkeypatch.setattr(cuda, "extension", lambda: built)
     assert reason() is None
     assert "linear CKA; got bures" in reason(measure="bures")
     assert "up to 128 rows; got 129" in reason(rows=129)
@@ -201,9 +205,32 @@ def test_reasons_against_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     most = asked._replace(rows=4096, gram=(False,))
     assert dispatch.choose_backend("auto", gpu, (torch.bfloat16,), most) == "triton"
     assert dispatch.choose_backend("cuda", gpu, (torch.bfloat16,), most) == "cuda"
+    built.architectures = "80;90"
+    assert "an installation for 90a" in reason(**many)
+    built.architectures = "90a;100a"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
+    assert "not compiled for compute capability 8.0" in reason()
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (10, 0))
     assert "need a Hopper GPU" in reason(**{"gram": (False,), "rows": 4096})
     many = asked._replace(rows=256)
     assert dispatch.choose_backend("auto", gpu, (torch.bfloat16,), many) == "triton"
     with pytest.raises(RuntimeError, match=r"backend='cuda' cannot run: .* up to 128 rows"):
         dispatch.choose_backend("cuda", gpu, (torch.bfloat16,), many)
+
+
+@pytest.mark.parametrize(
+    ("architectures", "runs", "not_on"),
+    [
+        ("80;90a;100a", [(8, 0), (8, 6), (9, 0), (10, 0), (10, 3), (12, 0)], []),
+        ("80", [(8, 0), (8, 9), (9, 0), (12, 0)], []),
+        ("90a", [(9, 0), (10, 0)], [(8, 0), (8, 9)]),
+        ("86;90a", [(8, 6), (8, 9), (9, 0)], [(8, 0)]),
+    ],
+)
+def test_what_an_extension_was_compiled_for(architectures, runs, not_on, monkeypatch) -> None:
+    built = SimpleNamespace(architectures=architectures)
+    monkeypatch.setattr(cuda, "extension", lambda: built)
+    assert all(cuda.compiled_for(capability) for capability in runs)
+    assert not any(cuda.compiled_for(capability) for capability in not_on)
+    assert cuda.compiled_for((9, 0), True) == ("90a" in architectures)
+    assert not cuda.compiled_for((10, 0), True)

@@ -26,7 +26,8 @@ from torch._subclasses import FakeTensor
 # csrc/cka_small_layout.h has the same, and the plan that `fits` foresees.
 MAX_ROWS = 128
 MAX_LAYERS = 24
-_LARGEST_CLUSTER = 16
+_LARGEST_CLUSTER = 8
+_LARGEST_GROUP = 16
 _TILE = 16
 # Arrival counters of one stream, as csrc/cka_small_layout.h counts them.
 _COUNTERS = 5 * 256
@@ -45,6 +46,23 @@ def extension() -> ModuleType:
     return importlib.import_module("rift_kernels._C")
 
 
+@torch.compiler.assume_constant_result
+def compiled_for(capability: tuple[int, int], hopper: bool = False) -> bool:
+    """Whether the extension has code for a GPU, machine code or PTX; ``hopper``: of its own."""
+    names = extension().architectures.split(";")
+    number = 10 * capability[0] + capability[1]
+    if hopper:
+        return number == 90 and "90a" in names
+    # PTX of the last one runs on all later ones.
+    if number >= int(names[-1].rstrip("af")):
+        return True
+    for name in names:
+        plain = int(name.rstrip("af"))
+        if number == plain or (name.isdigit() and number // 10 == plain // 10 and number > plain):
+            return True
+    return False
+
+
 def fits(device: torch.device, rows: int, width: int) -> bool:
     """Whether the shared memory of a group of blocks holds a layer; pure Python, for torch.compile
     traces it."""
@@ -52,6 +70,7 @@ def fits(device: torch.device, rows: int, width: int) -> bool:
     blocks = _LARGEST_CLUSTER
     if capability < (9, 0):
         # They run at once, one on a processor, of which a part of a GPU (MIG) has few.
+        blocks = _LARGEST_GROUP
         processors = torch.cuda.get_device_properties(device).multi_processor_count
         while blocks > processors:
             blocks //= 2
@@ -172,7 +191,8 @@ def _launch(
         # Kept until the launch is made; on one stream nobody else gets it before that has run.
         floats = min(plan.entries, entries) * plan.workspace
         memory = torch.empty(floats, dtype=torch.float32, device=device)
-        workspace, counters = memory.data_ptr(), _counters(device).data_ptr()
+        arrivals = _counters(device)
+        workspace, counters = memory.data_ptr(), arrivals.data_ptr()
     extension().cka_small(
         plan, layers, batch, _TYPES[x[0].dtype], rows, entries, debiased, distance,
         values.data_ptr(), workspace, counters, _stream(device),
