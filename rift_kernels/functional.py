@@ -14,18 +14,18 @@ What all functions share
     gradient is 0.
 
     The value is float32, or float64 where an input is float64; accumulation is in that dtype and
-    sums of squares are in float64. The Triton kernels multiply float32 and float16 features as two
+    sums of squares are in float64. The GPU kernels multiply float32 and float16 features as two
     bfloat16 each, to 16 bits: values are then right to 1e-5. Autocast changes nothing. Gradients
     flow to whichever input requires them, in its own dtype; they cannot be differentiated again,
     and neither forward mode nor torch.func is supported: both raise. The value does not change when
     features are shifted or scaled by a constant (where the measure itself is so invariant), for
     float32 as long as they are of a size between 1e-17 and 1e17: squares of larger ones overflow to
     NaN or Inf, smaller ones lose digits and in the end count as no variance. Results are
-    deterministic: on a CPU for a given number of threads, in the Triton kernels for a given GPU.
+    deterministic: on a CPU for a given number of threads, in the kernels for a given GPU.
     NaN or Inf in a valid row makes that layer's value NaN.
 
     ``precision="high"`` keeps products at full precision of their operands; ``"medium"`` lets them
-    follow torch's TF32/bf16 settings for matrix products, and in the Triton kernels rounds the
+    follow torch's TF32/bf16 settings for matrix products, and in the GPU kernels rounds the
     gradient's coefficients to bfloat16. ``backend`` is ``"auto"``, ``"eager"``, ``"triton"`` or
     ``"cuda"``; an explicit choice that cannot run raises ``RuntimeError``. Features must not change
     in place between a call and its backward on a GPU, where the kernels keep no copy: autograd
