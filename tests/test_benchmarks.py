@@ -351,3 +351,8 @@ def test_predicted_floors() -> None:
     assert backward.flops == 4 * 65536 * 4096**2
     assert head.flops == 0
     assert tiles.seconds == pytest.approx(tiles.flops / 790e12 + 1e-6)
+
+
+def test_gpu_check_leaves_out_tests_that_are_there() -> None:
+    for name in gpu_check.EMULATED:
+        assert "emulate" in (Path(__file__).parent / f"{name}.py").read_text(encoding="utf-8")
