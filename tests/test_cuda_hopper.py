@@ -47,6 +47,41 @@ def test_gradient_close_to_the_teacher(near) -> None:
         close(cases.CKA, (1.5 * x).bfloat16(), y.bfloat16())
 
 
+def is_full(x: torch.Tensor, y: torch.Tensor, precision: str = "high") -> bool:
+    """Whether the student's backward multiplies the low halves as well."""
+    _, saved = torch.ops.rift_kernels.cka_fwd(
+        [x], [y], [], [False], True, True, precision, "cuda", True, False
+    )
+    # The scalars come last.
+    return bool(saved[0][-128:].view(torch.float32)[3])
+
+
+def test_low_halves_are_multiplied_where_they_matter(near) -> None:
+    for (gap, rotated), pair in near.items():
+        x, y = (t.bfloat16() for t in pair)
+        # Far from the teacher either may be.
+        assert is_full(x, y) == rotated or gap > 1e-2
+        assert not is_full(x, y, "medium")
+
+
+def test_one_row_that_differs() -> None:
+    """Debiased, that is no variance: what is left is made of rounding."""
+    x, y, _ = cases.Case("", 60, 16, 16).features(torch.bfloat16)
+    single = x[1].expand(60, 16).clone()
+    single[17] = x[2]
+    for features in ((single, y), (y, single)):
+        value, *grads = cases.value_and_gradients(rk.linear_cka, *features)
+        assert value == 0
+        assert not any(grad.any() for grad in grads)
+
+
+def test_several_tiles_close_to_the_teacher() -> None:
+    """Below the diagonal of C, what is taken off is a tile of A turned over."""
+    y = torch.randn(220, 200, generator=torch.Generator().manual_seed(0))
+    x = y + 0.1 * torch.randn(220, 200, generator=torch.Generator().manual_seed(1))
+    close(cases.CKA_BIASED, x.bfloat16(), y.bfloat16())
+
+
 def test_medium_precision_multiplies_no_low_halves(near) -> None:
     x, y = (t.bfloat16() for t in near[1e-4, True])
     _, expected, _ = cases.value_and_gradients(cases.CKA.reference, x.double(), y.double())
@@ -109,6 +144,16 @@ def test_the_order_of_threads_changes_nothing(emulate) -> None:
         results.append(cases.value_and_gradients(rk.linear_cka, x, y))
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(other, results[0], strict=True))
+
+
+@pytest.mark.parametrize("warp", [0, 4, 8])
+def test_a_warp_that_is_late_changes_nothing(warp, emulate) -> None:
+    """One that fetches, or multiplies; few columns, so that the others need not wait for it."""
+    x, y, _ = cases.Case("", 60, 16, 24).features(torch.bfloat16)
+    expected = cases.value_and_gradients(rk.linear_cka, x, y)
+    emulate(seed=3 * warp + 2, form="covariance")
+    actual = cases.value_and_gradients(rk.linear_cka, x, y)
+    assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
 
 
 @pytest.mark.parametrize("processors", [1, 2, 7])

@@ -197,6 +197,7 @@ inline void run(std::function<void()> kernel, unsigned blocks, unsigned entries,
     for (size_t some = all.copies.size() - all.copies.size() / 2; some > 0; --some) {
       all.copies.back()();
       all.copies.pop_back();
+      ++all.progress;
     }
     for (size_t i : order) {
       Fiber& fiber = all.fibers[i];
