@@ -27,8 +27,8 @@ class Problem(NamedTuple):
     masked: bool = False
 
 
-# What `auto` takes on a GPU. Of the CUDA kernels nothing has been measured yet; by the roofline
-# model a small loss costs what its launches cost, and they make one of two.
+# What `auto` takes on a GPU, predicted, not measured: a small loss costs what its launches cost the
+# host. Both kinds make two, forward and backward, and one from C++ goes through less Python.
 PREFERRED = (
     ("cuda", "linear CKA in Gram form of up to 128 rows"),
     ("triton", "every measure, but no float64"),

@@ -163,7 +163,7 @@ def test_any_number_of_programs(programs, dtype, form, force_form, monkeypatch, 
 @pytest.mark.parametrize("gram", [False, True])
 def test_descriptors_load_what_pointers_load(gram, monkeypatch, device) -> None:
     if not INTERPRETED and torch.cuda.get_device_capability() < (9, 0):
-        pytest.skip("the copy engine's descriptors need compute capability 9.0")
+        pytest.skip("needs compute capability 9.0, for the copy engine's descriptors")
     monkeypatch.setattr(dispatch, "use_gram", lambda *_: gram)
     x, y = pair(200, 72, device)
     monkeypatch.setattr(launch, "_descriptor_rows", lambda _: float("inf"))
@@ -296,7 +296,7 @@ def test_float64_is_refused_and_left_to_eager(device) -> None:
     assert dispatch.choose_backend("auto", device, (x.dtype, y.dtype)) == "eager"
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="about Triton's interpreter: TRITON_INTERPRET=1")
+@pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1, Triton's interpreter")
 def test_the_interpreter_still_needs_mending() -> None:
     """Remove backends/triton/interpreter.py once this fails."""
     code = """

@@ -249,17 +249,17 @@ struct Half {
   uint16_t bits;
 };
 
-inline float bits_to_float(uint32_t bits) {
-  float x;
-  std::memcpy(&x, &bits, 4);
-  return x;
+// The same bits as another type: C++20 has it as std::bit_cast.
+template <typename To, typename From>
+To bits_as(From from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  std::memcpy(&to, &from, sizeof(To));
+  return to;
 }
 
-inline uint32_t float_to_bits(float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, 4);
-  return bits;
-}
+inline float bits_to_float(uint32_t bits) { return bits_as<float>(bits); }
+inline uint32_t float_to_bits(float x) { return bits_as<uint32_t>(x); }
 
 inline uint16_t round_to_bf16(float x) {
   if (std::isnan(x)) return 0x7FFF;
@@ -267,18 +267,8 @@ inline uint16_t round_to_bf16(float x) {
   return static_cast<uint16_t>((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
 }
 
-inline uint16_t round_to_half(float x) {
-  const auto half = static_cast<_Float16>(x);
-  uint16_t bits;
-  std::memcpy(&bits, &half, 2);
-  return bits;
-}
-
-inline float half_to_float(uint16_t bits) {
-  _Float16 half;
-  std::memcpy(&half, &bits, 2);
-  return static_cast<float>(half);
-}
+inline uint16_t round_to_half(float x) { return bits_as<uint16_t>(static_cast<_Float16>(x)); }
+inline float half_to_float(uint16_t bits) { return static_cast<float>(bits_as<_Float16>(bits)); }
 
 inline unsigned char* shared_memory() { return emulator::grid->block().shared.bytes.get(); }
 
