@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from . import environment, resources
+from .files import RESULTS
 from .report import updated
-from .run import RESULTS
 
 DOCUMENT = environment.ROOT / "DESIGN.md"
 COMPILED = RESULTS / "triton-resources.json"

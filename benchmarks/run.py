@@ -8,8 +8,6 @@ wrong, or nothing was measured.
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
 import sys
 import tempfile
 import time
@@ -19,13 +17,12 @@ from typing import Any
 
 import torch
 
-from . import compare, environment, measure, tables
+from . import environment, files, measure, side_by_side, tables
 from .providers import NAIVE, OURS, Provider, providers
-from .schema import SCHEMA, validate
+from .schema import BENCHMARK
 from .workloads import PROFILES, Profile, Workload
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16)
-RESULTS = environment.ROOT / "benchmarks" / "results"
 
 Result = dict[str, Any]
 
@@ -40,42 +37,26 @@ def run(
     """Measure a profile's workloads in about ``budget`` seconds, divided among them as it goes."""
     end = time.monotonic() + budget
     peaks = {
-        compare.dtype_name(dtype): measure.matmul_peak(dtype, profile.probe, device)
+        side_by_side.dtype_name(dtype): measure.matmul_peak(dtype, profile.probe, device)
         for dtype in DTYPES
     }
     bandwidth = measure.copy_bandwidth(profile.probe // 8, device)
-    entries = [compare.describe(w, candidates, peaks, bandwidth) for w in profile.workloads]
+    entries = [side_by_side.describe(w, candidates, peaks, bandwidth) for w in profile.workloads]
     print(tables.predictions(entries), flush=True)
     _warm_up(device, profile.compiled)
     # What the cheap ones leave of their part goes to those that need more.
     pairs = sorted(zip(entries, profile.workloads, strict=True), key=_predicted_cost)
     for done, (entry, workload) in enumerate(_progress(pairs)):
         seconds = (end - time.monotonic()) / (len(pairs) - done)
-        compare.complete(entry, workload, candidates, device, seconds, profile.max_rounds)
+        side_by_side.complete(entry, workload, candidates, device, seconds, profile.max_rounds)
     return {
-        "schema": SCHEMA,
+        "schema": BENCHMARK,
         "profile": name,
         "environment": environment.describe(device),
         "peaks": {"matmul_flops": peaks, "copy_bytes": bandwidth},
         "providers": [{"name": p.name, "reason": p.reason} for p in candidates],
         "workloads": entries,
     }
-
-
-def write(result: Result, folder: Path) -> Path:
-    """Write a result under a name of its own and return the path."""
-    validate(result)
-    folder.mkdir(parents=True, exist_ok=True)
-    now = datetime.datetime.now(datetime.UTC)
-    stem = f"{environment.slug(result['environment']['device'])}-{now:%Y%m%d-%H%M%S}"
-    path, number = folder / f"{stem}.json", 1
-    while path.exists():
-        number += 1
-        path = folder / f"{stem}-{number}.json"
-    with path.open("x", encoding="utf-8") as file:
-        json.dump(result, file, indent=1, allow_nan=False)
-        file.write("\n")
-    return path
 
 
 def failures(result: Result) -> list[str]:
@@ -101,13 +82,13 @@ def _warm_up(device: torch.device, compiled: bool) -> None:
             print(f"torch.compile does not work here: {error}")
 
 
-def _predicted_cost(pair: tuple[compare.Entry, Workload]) -> float:
+def _predicted_cost(pair: tuple[side_by_side.Entry, Workload]) -> float:
     return pair[0]["predicted_seconds"].get(NAIVE) or 0.0
 
 
 def _progress(
-    pairs: Sequence[tuple[compare.Entry, Workload]],
-) -> Iterator[tuple[compare.Entry, Workload]]:
+    pairs: Sequence[tuple[side_by_side.Entry, Workload]],
+) -> Iterator[tuple[side_by_side.Entry, Workload]]:
     """A progress bar, or a line each where tqdm is not installed."""
     try:
         from tqdm import tqdm  # type: ignore[import-untyped,unused-ignore]
@@ -126,7 +107,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__)
     parser.add_argument("--profile", choices=PROFILES, help="default: gpu on a GPU, else cpu")
     parser.add_argument("--device", help="default: cuda where there is one, else cpu")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result file")
+    parser.add_argument("--out", type=Path, default=files.RESULTS, help="folder of the result file")
     parser.add_argument("--budget", type=float, help="seconds; default: the profile's")
     options = parser.parse_args(arguments)
     if options.budget is not None and not options.budget > 0:
@@ -145,7 +126,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     budget = options.budget or profile.budget
     result = run(name, profile, device, candidates, budget)
 
-    path = write(result, options.out)
+    path = files.write(result, options.out)
     print(f"\n{tables.details(result)}\n\n{tables.summary(result)}\n\nwrote {path}")
     failed = failures(result)
     for failure in failed:

@@ -1,8 +1,11 @@
-"""The form of a result file, and a check that a result has it.
+"""The forms of result files, and a check that a result has its own.
 
-A workload's ``results`` has an entry for each provider that does its measure and can run here: with
-a ``reason`` where it was not measured, else with seconds per clock and quantile, bytes per phase,
-and its errors against float64. An error of None is NaN or infinite.
+Every result has a ``schema``, a ``profile``, and an ``environment`` as environment.py describes it.
+
+A benchmark has the machine's peaks, the providers, each with the reason why it cannot run, and the
+workloads. A workload's ``results`` has an entry for each provider that does its measure and can run
+here: with a ``reason`` where it was not measured, else with seconds per clock and quantile, bytes
+per phase, and its errors against float64. An error of None is NaN or infinite.
 """
 
 from __future__ import annotations
@@ -11,13 +14,14 @@ from typing import Any
 
 from .measure import CLOCKS, PHASES, QUANTILES
 
-SCHEMA = "rift_kernels benchmark 1"
+BENCHMARK = "rift_kernels benchmark 1"
 
 _NUMBER = (int, float)
 _OPTIONAL_NUMBER = (int, float, type(None))
 _OPTIONAL_TEXT = (str, type(None))
 
-_RESULT = {
+# Of every result.
+_HEADER = {
     "schema": str,
     "profile": str,
     "environment": {
@@ -33,6 +37,9 @@ _RESULT = {
         "dirty": (bool, type(None)),
         "versions": dict,
     },
+}
+_BENCHMARK = {
+    **_HEADER,
     "peaks": {"matmul_flops": dict, "copy_bytes": _NUMBER},
     "providers": [{"name": str, "reason": _OPTIONAL_TEXT}],
     "workloads": [
@@ -63,15 +70,24 @@ _MEASURED = {
 _NOT_MEASURED = {"reason": str}
 
 
+_FORMS: dict[str, Any] = {BENCHMARK: _BENCHMARK}
+
+
 def validate(result: Any) -> None:
-    """Return if ``result`` is a benchmark result.
+    """Return if ``result`` is a result of a kind that is known.
 
     Raises:
         ValueError: it is not; the message says where.
     """
-    _check(result, _RESULT, "result")
-    if result["schema"] != SCHEMA:
-        raise ValueError(f"result.schema must be {SCHEMA!r}; got {result['schema']!r}")
+    schema = result.get("schema") if isinstance(result, dict) else None
+    if schema not in _FORMS:
+        raise ValueError(f"result.schema must be one of {', '.join(_FORMS)}; got {schema!r}")
+    _check(result, _FORMS[schema], "result")
+    if schema == BENCHMARK:
+        _validate_workloads(result)
+
+
+def _validate_workloads(result: Any) -> None:
     names = {provider["name"] for provider in result["providers"]}
     for i, workload in enumerate(result["workloads"]):
         where = f"result.workloads[{i}].results"

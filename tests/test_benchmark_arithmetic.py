@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import compare, flops, gpu_check, measure, oracle, tables
+from benchmarks import flops, gpu_check, measure, oracle, side_by_side, tables
 from benchmarks.providers import NAIVE, Provider, providers
 from benchmarks.workloads import Workload
 
@@ -69,7 +69,7 @@ def test_predictions_and_floor() -> None:
         "p", {"cka_biased": None}, flops=flops.hand_derived, products_in=torch.float32
     )
     peaks = {"float32": 10.0, "bfloat16": 1e30}
-    entry = compare.describe(workload, [provider], peaks, bandwidth=2.0)
+    entry = side_by_side.describe(workload, [provider], peaks, bandwidth=2.0)
     assert entry["predicted_seconds"] == {"p": flops.hand_derived(workload) / 10}
     # Two features of two bytes a number are read, one is written.
     assert entry["floor_seconds"] == 3 * 64 * 8 * 2 / 2
@@ -78,14 +78,14 @@ def test_predictions_and_floor() -> None:
 def test_noise_is_the_difference_of_naive_eager_to_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     def rounds(tasks: dict[str, Any], *_: Any) -> dict[str, Any]:
         def seconds(name: str) -> dict[str, float]:
-            return dict.fromkeys(measure.CLOCKS, 0.8 if name == compare.AGAIN else 1.0)
+            return dict.fromkeys(measure.CLOCKS, 0.8 if name == side_by_side.AGAIN else 1.0)
 
         return {name: [seconds(name)] for name in tasks}
 
     monkeypatch.setattr(measure, "time_rounds", rounds)
     workload, candidates = Workload("cka_biased", 16, 8), providers(CPU, compiled=False)[:1]
-    entry = compare.describe(workload, candidates, PEAKS, 1e9)
-    compare.complete(entry, workload, candidates, CPU, 5, max_rounds=5)
+    entry = side_by_side.describe(workload, candidates, PEAKS, 1e9)
+    side_by_side.complete(entry, workload, candidates, CPU, 5, max_rounds=5)
     assert entry["noise"] == pytest.approx(dict.fromkeys(measure.CLOCKS, 0.2))
 
 
@@ -93,11 +93,11 @@ def test_what_takes_too_long_is_left_out() -> None:
     tasks: Any = dict.fromkeys((NAIVE, EAGER, "a", "b"))
     estimates = {NAIVE: 1.0, EAGER: 5.0, "a": 4.0, "b": 0.5}
     entry: dict[str, Any] = {"results": {}}
-    compare._drop_the_slowest(entry, tasks, estimates, left=33)
+    side_by_side._drop_the_slowest(entry, tasks, estimates, left=33)
     assert list(tasks) == [NAIVE, EAGER, "b"]
     assert "4.00 s" in entry["results"]["a"]["reason"]
-    with pytest.raises(compare.NotMeasuredError, match="would take 30 s; 9 s were left"):
-        compare._drop_the_slowest(entry, tasks, estimates, left=9)
+    with pytest.raises(side_by_side.NotMeasuredError, match="would take 30 s; 9 s were left"):
+        side_by_side._drop_the_slowest(entry, tasks, estimates, left=9)
 
 
 def test_errors_are_relative_and_nan_is_the_largest() -> None:

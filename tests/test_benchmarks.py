@@ -14,8 +14,8 @@ from torch import Tensor
 
 from benchmarks import (
     baselines,
-    compare,
     environment,
+    files,
     gpu_check,
     measure,
     oracle,
@@ -23,6 +23,7 @@ from benchmarks import (
     report,
     run,
     schema,
+    side_by_side,
     tables,
 )
 from benchmarks.providers import NAIVE, Provider, providers
@@ -77,14 +78,14 @@ def test_results_are_never_overwritten(
     result: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(environment, "slug", lambda _: "same")
-    paths = {run.write(result, tmp_path) for _ in range(3)}
+    paths = {files.write(result, tmp_path) for _ in range(3)}
     assert len(paths) == 3
 
 
 def _entry(workload: Workload, candidates: list[Provider], seconds: float = 5) -> dict[str, Any]:
     peaks = dict.fromkeys(("float64", "float32", "bfloat16"), 1e9)
-    entry = compare.describe(workload, candidates, peaks, 1e9)
-    compare.complete(entry, workload, candidates, CPU, seconds, max_rounds=5)
+    entry = side_by_side.describe(workload, candidates, peaks, 1e9)
+    side_by_side.complete(entry, workload, candidates, CPU, seconds, max_rounds=5)
     return entry
 
 
@@ -190,14 +191,14 @@ def test_report(result: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFi
     demo.write_text(json.dumps(record))
     options = ["--readme", str(readme), "--results", str(tmp_path), "--demo", str(demo)]
     readme.write_text("# Title\n")
-    run.write({**result, "profile": "cpu"}, tmp_path)
+    files.write({**result, "profile": "cpu"}, tmp_path)
     assert report.main(options) == 1
     assert "needs the markers" in capsys.readouterr().err
 
     sections = (f"<!-- {name}:begin -->\n<!-- {name}:end -->" for name in ("demo", "benchmarks"))
     readme.write_text("\n\n".join(["# Title", *sections, "The rest.\n"]))
     assert report.main([*options, "--check"]) == 1
-    assert "names no benchmark result" in capsys.readouterr().err
+    assert "names no result for benchmarks" in capsys.readouterr().err
     assert report.main(options) == 0
     assert report.main([*options, "--check"]) == 0
     text = readme.read_text()
@@ -208,7 +209,7 @@ def test_report(result: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFi
     assert "80.5 ± 0.7" in text
 
     later = {**result["environment"], "date": "2099-01-01", "cores": 99}
-    newer = run.write({**result, "profile": "cpu", "environment": later}, tmp_path)
+    newer = files.write({**result, "profile": "cpu", "environment": later}, tmp_path)
     assert report.main([*options, "--check"]) == 0
     assert report.main(options) == 0
     assert newer.name in readme.read_text()
@@ -235,7 +236,7 @@ def test_report_takes_the_newest_of_each_device(result: dict[str, Any], tmp_path
         text = json.dumps({**result, "profile": profile, "environment": where})
         (tmp_path / f"{device}-{date}.json").write_text(text)
     (tmp_path / "gpu-check.json").write_text("{}")
-    assert [path.name for path in report.newest(tmp_path)] == [
+    assert [path.name for path in files.newest(tmp_path)] == [
         "a-2030-01-02.json",
         "b-2029-01-01.json",
     ]
