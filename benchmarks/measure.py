@@ -1,8 +1,9 @@
 """How things are measured: time in interleaved rounds, peak memory, and the machine's two peaks.
 
-Time on a GPU is between events, and so includes the gaps between launches that the host leaves; the
-wall time of the same call, from before its first launch until the device is done, stands beside it.
-Every call gets the same features, so that what fits into a cache may still be there.
+Time on a GPU is between events, and so includes the gaps between launches that the host leaves.
+Beside it stand the host's own time until the calls return, and the wall time until the device is
+done. Every call gets the same features, so that what fits into a cache may still be there; what the
+device alone takes, with features that come from memory, graphs.py measures.
 
 Memory is what torch's allocator handed out, above what was allocated before: inputs do not count,
 results do. Scratch space that a BLAS library takes for itself is not seen on a CPU.
@@ -10,6 +11,7 @@ results do. Scratch space that a BLAS library takes for itself is not seen on a 
 
 from __future__ import annotations
 
+import copy
 import json
 import tempfile
 import time
@@ -22,10 +24,11 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from .providers import Values
+from .providers import Provider
+from .workloads import Inputs
 
 PHASES = ("forward", "backward", "both")
-CLOCKS = (*PHASES, "wall")
+CLOCKS = (*PHASES, "host", "wall")
 MIN_ROUNDS = 5
 QUANTILES = {"q20": 0.2, "q50": 0.5, "q80": 0.8}
 
@@ -35,14 +38,23 @@ Seconds = dict[str, float]
 class Task:
     """One provider's computation, on given features."""
 
-    def __init__(self, values: Values, students: list[Tensor], teachers: list[Tensor]) -> None:
-        self._values, self._students, self._teachers = values, students, teachers
+    def __init__(self, provider: Provider, measure: str, inputs: Inputs) -> None:
+        self._values, self._settings = provider.measures[measure], provider.settings
+        self.inputs = inputs
 
     def forward(self) -> Tensor:
-        return self._values(self._students, self._teachers)
+        with self._settings():
+            return self._values(self.inputs)
 
     def backward(self, values: Tensor) -> tuple[Tensor, ...]:
-        return torch.autograd.grad(values, self._students, torch.ones_like(values))
+        with self._settings():
+            return torch.autograd.grad(values, self.inputs.students, torch.ones_like(values))
+
+    def on(self, inputs: Inputs) -> Task:
+        """The same computation on others."""
+        other = copy.copy(self)
+        other.inputs = inputs
+        return other
 
 
 def synchronize(device: torch.device) -> None:
@@ -58,12 +70,14 @@ def time_once(task: Task, device: torch.device) -> Seconds:
     marks.append(_Mark(device))
     task.backward(values)
     marks.append(_Mark(device))
+    returned = time.perf_counter()
     synchronize(device)
     start, middle, end = marks
     return {
         "forward": middle.since(start),
         "backward": end.since(middle),
         "both": end.since(start),
+        "host": returned - start.host,
         "wall": time.perf_counter() - start.host,
     }
 
@@ -106,11 +120,12 @@ def time_rounds(
 
 def quantiles(samples: list[Seconds]) -> dict[str, dict[str, float]]:
     """Clock -> quantile -> seconds."""
-    result = {}
-    for clock in CLOCKS:
-        seconds = torch.tensor([sample[clock] for sample in samples], dtype=torch.float64)
-        result[clock] = {name: seconds.quantile(q).item() for name, q in QUANTILES.items()}
-    return result
+    return {clock: quantiles_of([sample[clock] for sample in samples]) for clock in CLOCKS}
+
+
+def quantiles_of(seconds: list[float]) -> dict[str, float]:
+    found = torch.tensor(seconds, dtype=torch.float64)
+    return {name: found.quantile(q).item() for name, q in QUANTILES.items()}
 
 
 def peak_memory(task: Task, device: torch.device) -> dict[str, int]:

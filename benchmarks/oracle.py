@@ -9,7 +9,7 @@ from torch import Tensor
 
 from rift_kernels import reference
 
-from .workloads import Workload
+from .workloads import Inputs, Workload
 
 # More than these is wrong. Plain bfloat16 arithmetic stays below them; an error beyond means
 # another function, or one that has cancelled. How right ours is, the tests say.
@@ -23,13 +23,14 @@ MAX_ROWS_OF_DEFINITION = 1024
 class Oracle:
     """The right answer for one workload's features."""
 
-    def __init__(self, workload: Workload, students: list[Tensor], teachers: list[Tensor]) -> None:
+    def __init__(self, workload: Workload, inputs: Inputs) -> None:
         function = _function(workload)
+        rows = slice(None) if inputs.mask is None else inputs.mask
         values: list[Tensor] = []
         gradients: list[Tensor] = []
-        for student, teacher in zip(students, teachers, strict=True):
+        for student, teacher in zip(inputs.students, inputs.teachers, strict=True):
             x = student.detach().double().requires_grad_()
-            value = function(x, teacher.double())
+            value = function(x[rows], teacher.double()[rows])
             gradients += torch.autograd.grad(value, x)
             values.append(value.detach())
         self._values, self._gradients = torch.stack(values), gradients

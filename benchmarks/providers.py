@@ -5,9 +5,11 @@ A provider that cannot run here stays in the list and says why.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,13 +18,13 @@ import rift_kernels
 from rift_kernels import dispatch
 
 from . import baselines, flops
-from .workloads import CKA_MEASURES, Workload
+from .workloads import AUTOTUNED, CKA_MEASURES, COMPILED, Inputs, Workload
 
 Pair = Callable[[Tensor, Tensor], Tensor]
-Values = Callable[[list[Tensor], list[Tensor]], Tensor]
+Values = Callable[[Inputs], Tensor]
 
 NAIVE = "naive eager"
-COMPILED = "torch.compile"
+WIDE, TF32, HALF = f"{NAIVE} float32", f"{NAIVE} TF32", f"{NAIVE} bfloat16"
 HAND_DERIVED = "hand-derived"
 PACKAGES = ("ckatorch", "pytorch-cka")
 OURS = "rift_kernels "
@@ -34,11 +36,12 @@ class Provider:
 
     Args:
         name: a column of the tables.
-        measures: measure -> function of the lists of students and teachers.
+        measures: measure -> function of the inputs.
         reason: why it cannot run here, or None.
         flops: the model of its cost, None where there is none.
         products_in: the dtype that it multiplies in, None for that of the features.
         takes: whether it has anything for a workload of these measures.
+        settings: what holds while it runs, forward and backward.
     """
 
     name: str
@@ -47,14 +50,15 @@ class Provider:
     flops: Callable[[Workload], float | None] = lambda _: None
     products_in: torch.dtype | None = None
     takes: Callable[[Workload], bool] = lambda _: True
+    settings: Callable[[], AbstractContextManager[None]] = nullcontext
 
 
-def providers(device: torch.device, compiled: bool = True) -> list[Provider]:
+def providers(device: torch.device, compiled: Sequence[str] = (COMPILED,)) -> list[Provider]:
     """All of them, in the order of their turn when time is short.
 
     Args:
         device: where the features are.
-        compiled: include torch.compile, which needs seconds for every shape.
+        compiled: which of torch.compile's modes to include; each needs seconds for every shape.
     """
     return [
         Provider(NAIVE, _each_layer(baselines.NAIVE), flops=flops.naive),
@@ -65,29 +69,67 @@ def providers(device: torch.device, compiled: bool = True) -> list[Provider]:
             flops=flops.hand_derived,
             products_in=None if device.type == "cuda" else torch.float32,
         ),
+        _naive_in(WIDE, torch.float32, lambda w: w.dtype.itemsize == 2),
+        _naive_in(HALF, torch.bfloat16, lambda w: w.dtype == torch.float32),
+        _naive_in(
+            TF32,
+            torch.float32,
+            lambda _: True,
+            reason=None if device.type == "cuda" else "TF32 needs a GPU",
+            settings=_tf32,
+        ),
         _ckatorch(),
         _pytorch_cka(),
-        _compiled() if compiled else Provider(COMPILED, reason="not part of this profile"),
+        *(_compiled(mode, mode in compiled) for mode in (COMPILED, AUTOTUNED)),
     ]
 
 
 def _each_layer(functions: Mapping[str, Pair]) -> dict[str, Values]:
-    """One call a layer, as a user of a function of two features has to."""
+    """One call a layer, as a user of a function of two features has to; valid rows picked out."""
 
-    def values(function: Pair, students: list[Tensor], teachers: list[Tensor]) -> Tensor:
-        if len(students) == 1:
-            return function(students[0], teachers[0])
-        return torch.stack([function(x, y) for x, y in zip(students, teachers, strict=True)])
+    def values(function: Pair, inputs: Inputs) -> Tensor:
+        pairs = list(zip(inputs.students, inputs.teachers, strict=True))
+        if inputs.mask is not None:
+            pairs = [(x[inputs.mask], y[inputs.mask]) for x, y in pairs]
+        found = [function(x, y) for x, y in pairs]
+        return found[0] if len(found) == 1 else torch.stack(found)
 
     return {measure: partial(values, function) for measure, function in functions.items()}
 
 
-def _compiled() -> Provider:
+def _naive_in(
+    name: str, dtype: torch.dtype, takes: Callable[[Workload], bool], **fields: Any
+) -> Provider:
+    """Naive code on features that were cast first: what autocast, or its absence, makes of it."""
+
+    def cast(function: Pair, x: Tensor, y: Tensor) -> Tensor:
+        return function(x.to(dtype), y.to(dtype))
+
+    functions = {measure: partial(cast, baselines.NAIVE[measure]) for measure in CKA_MEASURES}
+    return Provider(
+        name, _each_layer(functions), flops=flops.naive, products_in=dtype, takes=takes, **fields
+    )
+
+
+@contextmanager
+def _tf32() -> Iterator[None]:
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = True
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def _compiled(name: str, wanted: bool) -> Provider:
+    if not wanted:
+        return Provider(name, reason="not part of this profile")
+    mode = "max-autotune" if name == AUTOTUNED else "default"
     functions = {
-        measure: torch.compile(function, dynamic=False)
+        measure: torch.compile(function, dynamic=False, mode=mode)
         for measure, function in baselines.NAIVE.items()
     }
-    return Provider(COMPILED, _each_layer(functions), flops=flops.naive)
+    return Provider(name, _each_layer(functions), flops=flops.naive)
 
 
 def _ours(backend: str) -> Provider:
@@ -99,12 +141,11 @@ def _ours(backend: str) -> Provider:
         "bures": rift_kernels.bures_distance,
     }
 
-    def values(
-        function: Callable[..., Tensor], students: list[Tensor], teachers: list[Tensor]
-    ) -> Tensor:
+    def values(function: Callable[..., Tensor], inputs: Inputs) -> Tensor:
+        students, teachers = inputs.students, inputs.teachers
         if len(students) == 1:
-            return function(students[0], teachers[0], backend=backend)
-        return function(students, teachers, backend=backend)
+            return function(students[0], teachers[0], mask=inputs.mask, backend=backend)
+        return function(students, teachers, mask=inputs.mask, backend=backend)
 
     return Provider(
         OURS + backend,
@@ -122,8 +163,7 @@ def _suits_cuda(workload: Workload) -> bool:
         return False
     if dispatch.use_gram("cka", workload.rows, workload.width, workload.width):
         return workload.rows <= 128
-    is_hopper = torch.cuda.get_device_capability() == (9, 0)
-    return is_hopper and workload.dtype == torch.bfloat16
+    return workload.dtype == torch.bfloat16 and workload.valid == 1
 
 
 def _ckatorch() -> Provider:

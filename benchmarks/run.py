@@ -20,7 +20,7 @@ import torch
 from . import environment, files, measure, side_by_side, tables
 from .providers import NAIVE, OURS, Provider, providers
 from .schema import BENCHMARK
-from .workloads import PROFILES, Profile, Workload
+from .workloads import PROFILES, Inputs, Profile, Workload
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16)
 
@@ -43,7 +43,7 @@ def run(
     bandwidth = measure.copy_bandwidth(profile.probe // 8, device)
     entries = [side_by_side.describe(w, candidates, peaks, bandwidth) for w in profile.workloads]
     print(tables.predictions(entries), flush=True)
-    _warm_up(device, profile.compiled)
+    _warm_up(device, bool(profile.compiled))
     # What the cheap ones leave of their part goes to those that need more.
     pairs = sorted(zip(entries, profile.workloads, strict=True), key=_predicted_cost)
     for done, (entry, workload) in enumerate(_progress(pairs)):
@@ -73,7 +73,8 @@ def failures(result: Result) -> list[str]:
 def _warm_up(device: torch.device, compiled: bool) -> None:
     """What a process does once and slowly, whatever the workload."""
     ones = torch.ones(1, device=device, requires_grad=True)
-    measure.peak_memory(measure.Task(lambda x, y: x[0] * y[0], [ones], [ones]), device)
+    first = Provider("first", {"": lambda inputs: inputs.students[0] * inputs.teachers[0]})
+    measure.peak_memory(measure.Task(first, "", Inputs([ones], [ones.detach()])), device)
     if compiled:
         try:
             torch.compile(lambda x: x.sin().sum())(ones).backward()

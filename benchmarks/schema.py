@@ -4,8 +4,9 @@ Every result has a ``schema``, a ``profile``, and an ``environment`` as environm
 
 A benchmark has the machine's peaks, the providers, each with the reason why it cannot run, and the
 workloads. A workload's ``results`` has an entry for each provider that does its measure and can run
-here: with a ``reason`` where it was not measured, else with seconds per clock and quantile, bytes
-per phase, and its errors against float64. An error of None is NaN or infinite.
+here: with a ``reason`` where it was not measured, else with seconds per clock and quantile, seconds
+in a CUDA graph or why there are none, kernels launched, bytes per phase, and its errors against
+float64. An error of None is NaN or infinite.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 
 from .measure import CLOCKS, PHASES, QUANTILES
 
-BENCHMARK = "rift_kernels benchmark 1"
+BENCHMARK = "rift_kernels benchmark 2"
 
 _NUMBER = (int, float)
 _OPTIONAL_NUMBER = (int, float, type(None))
@@ -50,6 +51,8 @@ _BENCHMARK = {
             "width": int,
             "layers": int,
             "dtype": str,
+            "valid": _NUMBER,
+            "kind": str,
             "floor_seconds": _OPTIONAL_NUMBER,
             "predicted_seconds": dict,
             "reason": _OPTIONAL_TEXT,
@@ -62,6 +65,9 @@ _BENCHMARK = {
 _MEASURED = {
     "reason": type(None),
     "seconds": {clock: dict.fromkeys(QUANTILES, _NUMBER) for clock in CLOCKS},
+    "graph": ({"q20": _NUMBER, "q50": _NUMBER, "q80": _NUMBER}, None),
+    "graph_reason": str,
+    "launches": (int, type(None)),
     "memory": dict.fromkeys(PHASES, int),
     "value_error": _OPTIONAL_NUMBER,
     "gradient_error": _OPTIONAL_NUMBER,
@@ -99,7 +105,11 @@ def _validate_workloads(result: Any) -> None:
 
 
 def _check(value: Any, form: Any, where: str) -> None:
-    if isinstance(form, dict):
+    if isinstance(form, tuple) and form[-1] is None:
+        # A form, or None.
+        if value is not None:
+            _check(value, form[0], where)
+    elif isinstance(form, dict):
         _expect(isinstance(value, dict), where, "an object", value)
         missing, unknown = sorted(form.keys() - value.keys()), sorted(value.keys() - form.keys())
         if missing or unknown:

@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
-from . import flops, measure
+from . import flops, graphs, measure
 from .oracle import Oracle, wrong
-from .providers import COMPILED, NAIVE, OURS, Provider
-from .workloads import Workload, features
+from .providers import NAIVE, OURS, Provider
+from .workloads import COMPILED, Workload, features
 
 AGAIN = NAIVE + " again"
 # The first one, which is checked, the one whose memory is recorded, and an estimate of the time.
@@ -54,6 +54,8 @@ def describe(
         "width": workload.width,
         "layers": workload.layers,
         "dtype": dtype_name(workload.dtype),
+        "valid": workload.valid,
+        "kind": workload.kind,
         "floor_seconds": floor,
         "predicted_seconds": {p.name: predicted(p) for p in _able(workload, candidates)},
         "reason": None,
@@ -93,8 +95,20 @@ def complete(
         for clock, once in timed[NAIVE].items():
             entry["noise"][clock] = abs(again[clock]["q50"] / once["q50"] - 1)
     for name, clocks in timed.items():
-        entry["results"][name]["seconds"] = clocks
+        outcome = entry["results"][name]
+        outcome["seconds"] = clocks
+        outcome["graph"], outcome["graph_reason"] = _in_a_graph(tasks[name], device)
         entry["rounds"] = len(samples[name])
+
+
+def _in_a_graph(task: measure.Task, device: torch.device) -> tuple[dict[str, float] | None, str]:
+    """Seconds in a CUDA graph, or why there are none."""
+    try:
+        found = graphs.seconds(task, device)
+    except Exception as error:
+        # Code of other people may wait for the device, or run out of memory.
+        return None, _sentence(error)
+    return found, "" if found else "CUDA graphs need a GPU"
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -111,7 +125,7 @@ def _able(workload: Workload, candidates: Sequence[Provider]) -> list[Provider]:
 
 def _essential(name: str) -> bool:
     """What a comparison cannot do without."""
-    return name.startswith((NAIVE, OURS))
+    return name == NAIVE or name.startswith(OURS)
 
 
 def _prepare(
@@ -125,16 +139,16 @@ def _prepare(
 
     The entry gets their errors and their memory, and the reasons of those that are left out.
     """
-    students, teachers = features(workload, device)
-    oracle = Oracle(workload, students, teachers)
+    inputs = features(workload, device)
+    oracle = Oracle(workload, inputs)
     tasks: dict[str, measure.Task] = {}
     estimates: dict[str, float] = {}
     for provider in _able(workload, candidates):
         name = provider.name
-        if name == COMPILED:
+        if name.startswith(COMPILED):
             # It counts the shapes it has seen, and after a few silently runs the eager code.
             torch.compiler.reset()
-        task = measure.Task(provider.measures[workload.measure], students, teachers)
+        task = measure.Task(provider, workload.measure, inputs)
         try:
             if not _essential(name):
                 _refuse_the_hopeless(entry["predicted_seconds"][name], deadline)
@@ -168,6 +182,7 @@ def _examine(task: measure.Task, oracle: Oracle, device: torch.device) -> dict[s
     return {
         "reason": None,
         "memory": measure.peak_memory(task, device),
+        "launches": graphs.launches(task, device),
         "value_error": value_error if math.isfinite(value_error) else None,
         "gradient_error": gradient_error if math.isfinite(gradient_error) else None,
         "wrong": wrong(value_error, gradient_error),

@@ -9,8 +9,8 @@ from typing import Any
 
 from .measure import CLOCKS, PHASES
 from .oracle import GRADIENT_TOLERANCE, VALUE_TOLERANCE
-from .providers import COMPILED, HAND_DERIVED, NAIVE, OURS, PACKAGES
-from .workloads import CKA_MEASURES
+from .providers import HALF, HAND_DERIVED, NAIVE, OURS, PACKAGES, TF32, WIDE
+from .workloads import AUTOTUNED, CKA_MEASURES, COMPILED
 
 Result = dict[str, Any]
 
@@ -22,9 +22,14 @@ _TITLES = {
     "covariance": "covariance",
     "bures": "Bures",
 }
+FIXED_COSTS = (
+    "A graph has forward and backward of inputs that together exceed the L2 cache twice. The "
+    "host's time is until the calls return, without waiting for the device."
+)
 EXPLANATION = (
     "Forward and backward together, medians of interleaved calls; on a GPU, between events. "
-    "Ratios are naive eager's time divided by the column's, so more is faster; `~` marks a "
+    "Ratios are naive eager's time, in the features' dtype, divided by the column's, so more is "
+    "faster; `naive in` is the same code on features cast to another dtype; `~` marks a "
     "difference within the noise, which is that of naive eager timed twice. The predicted ratio "
     "is that of a count of floating point operations at the measured peak of a matrix product. "
     "Memory is ours over naive eager's, at the peak and without the inputs. The roofline is the "
@@ -45,6 +50,10 @@ def summary(result: Result) -> str:
     for title, workloads in (("Linear CKA", cka), ("Other measures", others)):
         if workloads:
             parts += [f"{title}:", _comparison(workloads)]
+    in_graphs = [w for w in measured if any(e.get("graph") for e in w["results"].values())]
+    if in_graphs:
+        parts += ["The device alone, in CUDA graphs, and what a call costs the host:"]
+        parts += [_fixed_costs(in_graphs), FIXED_COSTS]
     missing = _not_measured(result)
     if missing:
         parts.append("Not measured:\n" + "\n".join(f"- {line}" for line in missing))
@@ -118,9 +127,11 @@ def _comparison(workloads: Sequence[Result]) -> str:
     """A row a workload; a column only for what one of the workloads has."""
     names = _names(w["results"] for w in workloads)
     columns: dict[str, Callable[[Result], str]] = {"features": _label, NAIVE: _naive_cell}
-    for name in (COMPILED, HAND_DERIVED):
-        if name in names:
-            columns[name] = partial(_speed_cell, name=name)
+    if any(name in names for name in (WIDE, HALF)):
+        columns["naive in"] = _cast_cell
+    for name in (TF32, COMPILED, AUTOTUNED, HAND_DERIVED):
+        if any(_measured(w, name) for w in workloads):
+            columns[name.removeprefix(f"{NAIVE} ")] = partial(_speed_cell, name=name)
     if set(PACKAGES) & set(names):
         columns["package"] = _package_cell
     for name in names:
@@ -133,6 +144,24 @@ def _comparison(workloads: Sequence[Result]) -> str:
         columns["roofline"] = _roofline_cell
     columns["gradient error, naive / ours"] = _error_cell
     return markdown(list(columns), [[cell(w) for cell in columns.values()] for w in workloads])
+
+
+def _fixed_costs(workloads: Sequence[Result]) -> str:
+    """Naive eager and our best side by side: seconds in a graph, seconds of the host, launches."""
+    rows = []
+    for w in workloads:
+        entries = [_measured(w, NAIVE), _measured(w, _best(w))]
+        cells = [
+            [milliseconds(e["graph"]["q50"]) if e and e["graph"] else "-" for e in entries],
+            [milliseconds(e["seconds"]["host"]["q50"]) if e else "-" for e in entries],
+            [str(e["launches"]) if e else "-" for e in entries],
+        ]
+        share = "-"
+        if w["floor_seconds"] and entries[1] and entries[1]["graph"]:
+            share = f"{w['floor_seconds'] / entries[1]['graph']['q50']:.0%}"
+        rows.append([_label(w), *(f"{naive} / {ours}" for naive, ours in cells), share])
+    header = ["naive eager / ours", "graph", "host", "launches", "roofline in the graph"]
+    return markdown(header, rows)
 
 
 def _names(entries: Iterable[Result]) -> list[str]:
@@ -190,6 +219,12 @@ def _speed_cell(w: Result, name: str) -> str:
     if ratio is None:
         return "-"
     return ("~" if abs(ratio - 1) <= w["noise"]["both"] else "") + _ratio_text(ratio)
+
+
+def _cast_cell(w: Result) -> str:
+    """Naive code in the other dtype, float32 for half features and bfloat16 for the others."""
+    name = next((n for n in (WIDE, HALF) if _measured(w, n)), None)
+    return "-" if name is None else f"{name.removeprefix(NAIVE)[1:]} {_speed_cell(w, name)}"
 
 
 def _package_cell(w: Result) -> str:

@@ -7,27 +7,59 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from . import real
+
 CKA_MEASURES = ("cka_biased", "cka_debiased")
 MEASURES = (*CKA_MEASURES, "procrustes", "covariance", "bures")
+KINDS = ("random", "massive", "real")
+COMPILED = "torch.compile"
+AUTOTUNED = f"{COMPILED} max-autotune"
 
 
 @dataclass(frozen=True)
 class Workload:
-    """A measure on features of one shape; student and teacher are equally wide."""
+    """A measure on features of one shape; student and teacher are equally wide.
+
+    ``valid`` is the share of rows that a mask selects, and ``kind`` where features come from:
+    random numbers, random numbers with massive activations, or a pretrained transformer.
+    """
 
     measure: str
     rows: int
     width: int
     dtype: torch.dtype = torch.float32
     layers: int = 1
+    valid: float = 1.0
+    kind: str = "random"
 
     @property
     def shape(self) -> str:
         layers = f"{self.layers} layers of " if self.layers > 1 else ""
-        return f"{layers}{self.rows} x {self.width} {str(self.dtype).removeprefix('torch.')}"
+        text = f"{layers}{self.rows} x {self.width} {str(self.dtype).removeprefix('torch.')}"
+        if self.kind != "random":
+            text += f", {self.kind} features"
+        return text if self.valid == 1 else f"{text}, {self.valid:.0%} valid"
 
     def __str__(self) -> str:
         return f"{self.measure} {self.shape}"
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Students, which require gradients, and frozen teachers, (N, D) a layer; valid rows."""
+
+    students: list[Tensor]
+    teachers: list[Tensor]
+    mask: Tensor | None = None
+
+    def copy(self) -> Inputs:
+        """The same in other memory."""
+        students = [x.detach().clone().requires_grad_() for x in self.students]
+        return Inputs(students, [y.clone() for y in self.teachers], self.mask)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.nbytes for t in (*self.students, *self.teachers))
 
 
 @dataclass(frozen=True)
@@ -35,77 +67,112 @@ class Profile:
     """A set of workloads, and how much effort goes into them.
 
     ``probe`` is the width of the product that finds the matmul peak, and the size in MiB of the
-    copy that finds the bandwidth. ``budget`` is in seconds.
+    copy that finds the bandwidth. ``budget`` is in seconds, ``compiled`` modes of torch.compile.
     """
 
     workloads: tuple[Workload, ...]
     budget: float
     probe: int
     max_rounds: int = 100
-    compiled: bool = True
+    compiled: tuple[str, ...] = (COMPILED,)
 
 
 BFLOAT16 = torch.bfloat16
+_OTHERS = ("procrustes", "covariance", "bures")
 
 _CPU = (
+    # Pooled features: a row an image or a text.
     Workload("cka_biased", 64, 768),
     Workload("cka_biased", 256, 768),
     Workload("cka_biased", 64, 4096),
     Workload("cka_biased", 1024, 1024),
-    Workload("cka_biased", 4096, 768),
-    Workload("cka_biased", 4096, 768, BFLOAT16),
     Workload("cka_biased", 64, 768, layers=12),
     Workload("cka_debiased", 64, 768),
     Workload("cka_debiased", 1024, 1024),
+    # Tokens.
+    Workload("cka_biased", 4096, 768),
+    Workload("cka_biased", 4096, 768, BFLOAT16),
     Workload("cka_debiased", 2048, 768),
-    *(
-        Workload(measure, rows, width)
-        for measure in ("procrustes", "covariance", "bures")
-        for rows, width in ((64, 768), (1024, 256))
-    ),
+    Workload("cka_debiased", 2048, 768, valid=0.75),
+    Workload("cka_biased", 2048, 768, BFLOAT16, kind="massive"),
+    Workload("cka_debiased", real.ROWS, real.WIDTH, BFLOAT16, real.LAYERS, kind="real"),
+    *(Workload(m, rows, width) for m in _OTHERS for rows, width in ((64, 768), (1024, 256))),
+)
+
+# What a GPU is bought for: tokens of a ViT-B and a ViT-L, of a language model.
+_TOKENS = tuple(
+    Workload("cka_biased", rows, width, BFLOAT16)
+    for rows, width in ((12608, 768), (50432, 1024), (65536, 4096))
 )
 
 _GPU = (
     *_CPU,
-    Workload("cka_biased", 12608, 768, BFLOAT16),
-    Workload("cka_biased", 50432, 1024, BFLOAT16),
-    Workload("cka_biased", 65536, 4096, BFLOAT16),
+    *_TOKENS,
     Workload("cka_biased", 256, 768, layers=12),
     Workload("cka_debiased", 12608, 768, BFLOAT16),
 )
 
+_FULL = (
+    *(
+        Workload("cka_debiased", rows, width, BFLOAT16)
+        for rows in (64, 256, 1024)
+        for width in (384, 768, 1024)
+    ),
+    *_CPU,
+    *_TOKENS,
+    *(Workload("cka_debiased", 12608, 768, BFLOAT16, valid=valid) for valid in (1.0, 0.75)),
+    Workload("cka_biased", 12608, 768),
+    Workload("cka_biased", 12608, 768, BFLOAT16, kind="massive"),
+    *(Workload("cka_biased", 256, 768, BFLOAT16, layers) for layers in (12, 24)),
+    Workload("cka_debiased", 4096, 768, BFLOAT16, 12),
+    *(Workload(m, 12608, 768, BFLOAT16) for m in _OTHERS),
+    Workload("covariance", 65536, 1024, BFLOAT16),
+)
+
 PROFILES = {
-    "cpu": Profile(_CPU, budget=190, probe=2048, max_rounds=40),
-    "gpu": Profile(_GPU, budget=140, probe=8192),
+    "cpu": Profile(_CPU, budget=210, probe=2048, max_rounds=40),
+    # What gpu-check has time for.
+    "gpu": Profile(_GPU, budget=140, probe=8192, compiled=(COMPILED,)),
+    "full": Profile(_FULL, budget=500, probe=8192, compiled=(COMPILED, AUTOTUNED)),
     "smoke": Profile(
         tuple(Workload(measure, 16, 8) for measure in MEASURES),
         budget=5,
         probe=64,
         max_rounds=5,
-        compiled=False,
+        compiled=(),
     ),
 }
 
 
-def features(
-    workload: Workload, device: torch.device, seed: int = 0
-) -> tuple[list[Tensor], list[Tensor]]:
-    """Students, which require gradients, and frozen teachers; one tensor (N, D) a layer.
+def features(workload: Workload, device: torch.device, seed: int = 0) -> Inputs:
+    """A workload's features.
 
-    Columns differ in scale and have means that are not zero, as those of a pretrained model do. The
-    student is the teacher plus noise: a finetuned model.
+    Random columns differ in scale and have means that are not zero, as those of a pretrained model
+    do. The student is the teacher plus noise: a finetuned model.
     """
     generator = torch.Generator(device).manual_seed(seed)
+    if workload.kind == "real":
+        pairs = real.layers(workload.layers, device)
+    else:
+        pairs = [_random(workload, generator) for _ in range(workload.layers)]
+    mask = None
+    if workload.valid < 1:
+        mask = torch.rand(workload.rows, generator=generator, device=device) < workload.valid
+    return Inputs(
+        [x.to(workload.dtype).requires_grad_() for x, _ in pairs],
+        [y.to(workload.dtype) for _, y in pairs],
+        mask,
+    )
 
+
+def _random(workload: Workload, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, device=device)
+        return torch.randn(shape, generator=generator, device=generator.device)
 
-    scale = torch.arange(1, workload.width + 1, device=device) ** -0.5
-    students, teachers = [], []
-    for _ in range(workload.layers):
-        rows = workload.rows, workload.width
-        teacher = (normal(*rows) + normal(workload.width)) * scale
-        student = teacher + 0.3 * normal(*rows) * scale
-        teachers.append(teacher.to(workload.dtype))
-        students.append(student.to(workload.dtype).requires_grad_())
-    return students, teachers
+    scale = torch.arange(1, workload.width + 1, device=generator.device) ** -0.5
+    rows = workload.rows, workload.width
+    teacher = (normal(*rows) + normal(workload.width)) * scale
+    student = teacher + 0.3 * normal(*rows) * scale
+    if workload.kind == "massive":
+        teacher, student = real.massive(teacher, student, generator)
+    return student, teacher

@@ -83,7 +83,7 @@ def test_noise_is_the_difference_of_naive_eager_to_itself(monkeypatch: pytest.Mo
         return {name: [seconds(name)] for name in tasks}
 
     monkeypatch.setattr(measure, "time_rounds", rounds)
-    workload, candidates = Workload("cka_biased", 16, 8), providers(CPU, compiled=False)[:1]
+    workload, candidates = Workload("cka_biased", 16, 8), providers(CPU, compiled=())[:1]
     entry = side_by_side.describe(workload, candidates, PEAKS, 1e9)
     side_by_side.complete(entry, workload, candidates, CPU, 5, max_rounds=5)
     assert entry["noise"] == pytest.approx(dict.fromkeys(measure.CLOCKS, 0.2))

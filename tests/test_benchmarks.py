@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -26,8 +27,8 @@ from benchmarks import (
     side_by_side,
     tables,
 )
-from benchmarks.providers import NAIVE, Provider, providers
-from benchmarks.workloads import MEASURES, Workload, features
+from benchmarks.providers import HALF, NAIVE, TF32, WIDE, Provider, providers
+from benchmarks.workloads import MEASURES, Inputs, Workload, features
 from rift_kernels import dispatch
 
 CPU = torch.device("cpu")
@@ -90,17 +91,17 @@ def _entry(workload: Workload, candidates: list[Provider], seconds: float = 5) -
 
 
 def test_wrong_answers_are_marked() -> None:
-    def half(students: list[Tensor], teachers: list[Tensor]) -> Tensor:
-        return baselines.cka_biased(students[0], teachers[0]) / 2
+    def half(inputs: Inputs) -> Tensor:
+        return baselines.cka_biased(inputs.students[0], inputs.teachers[0]) / 2
 
-    def nan_gradient(students: list[Tensor], teachers: list[Tensor]) -> Tensor:
-        return baselines.cka_biased(students[0], teachers[0]) + 0 * (students[0].sum() * 0).sqrt()
+    def nan_gradient(inputs: Inputs) -> Tensor:
+        return 2 * half(inputs) + 0 * (inputs.students[0].sum() * 0).sqrt()
 
-    def no_gradient(students: list[Tensor], teachers: list[Tensor]) -> Tensor:
-        return half(students, teachers).detach()
+    def no_gradient(inputs: Inputs) -> Tensor:
+        return half(inputs).detach()
 
     candidates = [
-        providers(CPU, compiled=False)[0],
+        providers(CPU, compiled=())[0],
         *(Provider(f.__name__, {"cka_biased": f}) for f in (half, nan_gradient, no_gradient)),
     ]
     results = _entry(Workload("cka_biased", 16, 8), candidates)["results"]
@@ -123,8 +124,63 @@ def test_wrong_answers_are_not_praised(result: dict[str, Any]) -> None:
     assert run.failures({"workloads": [{"results": {}}]}) == ["nothing was measured"]
 
 
+def test_masked_workloads_are_right_for_all_who_take_them() -> None:
+    workload = Workload("cka_debiased", 64, 8, valid=0.6)
+    inputs = features(workload, CPU)
+    assert inputs.mask is not None
+    assert 20 < int(inputs.mask.sum()) < 60
+    right = oracle.Oracle(workload, inputs)
+    for provider in providers(CPU, compiled=()):
+        if provider.reason is None and workload.measure in provider.measures:
+            task = measure.Task(provider, workload.measure, inputs)
+            values = task.forward()
+            gradients = task.backward(values)
+            off = right.errors(values, gradients)
+            # Half precision is naive eager's own fault.
+            assert provider.name == HALF or not oracle.wrong(*off), provider.name
+            assert not gradients[0][~inputs.mask].any()
+
+
+def test_naive_code_on_features_of_another_dtype() -> None:
+    inputs = features(Workload("cka_biased", 64, 8), CPU)
+    found = {p.name: p for p in providers(CPU, compiled=())}
+    right = oracle.Oracle(Workload("cka_biased", 64, 8), inputs)
+    errors = {}
+    for name in (NAIVE, HALF, WIDE):
+        task = measure.Task(found[name], "cka_biased", inputs)
+        values = task.forward()
+        errors[name] = right.errors(values, task.backward(values))[1]
+    assert errors[NAIVE] == errors[WIDE] < 1e-4 < 1e-3 < errors[HALF]
+    assert not found[WIDE].takes(Workload("cka_biased", 64, 8))
+    assert found[TF32].reason == "TF32 needs a GPU"
+
+
+def test_settings_hold_forward_and_backward_and_no_longer() -> None:
+    seen = []
+
+    class Double(torch.autograd.Function):
+        @staticmethod
+        def forward(_, x: Tensor) -> Tensor:
+            seen.append(torch.backends.cuda.matmul.allow_tf32)
+            return 2 * x
+
+        @staticmethod
+        def backward(_, grad: Tensor) -> Tensor:
+            seen.append(torch.backends.cuda.matmul.allow_tf32)
+            return 2 * grad
+
+    tf32 = next(p for p in providers(CPU, compiled=()) if p.name == TF32)
+    functions = {"": lambda inputs: Double.apply(inputs.students[0]).sum()}
+    provider = dataclasses.replace(tf32, measures=functions)
+    task = measure.Task(provider, "", features(Workload("cka_biased", 4, 4), CPU))
+    before = torch.backends.cuda.matmul.allow_tf32
+    task.backward(task.forward())
+    assert seen == [True, True]
+    assert torch.backends.cuda.matmul.allow_tf32 == before
+
+
 def test_providers_that_all_fail_say_so() -> None:
-    def broken(*_: list[Tensor]) -> Tensor:
+    def broken(_: Inputs) -> Tensor:
         raise NotImplementedError("one\ntwo")
 
     entry = _entry(Workload("cka_biased", 16, 8), [Provider(NAIVE, {"cka_biased": broken})])
@@ -133,10 +189,10 @@ def test_providers_that_all_fail_say_so() -> None:
 
 def test_what_does_not_fit_says_so() -> None:
     workload = Workload("cka_biased", 16, 8)
-    candidates = providers(CPU, compiled=False)
+    candidates = providers(CPU, compiled=())
     assert "budget was spent" in _entry(workload, candidates, seconds=0)["reason"]
 
-    def slow(*_: list[Tensor]) -> Tensor:
+    def slow(_: Inputs) -> Tensor:
         raise AssertionError("never called")
 
     hopeless = Provider("slow", {"cka_biased": slow}, flops=lambda _: 1e12)
@@ -148,12 +204,13 @@ def test_what_does_not_fit_says_so() -> None:
 def test_peak_memory_is_the_largest_sum_of_what_lives() -> None:
     mebibyte = 2**20
 
-    def values(students: list[Tensor], _: list[Tensor]) -> Tensor:
+    def values(inputs: Inputs) -> Tensor:
         # One MiB each: exp, which the backward needs, and a sum that dies.
-        return (students[0].exp() + 1).sum()
+        return (inputs.students[0].exp() + 1).sum()
 
-    inputs = [torch.zeros(mebibyte // 4, requires_grad=True)]
-    peaks = measure.peak_memory(measure.Task(values, inputs, inputs), CPU)
+    student = torch.zeros(mebibyte // 4, requires_grad=True)
+    task = measure.Task(Provider("", {"": values}), "", Inputs([student], [student.detach()]))
+    peaks = measure.peak_memory(task, CPU)
     assert 2 <= peaks["forward"] / mebibyte < 2.1
     # exp, and the gradient.
     assert 2 <= peaks["backward"] / mebibyte < 2.1
@@ -163,11 +220,11 @@ def test_peak_memory_is_the_largest_sum_of_what_lives() -> None:
 @pytest.mark.parametrize("debiased", [False, True])
 def test_large_oracle_is_the_definition(debiased: bool) -> None:
     workload = Workload("cka_debiased" if debiased else "cka_biased", 24, 8)
-    students, teachers = features(workload, CPU)
-    students = [x.detach().double().requires_grad_() for x in students]
-    values = oracle._large_cka(students[0], teachers[0].double(), debiased)
-    gradients = torch.autograd.grad(values, students)
-    errors = oracle.Oracle(workload, students, teachers).errors(values, gradients)
+    inputs = features(workload, CPU)
+    student = inputs.students[0].detach().double().requires_grad_()
+    values = oracle._large_cka(student, inputs.teachers[0].double(), debiased)
+    gradients = torch.autograd.grad(values, student)
+    errors = oracle.Oracle(workload, inputs).errors(values, gradients)
     assert max(errors) < 1e-10
 
 
