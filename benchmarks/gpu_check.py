@@ -78,9 +78,11 @@ def sanitize(_: Path, log: Path) -> Outcome:
 def bench(out: Path, log: Path) -> Outcome:
     options = ["--profile", "gpu", "--device", "cuda", "--out", str(out)]
     run = shlex.join([sys.executable, "-m", "benchmarks.run", *options])
-    alone = shlex.join([sys.executable, "-m", "benchmarks.moments"])
-    # The short one first, which leaves no file: its lines are in the log.
-    return _process("bench", ["bash", "-c", f"{alone} && {run}"], log)
+    short = [
+        shlex.join([sys.executable, "-m", f"benchmarks.{name}"]) for name in ("moments", "host")
+    ]
+    # The short ones first, which leave no file: their lines are in the log.
+    return _process("bench", ["bash", "-c", " && ".join([*short, run])], log)
 
 
 PARTS = {"build": build, "tests": tests, "sanitize": sanitize, "bench": bench}

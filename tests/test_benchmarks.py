@@ -18,6 +18,7 @@ from benchmarks import (
     environment,
     files,
     gpu_check,
+    host,
     measure,
     oracle,
     predict,
@@ -177,6 +178,15 @@ def test_settings_hold_forward_and_backward_and_no_longer() -> None:
     task.backward(task.forward())
     assert seen == [True, True]
     assert torch.backends.cuda.matmul.allow_tf32 == before
+
+
+def test_where_the_time_of_the_host_goes() -> None:
+    text = host.table(rounds=1, calls=2)
+    rows = [line for line in text.splitlines() if "without launches" in line]
+    assert len(rows) == 5
+    assert all(float(line.split("|")[2]) > 0 for line in rows)
+    # What stands in for the GPU is gone again.
+    assert dispatch.choose_backend("auto", CPU) == "eager"
 
 
 def test_providers_that_all_fail_say_so() -> None:

@@ -1,0 +1,136 @@
+"""``python -m benchmarks.host``: where the host's microseconds go in a small call.
+
+Linear CKA of 64 x 768, loss and gradient, in stages that contain one another; medians of many calls
+that wait for nothing. Without a GPU, the CUDA backend runs with launches that do nothing: what is
+left is what Python, torch and pybind11 cost on this machine.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+import rift_kernels as rk
+from rift_kernels import dispatch
+from rift_kernels.backends import cuda
+
+from . import tables
+
+ROWS, WIDTH = 64, 768
+ROUNDS, CALLS = 15, 200
+
+Call = Callable[[], object]
+
+
+class _Identity(torch.autograd.Function):
+    """The least that a differentiable function of one input costs."""
+
+    @staticmethod
+    def forward(_ctx: Any, _x: Tensor, out: Tensor) -> Tensor:
+        return out.view_as(out)
+
+    @staticmethod
+    def backward(ctx: Any, _grad: Tensor) -> tuple[Tensor, None]:
+        return ctx.grad, None
+
+
+@contextmanager
+def without_launches() -> Iterator[None]:
+    """The CUDA backend on CPU tensors, all of it but what the GPU would do."""
+    plan = SimpleNamespace(cluster=True)
+    nothing = SimpleNamespace(
+        cka_small_plan=lambda *_: plan, cka_small=lambda *_: None, scale=lambda *_: None
+    )
+    with (
+        mock.patch.object(dispatch, "choose_backend", return_value="cuda"),
+        mock.patch.object(cuda, "extension", return_value=nothing),
+        mock.patch.object(cuda, "_stream", return_value=0),
+        mock.patch.object(cuda, "_plan", return_value=plan),
+    ):
+        yield
+
+
+def stages(backend: str, device: torch.device) -> dict[str, Call]:
+    """What contains the stage before it, from the backend's own function to the whole."""
+    x, y = torch.randn(2, ROWS, WIDTH, device=device).bfloat16()
+    student = x.clone().requires_grad_()
+    arguments: tuple[Any, ...] = ([x], [y], [], [True], True, False, "high")
+    operator = torch.ops.rift_kernels.cka_fwd
+
+    def whole() -> object:
+        value = rk.linear_cka(student, y, backend=backend)
+        return torch.autograd.grad(value, student)
+
+    found: dict[str, Call] = {}
+    if backend == "cuda":
+        found["backend's forward: memory and a launch"] = lambda: cuda.cka_fwd(
+            *arguments, True, False
+        )
+    found["the same as an operator"] = lambda: operator(*arguments, backend, True, False)
+    found["linear_cka, no gradient wanted"] = lambda: rk.linear_cka(x, y, backend=backend)
+    found["linear_cka, forward"] = lambda: rk.linear_cka(student, y, backend=backend)
+    found["linear_cka, forward and backward"] = whole
+    return found
+
+
+def floor(device: torch.device) -> Call:
+    student = torch.zeros(ROWS, WIDTH, device=device, requires_grad=True)
+    out, grad = torch.zeros((), device=device), torch.zeros(ROWS, WIDTH, device=device)
+
+    def call() -> object:
+        value = _Identity.apply(student, out)  # type: ignore[no-untyped-call,unused-ignore]
+        value.grad_fn.grad = grad
+        return torch.autograd.grad(value, student)
+
+    return call
+
+
+def microseconds(call: Call, rounds: int = ROUNDS, calls: int = CALLS) -> float:
+    """The median over rounds of a call's time on the host."""
+    samples = []
+    for _ in range(rounds + 1):
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(calls):
+            call()
+        samples.append((time.perf_counter() - start) / calls * 1e6)
+    # The first one warms up.
+    return statistics.median(samples[1:])
+
+
+def table(rounds: int = ROUNDS, calls: int = CALLS) -> str:
+    on_gpu = torch.cuda.is_available()
+    device = torch.device("cuda" if on_gpu else "cpu")
+    rows = [["an autograd.Function of one input", _cell(floor(device), rounds, calls)]]
+    for backend in dispatch.BACKENDS:
+        if dispatch.reason_against(backend) is None:
+            for name, call in stages(backend, device).items():
+                rows.append([f"{backend}: {name}", _cell(call, rounds, calls)])
+    if not on_gpu:
+        with without_launches():
+            for name, call in stages("cuda", device).items():
+                rows.append([f"cuda without launches: {name}", _cell(call, rounds, calls)])
+    return tables.markdown([f"{ROWS} x {WIDTH} bfloat16", "us on the host"], rows)
+
+
+def _cell(call: Call, rounds: int, calls: int) -> str:
+    return f"{microseconds(call, rounds, calls):.1f}"
+
+
+def main() -> int:
+    print(table())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
