@@ -33,14 +33,14 @@ class Oracle:
             value = function(x[rows], teacher.double()[rows])
             gradients += torch.autograd.grad(value, x)
             values.append(value.detach())
-        self._values, self._gradients = torch.stack(values), gradients
+        self.values, self.gradients = torch.stack(values), gradients
 
     def errors(self, values: Tensor, gradients: tuple[Tensor, ...]) -> tuple[float, float]:
         """The largest absolute error of a value, the largest relative error of a gradient."""
-        value_error = (values.double() - self._values).abs().max().item()
+        value_error = (values.double() - self.values).abs().max().item()
         gradient_errors = [
             ((got.double() - right).norm() / right.norm()).item()
-            for got, right in zip(gradients, self._gradients, strict=True)
+            for got, right in zip(gradients, self.gradients, strict=True)
         ]
         # max() of floats may step over a NaN.
         return value_error, torch.tensor(gradient_errors).max().item()

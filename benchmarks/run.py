@@ -7,17 +7,14 @@ wrong, or nothing was measured.
 
 from __future__ import annotations
 
-import argparse
 import sys
-import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from . import environment, files, measure, side_by_side, tables
+from . import command, environment, files, measure, side_by_side, tables
 from .providers import NAIVE, OURS, Provider, providers
 from .schema import BENCHMARK
 from .workloads import PROFILES, Inputs, Profile, Workload
@@ -46,7 +43,7 @@ def run(
     _warm_up(device, bool(profile.compiled))
     # What the cheap ones leave of their part goes to those that need more.
     pairs = sorted(zip(entries, profile.workloads, strict=True), key=_predicted_cost)
-    for done, (entry, workload) in enumerate(_progress(pairs)):
+    for done, (entry, workload) in enumerate(command.progress(pairs, lambda pair: str(pair[1]))):
         seconds = (end - time.monotonic()) / (len(pairs) - done)
         side_by_side.complete(entry, workload, candidates, device, seconds, profile.max_rounds)
     return {
@@ -87,47 +84,19 @@ def _predicted_cost(pair: tuple[side_by_side.Entry, Workload]) -> float:
     return pair[0]["predicted_seconds"].get(NAIVE) or 0.0
 
 
-def _progress(
-    pairs: Sequence[tuple[side_by_side.Entry, Workload]],
-) -> Iterator[tuple[side_by_side.Entry, Workload]]:
-    """A progress bar, or a line each where tqdm is not installed."""
-    try:
-        from tqdm import tqdm  # type: ignore[import-untyped,unused-ignore]
-    except ImportError:
-        for i, pair in enumerate(pairs, 1):
-            print(f"[{i}/{len(pairs)}] {pair[1]}", file=sys.stderr, flush=True)
-            yield pair
-        return
-    bar = tqdm(pairs, unit="workload")
-    for pair in bar:
-        bar.set_description(str(pair[1]))
-        yield pair
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__)
-    parser.add_argument("--profile", choices=PROFILES, help="default: gpu on a GPU, else cpu")
-    parser.add_argument("--device", help="default: cuda where there is one, else cpu")
-    parser.add_argument("--out", type=Path, default=files.RESULTS, help="folder of the result file")
+    parser = command.parser("run", __doc__, PROFILES)
     parser.add_argument("--budget", type=float, help="seconds; default: the profile's")
     options = parser.parse_args(arguments)
     if options.budget is not None and not options.budget > 0:
         parser.error(f"argument --budget: must be positive, got {options.budget:g}")
-    try:
-        # Now, and not after minutes of measuring.
-        options.out.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=options.out).close()
-        wanted = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        device = torch.empty(0, device=wanted).device
-    except (OSError, RuntimeError, AssertionError) as error:
-        parser.error(str(error).split("\n")[0])
-    name = options.profile or ("gpu" if device.type == "cuda" else "cpu")
+    name, device, out = command.settle(parser, options)
     profile = PROFILES[name]
     candidates = providers(device, profile.compiled)
     budget = options.budget or profile.budget
     result = run(name, profile, device, candidates, budget)
 
-    path = files.write(result, options.out)
+    path = files.write(result, out)
     print(f"\n{tables.details(result)}\n\n{tables.summary(result)}\n\nwrote {path}")
     failed = failures(result)
     for failure in failed:

@@ -7,6 +7,13 @@ workloads. A workload's ``results`` has an entry for each provider that does its
 here: with a ``reason`` where it was not measured, else with seconds per clock and quantile, seconds
 in a CUDA graph or why there are none, kernels launched, bytes per phase, and its errors against
 float64. An error of None is NaN or infinite.
+
+A scaling is a benchmark and the curves on which its workloads lie, by their places in the list:
+those of a curve differ in one size, which ``along`` names.
+
+A frontier has curves of errors: of each provider, or the reason why there are none, and of nothing
+but rounding the right gradient, at the same ``distances``, which are 1 - CKA. Each number stands
+for ``pairs`` random pairs of features.
 """
 
 from __future__ import annotations
@@ -16,13 +23,15 @@ from typing import Any
 from .measure import CLOCKS, PHASES, QUANTILES
 
 BENCHMARK = "rift_kernels benchmark 2"
+SCALING = "rift_kernels scaling 1"
+FRONTIER = "rift_kernels frontier 1"
 
 _NUMBER = (int, float)
 _OPTIONAL_NUMBER = (int, float, type(None))
 _OPTIONAL_TEXT = (str, type(None))
 
 # Of every result.
-_HEADER = {
+_HEADER: dict[str, Any] = {
     "schema": str,
     "profile": str,
     "environment": {
@@ -39,10 +48,11 @@ _HEADER = {
         "versions": dict,
     },
 }
+_PROVIDERS = [{"name": str, "reason": _OPTIONAL_TEXT}]
 _BENCHMARK = {
     **_HEADER,
     "peaks": {"matmul_flops": dict, "copy_bytes": _NUMBER},
-    "providers": [{"name": str, "reason": _OPTIONAL_TEXT}],
+    "providers": _PROVIDERS,
     "workloads": [
         {
             "measure": str,
@@ -62,6 +72,25 @@ _BENCHMARK = {
         }
     ],
 }
+_SCALING = {**_BENCHMARK, "curves": [{"along": str, "workloads": [int]}]}
+_SPREAD = dict.fromkeys(("min", "median", "max"), _OPTIONAL_NUMBER)
+_FRONTIER = {
+    **_HEADER,
+    "providers": _PROVIDERS,
+    "pairs": int,
+    "curves": [
+        {
+            "measure": str,
+            "rows": int,
+            "width": int,
+            "dtype": str,
+            "rotated": bool,
+            "distances": [_SPREAD],
+            "rounding": [_SPREAD],
+            "results": dict,
+        }
+    ],
+}
 _MEASURED = {
     "reason": type(None),
     "seconds": {clock: dict.fromkeys(QUANTILES, _NUMBER) for clock in CLOCKS},
@@ -74,9 +103,10 @@ _MEASURED = {
     "wrong": bool,
 }
 _NOT_MEASURED = {"reason": str}
+_ERRORS = {"reason": type(None), "errors": [_SPREAD]}
+_NO_ERRORS = {"reason": str, "errors": list}
 
-
-_FORMS: dict[str, Any] = {BENCHMARK: _BENCHMARK}
+_FORMS: dict[str, Any] = {BENCHMARK: _BENCHMARK, SCALING: _SCALING, FRONTIER: _FRONTIER}
 
 
 def validate(result: Any) -> None:
@@ -89,19 +119,46 @@ def validate(result: Any) -> None:
     if schema not in _FORMS:
         raise ValueError(f"result.schema must be one of {', '.join(_FORMS)}; got {schema!r}")
     _check(result, _FORMS[schema], "result")
-    if schema == BENCHMARK:
-        _validate_workloads(result)
+    if schema == FRONTIER:
+        _validate_results(result, "curves", _ERRORS, _NO_ERRORS)
+        _validate_lengths(result)
+    else:
+        _validate_results(result, "workloads", _MEASURED, _NOT_MEASURED)
+    if schema == SCALING:
+        _validate_places(result)
 
 
-def _validate_workloads(result: Any) -> None:
+def _validate_results(result: Any, what: str, measured: Any, not_measured: Any) -> None:
     names = {provider["name"] for provider in result["providers"]}
-    for i, workload in enumerate(result["workloads"]):
-        where = f"result.workloads[{i}].results"
-        for name, entry in workload["results"].items():
+    for i, one in enumerate(result[what]):
+        where = f"result.{what}[{i}].results"
+        for name, entry in one["results"].items():
             if name not in names:
                 raise ValueError(f"{where} names {name!r}, which is not in result.providers")
-            measured = isinstance(entry, dict) and entry.get("reason") is None
-            _check(entry, _MEASURED if measured else _NOT_MEASURED, f"{where}[{name!r}]")
+            known = isinstance(entry, dict) and entry.get("reason") is None
+            _check(entry, measured if known else not_measured, f"{where}[{name!r}]")
+
+
+def _validate_lengths(result: Any) -> None:
+    for i, curve in enumerate(result["curves"]):
+        lists = {"rounding": curve["rounding"]}
+        for name, entry in curve["results"].items():
+            if entry["reason"] is None:
+                lists[f"results[{name!r}].errors"] = entry["errors"]
+        expected = len(curve["distances"])
+        for name, found in lists.items():
+            where = f"result.curves[{i}].{name}"
+            _expect(len(found) == expected, where, f"as long as distances, {expected}", len(found))
+
+
+def _validate_places(result: Any) -> None:
+    count = len(result["workloads"])
+    for i, curve in enumerate(result["curves"]):
+        where = f"result.curves[{i}].along"
+        _expect(curve["along"] in ("rows", "width", "layers"), where, "a size", curve["along"])
+        for place in curve["workloads"]:
+            where = f"result.curves[{i}].workloads"
+            _expect(0 <= place < count, where, f"places among {count} workloads", place)
 
 
 def _check(value: Any, form: Any, where: str) -> None:

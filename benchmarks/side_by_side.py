@@ -57,7 +57,7 @@ def describe(
         "valid": workload.valid,
         "kind": workload.kind,
         "floor_seconds": floor,
-        "predicted_seconds": {p.name: predicted(p) for p in _able(workload, candidates)},
+        "predicted_seconds": {p.name: predicted(p) for p in able(workload, candidates)},
         "reason": None,
         "rounds": 0,
         "noise": {},
@@ -87,7 +87,7 @@ def complete(
         _drop_the_slowest(entry, tasks, estimates, left)
         samples = measure.time_rounds(tasks, device, time.monotonic() + left, max_rounds)
     except (NotMeasuredError, torch.OutOfMemoryError) as error:
-        entry.update(reason=_sentence(error), results={})
+        entry.update(reason=sentence(error), results={})
         return
     timed = {name: measure.quantiles(rounds) for name, rounds in samples.items()}
     again = timed.pop(AGAIN, None)
@@ -107,7 +107,7 @@ def _in_a_graph(task: measure.Task, device: torch.device) -> tuple[dict[str, flo
         found = graphs.seconds(task, device)
     except Exception as error:
         # Code of other people may wait for the device, or run out of memory.
-        return None, _sentence(error)
+        return None, sentence(error)
     return found, "" if found else "CUDA graphs need a GPU"
 
 
@@ -115,7 +115,8 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _able(workload: Workload, candidates: Sequence[Provider]) -> list[Provider]:
+def able(workload: Workload, candidates: Sequence[Provider]) -> list[Provider]:
+    """Who can do a workload here."""
     return [
         p
         for p in candidates
@@ -143,7 +144,7 @@ def _prepare(
     oracle = Oracle(workload, inputs)
     tasks: dict[str, measure.Task] = {}
     estimates: dict[str, float] = {}
-    for provider in _able(workload, candidates):
+    for provider in able(workload, candidates):
         name = provider.name
         if name.startswith(COMPILED):
             # It counts the shapes it has seen, and after a few silently runs the eager code.
@@ -156,7 +157,7 @@ def _prepare(
             estimates[name] = measure.time_once(task, device)["wall"]
         except Exception as error:
             # Code of other people may fail in any way.
-            entry["results"][name] = {"reason": _sentence(error)}
+            entry["results"][name] = {"reason": sentence(error)}
         else:
             entry["results"][name], tasks[name] = outcome, task
     if NAIVE in tasks:
@@ -212,7 +213,7 @@ def _drop_the_slowest(
             entry["results"][name] = {"reason": reason}
 
 
-def _sentence(error: Exception) -> str:
+def sentence(error: Exception) -> str:
     """The reason as one line."""
     text = next(iter(str(error).splitlines()), "")
     return text if isinstance(error, NotMeasuredError) else f"{type(error).__name__}: {text}"

@@ -46,7 +46,7 @@ def summary(result: Result) -> str:
     measured = [w for w in result["workloads"] if w["reason"] is None]
     cka = [w for w in measured if w["measure"] in CKA_MEASURES]
     others = [w for w in measured if w["measure"] not in CKA_MEASURES]
-    parts = [_caption(result)]
+    parts = [caption(result)]
     for title, workloads in (("Linear CKA", cka), ("Other measures", others)):
         if workloads:
             parts += [f"{title}:", _comparison(workloads)]
@@ -76,7 +76,7 @@ def details(result: Result) -> str:
     return "\n\n".join(_details(workload, clocks) for workload in result["workloads"])
 
 
-def _caption(result: Result) -> str:
+def caption(result: Result) -> str:
     """Hardware, versions, commit and date."""
     e = result["environment"]
     cpu = f"{e['cpu']}, {_count(e['cores'], 'core')}, {_count(e['threads'], 'thread')}"
@@ -100,7 +100,7 @@ def _details(workload: Result, clocks: Sequence[str]) -> str:
             rows.append([name, *[""] * (len(header) - 2), entry["reason"]])
             continue
         seconds = [milliseconds(entry["seconds"][clock]["q50"]) for clock in clocks]
-        errors = [_error_text(entry[key]) for key in ("value_error", "gradient_error")]
+        errors = [error_text(entry[key]) for key in ("value_error", "gradient_error")]
         note = "wrong" if entry["wrong"] else ""
         rows.append([name, *seconds, f"{entry['memory']['both'] / 2**10:,.0f} KiB", *errors, note])
     return f"{title}\n{markdown(header, rows)}"
@@ -215,7 +215,7 @@ def _speed_cell(w: Result, name: str) -> str:
     if entry is None:
         return "-"
     if entry["wrong"]:
-        return f"**wrong** by {_error_text(entry['gradient_error'])}"
+        return f"**wrong** by {error_text(entry['gradient_error'])}"
     if ratio is None:
         return "-"
     return ("~" if abs(ratio - 1) <= w["noise"]["both"] else "") + _ratio_text(ratio)
@@ -251,14 +251,14 @@ def _roofline_cell(w: Result) -> str:
 
 def _error_cell(w: Result) -> str:
     entries = (_measured(w, NAIVE), _measured(w, _best(w)))
-    return " / ".join(_error_text(e["gradient_error"]) if e else "-" for e in entries)
+    return " / ".join(error_text(e["gradient_error"]) if e else "-" for e in entries)
 
 
 def _ratio_text(ratio: float | None) -> str:
     return "-" if ratio is None else f"{_three_digits(ratio)}x"
 
 
-def _error_text(error: float | None) -> str:
+def error_text(error: float | None) -> str:
     """One digit: "3e-7"."""
     return "NaN" if error is None else f"{error:.0e}".replace("e-0", "e-").replace("e+0", "e+")
 

@@ -144,17 +144,23 @@ PROFILES = {
 }
 
 
-def features(workload: Workload, device: torch.device, seed: int = 0) -> Inputs:
+def features(
+    workload: Workload,
+    device: torch.device,
+    seed: int = 0,
+    noise: float = 0.3,
+    rotated: bool = False,
+) -> Inputs:
     """A workload's features.
 
     Random columns differ in scale and have means that are not zero, as those of a pretrained model
-    do. The student is the teacher plus noise: a finetuned model.
+    do. The student is the teacher plus noise: a finetuned model; or all of that, rotated.
     """
     generator = torch.Generator(device).manual_seed(seed)
     if workload.kind == "real":
         pairs = real.layers(workload.layers, device)
     else:
-        pairs = [_random(workload, generator) for _ in range(workload.layers)]
+        pairs = [_random(workload, generator, noise, rotated) for _ in range(workload.layers)]
     mask = None
     if workload.valid < 1:
         mask = torch.rand(workload.rows, generator=generator, device=device) < workload.valid
@@ -165,14 +171,18 @@ def features(workload: Workload, device: torch.device, seed: int = 0) -> Inputs:
     )
 
 
-def _random(workload: Workload, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def _random(
+    workload: Workload, generator: torch.Generator, noise: float, rotated: bool
+) -> tuple[Tensor, Tensor]:
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, device=generator.device)
 
     scale = torch.arange(1, workload.width + 1, device=generator.device) ** -0.5
     rows = workload.rows, workload.width
     teacher = (normal(*rows) + normal(workload.width)) * scale
-    student = teacher + 0.3 * normal(*rows) * scale
+    student = teacher + noise * normal(*rows) * scale
     if workload.kind == "massive":
         teacher, student = real.massive(teacher, student, generator)
+    if rotated:
+        student = student @ torch.linalg.qr(normal(workload.width, workload.width))[0]
     return student, teacher

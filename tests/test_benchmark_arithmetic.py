@@ -102,8 +102,8 @@ def test_what_takes_too_long_is_left_out() -> None:
 
 def test_errors_are_relative_and_nan_is_the_largest() -> None:
     right = object.__new__(oracle.Oracle)
-    right._values = torch.ones(2).double()
-    right._gradients = [torch.full((4,), 10.0).double()] * 2
+    right.values = torch.ones(2).double()
+    right.gradients = [torch.full((4,), 10.0).double()] * 2
     good, off = torch.full((4,), 10.0), torch.full((4,), 11.0)
     assert right.errors(torch.ones(2), (off, good))[1] == pytest.approx(0.1)
     assert math.isnan(right.errors(torch.ones(2), (good, off * math.nan))[1])
