@@ -1,8 +1,9 @@
-"""``python -m benchmarks.report``: write the README's tables from result files.
+"""``python -m benchmarks.report``: write the README's tables and pictures from result files.
 
 The demo's, and of each kind of benchmark, for each device, the newest. ``--check`` writes nothing
-and exits with 1 where the README is not what the files that it names say; newer ones are no error,
-so that a run of one's own may lie beside them.
+and exits with 1 where the README or a picture is not what the files that the README names say;
+newer ones are no error, so that a run of one's own may lie beside them. Pictures that are of these
+results stay as they are, and matplotlib is only needed to draw others.
 """
 
 from __future__ import annotations
@@ -12,11 +13,12 @@ import json
 import re
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from . import demo, environment, files, tables
+from . import charts, demo, environment, files, pictures, tables
 from .files import Result
-from .schema import BENCHMARK
+from .schema import BENCHMARK, FRONTIER, SCALING
 
 DEMO = environment.ROOT / "examples" / "results" / "results.json"
 
@@ -26,16 +28,23 @@ class ReportError(Exception):
 
 
 def named(readme: str, name: str, folder: Path) -> dict[Path, Result]:
-    """The results that a section of the README says it comes from."""
-    first, last = _markers(name)
-    text = readme[readme.find(first) : readme.find(last)]
-    found = re.findall(r"^From `(?:.*/)?([^/`]+\.json)`\.$", text, re.MULTILINE)
-    if not found:
+    """The results that a section of the README says it comes from; none if it is still pending."""
+    found = _file_names(readme, name)
+    if not found and _inside(readme, name) != pending(name):
         raise ReportError(f"the README names no result for {name}: run python -m benchmarks.report")
     for path in (folder / file for file in found):
         if not path.exists():
             raise ReportError(f"the README names {path}, which does not exist")
     return {folder / file: files.read(folder / file) for file in found}
+
+
+def _file_names(readme: str, name: str) -> list[str]:
+    return re.findall(r"^From `(?:.*/)?([^/`]+\.json)`\.$", _inside(readme, name), re.MULTILINE)
+
+
+def _inside(readme: str, name: str) -> str:
+    first, last = _markers(name)
+    return readme[readme.find(first) + len(first) : readme.find(last)].strip()
 
 
 def benchmarks(results: dict[Path, Result]) -> str:
@@ -45,10 +54,72 @@ def benchmarks(results: dict[Path, Result]) -> str:
     return "\n\n".join([*parts, tables.EXPLANATION])
 
 
-# Section of the README -> the kind of result that it shows, and its text.
-SECTIONS: dict[str, tuple[str, Callable[[dict[Path, Result]], str]]] = {
-    "benchmarks": (BENCHMARK, benchmarks),
+def with_pictures(explanation: str) -> Callable[[dict[Path, Result]], str]:
+    """The text of a section that shows pictures: of each result the first, and links to others."""
+
+    def text(results: dict[Path, Result]) -> str:
+        parts = [explanation]
+        for path, result in results.items():
+            shown, *others = pictures.of(path, result)
+            caption = tables.caption(result)
+            if others:
+                links = (f"[{other.short}]({other.link('light')})" for other in others)
+                caption += f" The same for {', '.join(links)}."
+            parts += [shown.markup(), caption, *pictures.missing(result), f"From `{_short(path)}`."]
+        return "\n\n".join(parts)
+
+    return text
+
+
+@dataclass(frozen=True)
+class Section:
+    """A section of the README: the kind of result that it shows, what writes it, and its text."""
+
+    schema: str
+    command: str
+    text: Callable[[dict[Path, Result]], str]
+
+
+SECTIONS = {
+    "benchmarks": Section(BENCHMARK, "run", benchmarks),
+    "frontier": Section(
+        FRONTIER,
+        "frontier",
+        with_pictures(
+            "How wrong the student's gradient is, beside float64 of the same features, as the "
+            "student nears its teacher: where finetuning starts, and where the gradient is a "
+            "difference of near-equal terms. An error of 1, where the shade begins, is that of no "
+            "gradient at all; rounding alone is that of the right gradient in the features' dtype."
+        ),
+    ),
+    "scaling": Section(
+        SCALING,
+        "scaling",
+        with_pictures(
+            "How the time of biased linear CKA, forward and student gradient, grows with rows, "
+            "with the width and with layers. rift_kernels gets all layers in one call, the others "
+            "one layer a call."
+        ),
+    ),
 }
+
+
+def pending(name: str) -> str:
+    """The text of a section while there is no result."""
+    return (
+        f"Not measured yet: `python -m benchmarks.{SECTIONS[name].command}` does, and then "
+        "`python -m benchmarks.report` writes this section."
+    )
+
+
+def section(name: str, readme: str, folder: Path, check: bool) -> tuple[dict[Path, Result], str]:
+    """The results that a section is about, and what it has to say."""
+    kind = SECTIONS[name]
+    results = named(readme, name, folder) if check else files.newest(folder, kind.schema)
+    # A table that is there is not given up for the lack of a file.
+    if not results and not check and _file_names(readme, name):
+        raise ReportError(f"no result of the kind {kind.schema!r} in {folder}")
+    return results, kind.text(results) if results else pending(name)
 
 
 def updated(readme: str, name: str, text: str) -> str:
@@ -75,33 +146,38 @@ def _short(path: Path) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
     parser.add_argument("--check", action="store_true", help="write nothing; 1 if it would change")
+    parser.add_argument("--redraw", action="store_true", help="draw current pictures, too")
     parser.add_argument("--readme", type=Path, default=environment.ROOT / "README.md")
     parser.add_argument("--results", type=Path, default=files.RESULTS)
     parser.add_argument("--demo", type=Path, default=DEMO, help="the demo's results.json")
     options = parser.parse_args(arguments)
+    drawn = options.readme.parent / pictures.FOLDER
     try:
         before = options.readme.read_text(encoding="utf-8")
         after = before
-        for name, (schema, text) in SECTIONS.items():
-            if options.check:
-                results = named(before, name, options.results)
-            else:
-                results = files.newest(options.results, schema)
-            if not results:
-                raise ReportError(f"no result of the kind {schema!r} in {options.results}")
-            after = updated(after, name, text(results))
+        shown: dict[Path, Result] = {}
+        for name in SECTIONS:
+            results, text = section(name, before, options.results, options.check)
+            after = updated(after, name, text)
+            shown |= results
         record = json.loads(options.demo.read_text(encoding="utf-8"))
         after = updated(after, "demo", demo.section(record))
-    except (OSError, ReportError, ValueError) as error:
+        stale = list(pictures.stale(shown, drawn, everything=options.redraw))
+        if not options.check:
+            for picture, theme in stale:
+                print(f"wrote {picture.write(drawn, theme)}")
+    except (OSError, ReportError, ValueError, charts.NoMatplotlibError) as error:
         print(f"benchmarks.report: {error}", file=sys.stderr)
         return 1
-    if before == after:
-        return 0
     if options.check:
-        print(f"{options.readme} is not what the results say: run python -m benchmarks.report")
-        return 1
-    options.readme.write_text(after, encoding="utf-8")
-    print(f"wrote {options.readme}")
+        wrong = [options.readme] if before != after else []
+        wrong += [drawn / picture.file(theme) for picture, theme in stale]
+        for path in wrong:
+            print(f"{path} is not what the results say: run python -m benchmarks.report")
+        return 1 if wrong else 0
+    if before != after:
+        options.readme.write_text(after, encoding="utf-8")
+        print(f"wrote {options.readme}")
     return 0
 
 

@@ -262,7 +262,8 @@ def test_report(result: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFi
     assert report.main(options) == 1
     assert "needs the markers" in capsys.readouterr().err
 
-    sections = (f"<!-- {name}:begin -->\n<!-- {name}:end -->" for name in ("demo", "benchmarks"))
+    names = ("demo", *report.SECTIONS)
+    sections = (f"<!-- {name}:begin -->\n<!-- {name}:end -->" for name in names)
     readme.write_text("\n\n".join(["# Title", *sections, "The rest.\n"]))
     assert report.main([*options, "--check"]) == 1
     assert "names no result for benchmarks" in capsys.readouterr().err
