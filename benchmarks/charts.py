@@ -219,7 +219,14 @@ def _draw_line(axes: Any, line: Line, theme: Theme, order: int, top: float) -> N
     crosses = [(line.x[i], _or(line.middle[i], top)) for i in line.wrong]
     crosses += [(x, top) for x, y in zip(line.x, line.middle, strict=True) if y is None]
     if crosses:
-        axes.plot(*zip(*crosses, strict=True), "x", **style, markersize=6, clip_on=False)
+        axes.plot(
+            *zip(*crosses, strict=True),
+            "x",
+            **style,
+            markersize=8,
+            markeredgewidth=1.8,
+            clip_on=False,
+        )
 
 
 def _draw_ticks(axes: Any, panel: Panel, theme: Theme, first: bool) -> None:
@@ -260,6 +267,8 @@ def _write_names(
     ends = {name: _or(line.middle[-1], limits[1]) for name, (line, _) in lines.items()}
     names = sorted(ends, key=lambda name: ends[name])
     wanted = [(math.log(ends[name]) - low) / (high - low) * height for name in names]
+    at_ends = [line.x[-1] for line, panel in lines.values() if panel is panels[-1]]
+    ends_at = min(at_ends) if panels[-1].falling else max(at_ends)
     left = 1 + 0.13 / (axes.get_position().width * _WIDTH)
     for name, place in zip(names, spread(wanted, _NAME_GAP, height), strict=True):
         (line, panel), colour = lines[name], _colour(name, theme)
@@ -274,6 +283,6 @@ def _write_names(
             color=colour,
             va="center",
             annotation_clip=False,
-            # From the line's last point, if it is in this panel.
-            arrowprops=arrow if panel is panels[-1] else None,
+            # From the line's last point, if that is where the panel ends.
+            arrowprops=arrow if panel is panels[-1] and line.x[-1] == ends_at else None,
         )

@@ -128,6 +128,12 @@ def _frontier(path: Path, result: Result, rows: int, width: int) -> Picture:
     panels: dict[str, list[Line]] = {}
     for curve in sorted(curves, key=lambda c: c["rotated"]):
         panels.setdefault(_kind(curve), []).extend(_error_lines(curve))
+    note = (
+        f"Features {rows} x {width}. Solid: student near its teacher, median and range of "
+        f"{result['pairs']} pairs. Dotted: the same, rotated."
+    )
+    if any(None in line.middle for lines in panels.values() for line in lines):
+        note += " Crosses: NaN or infinite."
     chart = Chart(
         [
             Panel(
@@ -142,10 +148,7 @@ def _frontier(path: Path, result: Result, rows: int, width: int) -> Picture:
         ],
         columns=2,
         named=True,
-        note=(
-            f"Features {rows} x {width}. Solid: student near its teacher, median and range of "
-            f"{result['pairs']} pairs. Dotted: the same, rotated."
-        ),
+        note=note,
     )
     device = result["environment"]["device"]
     title = f"Error of the gradient of linear CKA near similarity 1, {rows} x {width}, {device}"

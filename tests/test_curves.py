@@ -219,6 +219,8 @@ def test_what_is_nan_or_wrong_is_drawn(errors: Any, times: Any) -> None:
     (picture,) = pictures.of(path, result)
     assert crosses(charts.draw(picture.chart, charts.THEMES["light"])) == 2
     assert f"{NAIVE} NaN" in picture.alt
+    assert "Crosses" in picture.chart.note
+    assert "Crosses" not in pictures.of(*errors)[0].chart.note
     assert pictures.missing(result) == [
         "Not measured:\n- ckatorch, biased, bfloat16, 16 x 8: it failed"
     ]
