@@ -108,6 +108,12 @@ def test_frontier_measures_the_error_it_is_given(monkeypatch: pytest.MonkeyPatch
     assert curve["results"]["broken"] == {"reason": "NotImplementedError: one", "errors": []}
 
 
+def test_one_gradient_of_nan_is_the_worst() -> None:
+    numbers = [1.0, math.nan, 3.0]
+    for order in itertools.permutations(numbers):
+        assert frontier._spread(order) == {"min": 1.0, "median": 3.0, "max": None}
+
+
 def test_frontier_fails_where_ours_does(errors: tuple[Path, dict[str, Any]]) -> None:
     _, result = errors
     assert frontier.failures(result) == []
