@@ -72,7 +72,8 @@ def stages(backend: str, device: torch.device) -> dict[str, Call]:
 
     found: dict[str, Call] = {}
     if backend == "cuda":
-        found["backend's forward: memory and a launch"] = lambda: cuda.cka_fwd(
+        backend_forward: Callable[..., object] = cuda.cka_fwd
+        found["backend's forward: memory and a launch"] = lambda: backend_forward(
             *arguments, True, False
         )
     found["the same as an operator"] = lambda: operator(*arguments, backend, True, False)
