@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,31 +25,50 @@ ROUNDS = 10
 class Moments:
     """A launch on some features, and what it leaves."""
 
-    def __init__(self, x: Tensor, y: Tensor, programs: int) -> None:
-        self.x, self.y = x, y
-        self.schedule = cuda.extension().moments_schedule(*x.shape, y.shape[1], programs)
-        # Of each tile the part that begins with the first rows, and of each program the other.
-        self.tiles = torch.empty(self.schedule.tiles, BLOCK, BLOCK, device=x.device)
-        self.spill = torch.empty(programs, BLOCK, BLOCK, device=x.device)
+    def __init__(self, x: Tensor, y: Tensor, processors: int) -> None:
+        self.x, self.y, self.processors = x, y, processors
+        schedule = cuda.extension().moments_schedule(*x.shape, y.shape[1], processors, True)
+        self.schedule = schedule
+        # Of each tile the part that begins with the first rows; and all others, by square and part.
+        self.tiles = torch.empty(schedule.tiles, BLOCK, BLOCK, device=x.device)
+        self.spill = torch.empty(
+            schedule.spill_floats // (schedule.side * BLOCK) ** 2,
+            *(schedule.side, schedule.side, BLOCK, BLOCK),
+            device=x.device,
+        )
 
     def __call__(self, stream: int) -> None:
         sides = [(t.data_ptr(), t.stride(0), t.shape[1]) for t in (self.x, self.y)]
         addresses = self.tiles.data_ptr(), self.spill.data_ptr()
-        cuda.extension().moments_sm90(
-            *sides, self.x.shape[0], self.schedule.programs, *addresses, stream
-        )
+        cuda.extension().moments_sm90(*sides, self.x.shape[0], self.processors, *addresses, stream)
+
+    def totals(self) -> Tensor:
+        """Tiles of the last launch, all parts added up: (slot, row, column)."""
+        schedule, tiles = self.schedule, self.tiles.clone()
+        for slot in range(schedule.tiles):
+            i, j = self._blocks(schedule.tile(slot))
+            square = _pair_index(i // schedule.side, j // schedule.side)
+            for part in range(1, schedule.parts(square)):
+                within = i % schedule.side, j % schedule.side
+                tiles[slot] += self.spill[schedule.spill_of(square, part)][within]
+        return tiles
 
     def cross(self) -> Tensor:
         """X^T Y of the last launch."""
-        schedule, tiles = self.schedule, self.tiles.clone()
-        for program in range(schedule.programs):
-            at = schedule.begin(program)
-            if at < schedule.begin(program + 1) and at % schedule.chunks:
-                tiles[at // schedule.chunks] += self.spill[program]
         down, across = (-(-t.shape[1] // BLOCK) for t in (self.x, self.y))
-        blocks = tiles[schedule.tiles - down * across :].unflatten(0, (down, across))
-        whole = blocks.transpose(1, 2).reshape(down * BLOCK, across * BLOCK)
+        totals = self.totals()
+        slots = [[_pair_index(i, down + j) for j in range(across)] for i in range(down)]
+        whole = torch.cat([torch.cat([totals[slot] for slot in row], 1) for row in slots])
         return whole[: self.x.shape[1], : self.y.shape[1]]
+
+    def _blocks(self, tile: Any) -> tuple[int, int]:
+        """Of all columns, those of X before those of Y."""
+        before = -(-self.x.shape[1] // BLOCK)
+        return tile.i + tile.left_is_y * before, tile.j + tile.right_is_y * before
+
+
+def _pair_index(i: int, j: int) -> int:
+    return j * (j + 1) // 2 + i
 
 
 def _seconds(calls: list[Callable[[], object]]) -> float:
@@ -71,12 +91,12 @@ def main() -> int:
     if not gpu or dispatch.reason_against("cuda") is not None:
         print("moments needs a Hopper GPU and rift_kernels._C; not done.")
         return 0
-    programs = torch.cuda.get_device_properties("cuda").multi_processor_count
+    processors = torch.cuda.get_device_properties("cuda").multi_processor_count
     stream = torch.cuda.current_stream().cuda_stream
     wrong = 0
     for rows, width in SHAPES:
         pairs = [torch.randn(2, rows, width, device="cuda").bfloat16().unbind() for _ in range(3)]
-        launches = [Moments(x, y, programs) for x, y in pairs]
+        launches = [Moments(x, y, processors) for x, y in pairs]
         ours = _seconds([partial(launch, stream) for launch in launches])
         x, y = pairs[0]
         expected = x.float().T @ y.float()

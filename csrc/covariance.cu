@@ -2,6 +2,7 @@
 
 #include "backward_sm90.cuh"
 #include "covariance_head.cuh"
+#include "launch_pairs.h"
 #include "moments_sm90.h"
 #include "statistics.cuh"
 
@@ -56,12 +57,10 @@ cudaError_t covariance_backward(const CovarianceArguments& arguments, int side,
     error = encode({planes, arguments.width, 4LL * arguments.width, arguments.width}, BOX_COLUMNS,
                    &maps.planes);
   }
-  if (error == cudaSuccess) error = allow(backward_sm90_kernel, BACKWARD_SHARED);
   if (error != cudaSuccess) return error;
   const BackwardArguments all{arguments, incoming, static_cast<unsigned short*>(grad), side};
-  backward_sm90_kernel<<<backward_programs(arguments, side), MOMENT_THREADS, BACKWARD_SHARED,
-                         stream>>>(all, maps);
-  return cudaGetLastError();
+  return launch_pairs(backward_sm90_kernel, backward_pairs(arguments, side), MOMENT_THREADS,
+                      BACKWARD_SHARED, stream, all, maps);
 }
 
 }  // namespace rift

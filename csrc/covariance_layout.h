@@ -107,13 +107,13 @@ RIFT_BOTH constexpr CovarianceArguments covariance_arguments(const CovarianceCal
   all.debiased = call.debiased;
   all.distance = call.distance;
   all.high = call.high;
-  all.schedule = moments_schedule(call.rows, call.x.width, call.y.width, call.processors);
+  all.schedule = moments_schedule(call.rows, call.x.width, call.y.width, call.processors, true);
 
   const long long plane = 4LL * width * width, shift = 2LL * (width / STRIP) * width;
   all.sums = memory.take<float>(false, 2LL * all.segments * width);
   all.statistics = memory.take<float>(false, 1LL * STATISTICS * all.statistics_programs());
   all.tiles = memory.take<float>(false, 1LL * all.schedule.tiles() * MOMENT_TILE);
-  all.spill = memory.take<float>(false, 1LL * call.processors * MOMENT_TILE);
+  all.spill = memory.take<float>(false, spill_floats(all.schedule));
   all.row_sums = memory.take<double>(false, call.debiased * 1LL * all.row_programs * ROW_SUMS);
   all.weighted = memory.take<float>(false, call.debiased * 4LL * all.row_programs * width);
   all.head_sums = memory.take<double>(false, 1LL * all.strip_programs() * HEAD_SUMS);

@@ -101,7 +101,8 @@ inline bool Shared::is_intact() const {
 
 struct Grid {
   std::vector<Block> blocks;
-  std::vector<Barrier> clusters;  // one a row of blocks
+  std::vector<Barrier> clusters;  // of neighbours in a row of blocks
+  unsigned cluster_size = 1;
   std::vector<Fiber> fibers;
   ucontext_t scheduler;
   Fiber* current = nullptr;
@@ -112,6 +113,17 @@ struct Grid {
   std::string error;
 
   Block& block() { return blocks[blockIdx.y * gridDim.x + blockIdx.x]; }
+  // Of the running block's cluster.
+  Block& neighbour(int rank) {
+    const unsigned first = blockIdx.x / cluster_size * cluster_size;
+    Block& block = blocks[blockIdx.y * gridDim.x + first + static_cast<unsigned>(rank)];
+    if (block.running == 0) throw std::runtime_error("the memory of a block that has left");
+    return block;
+  }
+  int rank() const { return static_cast<int>(blockIdx.x % cluster_size); }
+  Barrier& cluster() {
+    return clusters[(blockIdx.y * gridDim.x + blockIdx.x) / cluster_size];
+  }
   Warp& warp() { return block().warps[threadIdx.x / 32]; }
 };
 
@@ -143,17 +155,21 @@ inline void enter() {
   yield();
 }
 
-// Runs the kernel; throws where fibers wait for ever or write behind their shared memory.
+// Runs the kernel; throws where fibers wait for ever or write behind their shared memory. A cluster is
+// a row of blocks, or so many of them.
 inline void run(std::function<void()> kernel, unsigned blocks, unsigned entries, unsigned threads,
-                size_t shared_bytes, unsigned seed) {
+                size_t shared_bytes, unsigned seed, unsigned cluster_size = 0) {
   Grid all;
   grid = &all;
   all.kernel = std::move(kernel);
   gridDim = {blocks, entries, 1};
   blockDim = {threads, 1, 1};
   all.blocks.resize(blocks * entries);
-  all.clusters.resize(entries);
-  for (Barrier& cluster : all.clusters) cluster.expected = static_cast<int>(blocks * threads);
+  all.cluster_size = cluster_size ? cluster_size : blocks;
+  all.clusters.resize(blocks * entries / all.cluster_size);
+  for (Barrier& cluster : all.clusters) {
+    cluster.expected = static_cast<int>(all.cluster_size * threads);
+  }
   for (Block& block : all.blocks) {
     block.barrier.expected = static_cast<int>(threads);
     block.running = threads;
@@ -222,6 +238,7 @@ inline void run(std::function<void()> kernel, unsigned blocks, unsigned entries,
 }  // namespace emulator
 
 inline void __syncthreads() { emulator::wait(emulator::grid->block().barrier); }
+inline void __syncwarp() { emulator::wait(emulator::grid->warp().barrier); }
 inline void __threadfence() {}
 
 template <typename T>
@@ -320,16 +337,12 @@ inline void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uin
 }
 
 inline const float* map_to_rank(const float* mine, int rank) {
-  emulator::Grid& all = *emulator::grid;
   const auto offset = reinterpret_cast<const unsigned char*>(mine) - shared_memory();
-  Index there = blockIdx;
-  there.x = static_cast<unsigned>(rank);
-  emulator::Block& block = all.blocks[there.y * gridDim.x + there.x];
-  if (block.running == 0) throw std::runtime_error("the memory of a block that has left");
+  const emulator::Block& block = emulator::grid->neighbour(rank);
   return reinterpret_cast<const float*>(block.shared.bytes.get() + offset);
 }
 
-inline void cluster_barrier() { emulator::wait(emulator::grid->clusters[blockIdx.y]); }
+inline void cluster_barrier() { emulator::wait(emulator::grid->cluster()); }
 
 inline unsigned load_acquire(const unsigned* counter) {
   emulator::yield();

@@ -139,8 +139,8 @@ cudaError_t covariance_backward(const CovarianceArguments& arguments, int side,
       map_of({planes, arguments.width, 4LL * arguments.width, arguments.width}, BOX_COLUMNS)};
   const BackwardArguments all{arguments, incoming, static_cast<unsigned short*>(grad), side};
   return caught([&] {
-    emulator::run([&] { backward_sm90_kernel(all, maps); }, backward_programs(arguments, side), 1,
-                  MOMENT_THREADS, BACKWARD_SHARED, seed());
+    emulator::run([&] { backward_sm90_kernel(all, maps); }, PAIR * backward_pairs(arguments, side),
+                  1, MOMENT_THREADS, BACKWARD_SHARED, seed(), PAIR);
   });
 }
 
@@ -149,8 +149,8 @@ cudaError_t moments_sm90(const MomentsArguments& arguments, const Matrix& x, con
   const TensorMap map_x = map_of(x, MOMENT_CHUNK), map_y = map_of(y, MOMENT_CHUNK);
   return caught([&] {
     emulator::run([&] { moments_sm90_kernel(arguments, map_x, map_y); },
-                  static_cast<unsigned>(arguments.schedule.programs), 1, MOMENT_THREADS,
-                  MOMENT_SHARED, seed());
+                  static_cast<unsigned>(PAIR * arguments.schedule.programs), 1, MOMENT_THREADS,
+                  MOMENT_SHARED, seed(), PAIR);
   });
 }
 
