@@ -204,9 +204,12 @@ inline void run(std::function<void()> kernel, unsigned blocks, unsigned entries,
   };
   size_t left = order.size();
   long long before = -1;
-  for (long long round = 0; left > 0; ++round) {
-    if (round > 1000000) throw std::runtime_error("the fibers wait for ever");
+  int idle = 0;
+  while (left > 0) {
     const bool moving = all.progress != before;
+    // Counters may be waited for without progress, but not for long.
+    idle = moving ? 0 : idle + 1;
+    if (idle > 1000) throw std::runtime_error("the fibers wait for ever");
     before = all.progress;
     std::shuffle(order.begin(), order.end(), random);
     std::shuffle(all.copies.begin(), all.copies.end(), random);
