@@ -1,26 +1,21 @@
-// One side's gradient of linear CKA in covariance form on Hopper: both products in one accumulator.
+// One side's gradient of linear CKA in covariance form on Hopper: see backward.cuh.
 //
-//   grad = g * (scale * (W P + Other R) + w * own),    W = c own + c' other
-//
-// `own` and `other` centered, P and R given as two bfloat16 each (the planes of covariance_head). A
-// block owns 128 x 256 of the gradient, a cluster two of them, one below the other: one thread of a
+// A block owns 128 x 256 of the gradient, a cluster two of them, one below the other: one thread of a
 // block fetches by the copy engine, its own features, and half of P and R for both; two warpgroups
-// multiply 64 rows each. W is formed in float32 in the registers that multiply it, while the products
-// before are still under way; `other` goes in as it is, and what its means add to every row comes off
-// at the end. The low halves are multiplied where the scalars say so.
+// multiply 64 rows each, both products in one accumulator. W is formed in the registers that multiply
+// it, while the products before are still under way.
 //
 // Bytes: per tile own and other once for W and other once more, half of P and R once or with their
 // low halves.
 #pragma once
 
-#include "covariance_layout.h"
+#include "backward.cuh"
 #include "sm90.cuh"
 #include "turn.h"
 #include "types.cuh"
 
 namespace rift {
 
-constexpr int BACKWARD_ROWS = 128;
 constexpr int BACKWARD_COLUMNS = PAIR * MOMENT_BLOCK;
 constexpr int BACKWARD_STAGES = 3;
 // 64 columns of 128 rows of features; 64 rows of 256 columns of a plane.
@@ -29,17 +24,10 @@ constexpr int PLANE_BYTES = PAIR * OPERAND_BYTES;
 constexpr int BACKWARD_STAGE_BYTES = 2 * FEATURES_BYTES + PLANE_BYTES;
 struct BackwardScratch {
   Mbarrier full[BACKWARD_STAGES], empty[BACKWARD_STAGES];
-  float shift[BACKWARD_COLUMNS], weights[BACKWARD_COLUMNS];
+  BackwardColumn columns[BACKWARD_COLUMNS];
 };
 constexpr int BACKWARD_SHARED =
     1024 + BACKWARD_STAGES * BACKWARD_STAGE_BYTES + static_cast<int>(sizeof(BackwardScratch));
-
-struct BackwardArguments {
-  CovarianceArguments forward;
-  const float* incoming;
-  unsigned short* grad;  // (rows, width) contiguous
-  int side;              // 0: of X
-};
 
 // Clusters of two blocks.
 RIFT_BOTH constexpr int backward_pairs(const CovarianceArguments& forward, int side) {
@@ -51,34 +39,11 @@ struct BackwardMaps {
   TensorMap own, other, planes;
 };
 
-// What one step multiplies: 64 of the inner dimension.
-struct BackwardStep {
-  bool is_own;  // W P, else Other R
-  int turn;     // high times high, high times low, low times high
-  int inner;    // where it begins
-};
-
-// All steps of a tile in their order; the same for who fetches and who multiplies.
-struct BackwardSteps {
-  int own_steps, other_steps, own_turns, other_turns;
-
-  __device__ int own_count() const { return own_steps * own_turns; }
-  __device__ int count() const { return own_count() + other_steps * other_turns; }
-
-  __device__ BackwardStep at(int step) const {
-    const bool is_own = step < own_count();
-    const int within = is_own ? step : step - own_count();
-    const int steps = is_own ? own_steps : other_steps;
-    return {is_own, within / steps, within % steps * BOX_COLUMNS};
-  }
-};
-
 struct BackwardBlock {
   unsigned char* stages;
   BackwardScratch* scratch;
   BackwardSteps steps;
   int row, column, rank;
-  bool near;
 
   __device__ unsigned char* own(int stage) const { return stages + stage * BACKWARD_STAGE_BYTES; }
   __device__ unsigned char* other(int stage) const { return own(stage) + FEATURES_BYTES; }
@@ -87,23 +52,21 @@ struct BackwardBlock {
 
 __device__ inline void fetch_backward(const BackwardArguments& arguments, const BackwardMaps& maps,
                                       const BackwardBlock& block) {
-  const int width = arguments.forward.width;
   Turn<BACKWARD_STAGES> turn;
   for (int i = 0; i < block.steps.count(); ++i, turn.next()) {
     const BackwardStep step = block.steps.at(i);
     Mbarrier* full = block.scratch->full + turn.stage;
     wait_barrier(block.scratch->empty + turn.stage, turn.parity ^ 1);
-    const bool has_other = !step.is_own || block.near;
+    const bool has_other = !step.is_own || arguments.near();
     arrive_and_expect(full, PLANE_BYTES + (step.is_own + has_other) * FEATURES_BYTES);
     if (step.is_own) copy_box(block.own(turn.stage), &maps.own, step.inner, block.row, full);
     if (has_other) copy_box(block.other(turn.stage), &maps.other, step.inner, block.row, full);
-    // The high half of P and R, then the low one.
-    const int plane_row = (step.turn == 1 ? 2 * width : 0) + (step.is_own ? 0 : width) + step.inner;
 #pragma unroll
     for (int k = 0; k < 2; ++k) {
       const int box = 2 * block.rank + k;
       copy_box_to_pair(block.plane(turn.stage) + box * BOX_BYTES, &maps.planes,
-                       block.column + box * BOX_COLUMNS, plane_row, full);
+                       block.column + box * BOX_COLUMNS, step.plane_row(arguments.forward.width),
+                       full);
     }
   }
 }
@@ -127,52 +90,28 @@ struct Backward {
   const BackwardBlock& block;
   int half;  // 64 rows of a warpgroup
 
-  __device__ const float* scalars() const {
-    return arguments.forward.scalars + arguments.side * SCALARS;
-  }
-  __device__ bool full() const { return scalars()[FULL] != 0; }
-  __device__ const CovarianceSide& own() const {
-    return arguments.side == 1 ? arguments.forward.y : arguments.forward.x;
-  }
   __device__ int first_row() const {
     return half * 64 + threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4;
   }
 
-  // Per column, for the end: the means' share, and the rows' weighted sums.
+  // One column a thread, for the end.
   __device__ void prepare() const {
-    const CovarianceArguments& forward = arguments.forward;
-    const bool is_y = arguments.side == 1;
-    const int thread = threadIdx.x - 128, column = block.column + thread, width = forward.width;
-    float total = 0, weights = 0;
-    if (column < width) {
-      const float* shift = (is_y ? forward.shift_y : forward.shift_x) + column;
-      const int parts = is_y ? cut(forward.x.width, STRIP) : cut(forward.y.width, MOMENT_BLOCK);
-      const long long low = static_cast<long long>(width / STRIP) * width;
-      for (int part = 0; part < parts; ++part) {
-        total += shift[part * width];
-        if (full()) total += shift[low + part * width];
-      }
-      if (forward.debiased) {
-        const float* sums = forward.weights + 2 * arguments.side * width + column;
-        weights = scalars()[ROW_OWN] * sums[0] + scalars()[ROW_OTHER] * sums[width];
-      }
-    }
-    block.scratch->shift[thread] = total;
-    block.scratch->weights[thread] = weights;
+    const int thread = threadIdx.x - 128;
+    block.scratch->columns[thread] = backward_column(arguments, block.column + thread);
     meet_multipliers();
   }
 
   __device__ StepMeans means_of(const BackwardStep& step) const {
-    const float* means = arguments.forward.means + step.inner + threadIdx.x % 4 * 2;
-    const int to_own = arguments.side == 1 ? arguments.forward.width : 0;
-    const int to_other = arguments.forward.width - to_own;
+    const int column = step.inner + threadIdx.x % 4 * 2;
+    const float* own = arguments.means_of_own() + column;
+    const float* other = arguments.means_of_other() + column;
     StepMeans result = {};
 #pragma unroll
     for (int k = 0; k < BOX_COLUMNS / 8; ++k) {
 #pragma unroll
       for (int pair = 0; pair < 2; ++pair) {
-        result.own[k][pair] = means[to_own + 8 * k + pair];
-        if (block.near) result.other[k][pair] = means[to_other + 8 * k + pair];
+        result.own[k][pair] = own[8 * k + pair];
+        if (arguments.near()) result.other[k][pair] = other[8 * k + pair];
       }
     }
     return result;
@@ -181,7 +120,8 @@ struct Backward {
   // 64 rows and columns of W, as products take them, in their high or in their low halves.
   __device__ void form(const BackwardStep& step, const StepMeans& means, int stage,
                        uint32_t (&w)[BOX_COLUMNS / 16][4]) const {
-    const float c_own = scalars()[OWN], c_other = block.near ? scalars()[OTHER] : 0;
+    const float c_own = arguments.scalar(OWN);
+    const float c_other = arguments.near() ? arguments.scalar(OTHER) : 0;
 #pragma unroll
     for (int k = 0; k < BOX_COLUMNS / 16; ++k) {
 #pragma unroll
@@ -190,11 +130,11 @@ struct Backward {
         const int row = first_row() + part % 2 * 8;
         float x[2], y[2] = {}, sum[2];
         read_features(block.own(stage), row, column, x);
-        if (block.near) read_features(block.other(stage), row, column, y);
+        if (arguments.near()) read_features(block.other(stage), row, column, y);
 #pragma unroll
         for (int pair = 0; pair < 2; ++pair) {
           sum[pair] = c_own * (x[pair] - means.own[eighth][pair]);
-          if (block.near) sum[pair] += c_other * (y[pair] - means.other[eighth][pair]);
+          if (arguments.near()) sum[pair] += c_other * (y[pair] - means.other[eighth][pair]);
         }
         uint32_t high, low;
         split_pair(sum[0], sum[1], high, low);
@@ -270,34 +210,17 @@ struct Backward {
   }
 
   __device__ void store(const float (&c)[128]) const {
-    const CovarianceArguments& forward = arguments.forward;
-    const float inverse = scalars()[INVERSE_OWN], g = *arguments.incoming;
-    const auto* features = static_cast<const Bf16*>(own().features);
-    const float* means = forward.means + arguments.side * forward.width;
+    const float g = *arguments.incoming;
 #pragma unroll
     for (int below = 0; below < 2; ++below) {
-      const int at = block.row + first_row() + 8 * below;
-      if (at >= forward.rows) continue;
-      float weight = 0;
-      if (forward.debiased) {
-        weight = scalars()[ROW] +
-                 scalars()[ROW_OWN] * forward.energies[arguments.side * forward.rows + at] +
-                 scalars()[ROW_OTHER] * forward.energies[(1 - arguments.side) * forward.rows + at];
-      }
+      const int row = block.row + first_row() + 8 * below;
+      if (row >= arguments.forward.rows) continue;
+      const float weight = backward_weight(arguments, row);
 #pragma unroll
       for (int n = 0; n < 64; ++n) {
-        const int within = n / 2 * 8 + threadIdx.x % 4 * 2 + n % 2, column = block.column + within;
-        if (column >= own().width) continue;
-        float value = (c[n / 2 * 4 + 2 * below + n % 2] - block.scratch->shift[within]) *
-                      (inverse * scalars()[SCALE]) * scalars()[INVERSE_OTHER];
-        if (forward.debiased) {
-          const float x = to_float(features[at * own().stride + column]) - means[column];
-          const float mean =
-              block.scratch->weights[within] * inverse / static_cast<float>(forward.rows);
-          value += (weight * inverse * x - mean) * inverse;
-        }
-        arguments.grad[static_cast<long long>(at) * own().width + column] =
-            round_to_bf16(value * g);
+        const int within = n / 2 * 8 + threadIdx.x % 4 * 2 + n % 2;
+        store_gradient(arguments, g, row, block.column + within, c[n / 2 * 4 + 2 * below + n % 2],
+                       weight, block.scratch->columns[within]);
       }
     }
   }
@@ -306,23 +229,17 @@ struct Backward {
 __device__ inline void run_backward(const BackwardArguments& arguments, const BackwardMaps& maps) {
   unsigned char* memory = shared_memory();
   memory += (1024 - shared_address(memory) % 1024) % 1024;
-  const CovarianceArguments& forward = arguments.forward;
-  const bool is_y = arguments.side == 1;
-  const int own_width = is_y ? forward.y.width : forward.x.width;
-  const int other_width = is_y ? forward.x.width : forward.y.width;
-  const bool full = forward.scalars[arguments.side * SCALARS + FULL] != 0;
   // Clusters that share rows run together, and find them in the L2 cache.
-  const int across = cut(own_width, BACKWARD_COLUMNS), pair = static_cast<int>(blockIdx.x) / PAIR;
+  const int across = cut(arguments.own().width, BACKWARD_COLUMNS);
+  const int pair = static_cast<int>(blockIdx.x) / PAIR;
   BackwardBlock block{};
   block.stages = memory;
   block.scratch =
       reinterpret_cast<BackwardScratch*>(memory + BACKWARD_STAGES * BACKWARD_STAGE_BYTES);
-  block.steps = {cut(own_width, BOX_COLUMNS), cut(other_width, BOX_COLUMNS), full ? 3 : 1,
-                 full ? 2 : 1};
+  block.steps = backward_steps(arguments, BOX_COLUMNS);
   block.rank = static_cast<int>(blockIdx.x) % PAIR;
   block.row = (pair / across * PAIR + block.rank) * BACKWARD_ROWS;
   block.column = pair % across * BACKWARD_COLUMNS;
-  block.near = own_width == other_width;
   if (threadIdx.x == 0) {
     prefetch(&maps.own);
     prefetch(&maps.other);

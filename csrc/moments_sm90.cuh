@@ -11,7 +11,7 @@
 // the diagonal; 64 KiB for each part of a tile.
 #pragma once
 
-#include "moments_sm90_layout.h"
+#include "moments_layout.h"
 #include "sm90.cuh"
 #include "turn.h"
 #include "types.cuh"

@@ -3,7 +3,7 @@
 
 #include <cuda_runtime.h>
 
-#include "moments_sm90_layout.h"
+#include "moments_layout.h"
 #include "tensor_map.h"
 
 namespace rift {

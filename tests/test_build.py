@@ -178,6 +178,9 @@ def test_what_the_kernels_compile_to(compiled) -> None:
             if name.startswith("cka_small"):
                 assert needs["products"] > 0, (arch, name)
                 assert (needs["clusters"] > 0) == has_clusters, (arch, name)
+        anywhere = [needs for name, needs in kernels.items() if "sm80" in name]
+        assert len(anywhere) == 2
+        assert all(needs["products"] and needs["copies"] for needs in anywhere)
         # Hopper's own kernels are there, on its own instructions, and nowhere else.
         hopper = [needs for name, needs in kernels.items() if "sm90" in name]
         assert bool(hopper) == (arch == "sm_90a")

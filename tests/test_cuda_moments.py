@@ -1,4 +1,4 @@
-"""The Hopper kernels of large N on a CPU: who multiplies what, and the products."""
+"""Second moments of many rows on a CPU: who multiplies what, and the products."""
 
 from __future__ import annotations
 
@@ -104,6 +104,7 @@ def test_tiles_are_those_on_and_above_the_diagonal(emulated_extension, width_x, 
     assert len(tiles) == len(expected)
 
 
+@pytest.mark.parametrize("hopper", [True, False])
 @pytest.mark.parametrize(
     ("rows", "width_x", "width_y", "processors"),
     # One cluster for all; several for one square; odd blocks; rows left at their ends.
@@ -116,7 +117,9 @@ def test_tiles_are_those_on_and_above_the_diagonal(emulated_extension, width_x, 
     ],
     ids=str,
 )
-def test_moments(emulated_extension, monkeypatch, rows, width_x, width_y, processors) -> None:
+def test_moments(
+    emulated_extension, monkeypatch, rows, width_x, width_y, processors, hopper
+) -> None:
     """The parts of every tile, added up in order, are X^T X, Y^T Y and X^T Y."""
     monkeypatch.setattr(cuda, "extension", lambda: emulated_extension)
     generator = torch.Generator().manual_seed(0)
@@ -125,7 +128,7 @@ def test_moments(emulated_extension, monkeypatch, rows, width_x, width_y, proces
     )
     # Rows that do not follow one another.
     y = torch.cat([y, torch.full_like(y, float("nan"))], 1)[:, :width_y]
-    launch = moments.Moments(x, y, processors)
+    launch = moments.Moments(x, y, processors, hopper)
     launch.tiles.fill_(float("nan"))
     launch.spill.fill_(float("nan"))
     launch(0)
@@ -141,7 +144,7 @@ def test_moments(emulated_extension, monkeypatch, rows, width_x, width_y, proces
 def test_the_benchmark_adds_up_the_parts(emulated_extension, monkeypatch) -> None:
     monkeypatch.setattr(cuda, "extension", lambda: emulated_extension)
     x, y = torch.randn(2, 200, 136).bfloat16()
-    launch = moments.Moments(x, y, 5)
+    launch = moments.Moments(x, y, 5, True)
     launch(0)
     torch.testing.assert_close(launch.cross(), x.float().T @ y.float(), rtol=1e-5, atol=1e-4)
 
@@ -154,4 +157,4 @@ def test_wrong_arguments(emulated_extension) -> None:
         ("width_x must be 1 to", (32, 8, 0), 16),
     ):
         with pytest.raises(ValueError, match=text):
-            emulated_extension.moments_sm90(x, (32, 8, 8), 4, 1, tiles, 16, 0)
+            emulated_extension.moments(x, (32, 8, 8), 4, 1, True, tiles, 16, 0)

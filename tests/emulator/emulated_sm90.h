@@ -119,12 +119,7 @@ inline void commit_products() { emulator::grid->current->products.emplace_back()
 
 template <int GROUPS>
 void wait_products() {
-  emulator::Groups& products = emulator::grid->current->products;
-  // The last one is open, and holds nothing yet.
-  while (products.size() > GROUPS + 1) {
-    for (const auto& product : products.front()) product();
-    products.erase(products.begin());
-  }
+  emulator::finish(emulator::grid->current->products, GROUPS);
 }
 
 inline void meet_multipliers() { emulator::wait(emulator::grid->block().multipliers); }

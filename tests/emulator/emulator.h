@@ -4,6 +4,7 @@
 // missing barrier shows.
 #pragma once
 
+#include <csetjmp>
 #include <ucontext.h>
 
 #include <algorithm>
@@ -75,9 +76,20 @@ struct Block {
 // Work that a thread has started and not waited for: the newest group is still open.
 using Groups = std::vector<std::vector<std::function<void()>>>;
 
+// Does all groups but the last ones.
+inline void finish(Groups& groups, size_t left) {
+  while (groups.size() > left + 1) {
+    for (const auto& work : groups.front()) work();
+    groups.erase(groups.begin());
+  }
+}
+
 struct Fiber {
-  ucontext_t context;
-  Groups products{1};
+  // Where it begins, and where it has left off: swapcontext() would ask the kernel each time.
+  ucontext_t start;
+  std::jmp_buf place;
+  bool started = false;
+  Groups products{1}, fetched{1};
   std::unique_ptr<char[]> stack;
   Index thread, block;
   bool done = false;
@@ -104,7 +116,7 @@ struct Grid {
   std::vector<Barrier> clusters;  // of neighbours in a row of blocks
   unsigned cluster_size = 1;
   std::vector<Fiber> fibers;
-  ucontext_t scheduler;
+  std::jmp_buf scheduler;
   Fiber* current = nullptr;
   long long progress = 0;  // barriers passed and fibers done
   std::function<void()> kernel;
@@ -129,7 +141,17 @@ struct Grid {
 
 inline Grid* grid = nullptr;
 
-inline void yield() { swapcontext(&grid->current->context, &grid->scheduler); }
+inline void yield() {
+  if (_setjmp(grid->current->place) == 0) _longjmp(grid->scheduler, 1);
+}
+
+// Runs a fiber until it yields.
+[[gnu::noinline]] inline void resume(Fiber& fiber) {
+  if (_setjmp(grid->scheduler) != 0) return;
+  if (fiber.started) _longjmp(fiber.place, 1);
+  fiber.started = true;
+  setcontext(&fiber.start);
+}
 
 inline void wait(Barrier& barrier) {
   const int generation = barrier.generation;
@@ -145,6 +167,9 @@ inline void wait(Barrier& barrier) {
 inline void enter() {
   try {
     grid->kernel();
+    for (const auto& group : grid->current->fetched) {
+      if (!group.empty()) throw std::runtime_error("a copy was not waited for");
+    }
   } catch (const std::exception& error) {
     // It cannot leave its fiber.
     grid->error = error.what();
@@ -187,11 +212,11 @@ inline void run(std::function<void()> kernel, unsigned blocks, unsigned entries,
     fiber.block.x = static_cast<unsigned>(i / threads % blocks);
     fiber.block.y = static_cast<unsigned>(i / threads / blocks);
     fiber.stack.reset(new char[STACK]);
-    getcontext(&fiber.context);
-    fiber.context.uc_stack.ss_sp = fiber.stack.get();
-    fiber.context.uc_stack.ss_size = STACK;
-    fiber.context.uc_link = nullptr;
-    makecontext(&fiber.context, enter, 0);
+    getcontext(&fiber.start);
+    fiber.start.uc_stack.ss_sp = fiber.stack.get();
+    fiber.start.uc_stack.ss_size = STACK;
+    fiber.start.uc_link = nullptr;
+    makecontext(&fiber.start, enter, 0);
   }
   std::vector<size_t> order(all.fibers.size());
   std::iota(order.begin(), order.end(), 0);
@@ -224,7 +249,7 @@ inline void run(std::function<void()> kernel, unsigned blocks, unsigned entries,
       all.current = &fiber;
       threadIdx = fiber.thread;
       blockIdx = fiber.block;
-      swapcontext(&all.scheduler, &fiber.context);
+      resume(fiber);
       left -= fiber.done;
       if (!all.error.empty()) throw std::runtime_error(all.error);
     }
@@ -313,6 +338,26 @@ inline void load_any(uint32_t (&r)[4], const void* row, bool transposed) {
 
 inline void load_matrices(uint32_t (&r)[4], const void* row) { load_any(r, row, false); }
 inline void load_matrices_transposed(uint32_t (&r)[4], const void* row) { load_any(r, row, true); }
+
+// Made when it is waited for, and till then there is NaN: so it shows who reads too early, and who had
+// not read yet.
+inline void copy_async(void* to, const void* from, int bytes) {
+  if (reinterpret_cast<uintptr_t>(to) % 16 != 0 || reinterpret_cast<uintptr_t>(from) % 16 != 0) {
+    throw std::runtime_error("a copy of 16 bytes is misaligned");
+  }
+  std::memset(to, 0xFF, 16);
+  emulator::grid->current->fetched.back().push_back([=] {
+    std::memset(to, 0, 16);
+    std::memcpy(to, from, static_cast<size_t>(bytes));
+  });
+}
+
+inline void commit_copies() { emulator::grid->current->fetched.emplace_back(); }
+
+template <int GROUPS>
+void wait_copies() {
+  emulator::finish(emulator::grid->current->fetched, GROUPS);
+}
 
 inline float half_of(uint32_t pair, unsigned which) {
   return bits_to_float((which ? pair >> 16 : pair & 0xFFFF) << 16);

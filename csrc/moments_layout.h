@@ -1,4 +1,4 @@
-// Sizes and arguments of moments_sm90, for the kernel, its launcher and a CPU.
+// Sizes and arguments of moments_sm80 and moments_sm90, for kernels, launchers and a CPU.
 #pragma once
 
 #include "schedule.h"
