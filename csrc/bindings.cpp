@@ -13,8 +13,7 @@
 
 #include "cka_small.h"
 #include "covariance.h"
-#include "moments_sm80.h"
-#include "moments_sm90.h"
+#include "moments.h"
 #include "scale.h"
 
 namespace py = pybind11;
@@ -287,7 +286,7 @@ PYBIND11_MODULE(_C, module) {
         return std::array<int, 4>{piece.square, piece.part, piece.first, piece.last};
       });
   module.def("moments_schedule", &moments_schedule, "Who multiplies what; see csrc/schedule.h.");
-  module.def("moments", &moments, "Raw second moments; see csrc/moments_sm80.h and moments_sm90.h.");
+  module.def("moments", &moments, "Raw second moments; see csrc/moments.h.");
   py::class_<rift::CovarianceCall>(module, "CovarianceCall", py::module_local())
       .def(py::init(&covariance_call));
   module.def("covariance_memory", &covariance_memory, "Bytes of scratch, and for the backward.");

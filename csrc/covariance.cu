@@ -4,8 +4,7 @@
 #include "backward_sm90.cuh"
 #include "covariance_head.cuh"
 #include "launch_pairs.h"
-#include "moments_sm80.h"
-#include "moments_sm90.h"
+#include "moments.h"
 #include "statistics.cuh"
 
 namespace rift {

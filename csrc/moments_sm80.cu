@@ -1,4 +1,4 @@
-#include "moments_sm80.h"
+#include "moments.h"
 
 #include "moments_sm80.cuh"
 

@@ -1,4 +1,4 @@
-#include "moments_sm90.h"
+#include "moments.h"
 
 #include "launch_pairs.h"
 #include "moments_sm90.cuh"

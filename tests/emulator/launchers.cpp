@@ -12,9 +12,8 @@
 #include "../../csrc/covariance.h"
 #include "../../csrc/covariance_head.cuh"
 #include "../../csrc/moments_sm80.cuh"
-#include "../../csrc/moments_sm80.h"
 #include "../../csrc/moments_sm90.cuh"
-#include "../../csrc/moments_sm90.h"
+#include "../../csrc/moments.h"
 #include "../../csrc/scale.cuh"
 #include "../../csrc/statistics.cuh"
 
