@@ -7,14 +7,19 @@ compared with the eager backend's in float64.
 from __future__ import annotations
 
 import sys
+from contextlib import AbstractContextManager, nullcontext
+from unittest import mock
 
 import torch
 from torch import Tensor
 
 import rift_kernels as rk
 from rift_kernels import dispatch
+from rift_kernels.backends import cuda
 
 TOLERANCE = 1e-2
+# Many rows by the kernels for any GPU, on a Hopper GPU as well.
+GENERAL = "cuda without Hopper's own kernels"
 
 MEASURES = {
     "linear_cka": {},
@@ -23,6 +28,10 @@ MEASURES = {
     "procrustes_similarity": {},
     "bures_distance": {},
 }
+
+
+def _without_hopper() -> AbstractContextManager[object]:
+    return mock.patch.object(cuda, "_is_hopper", return_value=False)
 
 
 def _value_and_gradient(
@@ -44,7 +53,6 @@ def main() -> int:
     failures = 0
     # Small and general Gram form, covariance form with pointers and with descriptors.
     has_cuda = dispatch.reason_against("cuda") is None
-    hopper = torch.cuda.get_device_capability() == (9, 0)
     if not has_cuda:
         print(f"without the CUDA kernels: {dispatch.reason_against('cuda')}")
     for rows, width in ((32, 72), (160, 136), (300, 64), (1100, 72)):
@@ -57,11 +65,13 @@ def main() -> int:
                 for name in MEASURES:
                     wide = (x.double(), y.double(), mask)
                     expected = _value_and_gradient(name, *wide, "eager")
-                    many_rows = hopper and rows > 2 * width and dtype == torch.bfloat16
-                    suits = rows <= 128 or (many_rows and mask is None)
-                    has_both = has_cuda and suits and name.startswith("linear_cka")
-                    for backend in ("triton", "cuda") if has_both else ("triton",):
-                        actual = _value_and_gradient(name, x, y, mask, backend)
+                    backends = ["triton"]
+                    many_rows = rows > 2 * width and dtype == torch.bfloat16 and mask is None
+                    if has_cuda and name.startswith("linear_cka") and (rows <= 128 or many_rows):
+                        backends += ["cuda", GENERAL] if many_rows else ["cuda"]
+                    for backend in backends:
+                        with _without_hopper() if backend == GENERAL else nullcontext():
+                            actual = _value_and_gradient(name, x, y, mask, backend.split()[0])
                         error = float((actual - expected).norm())
                         if not error <= TOLERANCE:
                             failures += 1

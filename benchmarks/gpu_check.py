@@ -31,7 +31,7 @@ ROOT = environment.ROOT
 # Seconds. All parts together end within nine minutes.
 LIMITS = {"build": 60.0, "tests": 225.0, "sanitize": 90.0, "bench": 165.0}
 # Tests of kernels in the emulator.
-EMULATED = ("test_cuda", "test_cuda_hopper", "test_cuda_moments")
+EMULATED = ("test_cuda", "test_cuda_covariance", "test_cuda_moments")
 SANITIZERS = ("memcheck", "racecheck", "synccheck", "initcheck")
 
 Outcome = dict[str, Any]

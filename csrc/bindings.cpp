@@ -13,7 +13,7 @@
 
 #include "cka_small.h"
 #include "covariance.h"
-#include "moments_sm90.h"
+#include "moments.h"
 #include "scale.h"
 
 namespace py = pybind11;
@@ -154,33 +154,33 @@ rift::CovarianceSide side_of(const char* name, const Features& v) {
           within("width", v[2], 1 << 15)};
 }
 
-rift::Schedule moments_schedule(int rows, int width_x, int width_y, int programs) {
+rift::Schedule moments_schedule(int rows, int width_x, int width_y, int processors, bool pairs) {
   return rift::moments_schedule(within("rows", rows, 1 << 30), within("width_x", width_x, 1 << 20),
                                 within("width_y", width_y, 1 << 20),
-                                within("programs", programs, 1 << 16));
+                                within("processors", processors, 1 << 16), pairs);
 }
 
-void moments_sm90(const Features& x, const Features& y, int rows, int programs, Address tiles,
-                  Address spill, Address stream) {
+void moments(const Features& x, const Features& y, int rows, int processors, bool pairs,
+             Address tiles, Address spill, Address stream) {
   const auto matrix = [&](const char* name, const Features& v) {
     const rift::CovarianceSide side = side_of(name, v);
     return rift::Matrix{side.features, side.stride, rows, side.width};
   };
   rift::MomentsArguments arguments{};
   arguments.schedule =
-      moments_schedule(rows, static_cast<int>(x[2]), static_cast<int>(y[2]), programs);
+      moments_schedule(rows, static_cast<int>(x[2]), static_cast<int>(y[2]), processors, pairs);
   arguments.tiles = there<float>("tiles", tiles);
-  arguments.spill = there<float>("spill", spill);
-  check(rift::moments_sm90(arguments, matrix("x", x), matrix("y", y),
-                           reinterpret_cast<cudaStream_t>(stream)),
-        "moments_sm90");
+  if (rift::spill_floats(arguments.schedule) > 0) arguments.spill = there<float>("spill", spill);
+  const auto launcher = pairs ? rift::moments_sm90 : rift::moments_sm80;
+  check(launcher(arguments, matrix("x", x), matrix("y", y), reinterpret_cast<cudaStream_t>(stream)),
+        pairs ? "moments_sm90" : "moments_sm80");
 }
 
 rift::CovarianceCall covariance_call(const Features& x, const Features& y, int rows, bool student,
                                      bool teacher, bool debiased, bool distance, bool high,
-                                     int processors) {
+                                     int processors, bool hopper) {
   return {side_of("x", x), side_of("y", y), within("rows", rows, 1 << 30), student, teacher,
-          debiased,        distance,        high, within("processors", processors, 1 << 16)};
+          debiased, distance, high, within("processors", processors, 1 << 16), hopper};
 }
 
 // Bytes of scratch memory, and of memory that the backward needs.
@@ -200,7 +200,7 @@ void check_hopper() {
 
 void covariance_forward(const rift::CovarianceCall& call, Address scratch, Address saved,
                         Address value, Address stream) {
-  check_hopper();
+  if (call.hopper) check_hopper();
   rift::CovarianceMemory memory{there<unsigned char>("scratch", scratch),
                                 there<unsigned char>("saved", saved), 0, 0};
   rift::CovarianceArguments arguments = rift::covariance_arguments(call, memory);
@@ -274,15 +274,19 @@ PYBIND11_MODULE(_C, module) {
   py::class_<rift::Schedule>(module, "Schedule", py::module_local())
       .def_readonly("chunks", &rift::Schedule::chunks)
       .def_readonly("programs", &rift::Schedule::programs)
+      .def_readonly("side", &rift::Schedule::side)
       .def_property_readonly("tiles", &rift::Schedule::tiles)
+      .def_property_readonly("squares", &rift::Schedule::squares)
+      .def_property_readonly("spill_floats", &rift::spill_floats)
       .def("tile", &rift::Schedule::tile)
-      .def("begin", &rift::Schedule::begin)
-      .def("piece", [](const rift::Schedule& schedule, int program, int at) {
-        const rift::Piece piece = schedule.piece(program, at);
-        return std::array<int, 3>{piece.slot, piece.first, piece.last};
+      .def("parts", &rift::Schedule::parts)
+      .def("spill_of", &rift::Schedule::spill_of)
+      .def("piece", [](const rift::Schedule& schedule, int program, int index) {
+        const rift::Piece piece = schedule.piece(program, index);
+        return std::array<int, 4>{piece.square, piece.part, piece.first, piece.last};
       });
   module.def("moments_schedule", &moments_schedule, "Who multiplies what; see csrc/schedule.h.");
-  module.def("moments_sm90", &moments_sm90, "Raw second moments; see csrc/moments_sm90.h.");
+  module.def("moments", &moments, "Raw second moments; see csrc/moments.h.");
   py::class_<rift::CovarianceCall>(module, "CovarianceCall", py::module_local())
       .def(py::init(&covariance_call));
   module.def("covariance_memory", &covariance_memory, "Bytes of scratch, and for the backward.");

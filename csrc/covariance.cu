@@ -1,8 +1,10 @@
 #include "covariance.h"
 
+#include "backward_sm80.cuh"
 #include "backward_sm90.cuh"
 #include "covariance_head.cuh"
-#include "moments_sm90.h"
+#include "launch_pairs.h"
+#include "moments.h"
 #include "statistics.cuh"
 
 namespace rift {
@@ -25,8 +27,8 @@ cudaError_t covariance_forward(const CovarianceArguments& arguments, cudaStream_
   cudaError_t error = cudaGetLastError();
   if (error != cudaSuccess) return error;
   const MomentsArguments moments{arguments.schedule, arguments.tiles, arguments.spill};
-  error = moments_sm90(moments, matrix_of(arguments.x, arguments.rows),
-                       matrix_of(arguments.y, arguments.rows), stream);
+  const Matrix x = matrix_of(arguments.x, arguments.rows), y = matrix_of(arguments.y, arguments.rows);
+  error = arguments.hopper ? moments_sm90(moments, x, y, stream) : moments_sm80(moments, x, y, stream);
   if (error != cudaSuccess) return error;
   if (arguments.debiased) {
     const int bytes = rows_shared(arguments.width);
@@ -42,26 +44,39 @@ cudaError_t covariance_forward(const CovarianceArguments& arguments, cudaStream_
   return cudaGetLastError();
 }
 
+namespace {
+
+cudaError_t backward_sm90(const BackwardArguments& all, const BackwardMatrices& matrices,
+                          cudaStream_t stream) {
+  BackwardMaps maps;
+  cudaError_t error = encode(matrices.own, BACKWARD_ROWS, &maps.own);
+  if (error == cudaSuccess) error = encode(matrices.other, BACKWARD_ROWS, &maps.other);
+  if (error == cudaSuccess) error = encode(matrices.planes, BOX_COLUMNS, &maps.planes);
+  if (error != cudaSuccess) return error;
+  return launch_pairs(backward_sm90_kernel, backward_pairs(all.forward, all.side), MOMENT_THREADS,
+                      BACKWARD_SHARED, stream, all, maps);
+}
+
+cudaError_t backward_sm80(const BackwardArguments& all, const BackwardMatrices& matrices,
+                          cudaStream_t stream) {
+  const cudaError_t error = allow(backward_sm80_kernel, BACKWARD_RING_SHARED);
+  if (error != cudaSuccess) return error;
+  backward_sm80_kernel<<<static_cast<unsigned>(backward_tiles(all.forward, all.side)),
+                         TILE_THREADS, BACKWARD_RING_SHARED, stream>>>(all, matrices);
+  return cudaGetLastError();
+}
+
+}  // namespace
+
 cudaError_t covariance_backward(const CovarianceArguments& arguments, int side,
                                 const float* incoming, void* grad, cudaStream_t stream) {
-  const CovarianceSide& own = side == 0 ? arguments.x : arguments.y;
-  const CovarianceSide& other = side == 0 ? arguments.y : arguments.x;
-  const void* planes = side == 0 ? arguments.planes_x : arguments.planes_y;
-  BackwardMaps maps;
-  cudaError_t error = encode(matrix_of(own, arguments.rows), BACKWARD_ROWS, &maps.own);
-  if (error == cudaSuccess) {
-    error = encode(matrix_of(other, arguments.rows), BACKWARD_ROWS, &maps.other);
-  }
-  if (error == cudaSuccess) {
-    error = encode({planes, arguments.width, 4LL * arguments.width, arguments.width}, BOX_COLUMNS,
-                   &maps.planes);
-  }
-  if (error == cudaSuccess) error = allow(backward_sm90_kernel, BACKWARD_SHARED);
-  if (error != cudaSuccess) return error;
   const BackwardArguments all{arguments, incoming, static_cast<unsigned short*>(grad), side};
-  backward_sm90_kernel<<<backward_programs(arguments, side), MOMENT_THREADS, BACKWARD_SHARED,
-                         stream>>>(all, maps);
-  return cudaGetLastError();
+  const void* planes = side == 0 ? arguments.planes_x : arguments.planes_y;
+  const BackwardMatrices matrices{matrix_of(all.own(), arguments.rows),
+                                  matrix_of(all.other(), arguments.rows),
+                                  {planes, arguments.width, 4LL * arguments.width, arguments.width}};
+  return arguments.hopper ? backward_sm90(all, matrices, stream)
+                          : backward_sm80(all, matrices, stream);
 }
 
 }  // namespace rift

@@ -1,4 +1,4 @@
-// Linear CKA in covariance form on Hopper, bfloat16; see covariance_layout.h for the launches.
+// Linear CKA in covariance form, bfloat16; see covariance_layout.h for the launches.
 #pragma once
 
 #include <cuda_runtime.h>

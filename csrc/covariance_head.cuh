@@ -25,19 +25,19 @@ struct HeadScratch {
   int last;
 };
 
-// This thread's elements of a strip of a tile, over all programs that worked on it; `flipped`: of
-// the tile's transpose.
-__device__ inline void read_strip(const CovarianceArguments& arguments, int slot, int part,
+// This thread's elements of a strip of a tile, over all parts that there are of it; `flipped`: of the
+// tile's transpose.
+__device__ inline void read_strip(const CovarianceArguments& arguments, Pair tile, int part,
                                   bool flipped, float (&x)[HEAD_ROWS], HeadScratch& scratch) {
-  const Schedule& schedule = arguments.schedule;
-  const int begin = slot * schedule.chunks, share = schedule.share();
-  const int first = begin / share + 1, last = (begin + schedule.chunks - 1) / share;
-  const float* tile = arguments.tiles + static_cast<long long>(slot) * MOMENT_TILE;
+  const MomentsArguments moments{arguments.schedule, arguments.tiles, arguments.spill};
+  const int square = arguments.schedule.square_of(tile);
+  const int parts = arguments.schedule.parts(square);
+  const float* first = moments.part_of(tile, square, 0);
+  const float* second = parts > 1 ? moments.part_of(tile, square, 1) : nullptr;
+  const long long next = 1LL * arguments.schedule.side * arguments.schedule.side * MOMENT_TILE;
   const auto total = [&](int at) {
-    float sum = tile[at];
-    for (int program = first; program <= last; ++program) {
-      sum += arguments.spill[static_cast<long long>(program) * MOMENT_TILE + at];
-    }
+    float sum = first[at];
+    for (int other = 1; other < parts; ++other) sum += second[(other - 1) * next + at];
     return sum;
   };
   const int column = threadIdx.x % MOMENT_BLOCK, row = threadIdx.x / MOMENT_BLOCK * HEAD_ROWS;
@@ -154,10 +154,10 @@ __device__ inline void subtract_own(const CovarianceArguments& arguments, const 
                                     const MomentTile& tile, int part, bool is_y,
                                     const float (&cross)[HEAD_ROWS], float (&rest)[HEAD_ROWS],
                                     HeadScratch& scratch) {
-  const int low = min(tile.i, tile.j), high = max(tile.i, tile.j);
-  const int slot = pair_index(low, high) + (is_y ? pair_count(arguments.schedule.blocks_x) : 0);
+  const int before = is_y ? arguments.schedule.blocks_x : 0;
+  const Pair own{before + min(tile.i, tile.j), before + max(tile.i, tile.j)};
   const int i = tile.i * MOMENT_BLOCK + part * STRIP, j = tile.j * MOMENT_BLOCK;
-  read_strip(arguments, slot, part, tile.i > tile.j, rest, scratch);
+  read_strip(arguments, own, part, tile.i > tile.j, rest, scratch);
   const int row = threadIdx.x / MOMENT_BLOCK * HEAD_ROWS, column = threadIdx.x % MOMENT_BLOCK;
   const float scale = is_y ? scales.y : scales.x, n = static_cast<float>(arguments.rows);
   const float mean_j = column_mean(arguments, is_y, j + column);
@@ -182,7 +182,7 @@ __device__ inline void strip_of_tile(const CovarianceArguments& arguments, const
   }
   __syncthreads();
   float x[HEAD_ROWS];
-  read_strip(arguments, slot, part, false, x, scratch);
+  read_strip(arguments, pair_at(slot), part, false, x, scratch);
   const float scale_i = tile.left_is_y ? scales.y : scales.x;
   const float scale_j = tile.right_is_y ? scales.y : scales.x;
 #pragma unroll

@@ -1,9 +1,9 @@
-// Arguments of the launches that make linear CKA in covariance form on Hopper:
+// Arguments of the launches that make linear CKA in covariance form:
 //
-//   statistics, moments_sm90, [rows], covariance_head, backward_sm90
+//   statistics, moments_sm80 or _sm90, [rows], covariance_head, backward_sm80 or _sm90
 #pragma once
 
-#include "moments_sm90_layout.h"
+#include "moments_layout.h"
 
 namespace rift {
 
@@ -35,6 +35,7 @@ struct CovarianceArguments {
   int segments;  // of rows, for statistics
   int row_programs;
   bool debiased, distance, high;
+  bool hopper;  // its own kernels, and not those that run anywhere
   Schedule schedule;
   float* sums;        // [2][segments][width], of columns
   float* statistics;  // [STATISTICS][statistics_programs()]
@@ -69,6 +70,7 @@ struct CovarianceCall {
   int rows;
   bool student, teacher, debiased, distance, high;
   int processors;
+  bool hopper;
 };
 
 // Two pieces of memory: what the forward needs, and what the backward does.
@@ -107,13 +109,15 @@ RIFT_BOTH constexpr CovarianceArguments covariance_arguments(const CovarianceCal
   all.debiased = call.debiased;
   all.distance = call.distance;
   all.high = call.high;
-  all.schedule = moments_schedule(call.rows, call.x.width, call.y.width, call.processors);
+  all.hopper = call.hopper;
+  all.schedule =
+      moments_schedule(call.rows, call.x.width, call.y.width, call.processors, call.hopper);
 
   const long long plane = 4LL * width * width, shift = 2LL * (width / STRIP) * width;
   all.sums = memory.take<float>(false, 2LL * all.segments * width);
   all.statistics = memory.take<float>(false, 1LL * STATISTICS * all.statistics_programs());
   all.tiles = memory.take<float>(false, 1LL * all.schedule.tiles() * MOMENT_TILE);
-  all.spill = memory.take<float>(false, 1LL * call.processors * MOMENT_TILE);
+  all.spill = memory.take<float>(false, spill_floats(all.schedule));
   all.row_sums = memory.take<double>(false, call.debiased * 1LL * all.row_programs * ROW_SUMS);
   all.weighted = memory.take<float>(false, call.debiased * 4LL * all.row_programs * width);
   all.head_sums = memory.take<double>(false, 1LL * all.strip_programs() * HEAD_SUMS);

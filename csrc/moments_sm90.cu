@@ -1,5 +1,6 @@
-#include "moments_sm90.h"
+#include "moments.h"
 
+#include "launch_pairs.h"
 #include "moments_sm90.cuh"
 
 namespace rift {
@@ -10,14 +11,9 @@ cudaError_t moments_sm90(const MomentsArguments& arguments, const Matrix& x, con
   TensorMap map_x, map_y;
   cudaError_t error = encode(x, MOMENT_CHUNK, &map_x);
   if (error == cudaSuccess) error = encode(y, MOMENT_CHUNK, &map_y);
-  if (error == cudaSuccess) {
-    error = cudaFuncSetAttribute(moments_sm90_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                 MOMENT_SHARED);
-  }
   if (error != cudaSuccess) return error;
-  moments_sm90_kernel<<<static_cast<unsigned>(arguments.schedule.programs), MOMENT_THREADS,
-                        MOMENT_SHARED, stream>>>(arguments, map_x, map_y);
-  return cudaGetLastError();
+  return launch_pairs(moments_sm90_kernel, arguments.schedule.programs, MOMENT_THREADS,
+                      MOMENT_SHARED, stream, arguments, map_x, map_y);
 }
 
 }  // namespace rift

@@ -1,16 +1,19 @@
-// Raw second moments of [X | Y] on Hopper: X^T X, Y^T Y (upper tiles) and X^T Y, bfloat16 in float32.
+// Raw second moments of [X | Y] on Hopper: the tiles of [X Y]^T [X Y] on and above the diagonal,
+// bfloat16 in float32.
 //
-// One block a processor owns a run of the schedule. One thread of its first warpgroup fetches
-// chunks of columns by the copy engine, as they lie; the two other warpgroups multiply them, half of
-// a tile's rows each: both operands have their inner dimension as rows, which the tensor cores take.
-// Means come off later: products of bfloat16 are exact in float32.
+// A cluster of two blocks, one a processor, owns a run of the schedule: squares of 256 x 256, 128 rows
+// of them a block. One thread of a block's first warpgroup fetches chunks of columns by the copy
+// engine, as they lie: the block's own left operand, and half of the right one, for both blocks. The
+// two other warpgroups multiply 64 x 256 each: both operands have their inner dimension as rows,
+// which the tensor cores take. Means come off later: products of bfloat16 are exact in float32.
 //
-// Bytes: 128 columns of either side a tile, from the L2 cache where they fit (of a tile on the
-// diagonal once); 64 KiB for each part of a tile.
+// Bytes: from the L2 cache 32 KiB a block and chunk for 128 x 256 sums of 64 products, half of it on
+// the diagonal; 64 KiB for each part of a tile.
 #pragma once
 
-#include "moments_sm90_layout.h"
+#include "moments_layout.h"
 #include "sm90.cuh"
+#include "turn.h"
 #include "types.cuh"
 
 namespace rift {
@@ -19,97 +22,115 @@ struct Pipeline {
   unsigned char* stages;
   Mbarrier *full, *empty;
 
-  __device__ unsigned char* left(int stage) const { return stages + stage * STAGE_BYTES; }
-  __device__ unsigned char* right(int stage) const { return left(stage) + OPERAND_BYTES; }
+  __device__ unsigned char* right(int stage) const { return stages + stage * STAGE_BYTES; }
+  __device__ unsigned char* left(int stage) const { return right(stage) + PAIR * OPERAND_BYTES; }
 };
 
-// Where a program is in the ring of stages, and how often it has been round.
-struct Turn {
-  int stage = 0;
-  unsigned parity = 0;
+// The blocks of columns of a square's first tile.
+__device__ inline Pair first_tile(int square) {
+  const Pair pair = pair_at(square);
+  return {pair.i * PAIR, pair.j * PAIR};
+}
 
-  __device__ void next() {
-    if (++stage == MOMENT_STAGES) {
-      stage = 0;
-      parity ^= 1;
+struct Moments {
+  const MomentsArguments& arguments;
+  const TensorMap *x, *y;
+  Pipeline pipeline;
+  int program, rank;
+
+  // 128 columns of a chunk; beyond the last ones, zeros.
+  __device__ void fetch_block(unsigned char* to, int block, int chunk, bool for_both,
+                              Mbarrier* full) const {
+    const bool is_y = block >= arguments.schedule.blocks_x;
+    const TensorMap* map = is_y ? y : x;
+    const int column = (is_y ? block - arguments.schedule.blocks_x : block) * MOMENT_BLOCK;
+#pragma unroll
+    for (int box = 0; box < MOMENT_BLOCK / BOX_COLUMNS; ++box) {
+      unsigned char* at = to + box * BOX_BYTES;
+      if (for_both) {
+        copy_box_to_pair(at, map, column + box * BOX_COLUMNS, chunk * MOMENT_CHUNK, full);
+      } else {
+        copy_box(at, map, column + box * BOX_COLUMNS, chunk * MOMENT_CHUNK, full);
+      }
+    }
+  }
+
+  __device__ void fetch() const {
+    Turn<MOMENT_STAGES> turn;
+    for (int index = 0;; ++index) {
+      const Piece piece = arguments.schedule.piece(program, index);
+      if (piece.first == piece.last) return;
+      const Pair tile = first_tile(piece.square);
+      const bool diagonal = tile.i == tile.j;
+      for (int chunk = piece.first; chunk < piece.last; ++chunk, turn.next()) {
+        // At first nobody has to make room; later, both blocks.
+        wait_barrier(pipeline.empty + turn.stage, turn.parity ^ 1);
+        Mbarrier* full = pipeline.full + turn.stage;
+        arrive_and_expect(full, diagonal ? PAIR * OPERAND_BYTES : STAGE_BYTES);
+        fetch_block(pipeline.right(turn.stage) + rank * OPERAND_BYTES, tile.j + rank, chunk, true,
+                    full);
+        if (!diagonal) fetch_block(pipeline.left(turn.stage), tile.i + rank, chunk, false, full);
+      }
+    }
+  }
+
+  // `half`: which 64 rows of its block this warpgroup has.
+  __device__ void multiply(int half) const {
+    const int lane = threadIdx.x % 32;
+    Turn<MOMENT_STAGES> turn;
+    for (int index = 0;; ++index) {
+      const Piece piece = arguments.schedule.piece(program, index);
+      if (piece.first == piece.last) return;
+      const Pair tile = first_tile(piece.square);
+      float c[128] = {};
+      int before = -1;
+      for (int chunk = piece.first; chunk < piece.last; ++chunk, turn.next()) {
+        wait_barrier(pipeline.full + turn.stage, turn.parity);
+        const unsigned char* right = pipeline.right(turn.stage);
+        const unsigned char* left =
+            tile.i == tile.j ? right + rank * OPERAND_BYTES : pipeline.left(turn.stage);
+        const uint64_t a = describe(left + half * BOX_BYTES, BOX_BYTES);
+        const uint64_t b = describe(right, BOX_BYTES);
+        begin_products();
+#pragma unroll
+        for (int step = 0; step < MOMENT_CHUNK / 16; ++step) {
+          // 16 rows of 128 bytes further, in the descriptor's units of 16 bytes.
+          multiply_add(c, a + step * (16 * 128 / 16), b + step * (16 * 128 / 16));
+        }
+        commit_products();
+        // The chunk before is through; this one goes on while the next is waited for.
+        wait_products<1>();
+        if (before >= 0 && lane < PAIR) arrive_at(pipeline.empty + before, lane);
+        before = turn.stage;
+      }
+      wait_products<0>();
+      if (lane < PAIR) arrive_at(pipeline.empty + before, lane);
+      store(c, {tile.i + rank, tile.j}, piece, half);
+    }
+  }
+
+  __device__ void store(const float (&c)[128], Pair tile, const Piece& piece, int half) const {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
+#pragma unroll
+    for (int across = 0; across < PAIR; ++across) {
+      const Pair at{tile.i, tile.j + across};
+      // Below the diagonal, or no such columns.
+      if (at.i > at.j || at.j >= arguments.schedule.blocks()) continue;
+      float* out = arguments.part_of(at, piece.square, piece.part);
+      out += (half * 64 + warp * 16 + lane / 4) * MOMENT_BLOCK + lane % 4 * 2;
+#pragma unroll
+      for (int n = 0; n < 16; ++n) {
+        const float* from = c + 4 * (16 * across + n);
+        *reinterpret_cast<Vector<float, 2>*>(out + 8 * n) = {from[0], from[1]};
+        *reinterpret_cast<Vector<float, 2>*>(out + 8 * MOMENT_BLOCK + 8 * n) = {from[2], from[3]};
+      }
     }
   }
 };
-
-__device__ inline void fetch(const MomentsArguments& arguments, const TensorMap* x,
-                             const TensorMap* y, const Pipeline& pipeline, int program) {
-  const Schedule& schedule = arguments.schedule;
-  Turn turn;
-  for (int at = schedule.begin(program); at < schedule.begin(program + 1);) {
-    const Piece piece = schedule.piece(program, at);
-    const MomentTile tile = schedule.tile(piece.slot);
-    const TensorMap* left = tile.left_is_y ? y : x;
-    const TensorMap* right = tile.right_is_y ? y : x;
-    const bool once = on_diagonal(tile);
-    for (int chunk = piece.first; chunk < piece.last; ++chunk, turn.next()) {
-      // At first nobody has to make room.
-      wait_barrier(pipeline.empty + turn.stage, turn.parity ^ 1);
-      Mbarrier* full = pipeline.full + turn.stage;
-      arrive_and_expect(full, once ? OPERAND_BYTES : STAGE_BYTES);
-      for (int box = 0; box < MOMENT_BLOCK / BOX_COLUMNS; ++box) {
-        copy_box(pipeline.left(turn.stage) + box * BOX_BYTES, left,
-                 tile.i * MOMENT_BLOCK + box * BOX_COLUMNS, chunk * MOMENT_CHUNK, full);
-        if (once) continue;
-        copy_box(pipeline.right(turn.stage) + box * BOX_BYTES, right,
-                 tile.j * MOMENT_BLOCK + box * BOX_COLUMNS, chunk * MOMENT_CHUNK, full);
-      }
-    }
-    at += piece.last - piece.first;
-  }
-}
-
-// `half`: which 64 rows of every tile this warpgroup has.
-__device__ inline void multiply(const MomentsArguments& arguments, const Pipeline& pipeline,
-                                int program, int half) {
-  const Schedule& schedule = arguments.schedule;
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
-  Turn turn;
-  for (int at = schedule.begin(program); at < schedule.begin(program + 1);) {
-    const Piece piece = schedule.piece(program, at);
-    const bool once = on_diagonal(schedule.tile(piece.slot));
-    float c[64] = {};
-    int before = -1;
-    for (int chunk = piece.first; chunk < piece.last; ++chunk, turn.next()) {
-      wait_barrier(pipeline.full + turn.stage, turn.parity);
-      const unsigned char* left = pipeline.left(turn.stage);
-      const uint64_t a = describe(left + half * BOX_BYTES, BOX_BYTES);
-      const uint64_t b = describe(once ? left : pipeline.right(turn.stage), BOX_BYTES);
-      begin_products();
-#pragma unroll
-      for (int step = 0; step < MOMENT_CHUNK / 16; ++step) {
-        // 16 rows of 128 bytes further, in the descriptor's units of 16 bytes.
-        multiply_add(c, a + step * (16 * 128 / 16), b + step * (16 * 128 / 16));
-      }
-      commit_products();
-      // The chunk before is through; this one goes on while the next is waited for.
-      wait_products<1>();
-      if (before >= 0 && lane == 0) arrive(pipeline.empty + before);
-      before = turn.stage;
-    }
-    wait_products<0>();
-    if (lane == 0) arrive(pipeline.empty + before);
-    float* out = piece.first == 0
-                     ? arguments.tiles + static_cast<long long>(piece.slot) * MOMENT_TILE
-                     : arguments.spill + static_cast<long long>(program) * MOMENT_TILE;
-    out += (half * 64 + warp * 16 + lane / 4) * MOMENT_BLOCK + lane % 4 * 2;
-#pragma unroll
-    for (int n = 0; n < 16; ++n) {
-      *reinterpret_cast<Vector<float, 2>*>(out + 8 * n) = {c[4 * n], c[4 * n + 1]};
-      *reinterpret_cast<Vector<float, 2>*>(out + 8 * MOMENT_BLOCK + 8 * n) = {c[4 * n + 2],
-                                                                             c[4 * n + 3]};
-    }
-    at += piece.last - piece.first;
-  }
-}
 
 __device__ inline void run_moments(const MomentsArguments& arguments, const TensorMap* x,
                                    const TensorMap* y) {
-  // Swizzled boxes begin at multiples of 1024 bytes.
+  // Swizzled boxes begin at multiples of 1024 bytes, of both blocks at the same ones.
   unsigned char* memory = shared_memory();
   memory += (1024 - shared_address(memory) % 1024) % 1024;
   auto* barriers = reinterpret_cast<Mbarrier*>(memory + MOMENT_STAGES * STAGE_BYTES);
@@ -119,20 +140,29 @@ __device__ inline void run_moments(const MomentsArguments& arguments, const Tens
     prefetch(y);
     for (int stage = 0; stage < MOMENT_STAGES; ++stage) {
       init_barrier(pipeline.full + stage, 1);
-      // A thread of each warp that multiplies.
-      init_barrier(pipeline.empty + stage, 8);
+      // A thread of each warp that multiplies, of both blocks.
+      init_barrier(pipeline.empty + stage, PAIR * 8);
     }
     fence_barriers();
   }
-  __syncthreads();
-  const int group = threadIdx.x / 128, program = blockIdx.x;
+  __syncwarp();
+  cluster_barrier();
+  const int group = threadIdx.x / 128;
+  const Moments moments{arguments, x, y, pipeline, static_cast<int>(blockIdx.x) / PAIR,
+                        static_cast<int>(blockIdx.x) % PAIR};
   if (group == 0) {
-    if (threadIdx.x == 0) fetch(arguments, x, y, pipeline, program);
+    fewer_registers();
+    if (threadIdx.x == 0) moments.fetch();
   } else {
-    multiply(arguments, pipeline, program, group - 1);
+    more_registers();
+    moments.multiply(group - 1);
   }
+  // Nobody leaves while the other block may still write into its memory.
+  __syncwarp();
+  cluster_barrier();
 }
 
+// Clusters of PAIR blocks.
 __global__ void __launch_bounds__(MOMENT_THREADS, 1)
     moments_sm90_kernel(const __grid_constant__ MomentsArguments arguments,
                         const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap y) {

@@ -74,6 +74,24 @@ __device__ inline void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint3
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+// Starts a copy of 16 bytes to shared memory: the first `bytes` of `from`, and zeros behind them. Both
+// at multiples of 16. Until it is waited for, nobody may read or write there.
+__device__ inline void copy_async(void* to, const void* from, int bytes) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(
+                   static_cast<uint32_t>(__cvta_generic_to_shared(to))),
+               "l"(__cvta_generic_to_global(from)), "r"(bytes)
+               : "memory");
+}
+
+// Makes a group of what this thread has started since the last one.
+__device__ inline void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// Until all of this thread's groups but the last ones are there, for this thread.
+template <int GROUPS>
+__device__ inline void wait_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(GROUPS) : "memory");
+}
+
 // A pointer into another block's shared memory: of the same cluster, by its rank.
 __device__ inline const float* map_to_rank(const float* mine, int rank) {
 #if __CUDA_ARCH__ >= 900

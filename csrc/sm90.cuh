@@ -36,6 +36,18 @@ __device__ inline void arrive(Mbarrier* barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
 }
 
+// At the barrier in the same place of a block of the cluster.
+__device__ inline void arrive_at(Mbarrier* barrier, int rank) {
+  asm volatile(
+      "{\n\t"
+      ".reg .b32 there;\n\t"
+      "mapa.shared::cluster.u32 there, %0, %1;\n\t"
+      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there];\n\t"
+      "}" ::"r"(shared_address(barrier)),
+      "r"(rank)
+      : "memory");
+}
+
 // Arrives, and makes the phase wait for so many bytes as well.
 __device__ inline void arrive_and_expect(Mbarrier* barrier, int bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(
@@ -70,6 +82,25 @@ __device__ inline void copy_box(void* to, const TensorMap* map, int column, int 
       : "memory");
 }
 
+// The same into both blocks of a cluster of two, each of whose barriers counts the bytes.
+__device__ inline void copy_box_to_pair(void* to, const TensorMap* map, int column, int row,
+                                        Mbarrier* barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
+      ".multicast::cluster [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(shared_address(to)),
+      "l"(map), "r"(column), "r"(row), "r"(shared_address(barrier)),
+      "h"(static_cast<uint16_t>(3))
+      : "memory");
+}
+
+// A warpgroup that fetches leaves its registers to those that multiply.
+__device__ inline void fewer_registers() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 40;" ::: "memory");
+}
+__device__ inline void more_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 232;" ::: "memory");
+}
+
 __device__ inline void prefetch(const TensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
@@ -99,43 +130,48 @@ __device__ inline void meet_multipliers() { asm volatile("bar.sync 1, 256;" ::: 
 #define RIFT_C8(n)                                                                            \
   "+f"(c[n]), "+f"(c[n + 1]), "+f"(c[n + 2]), "+f"(c[n + 3]), "+f"(c[n + 4]), "+f"(c[n + 5]), \
       "+f"(c[n + 6]), "+f"(c[n + 7])
-#define RIFT_C64                                                                                \
-  RIFT_C8(0), RIFT_C8(8), RIFT_C8(16), RIFT_C8(24), RIFT_C8(32), RIFT_C8(40), RIFT_C8(48), \
-      RIFT_C8(56)
-#define RIFT_NAMES                                                                         \
-  "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "               \
-  "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "       \
-  "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "       \
-  "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "
+#define RIFT_C64(n)                                                                               \
+  RIFT_C8(n), RIFT_C8(n + 8), RIFT_C8(n + 16), RIFT_C8(n + 24), RIFT_C8(n + 32), RIFT_C8(n + 40), \
+      RIFT_C8(n + 48), RIFT_C8(n + 56)
+#define RIFT_NAMES \
+  "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
+  "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
+  "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
+  "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, " \
+  "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, " \
+  "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, " \
+  "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, " \
+  "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127}, "
 
-// c += a^T b of a warpgroup: 64 columns of a, 128 of b, 16 rows of both. Warp w has rows 16 w and on
+// c += a^T b of a warpgroup: 64 columns of a, 256 of b, 16 rows of both. Warp w has rows 16 w and on
 // of the result; as multiply_add, c[4 n + i] lies in columns 8 n and on.
-__device__ inline void multiply_add(float (&c)[64], uint64_t a, uint64_t b) {
+__device__ inline void multiply_add(float (&c)[128], uint64_t a, uint64_t b) {
   asm volatile(
-      "{\n\t.reg .pred adds;\n\tsetp.ne.b32 adds, %66, 0;\n\t"
-      "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 " RIFT_NAMES
-      "%64, %65, adds, 1, 1, 1, 1;\n\t}"
-      : RIFT_C64
+      "{\n\t.reg .pred adds;\n\tsetp.ne.b32 adds, %130, 0;\n\t"
+      "wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16 " RIFT_NAMES
+      "%128, %129, adds, 1, 1, 1, 1;\n\t}"
+      : RIFT_C64(0), RIFT_C64(64)
       : "l"(a), "l"(b), "r"(1));
 }
 
 // c += a b: the same of 64 rows of a as they lie, their 16 columns being the inner dimension.
-__device__ inline void multiply_add_rows(float (&c)[64], uint64_t a, uint64_t b) {
+__device__ inline void multiply_add_rows(float (&c)[128], uint64_t a, uint64_t b) {
   asm volatile(
-      "{\n\t.reg .pred adds;\n\tsetp.ne.b32 adds, %66, 0;\n\t"
-      "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 " RIFT_NAMES
-      "%64, %65, adds, 1, 1, 0, 1;\n\t}"
-      : RIFT_C64
+      "{\n\t.reg .pred adds;\n\tsetp.ne.b32 adds, %130, 0;\n\t"
+      "wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16 " RIFT_NAMES
+      "%128, %129, adds, 1, 1, 0, 1;\n\t}"
+      : RIFT_C64(0), RIFT_C64(64)
       : "l"(a), "l"(b), "r"(1));
 }
 
-// The same of a in registers, each warp its 16 rows as in primitives.cuh.
-__device__ inline void multiply_add(float (&c)[64], const uint32_t (&a)[4], uint64_t b) {
+// The same of a in registers, each warp its 16 rows as in primitives.cuh: not to be written before
+// the products are waited for.
+__device__ inline void multiply_add(float (&c)[128], const uint32_t (&a)[4], uint64_t b) {
   asm volatile(
-      "{\n\t.reg .pred adds;\n\tsetp.ne.b32 adds, %69, 0;\n\t"
-      "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 " RIFT_NAMES
-      "{%64, %65, %66, %67}, %68, adds, 1, 1, 1;\n\t}"
-      : RIFT_C64
+      "{\n\t.reg .pred adds;\n\tsetp.ne.b32 adds, %133, 0;\n\t"
+      "wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16 " RIFT_NAMES
+      "{%128, %129, %130, %131}, %132, adds, 1, 1, 1;\n\t}"
+      : RIFT_C64(0), RIFT_C64(64)
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(1));
 }
 

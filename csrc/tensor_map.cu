@@ -2,7 +2,7 @@
 
 #include <cudaTypedefs.h>
 
-#include "moments_sm90_layout.h"
+#include "moments_layout.h"
 #include "sm90.cuh"
 
 namespace rift {

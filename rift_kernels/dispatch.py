@@ -89,11 +89,24 @@ def _too_much_for_cuda(
             "RIFT_KERNELS_CUDA_ARCHS".format(*capability)
         )
     if not all(problem.gram):
-        return _too_much_for_hopper(device, dtypes, problem)
+        return _too_much_in_covariance_form(dtypes, problem)
     if problem.rows > cuda.MAX_ROWS:
         return f"the CUDA kernels take up to {cuda.MAX_ROWS} rows; got {problem.rows}"
     if not cuda.fits(device, problem.rows, problem.width):
         return f"{problem.rows} rows of {problem.width} columns do not fit the GPU's shared memory"
+    return None
+
+
+def _too_much_in_covariance_form(dtypes: Sequence[torch.dtype], problem: Problem) -> str | None:
+    """Of more rows than student and teacher have columns together."""
+    if any(problem.gram):
+        return (
+            "the CUDA kernels take layers with few rows or layers with many, not both in one call"
+        )
+    if set(dtypes) != {torch.bfloat16}:
+        return f"the CUDA kernels for many rows take bfloat16; got {' and '.join(map(str, dtypes))}"
+    if problem.masked:
+        return "the CUDA kernels for many rows take no mask"
     return None
 
 
@@ -117,28 +130,6 @@ def _reason_against_triton(
         major, minor = torch.cuda.get_device_capability(device)
         if major < 8:
             return f"the Triton kernels need compute capability 8.0; got {major}.{minor}"
-    return None
-
-
-def _too_much_for_hopper(
-    device: torch.device, dtypes: Sequence[torch.dtype], problem: Problem
-) -> str | None:
-    """Of more rows than student and teacher have columns together."""
-    if any(problem.gram):
-        return (
-            "the CUDA kernels take layers with few rows or layers with many, not both in one call"
-        )
-    from .backends import cuda
-
-    if not cuda.compiled_for(torch.cuda.get_device_capability(device), True):
-        return (
-            "the CUDA kernels for more rows than student and teacher have columns together need a "
-            "Hopper GPU and an installation for 90a"
-        )
-    if set(dtypes) != {torch.bfloat16}:
-        return f"the CUDA kernels for many rows take bfloat16; got {' and '.join(map(str, dtypes))}"
-    if problem.masked:
-        return "the CUDA kernels for many rows take no mask"
     return None
 
 

@@ -103,6 +103,7 @@ def emulate(monkeypatch: pytest.MonkeyPatch, emulated_extension: ModuleType):
         monkeypatch.setattr(cuda, "extension", lambda: emulated_extension)
         monkeypatch.setattr(cuda, "_stream", lambda _: 0)
         monkeypatch.setattr(cuda, "_processors", lambda _: 3)
+        monkeypatch.setattr(cuda, "_is_hopper", lambda _: gpu == "clusters")
         zeros = torch.zeros(cuda._COUNTERS, dtype=torch.int32)
         monkeypatch.setattr(cuda, "_counters", lambda _: zeros)
         cuda._plan.cache_clear()

@@ -17,12 +17,16 @@ from typing import Any
 RESULT = Path(__file__).parent.parent / "benchmarks" / "results" / "cuda-resources.json"
 # A kernel for other architectures returns at once.
 EMPTY_REGISTERS = 8
-# In machine code: products of a warp and of a warpgroup on tensor cores, copies by the copy engine,
-# local memory, barriers of clusters.
+# In machine code: products of a warp and of a warpgroup on tensor cores, waits for the latter;
+# copies by the copy engine into all of a cluster and into one block, and by threads; local memory;
+# barriers of clusters.
 INSTRUCTIONS = {
     "products": r"\sHMMA\.",
     "warpgroup": r"\sHGMMA\.",
+    "waits": r"\sWARPGROUP\.DEPBAR",
+    "multicast": r"\sUTMALDG\.\S*MULTICAST",
     "bulk": r"\sUTMALDG\.",
+    "copies": r"\sLDGSTS\.",
     "local": r"\s(?:LDL|STL)\b",
     "clusters": r"\sUCGABAR_",
 }

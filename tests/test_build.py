@@ -178,10 +178,15 @@ def test_what_the_kernels_compile_to(compiled) -> None:
             if name.startswith("cka_small"):
                 assert needs["products"] > 0, (arch, name)
                 assert (needs["clusters"] > 0) == has_clusters, (arch, name)
+        anywhere = [needs for name, needs in kernels.items() if "sm80" in name]
+        assert len(anywhere) == 2
+        assert all(needs["products"] and needs["copies"] for needs in anywhere)
         # Hopper's own kernels are there, on its own instructions, and nowhere else.
         hopper = [needs for name, needs in kernels.items() if "sm90" in name]
         assert bool(hopper) == (arch == "sm_90a")
-        assert all(needs["warpgroup"] and needs["bulk"] for needs in hopper)
+        assert all(needs["bulk"] and needs["multicast"] for needs in hopper)
+        # Four products at least for every wait: the compiler has not put them one after another.
+        assert all(needs["warpgroup"] > 2 * needs["waits"] for needs in hopper)
         assert len(hopper) in (0, 2)
 
 

@@ -206,12 +206,12 @@ def test_reasons_against_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     assert dispatch.choose_backend("auto", gpu, (torch.bfloat16,), most) == "triton"
     assert dispatch.choose_backend("cuda", gpu, (torch.bfloat16,), most) == "cuda"
     built.architectures = "80;90"
-    assert "an installation for 90a" in reason(**many)
+    assert reason(**many) is None
     built.architectures = "90a;100a"
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
     assert "not compiled for compute capability 8.0" in reason()
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (10, 0))
-    assert "need a Hopper GPU" in reason(**{"gram": (False,), "rows": 4096})
+    assert reason(**{"gram": (False,), "rows": 4096}) is None
     many = asked._replace(rows=256)
     assert dispatch.choose_backend("auto", gpu, (torch.bfloat16,), many) == "triton"
     with pytest.raises(RuntimeError, match=r"backend='cuda' cannot run: .* up to 128 rows"):

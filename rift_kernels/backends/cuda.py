@@ -5,10 +5,10 @@ Of few rows (Gram form), value and gradients in one launch for all layers; no fe
     cka_fwd      cka_small: values, and gradients of a loss whose own gradient is 1
     fused_bwd    scale: those, times the incoming gradient
 
-Of many bfloat16 rows on Hopper (covariance form), one layer after another:
+Of many bfloat16 rows (covariance form), one layer after another, on Hopper its own kernels:
 
-    cka_fwd      statistics, moments_sm90, rows (debiased), covariance_head
-    fused_bwd    backward_sm90
+    cka_fwd      statistics, moments_sm80 or _sm90, rows (debiased), covariance_head
+    fused_bwd    backward_sm80 or _sm90
 """
 
 from __future__ import annotations
@@ -203,8 +203,12 @@ def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+def _is_hopper(device: torch.device) -> bool:
+    return compiled_for(torch.cuda.get_device_capability(device), hopper=True)
+
+
 def _aligned(features: Tensor) -> Tensor:
-    """Rows contiguous and at multiples of 16 bytes, as the copy engine takes them."""
+    """Rows contiguous and at multiples of 16 bytes, as they are fetched."""
     stride_n, stride_d = features.stride()
     if stride_d == 1 and stride_n % 8 == 0 and features.data_ptr() % 16 == 0:
         return features
@@ -223,13 +227,16 @@ def _entries(tensors: Sequence[Tensor]) -> list[Tensor]:
 def _call(x: Tensor, y: Tensor, settings: tuple[bool, ...]) -> Any:
     """``settings``: student_grad, teacher_grad, debiased, distance, high."""
     sides = [(t.data_ptr(), t.stride(0), t.shape[1]) for t in (x, y)]
-    return extension().CovarianceCall(*sides, x.shape[0], *settings, _processors(x.device))
+    device = x.device
+    machine = _processors(device), _is_hopper(device)
+    return extension().CovarianceCall(*sides, x.shape[0], *settings, *machine)
 
 
 def _sizes(x: Tensor, y: Tensor, settings: tuple[bool, ...]) -> tuple[int, int]:
     """Bytes of scratch memory, and of what is saved: known from shapes alone."""
     sides = [(16, 8, int(t.shape[1])) for t in (x, y)]
-    call = extension().CovarianceCall(*sides, int(x.shape[0]), *settings, _processors(x.device))
+    machine = _processors(x.device), _is_hopper(x.device)
+    call = extension().CovarianceCall(*sides, int(x.shape[0]), *settings, *machine)
     scratch, saved = extension().covariance_memory(call)
     return scratch, saved
 

@@ -26,6 +26,7 @@ struct Mbarrier {
 
   void end_phase() {
     if (pending > 0 || bytes > 0) return;
+    if (bytes < 0) throw std::runtime_error("more bytes than a barrier expects");
     phase ^= 1;
     pending = expected;
   }
@@ -43,6 +44,15 @@ inline void arrive(Mbarrier* barrier) {
   --barrier->pending;
   barrier->end_phase();
 }
+
+// The same place in the memory of a block of the cluster.
+template <typename T>
+T* place_at(T* mine, int rank) {
+  const auto offset = reinterpret_cast<unsigned char*>(mine) - shared_memory();
+  return reinterpret_cast<T*>(emulator::grid->neighbour(rank).shared.bytes.get() + offset);
+}
+
+inline void arrive_at(Mbarrier* barrier, int rank) { arrive(place_at(barrier, rank)); }
 
 inline void arrive_and_expect(Mbarrier* barrier, int bytes) {
   barrier->bytes += bytes;
@@ -67,18 +77,34 @@ inline void copy_now(unsigned char* shared, uint32_t start, const TensorMap& map
     }
   }
   barrier->bytes -= map.box_rows * 128;
-  // From outside of any fiber.
-  if (barrier->bytes < 0) throw std::runtime_error("more bytes than a barrier expects");
+  // From outside of any fiber. What the other block of a cluster sends may come before it is expected.
+  if (barrier->bytes < 0 && barrier->pending == 0) {
+    throw std::runtime_error("more bytes than a barrier expects");
+  }
   barrier->end_phase();
 }
 
-inline void copy_box(void* to, const TensorMap* map, int column, int row, Mbarrier* barrier) {
+inline void copy_box_to(int rank, void* to, const TensorMap* map, int column, int row,
+                        Mbarrier* barrier) {
   if (shared_address(to) % 1024 != 0) throw std::runtime_error("a box is misaligned");
-  unsigned char* shared = shared_memory();
+  unsigned char* shared = emulator::grid->neighbour(rank).shared.bytes.get();
   const uint32_t start = shared_address(to);
   const TensorMap from = *map;
-  emulator::grid->copies.push_back([=] { copy_now(shared, start, from, column, row, barrier); });
+  Mbarrier* there = place_at(barrier, rank);
+  emulator::grid->copies.push_back([=] { copy_now(shared, start, from, column, row, there); });
 }
+
+inline void copy_box(void* to, const TensorMap* map, int column, int row, Mbarrier* barrier) {
+  copy_box_to(emulator::grid->rank(), to, map, column, row, barrier);
+}
+
+inline void copy_box_to_pair(void* to, const TensorMap* map, int column, int row,
+                             Mbarrier* barrier) {
+  for (int rank = 0; rank < 2; ++rank) copy_box_to(rank, to, map, column, row, barrier);
+}
+
+inline void fewer_registers() {}
+inline void more_registers() {}
 
 inline void prefetch(const TensorMap*) {}
 
@@ -93,12 +119,7 @@ inline void commit_products() { emulator::grid->current->products.emplace_back()
 
 template <int GROUPS>
 void wait_products() {
-  emulator::Groups& products = emulator::grid->current->products;
-  // The last one is open, and holds nothing yet.
-  while (products.size() > GROUPS + 1) {
-    for (const auto& product : products.front()) product();
-    products.erase(products.begin());
-  }
+  emulator::finish(emulator::grid->current->products, GROUPS);
 }
 
 inline void meet_multipliers() { emulator::wait(emulator::grid->block().multipliers); }
@@ -130,7 +151,7 @@ template <typename Left>
 void multiply_now(float* c, Left left, uint64_t b) {
   const int lane = threadIdx.x % 32;
   for (int half = 0; half < 2; ++half) {
-    for (int n = 0; n < 16; ++n) {
+    for (int n = 0; n < 32; ++n) {
       for (int i = 0; i < 2; ++i) {
         double sum = c[4 * n + 2 * half + i];
         for (int k = 0; k < 16; ++k) {
@@ -145,7 +166,7 @@ void multiply_now(float* c, Left left, uint64_t b) {
 
 // When it is waited for. All 128 threads of a warpgroup come here, or none.
 template <typename Left>
-void multiply_later(float (&c)[64], Left left, uint64_t b) {
+void multiply_later(float (&c)[128], Left left, uint64_t b) {
   emulator::wait(emulator::grid->block().warpgroups[threadIdx.x / 128]);
   float* where = c;
   emulator::grid->current->products.back().push_back([=] { multiply_now(where, left, b); });
@@ -153,15 +174,15 @@ void multiply_later(float (&c)[64], Left left, uint64_t b) {
 
 inline int first_row() { return threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4; }
 
-inline void multiply_add(float (&c)[64], uint64_t a, uint64_t b) {
+inline void multiply_add(float (&c)[128], uint64_t a, uint64_t b) {
   multiply_later(c, [=](int half, int k) { return operand(a, k, first_row() + 8 * half); }, b);
 }
 
-inline void multiply_add_rows(float (&c)[64], uint64_t a, uint64_t b) {
+inline void multiply_add_rows(float (&c)[128], uint64_t a, uint64_t b) {
   multiply_later(c, [=](int half, int k) { return row_operand(a, first_row() + 8 * half, k); }, b);
 }
 
-inline void multiply_add(float (&c)[64], const uint32_t (&a)[4], uint64_t b) {
+inline void multiply_add(float (&c)[128], const uint32_t (&a)[4], uint64_t b) {
   emulator::Warp& warp = emulator::grid->warp();
   const unsigned lane = threadIdx.x % 32;
   std::array<std::array<uint32_t, 4>, 32> all;

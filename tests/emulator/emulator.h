@@ -4,6 +4,7 @@
 // missing barrier shows.
 #pragma once
 
+#include <csetjmp>
 #include <ucontext.h>
 
 #include <algorithm>
@@ -75,9 +76,20 @@ struct Block {
 // Work that a thread has started and not waited for: the newest group is still open.
 using Groups = std::vector<std::vector<std::function<void()>>>;
 
+// Does all groups but the last ones.
+inline void finish(Groups& groups, size_t left) {
+  while (groups.size() > left + 1) {
+    for (const auto& work : groups.front()) work();
+    groups.erase(groups.begin());
+  }
+}
+
 struct Fiber {
-  ucontext_t context;
-  Groups products{1};
+  // Where it begins, and where it has left off: swapcontext() would ask the kernel each time.
+  ucontext_t start;
+  std::jmp_buf place;
+  bool started = false;
+  Groups products{1}, fetched{1};
   std::unique_ptr<char[]> stack;
   Index thread, block;
   bool done = false;
@@ -101,9 +113,10 @@ inline bool Shared::is_intact() const {
 
 struct Grid {
   std::vector<Block> blocks;
-  std::vector<Barrier> clusters;  // one a row of blocks
+  std::vector<Barrier> clusters;  // of neighbours in a row of blocks
+  unsigned cluster_size = 1;
   std::vector<Fiber> fibers;
-  ucontext_t scheduler;
+  std::jmp_buf scheduler;
   Fiber* current = nullptr;
   long long progress = 0;  // barriers passed and fibers done
   std::function<void()> kernel;
@@ -112,12 +125,33 @@ struct Grid {
   std::string error;
 
   Block& block() { return blocks[blockIdx.y * gridDim.x + blockIdx.x]; }
+  // Of the running block's cluster.
+  Block& neighbour(int rank) {
+    const unsigned first = blockIdx.x / cluster_size * cluster_size;
+    Block& block = blocks[blockIdx.y * gridDim.x + first + static_cast<unsigned>(rank)];
+    if (block.running == 0) throw std::runtime_error("the memory of a block that has left");
+    return block;
+  }
+  int rank() const { return static_cast<int>(blockIdx.x % cluster_size); }
+  Barrier& cluster() {
+    return clusters[(blockIdx.y * gridDim.x + blockIdx.x) / cluster_size];
+  }
   Warp& warp() { return block().warps[threadIdx.x / 32]; }
 };
 
 inline Grid* grid = nullptr;
 
-inline void yield() { swapcontext(&grid->current->context, &grid->scheduler); }
+inline void yield() {
+  if (_setjmp(grid->current->place) == 0) _longjmp(grid->scheduler, 1);
+}
+
+// Runs a fiber until it yields.
+[[gnu::noinline]] inline void resume(Fiber& fiber) {
+  if (_setjmp(grid->scheduler) != 0) return;
+  if (fiber.started) _longjmp(fiber.place, 1);
+  fiber.started = true;
+  setcontext(&fiber.start);
+}
 
 inline void wait(Barrier& barrier) {
   const int generation = barrier.generation;
@@ -133,6 +167,9 @@ inline void wait(Barrier& barrier) {
 inline void enter() {
   try {
     grid->kernel();
+    for (const auto& group : grid->current->fetched) {
+      if (!group.empty()) throw std::runtime_error("a copy was not waited for");
+    }
   } catch (const std::exception& error) {
     // It cannot leave its fiber.
     grid->error = error.what();
@@ -143,17 +180,21 @@ inline void enter() {
   yield();
 }
 
-// Runs the kernel; throws where fibers wait for ever or write behind their shared memory.
+// Runs the kernel; throws where fibers wait for ever or write behind their shared memory. A cluster is
+// a row of blocks, or so many of them.
 inline void run(std::function<void()> kernel, unsigned blocks, unsigned entries, unsigned threads,
-                size_t shared_bytes, unsigned seed) {
+                size_t shared_bytes, unsigned seed, unsigned cluster_size = 0) {
   Grid all;
   grid = &all;
   all.kernel = std::move(kernel);
   gridDim = {blocks, entries, 1};
   blockDim = {threads, 1, 1};
   all.blocks.resize(blocks * entries);
-  all.clusters.resize(entries);
-  for (Barrier& cluster : all.clusters) cluster.expected = static_cast<int>(blocks * threads);
+  all.cluster_size = cluster_size ? cluster_size : blocks;
+  all.clusters.resize(blocks * entries / all.cluster_size);
+  for (Barrier& cluster : all.clusters) {
+    cluster.expected = static_cast<int>(all.cluster_size * threads);
+  }
   for (Block& block : all.blocks) {
     block.barrier.expected = static_cast<int>(threads);
     block.running = threads;
@@ -171,11 +212,11 @@ inline void run(std::function<void()> kernel, unsigned blocks, unsigned entries,
     fiber.block.x = static_cast<unsigned>(i / threads % blocks);
     fiber.block.y = static_cast<unsigned>(i / threads / blocks);
     fiber.stack.reset(new char[STACK]);
-    getcontext(&fiber.context);
-    fiber.context.uc_stack.ss_sp = fiber.stack.get();
-    fiber.context.uc_stack.ss_size = STACK;
-    fiber.context.uc_link = nullptr;
-    makecontext(&fiber.context, enter, 0);
+    getcontext(&fiber.start);
+    fiber.start.uc_stack.ss_sp = fiber.stack.get();
+    fiber.start.uc_stack.ss_size = STACK;
+    fiber.start.uc_link = nullptr;
+    makecontext(&fiber.start, enter, 0);
   }
   std::vector<size_t> order(all.fibers.size());
   std::iota(order.begin(), order.end(), 0);
@@ -188,9 +229,12 @@ inline void run(std::function<void()> kernel, unsigned blocks, unsigned entries,
   };
   size_t left = order.size();
   long long before = -1;
-  for (long long round = 0; left > 0; ++round) {
-    if (round > 1000000) throw std::runtime_error("the fibers wait for ever");
+  int idle = 0;
+  while (left > 0) {
     const bool moving = all.progress != before;
+    // Counters may be waited for without progress, but not for long.
+    idle = moving ? 0 : idle + 1;
+    if (idle > 1000) throw std::runtime_error("the fibers wait for ever");
     before = all.progress;
     std::shuffle(order.begin(), order.end(), random);
     std::shuffle(all.copies.begin(), all.copies.end(), random);
@@ -205,7 +249,7 @@ inline void run(std::function<void()> kernel, unsigned blocks, unsigned entries,
       all.current = &fiber;
       threadIdx = fiber.thread;
       blockIdx = fiber.block;
-      swapcontext(&all.scheduler, &fiber.context);
+      resume(fiber);
       left -= fiber.done;
       if (!all.error.empty()) throw std::runtime_error(all.error);
     }
@@ -222,6 +266,7 @@ inline void run(std::function<void()> kernel, unsigned blocks, unsigned entries,
 }  // namespace emulator
 
 inline void __syncthreads() { emulator::wait(emulator::grid->block().barrier); }
+inline void __syncwarp() { emulator::wait(emulator::grid->warp().barrier); }
 inline void __threadfence() {}
 
 template <typename T>
@@ -294,6 +339,26 @@ inline void load_any(uint32_t (&r)[4], const void* row, bool transposed) {
 inline void load_matrices(uint32_t (&r)[4], const void* row) { load_any(r, row, false); }
 inline void load_matrices_transposed(uint32_t (&r)[4], const void* row) { load_any(r, row, true); }
 
+// Made when it is waited for, and till then there is NaN: so it shows who reads too early, and who had
+// not read yet.
+inline void copy_async(void* to, const void* from, int bytes) {
+  if (reinterpret_cast<uintptr_t>(to) % 16 != 0 || reinterpret_cast<uintptr_t>(from) % 16 != 0) {
+    throw std::runtime_error("a copy of 16 bytes is misaligned");
+  }
+  std::memset(to, 0xFF, 16);
+  emulator::grid->current->fetched.back().push_back([=] {
+    std::memset(to, 0, 16);
+    std::memcpy(to, from, static_cast<size_t>(bytes));
+  });
+}
+
+inline void commit_copies() { emulator::grid->current->fetched.emplace_back(); }
+
+template <int GROUPS>
+void wait_copies() {
+  emulator::finish(emulator::grid->current->fetched, GROUPS);
+}
+
 inline float half_of(uint32_t pair, unsigned which) {
   return bits_to_float((which ? pair >> 16 : pair & 0xFFFF) << 16);
 }
@@ -320,16 +385,12 @@ inline void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uin
 }
 
 inline const float* map_to_rank(const float* mine, int rank) {
-  emulator::Grid& all = *emulator::grid;
   const auto offset = reinterpret_cast<const unsigned char*>(mine) - shared_memory();
-  Index there = blockIdx;
-  there.x = static_cast<unsigned>(rank);
-  emulator::Block& block = all.blocks[there.y * gridDim.x + there.x];
-  if (block.running == 0) throw std::runtime_error("the memory of a block that has left");
+  const emulator::Block& block = emulator::grid->neighbour(rank);
   return reinterpret_cast<const float*>(block.shared.bytes.get() + offset);
 }
 
-inline void cluster_barrier() { emulator::wait(emulator::grid->clusters[blockIdx.y]); }
+inline void cluster_barrier() { emulator::wait(emulator::grid->cluster()); }
 
 inline unsigned load_acquire(const unsigned* counter) {
   emulator::yield();

@@ -5,13 +5,15 @@
 //   RIFT_EMULATED_THREADS  of a block
 //   RIFT_EMULATED_SEED     of the order in which threads run
 #define RIFT_EMULATOR
+#include "../../csrc/backward_sm80.cuh"
 #include "../../csrc/backward_sm90.cuh"
 #include "../../csrc/cka_small.cuh"
 #include "../../csrc/cka_small.h"
 #include "../../csrc/covariance.h"
 #include "../../csrc/covariance_head.cuh"
+#include "../../csrc/moments_sm80.cuh"
 #include "../../csrc/moments_sm90.cuh"
-#include "../../csrc/moments_sm90.h"
+#include "../../csrc/moments.h"
 #include "../../csrc/scale.cuh"
 #include "../../csrc/statistics.cuh"
 
@@ -118,8 +120,8 @@ cudaError_t covariance_forward(const CovarianceArguments& arguments, cudaStream_
       run(statistics_kernel, arguments.statistics_programs(), sizeof(StatisticsScratch));
   if (error != cudaSuccess) return error;
   const MomentsArguments moments{arguments.schedule, arguments.tiles, arguments.spill};
-  error = moments_sm90(moments, matrix_of(arguments.x, arguments.rows),
-                       matrix_of(arguments.y, arguments.rows), stream);
+  const Matrix x = matrix_of(arguments.x, arguments.rows), y = matrix_of(arguments.y, arguments.rows);
+  error = arguments.hopper ? moments_sm90(moments, x, y, stream) : moments_sm80(moments, x, y, stream);
   if (error == cudaSuccess && arguments.debiased) {
     error = run(rows_kernel, arguments.row_programs,
                 static_cast<size_t>(rows_shared(arguments.width)));
@@ -130,17 +132,33 @@ cudaError_t covariance_forward(const CovarianceArguments& arguments, cudaStream_
 
 cudaError_t covariance_backward(const CovarianceArguments& arguments, int side,
                                 const float* incoming, void* grad, cudaStream_t) {
-  const CovarianceSide& own = side == 0 ? arguments.x : arguments.y;
-  const CovarianceSide& other = side == 0 ? arguments.y : arguments.x;
-  const void* planes = side == 0 ? arguments.planes_x : arguments.planes_y;
-  const BackwardMaps maps{
-      map_of(matrix_of(own, arguments.rows), BACKWARD_ROWS),
-      map_of(matrix_of(other, arguments.rows), BACKWARD_ROWS),
-      map_of({planes, arguments.width, 4LL * arguments.width, arguments.width}, BOX_COLUMNS)};
   const BackwardArguments all{arguments, incoming, static_cast<unsigned short*>(grad), side};
+  const void* planes = side == 0 ? arguments.planes_x : arguments.planes_y;
+  const BackwardMatrices matrices{matrix_of(all.own(), arguments.rows),
+                                  matrix_of(all.other(), arguments.rows),
+                                  {planes, arguments.width, 4LL * arguments.width, arguments.width}};
+  if (!arguments.hopper) {
+    return caught([&] {
+      emulator::run([&] { backward_sm80_kernel(all, matrices); },
+                    static_cast<unsigned>(backward_tiles(arguments, side)), 1, TILE_THREADS,
+                    BACKWARD_RING_SHARED, seed());
+    });
+  }
+  const BackwardMaps maps{map_of(matrices.own, BACKWARD_ROWS), map_of(matrices.other, BACKWARD_ROWS),
+                          map_of(matrices.planes, BOX_COLUMNS)};
   return caught([&] {
-    emulator::run([&] { backward_sm90_kernel(all, maps); }, backward_programs(arguments, side), 1,
-                  MOMENT_THREADS, BACKWARD_SHARED, seed());
+    emulator::run([&] { backward_sm90_kernel(all, maps); },
+                  static_cast<unsigned>(PAIR * backward_pairs(arguments, side)), 1, MOMENT_THREADS,
+                  BACKWARD_SHARED, seed(), PAIR);
+  });
+}
+
+cudaError_t moments_sm80(const MomentsArguments& arguments, const Matrix& x, const Matrix& y,
+                         cudaStream_t) {
+  return caught([&] {
+    emulator::run([&] { moments_sm80_kernel(arguments, x, y); },
+                  static_cast<unsigned>(arguments.schedule.programs), 1, TILE_THREADS,
+                  MOMENT_RING_SHARED, seed());
   });
 }
 
@@ -149,8 +167,8 @@ cudaError_t moments_sm90(const MomentsArguments& arguments, const Matrix& x, con
   const TensorMap map_x = map_of(x, MOMENT_CHUNK), map_y = map_of(y, MOMENT_CHUNK);
   return caught([&] {
     emulator::run([&] { moments_sm90_kernel(arguments, map_x, map_y); },
-                  static_cast<unsigned>(arguments.schedule.programs), 1, MOMENT_THREADS,
-                  MOMENT_SHARED, seed());
+                  static_cast<unsigned>(PAIR * arguments.schedule.programs), 1, MOMENT_THREADS,
+                  MOMENT_SHARED, seed(), PAIR);
   });
 }
 

@@ -1,0 +1,126 @@
+// Raw second moments of [X | Y] by mma.sync: what moments_sm90 computes, on any GPU from sm_80 on.
+//
+// One block a processor owns a run of the schedule, of single tiles. All its threads fetch chunks of columns ahead, by
+// cp.async into a ring of stages, across the ends of tiles; both operands have their inner dimension
+// as rows, which ldmatrix turns over. A step's fragments are loaded while the step before multiplies,
+// so that one barrier a chunk is all that anybody waits for.
+//
+// Bytes: as moments_sm90.
+#pragma once
+
+#include "moments_layout.h"
+#include "tiles_sm80.cuh"
+
+namespace rift {
+
+// 96 KiB: sm_86 and sm_89 have no more than 99.
+constexpr int MOMENT_RING_STAGES = 3;
+constexpr int MOMENT_RING_OPERAND = MOMENT_CHUNK * TILE * 2;
+constexpr int MOMENT_RING_SHARED = MOMENT_RING_STAGES * 2 * MOMENT_RING_OPERAND;
+static_assert(TILE == MOMENT_BLOCK);
+
+// The chunks that a program fetches, one after another.
+struct MomentRing {
+  const Schedule& schedule;
+  const Matrix &x, &y;
+  unsigned char* memory;
+  int program, index;
+  Piece piece;
+  int chunk;
+  // A bit for each stage: its tile is on the diagonal, where both operands are one.
+  unsigned once;
+
+  __device__ unsigned char* left_operand(int stage) const {
+    return memory + stage * 2 * MOMENT_RING_OPERAND;
+  }
+
+  __device__ unsigned char* right_operand(int stage) const {
+    return left_operand(stage) + (once >> stage & 1 ? 0 : MOMENT_RING_OPERAND);
+  }
+
+  __device__ void fetch_block(unsigned char* to, int block) const {
+    const bool is_y = block >= schedule.blocks_x;
+    fetch_tile<MOMENT_CHUNK, TILE>(to, is_y ? y : x, chunk * MOMENT_CHUNK,
+                                   (is_y ? block - schedule.blocks_x : block) * TILE);
+  }
+
+  // The next one into this stage; also where there is none, it is a group of its own.
+  __device__ void fetch(int stage) {
+    if (chunk < piece.last) {
+      const Pair tile = pair_at(piece.square);
+      const bool diagonal = tile.i == tile.j;
+      once = (once & ~(1u << stage)) | static_cast<unsigned>(diagonal) << stage;
+      fetch_block(left_operand(stage), tile.i);
+      if (!diagonal) fetch_block(right_operand(stage), tile.j);
+      if (++chunk == piece.last) {
+        piece = schedule.piece(program, ++index);
+        chunk = piece.first;
+      }
+    }
+    commit_copies();
+  }
+
+  __device__ void load(Fragments& fragments, int stage, int step) const {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      load_inner_rows(fragments.a[i], left_operand(stage), 16 * step, warp_row() + 16 * i);
+    }
+    load_right(fragments, right_operand(stage), 16 * step);
+  }
+};
+
+__device__ inline void store_tile(float* tile, const float (&c)[4][4][4]) {
+  const int lane = threadIdx.x % 32;
+  float* out = tile + (warp_row() + lane / 4) * TILE + warp_column() + lane % 4 * 2;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      float* at = out + 16 * i * TILE + 8 * j;
+      *reinterpret_cast<Vector<float, 2>*>(at) = {c[i][j][0], c[i][j][1]};
+      *reinterpret_cast<Vector<float, 2>*>(at + 8 * TILE) = {c[i][j][2], c[i][j][3]};
+    }
+  }
+}
+
+__global__ void __launch_bounds__(TILE_THREADS, 1)
+    moments_sm80_kernel(const __grid_constant__ MomentsArguments arguments,
+                        const __grid_constant__ Matrix x, const __grid_constant__ Matrix y) {
+  constexpr int STEPS = MOMENT_CHUNK / 16, STAGES = MOMENT_RING_STAGES;
+  const Schedule& schedule = arguments.schedule;
+  const int program = blockIdx.x;
+  Piece piece = schedule.piece(program, 0);
+  MomentRing ring{schedule, x, y, shared_memory(), program, 0, piece, piece.first, 0};
+#pragma unroll
+  for (int stage = 0; stage < STAGES; ++stage) ring.fetch(stage);
+  wait_copies<STAGES - 1>();
+  __syncthreads();
+  Fragments fragments[2];
+  ring.load(fragments[0], 0, 0);
+  int stage = 0;
+  for (int index = 0; piece.first < piece.last; piece = schedule.piece(program, ++index)) {
+    float c[4][4][4] = {};
+    for (int chunk = piece.first; chunk < piece.last; ++chunk) {
+#pragma unroll
+      for (int step = 0; step < STEPS; ++step) {
+        if (step < STEPS - 1) {
+          ring.load(fragments[(step + 1) % 2], stage, step + 1);
+        } else {
+          const int next = stage + 1 == STAGES ? 0 : stage + 1;
+          // The next chunk is there; and all have this one in registers, so that its stage is free.
+          wait_copies<STAGES - 2>();
+          __syncthreads();
+          ring.fetch(stage);
+          // Behind the last chunk nobody multiplies what this loads.
+          ring.load(fragments[0], next, 0);
+          stage = next;
+        }
+        multiply_add(c, fragments[step % 2]);
+      }
+    }
+    store_tile(arguments.part_of(pair_at(piece.square), piece.square, piece.part), c);
+  }
+  wait_copies<0>();
+}
+
+}  // namespace rift
