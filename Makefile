@@ -20,7 +20,7 @@ lint: $(VENV)/ready
 	$(BIN)/mypy
 
 bench: $(VENV)/ready
-	$(BIN)/python -m benchmarks.run $(ARGS)
+	$(BIN)/python -m benchmarks.suite $(ARGS)
 
 report: $(VENV)/ready
 	$(BIN)/python -m benchmarks.report $(ARGS)

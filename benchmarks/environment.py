@@ -22,7 +22,7 @@ _PACKAGES = ("triton", "numpy", "ckatorch", "pytorch-cka")
 
 
 def describe(device: torch.device) -> dict[str, Any]:
-    """Hardware, versions, commit and date; "unknown" or None where that cannot be found out."""
+    """Hardware, versions, commit, date; "unknown" or None where that cannot be found out."""
     commit = _output("git", "rev-parse", "HEAD")
     changes = _output("git", "status", "--porcelain", "--untracked-files=no")
     return {
@@ -33,6 +33,7 @@ def describe(device: torch.device) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
         "driver": _driver() if device.type == "cuda" else None,
+        "clocks": _clocks(device),
         "system": f"{platform.system()} {platform.machine()}",
         "commit": commit,
         "dirty": None if commit == UNKNOWN else changes != "",
@@ -66,17 +67,32 @@ def slug(name: str) -> str:
 
 
 def cpu_name() -> str:
-    information = Path("/proc/cpuinfo")
-    if information.exists():
-        match = re.search(r"^model name\s*:\s*(.+)$", information.read_text(), re.MULTILINE)
-        if match:
-            return match.group(1).strip()
+    match = re.search(r"^model name\s*:\s*(.+)$", _text(Path("/proc/cpuinfo")), re.MULTILINE)
+    if match:
+        return match.group(1).strip()
     return platform.processor() or platform.machine() or UNKNOWN
 
 
 def _driver() -> str:
     lines = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
     return lines.splitlines()[0] if lines else UNKNOWN
+
+
+def _clocks(device: torch.device) -> str:
+    """What the speed of the moment hangs on; of a GPU, power, temperature, throttling as well."""
+    if device.type == "cuda":
+        fields = "clocks.sm,clocks.max.sm,clocks.mem,power.draw,temperature.gpu"
+        throttled = "clocks_event_reasons.active"
+        query = f"--query-gpu={fields},{throttled}"
+        lines = _output("nvidia-smi", query, "--format=csv,noheader").splitlines()
+        return f"{fields},{throttled}: {lines[0]}" if lines else UNKNOWN
+    load = f"load average {os.getloadavg()[0]:.2f}" if hasattr(os, "getloadavg") else UNKNOWN
+    found = re.findall(r"^cpu MHz\s*:\s*(\S+)$", _text(Path("/proc/cpuinfo")), re.MULTILINE)
+    return f"{load}, cores at {', '.join(found)} MHz" if found else load
+
+
+def _text(path: Path) -> str:
+    return path.read_text(encoding="utf-8") if path.exists() else ""
 
 
 def _output(*command: str) -> str:

@@ -42,6 +42,7 @@ _HEADER: dict[str, Any] = {
         "threads": int,
         "gpu": _OPTIONAL_TEXT,
         "driver": _OPTIONAL_TEXT,
+        "clocks": str,
         "system": str,
         "commit": str,
         "dirty": (bool, type(None)),

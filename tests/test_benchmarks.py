@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -26,6 +27,7 @@ from benchmarks import (
     run,
     schema,
     side_by_side,
+    suite,
     tables,
 )
 from benchmarks.providers import HALF, NAIVE, TF32, WIDE, Provider, providers
@@ -178,6 +180,40 @@ def test_settings_hold_forward_and_backward_and_no_longer() -> None:
     task.backward(task.forward())
     assert seen == [True, True]
     assert torch.backends.cuda.matmul.allow_tf32 == before
+
+
+def test_the_whole_suite(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    options = ["--profile", "smoke", "--device", "cpu", "--out", str(tmp_path)]
+    assert suite.main([*options, "--only", "frontier,scaling"]) == 0
+    kinds = {files.read(path)["schema"] for path in tmp_path.iterdir()}
+    assert kinds == {schema.FRONTIER, schema.SCALING}
+    assert "--- frontier" in capfd.readouterr().out
+    for wrong, message in (
+        (["--only", "frontier,speed"], "must be of run, frontier, scaling, step; got speed"),
+        (["--profile", "full"], "full needs a GPU"),
+    ):
+        with pytest.raises(SystemExit):
+            suite.main(wrong)
+        assert message in capfd.readouterr().err
+    # One that fails does not stop the others, and is named.
+    assert suite.main(["--profile", "smoke", "--device", "tpu", "--only", "run,frontier"]) == 1
+    assert "FAILED run\nFAILED frontier" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("kind", suite.KINDS)
+def test_the_suite_names_commands_that_exist(kind: str) -> None:
+    (command,) = suite.commands([kind], "full", "cuda", Path("/x")).values()
+    assert importlib.util.find_spec(f"benchmarks.{kind}") is not None
+    assert command[command.index("--profile") + 1] == ("full" if kind == "run" else "gpu")
+
+
+def test_the_state_of_the_clocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert environment.describe(CPU)["clocks"].startswith("load average ")
+    monkeypatch.setattr(environment, "_output", lambda *_: "1980 MHz, 1980 MHz, 2619 MHz, 120 W")
+    assert "clocks.sm" in environment._clocks(torch.device("cuda"))
+    assert "1980 MHz" in environment._clocks(torch.device("cuda"))
+    monkeypatch.setattr(environment, "_output", lambda *_: environment.UNKNOWN)
+    assert environment.UNKNOWN in environment._clocks(torch.device("cuda"))
 
 
 def test_where_the_time_of_the_host_goes() -> None:

@@ -1,0 +1,67 @@
+"""``python -m benchmarks.suite``: every kind of benchmark, one after another, a result file each.
+
+What ``make bench`` runs: four minutes on a CPU. On a GPU, ``--profile full`` adds to the comparison
+what needs longer than ``gpu``. ``--only frontier,step`` runs these alone. Each is a process of its
+own, so that none leaves caches or memory to the next. Exits with 1 if one of them failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from . import environment, files
+
+KINDS = ("run", "frontier", "scaling", "step")
+PROFILES = ("cpu", "gpu", "full", "smoke")
+
+
+def commands(
+    kinds: Sequence[str], profile: str | None, device: str | None, out: Path
+) -> dict[str, list[str]]:
+    """A process for each kind; only the comparison has a profile that is longer than others."""
+    found = {}
+    for kind in kinds:
+        command = [sys.executable, "-m", f"benchmarks.{kind}", "--out", str(out)]
+        if profile is not None:
+            command += ["--profile", "gpu" if profile == "full" and kind != "run" else profile]
+        if device is not None:
+            command += ["--device", device]
+        found[kind] = command
+    return found
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.suite", description=__doc__)
+    parser.add_argument("--profile", choices=PROFILES, help="default: gpu on a GPU, else cpu")
+    parser.add_argument("--device", help="default: cuda where there is one, else cpu")
+    parser.add_argument("--out", type=Path, default=files.RESULTS, help="folder of result files")
+    parser.add_argument("--only", default=",".join(KINDS), help="kinds, separated by commas")
+    options = parser.parse_args(arguments)
+    kinds = options.only.split(",")
+    unknown = sorted(set(kinds) - set(KINDS))
+    if unknown:
+        parser.error(f"argument --only: must be of {', '.join(KINDS)}; got {', '.join(unknown)}")
+    if options.profile in ("gpu", "full") and not torch.cuda.is_available():
+        parser.error(f"argument --profile: {options.profile} needs a GPU that torch can use")
+    failed = []
+    start = time.monotonic()
+    out = options.out.resolve()
+    for kind, command in commands(kinds, options.profile, options.device, out).items():
+        print(f"--- {kind}", flush=True)
+        if subprocess.run(command, cwd=environment.ROOT, check=False).returncode != 0:
+            failed.append(kind)
+    print(f"--- {time.monotonic() - start:.0f} s in all; python -m benchmarks.report writes tables")
+    for kind in failed:
+        print(f"FAILED {kind}")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
