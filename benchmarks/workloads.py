@@ -136,7 +136,8 @@ PROFILES = {
     "full": Profile(_FULL, budget=500, probe=8192, compiled=(COMPILED, AUTOTUNED)),
     "smoke": Profile(
         tuple(Workload(measure, 16, 8) for measure in MEASURES),
-        budget=5,
+        # Not that it takes so long: nothing is left out on a busy machine.
+        budget=30,
         probe=64,
         max_rounds=5,
         compiled=(),
