@@ -24,6 +24,14 @@ def parser(name: str, description: str | None, profiles: Iterable[str]) -> argpa
     return made
 
 
+def positive(text: str) -> float:
+    """The type of an option, such as a budget in seconds."""
+    number = float(text)
+    if not number > 0:
+        raise argparse.ArgumentTypeError(f"must be positive, got {number:g}")
+    return number
+
+
 def settle(
     made: argparse.ArgumentParser, options: argparse.Namespace
 ) -> tuple[str, torch.device, Path]:

@@ -18,7 +18,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -33,6 +33,14 @@ MIN_ROUNDS = 5
 QUANTILES = {"q20": 0.2, "q50": 0.5, "q80": 0.8}
 
 Seconds = dict[str, float]
+
+
+class Timed(Protocol):
+    """What has the two phases that are timed."""
+
+    def forward(self) -> Tensor: ...
+
+    def backward(self, values: Tensor, /) -> object: ...
 
 
 class Task:
@@ -62,7 +70,7 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def time_once(task: Task, device: torch.device) -> Seconds:
+def time_once(task: Timed, device: torch.device) -> Seconds:
     """Seconds of each clock for one forward and backward."""
     synchronize(device)
     marks = [_Mark(device)]
@@ -101,7 +109,7 @@ class _Mark:
 
 
 def time_rounds(
-    tasks: Mapping[str, Task], device: torch.device, deadline: float, max_rounds: int
+    tasks: Mapping[str, Timed], device: torch.device, deadline: float, max_rounds: int
 ) -> dict[str, list[Seconds]]:
     """Every task once a round, each round starting with another, until ``deadline``.
 
@@ -128,14 +136,14 @@ def quantiles_of(seconds: list[float]) -> dict[str, float]:
     return {name: found.quantile(q).item() for name, q in QUANTILES.items()}
 
 
-def peak_memory(task: Task, device: torch.device) -> dict[str, int]:
+def peak_memory(task: Timed, device: torch.device) -> dict[str, int]:
     """Bytes at the peak of each phase; what the forward keeps counts in the backward."""
     peaks = _peaks_on_gpu(task, device) if device.type == "cuda" else _peaks_on_cpu(task)
     forward, backward = peaks
     return {"forward": forward, "backward": backward, "both": max(peaks)}
 
 
-def _peaks_on_gpu(task: Task, device: torch.device) -> tuple[int, int]:
+def _peaks_on_gpu(task: Timed, device: torch.device) -> tuple[int, int]:
     synchronize(device)
     before = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
@@ -146,7 +154,7 @@ def _peaks_on_gpu(task: Task, device: torch.device) -> tuple[int, int]:
     return forward - before, torch.cuda.max_memory_allocated(device) - before
 
 
-def _peaks_on_cpu(task: Task) -> tuple[int, int]:
+def _peaks_on_cpu(task: Timed) -> tuple[int, int]:
     """The largest running sum of the allocations and releases that torch's profiler records."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         with record_function("benchmark_forward"):

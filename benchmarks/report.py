@@ -16,9 +16,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import charts, demo, environment, files, pictures, tables
+from . import charts, demo, environment, files, pictures, step_table, tables
 from .files import Result
-from .schema import BENCHMARK, FRONTIER, SCALING
+from .schema import BENCHMARK, FRONTIER, SCALING, STEP
 
 DEMO = environment.ROOT / "examples" / "results" / "results.json"
 
@@ -47,11 +47,18 @@ def _inside(readme: str, name: str) -> str:
     return readme[readme.find(first) + len(first) : readme.find(last)].strip()
 
 
-def benchmarks(results: dict[Path, Result]) -> str:
-    parts = []
-    for path, result in results.items():
-        parts += [tables.summary(result), f"From `{_short(path)}`."]
-    return "\n\n".join([*parts, tables.EXPLANATION])
+def with_tables(
+    summary: Callable[[Result], str], explanation: str
+) -> Callable[[dict[Path, Result]], str]:
+    """The text of a section of tables: of each result, and what explains them all."""
+
+    def text(results: dict[Path, Result]) -> str:
+        parts = []
+        for path, result in results.items():
+            parts += [summary(result), f"From `{_short(path)}`."]
+        return "\n\n".join([*parts, explanation])
+
+    return text
 
 
 def with_pictures(explanation: str) -> Callable[[dict[Path, Result]], str]:
@@ -81,7 +88,8 @@ class Section:
 
 
 SECTIONS = {
-    "benchmarks": Section(BENCHMARK, "run", benchmarks),
+    "benchmarks": Section(BENCHMARK, "run", with_tables(tables.summary, tables.EXPLANATION)),
+    "step": Section(STEP, "step", with_tables(step_table.summary, step_table.EXPLANATION)),
     "frontier": Section(
         FRONTIER,
         "frontier",

@@ -86,10 +86,8 @@ def _predicted_cost(pair: tuple[side_by_side.Entry, Workload]) -> float:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = command.parser("run", __doc__, PROFILES)
-    parser.add_argument("--budget", type=float, help="seconds; default: the profile's")
+    parser.add_argument("--budget", type=command.positive, help="seconds; default: the profile's")
     options = parser.parse_args(arguments)
-    if options.budget is not None and not options.budget > 0:
-        parser.error(f"argument --budget: must be positive, got {options.budget:g}")
     name, device, out = command.settle(parser, options)
     profile = PROFILES[name]
     candidates = providers(device, profile.compiled)

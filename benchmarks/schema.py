@@ -14,6 +14,10 @@ those of a curve differ in one size, which ``along`` names.
 A frontier has curves of errors: of each provider, or the reason why there are none, and of nothing
 but rounding the right gradient, at the same ``distances``, which are 1 - CKA. Each number stands
 for ``pairs`` random pairs of features.
+
+A step has the model, and the ways of finetuning it: each with a ``reason`` where it was not
+measured, else with seconds and bytes as above, and the error of its loss's gradient. ``left_out``
+says which losses were never tried, and why.
 """
 
 from __future__ import annotations
@@ -25,6 +29,7 @@ from .measure import CLOCKS, PHASES, QUANTILES
 BENCHMARK = "rift_kernels benchmark 2"
 SCALING = "rift_kernels scaling 1"
 FRONTIER = "rift_kernels frontier 1"
+STEP = "rift_kernels step 1"
 
 _NUMBER = (int, float)
 _OPTIONAL_NUMBER = (int, float, type(None))
@@ -106,8 +111,35 @@ _MEASURED = {
 _NOT_MEASURED = {"reason": str}
 _ERRORS = {"reason": type(None), "errors": [_SPREAD]}
 _NO_ERRORS = {"reason": str, "errors": list}
+_SIZE = dict.fromkeys(("image", "patch", "width", "depth", "heads", "classes"), int)
+_STEP = {
+    **_HEADER,
+    "peaks": {"matmul_flops": dict},
+    "model": {**_SIZE, "parameters": int, "batch": int, "tokens": int, "autocast": bool},
+    "rounds": int,
+    "noise": dict,
+    "ways": [
+        {
+            "loss": _OPTIONAL_TEXT,
+            "features": _OPTIONAL_TEXT,
+            "teacher_runs": bool,
+            "predicted_seconds": _NUMBER,
+            "reason": _OPTIONAL_TEXT,
+            "seconds": (_MEASURED["seconds"], None),
+            "memory": (_MEASURED["memory"], None),
+            "gradient_error": _OPTIONAL_NUMBER,
+            "wrong": bool,
+        }
+    ],
+    "left_out": [{"loss": str, "features": _OPTIONAL_TEXT, "reason": str}],
+}
 
-_FORMS: dict[str, Any] = {BENCHMARK: _BENCHMARK, SCALING: _SCALING, FRONTIER: _FRONTIER}
+_FORMS: dict[str, Any] = {
+    BENCHMARK: _BENCHMARK,
+    SCALING: _SCALING,
+    FRONTIER: _FRONTIER,
+    STEP: _STEP,
+}
 
 
 def validate(result: Any) -> None:
@@ -123,7 +155,7 @@ def validate(result: Any) -> None:
     if schema == FRONTIER:
         _validate_results(result, "curves", _ERRORS, _NO_ERRORS)
         _validate_lengths(result)
-    else:
+    elif schema != STEP:
         _validate_results(result, "workloads", _MEASURED, _NOT_MEASURED)
     if schema == SCALING:
         _validate_places(result)

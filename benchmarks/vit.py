@@ -1,0 +1,67 @@
+"""A vision transformer of ordinary form, as a model to finetune: random weights, no download."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Size:
+    """Square images and patches, in pixels, and a transformer whose MLPs are four times as wide."""
+
+    image: int
+    patch: int
+    width: int
+    depth: int
+    heads: int
+    classes: int
+
+    @property
+    def tokens(self) -> int:
+        return (self.image // self.patch) ** 2 + 1
+
+
+VIT_B_16 = Size(image=224, patch=16, width=768, depth=12, heads=12, classes=1000)
+
+
+class ViT(nn.Module):
+    """Returns the states after every layer, (batch, tokens, D); the last of them normalised.
+
+    There is no dropout, so that training and evaluation differ only in a shortcut of torch's own
+    layers, which other models do not have: leave it in training mode.
+    """
+
+    def __init__(self, size: Size) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(3, size.width, size.patch, stride=size.patch)
+        self.token = nn.Parameter(0.02 * torch.randn(1, 1, size.width))
+        self.position = nn.Parameter(0.02 * torch.randn(1, size.tokens, size.width))
+        self.layers = nn.ModuleList(
+            nn.TransformerEncoderLayer(
+                size.width,
+                size.heads,
+                4 * size.width,
+                dropout=0.0,
+                activation="gelu",
+                batch_first=True,
+                norm_first=True,
+            )
+            for _ in range(size.depth)
+        )
+        self.norm = nn.LayerNorm(size.width)
+        self.head = nn.Linear(size.width, size.classes)
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        patches = self.patches(images).flatten(2).transpose(1, 2)
+        tokens = torch.cat([self.token.expand(len(images), -1, -1), patches], dim=1)
+        states = [tokens + self.position]
+        for layer in self.layers:
+            states.append(layer(states[-1]))
+        return [*states[1:-1], self.norm(states[-1])]
+
+    def logits(self, states: list[Tensor]) -> Tensor:
+        found: Tensor = self.head(states[-1][:, 0])
+        return found
