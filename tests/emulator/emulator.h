@@ -324,6 +324,12 @@ inline void load_any(uint32_t (&r)[4], const void* row, bool transposed) {
   warp.address[lane] = row;
   emulator::wait(warp.barrier);
   for (unsigned m = 0; m < 4; ++m) {
+    // The eight rows of a matrix are read at once, from banks of 16 bytes, if no two share one.
+    unsigned banks = 0;
+    for (unsigned i = 0; i < 8; ++i) {
+      banks |= 1u << reinterpret_cast<uintptr_t>(warp.address[m * 8 + i]) / 16 % 8;
+    }
+    if (banks != 0xFF) throw std::runtime_error("rows of a matrix lie in the same bank");
     uint32_t pair = 0;
     for (unsigned i = 0; i < 2; ++i) {
       const unsigned g = lane / 4, t = 2 * (lane % 4) + i;
