@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import tempfile
 import time
 from collections import deque
@@ -47,6 +48,7 @@ class Task:
     """One provider's computation, on given features."""
 
     def __init__(self, provider: Provider, measure: str, inputs: Inputs) -> None:
+        self.name = provider.name
         self._values, self._settings = provider.measures[measure], provider.settings
         self.inputs = inputs
 
@@ -134,6 +136,20 @@ def quantiles(samples: list[Seconds]) -> dict[str, dict[str, float]]:
 def quantiles_of(seconds: list[float]) -> dict[str, float]:
     found = torch.tensor(seconds, dtype=torch.float64)
     return {name: found.quantile(q).item() for name, q in QUANTILES.items()}
+
+
+def relative(samples: list[Seconds], base: list[Seconds]) -> dict[str, float]:
+    """The median over rounds of the ratio to another task in the same round, and how sure it is.
+
+    Whatever slows the machine for longer than a round is in both and cancels. ``low`` and ``high``
+    hold the median of all such rounds with 95 %, whatever their distribution (order statistics).
+    """
+    pairs = zip(samples, base, strict=True)
+    ratios = sorted(own["both"] / other["both"] for own, other in pairs)
+    count = len(ratios)
+    outside = max(0, math.floor((count - 1.96 * math.sqrt(count)) / 2))
+    middle = torch.tensor(ratios, dtype=torch.float64).quantile(0.5).item()
+    return {"low": ratios[outside], "q50": middle, "high": ratios[count - 1 - outside]}
 
 
 def peak_memory(task: Timed, device: torch.device) -> dict[str, int]:

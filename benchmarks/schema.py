@@ -4,9 +4,10 @@ Every result has a ``schema``, a ``profile``, and an ``environment`` as environm
 
 A benchmark has the machine's peaks, the providers, each with the reason why it cannot run, and the
 workloads. A workload's ``results`` has an entry for each provider that does its measure and can run
-here: with a ``reason`` where it was not measured, else with seconds per clock and quantile, seconds
-in a CUDA graph or why there are none, kernels launched, bytes per phase, and its errors against
-float64. An error of None is NaN or infinite.
+here: with a ``reason`` where it was not measured, else with seconds per clock and quantile, its
+time relative to naive eager's in the same rounds, seconds in a CUDA graph or why there are none,
+kernels launched, bytes per phase, and its errors against float64. An error of None is NaN or
+infinite.
 
 A scaling is a benchmark and the curves on which its workloads lie, by their places in the list:
 those of a curve differ in one size, which ``along`` names.
@@ -100,7 +101,8 @@ _FRONTIER = {
 _MEASURED = {
     "reason": type(None),
     "seconds": {clock: dict.fromkeys(QUANTILES, _NUMBER) for clock in CLOCKS},
-    "graph": ({"q20": _NUMBER, "q50": _NUMBER, "q80": _NUMBER}, None),
+    "relative": (dict.fromkeys(("low", "q50", "high"), _NUMBER), None),
+    "graph": (dict.fromkeys(QUANTILES, _NUMBER), None),
     "graph_reason": str,
     "launches": (int, type(None)),
     "memory": dict.fromkeys(PHASES, int),

@@ -97,6 +97,8 @@ def complete(
     for name, clocks in timed.items():
         outcome = entry["results"][name]
         outcome["seconds"] = clocks
+        base = samples.get(NAIVE)
+        outcome["relative"] = measure.relative(samples[name], base) if base else None
         outcome["graph"], outcome["graph_reason"] = _in_a_graph(tasks[name], device)
         entry["rounds"] = len(samples[name])
 
