@@ -80,7 +80,7 @@ def _table(result: Result) -> str:
         if not way["seconds"]:
             continue
         running = _way(result, way["loss"], way["features"], True)
-        row = [way["features"] or "none", way["loss"] or "-", milliseconds(_seconds(way))]
+        row = [way["features"] or "no loss", way["loss"] or "-", milliseconds(_seconds(way))]
         row += [_adds(result, way), _predicted(result, way)]
         if on_gpu:
             wall = milliseconds(_seconds(way, "wall"))
