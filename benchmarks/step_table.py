@@ -17,11 +17,11 @@ EXPLANATION = (
     "step, beside that; both are in percent of the plain step. `~` marks a difference within the "
     "noise, which is that of the plain step timed twice, or two standard errors of such a "
     "difference where these are more. Memory is the peak's over the plain step's, with the "
-    "teacher's features from a cache and with its forward pass. Predicted are the floating point operations of matrix "
-    "products at their measured peak. Class tokens are compared by debiased CKA, and the last "
-    "layer's tokens by biased CKA, for which naive code is cheapest. Under autocast naive code "
-    "multiplies in bfloat16; `naive eager float32` keeps it out. A gradient error is that of the "
-    "loss at the student's features, relative, against float64; more than "
+    "teacher's features from a cache and with its forward pass. Predicted are the floating point "
+    "operations of matrix products at their measured peak. Class tokens are compared by debiased "
+    "CKA, and the last layer's tokens by biased CKA, for which naive code is cheapest. Under "
+    "autocast naive code multiplies in bfloat16; `naive eager float32` keeps it out. A gradient "
+    "error is that of the loss at the student's features, relative, against float64; more than "
     f"{GRADIENT_TOLERANCE:.0%} is **wrong**, at whatever speed."
 )
 
