@@ -208,8 +208,7 @@ def _complete(
 ) -> None:
     """Check all ways, time those that run, and write what was found into the result.
 
-    The plain step is timed twice: the largest difference between the two is the noise. That of
-    the medians alone may be small by chance, and what is looked for is small itself.
+    The plain step is timed twice, which gives the noise.
     """
     tasks: dict[str, Step] = {}
     entries = dict(zip(map(str, ways), result["ways"], strict=True))
@@ -224,11 +223,25 @@ def _complete(
     tasks[AGAIN] = tasks[str(PLAIN)]
     samples = measure.time_rounds(tasks, device, end, max_rounds)
     result["rounds"] = len(samples[AGAIN])
-    again = measure.quantiles(samples.pop(AGAIN))
+    again = samples.pop(AGAIN)
     for name, rounds in samples.items():
         entries[name]["seconds"] = measure.quantiles(rounds)
-    for clock, once in entries[str(PLAIN)]["seconds"].items():
-        result["noise"][clock] = max(abs(again[clock][q] / once[q] - 1) for q in measure.QUANTILES)
+    for clock in measure.CLOCKS:
+        result["noise"][clock] = _noise(
+            *([seconds[clock] for seconds in rounds] for rounds in (samples[str(PLAIN)], again))
+        )
+
+
+def _noise(once: list[float], again: list[float]) -> float:
+    """How far apart two medians of the same step may be, relative.
+
+    Those of the plain step timed twice may agree by chance, and what is looked for is small, so at
+    least two standard errors of such a difference: for a normal distribution, about twice the range
+    from the 20th to the 80th percentile over the root of the number of rounds.
+    """
+    first, second, all_of_them = map(measure.quantiles_of, (once, again, once + again))
+    spread = 2 * (all_of_them["q80"] - all_of_them["q20"]) / len(once) ** 0.5
+    return max(abs(second["q50"] / first["q50"] - 1), spread / all_of_them["q50"])
 
 
 def _examined(way: Way, entry: Result, finetuning: Finetuning, device: torch.device) -> Step:

@@ -12,16 +12,16 @@ Result = dict[str, Any]
 
 EXPLANATION = (
     "Forward, loss, backward and optimiser step (AdamW), medians of interleaved steps; on a GPU, "
-    "between events, and the wall time beside them. What the loss adds is timed with "
-    "the teacher's features from a cache, and what the teacher adds is its forward pass in every "
+    "between events, and the wall time beside them. What the loss adds is timed with the "
+    "teacher's features from a cache, and what the teacher adds is its forward pass in every "
     "step, beside that; both are in percent of the plain step. `~` marks a difference within the "
-    "noise, which is the largest between the plain step timed twice, at the median, the 20th and "
-    "the 80th percentile. Memory is the peak's over the plain step's, with the teacher's features "
-    "from a cache and with its forward pass. Predicted are the floating point operations of matrix "
-    "products at their measured peak. Class tokens are compared by debiased CKA, and the last "
-    "layer's tokens by biased CKA, for which naive code is cheapest. Under autocast naive code "
-    "multiplies in bfloat16; `naive eager float32` keeps it out. A gradient error is that of the "
-    "loss at the student's features, relative, against float64; more than "
+    "noise, which is that of the plain step timed twice, or two standard errors of such a "
+    "difference where these are more. Memory is the peak's over the plain step's, with the "
+    "teacher's features from a cache and with its forward pass. Predicted are the floating point "
+    "operations of matrix products at their measured peak. Class tokens are compared by debiased "
+    "CKA, and the last layer's tokens by biased CKA, for which naive code is cheapest. Under "
+    "autocast naive code multiplies in bfloat16; `naive eager float32` keeps it out. A gradient "
+    "error is that of the loss at the student's features, relative, against float64; more than "
     f"{GRADIENT_TOLERANCE:.0%} is **wrong**, at whatever speed."
 )
 
@@ -80,7 +80,7 @@ def _table(result: Result) -> str:
         if not way["seconds"]:
             continue
         running = _way(result, way["loss"], way["features"], True)
-        row = [way["features"] or "none", way["loss"] or "-", milliseconds(_seconds(way))]
+        row = [way["features"] or "no loss", way["loss"] or "-", milliseconds(_seconds(way))]
         row += [_adds(result, way), _predicted(result, way)]
         if on_gpu:
             wall = milliseconds(_seconds(way, "wall"))

@@ -252,21 +252,29 @@ def test_what_fails_is_said_and_costs_nothing_else(
     assert step.failures({"ways": [{"loss": None, "seconds": None}]}) == ["nothing was measured"]
 
 
-def test_noise_is_the_largest_difference_of_the_plain_step_to_itself(
+def test_noise_is_the_difference_of_the_plain_step_to_itself_or_its_spread(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def rounds(tasks: dict[str, Any], *_: Any) -> dict[str, Any]:
-        times = {step.AGAIN: (1.0, 1.0, 1.0, 1.0, 1.5)}
         return {
-            name: [dict.fromkeys(measure.CLOCKS, t) for t in times.get(name, (1.0,) * 5)]
+            name: [dict.fromkeys(measure.CLOCKS, 0.8 if name == step.AGAIN else 1.0)] * 64
             for name in tasks
         }
 
     monkeypatch.setattr(measure, "time_rounds", rounds)
     found = step.run("smoke", SMOKE, CPU, 5, providers(CPU, compiled=()))
-    expected = measure.quantiles_of([1.0, 1.0, 1.0, 1.0, 1.5])["q80"] - 1
-    assert found["noise"] == pytest.approx(dict.fromkeys(measure.CLOCKS, expected))
-    assert expected > 0.05
+    assert found["noise"] == pytest.approx(dict.fromkeys(measure.CLOCKS, 0.2))
+    # Medians that agree by chance: what is left is the range from 0.8 to 1.2, over 10 rounds.
+    wide = [0.8, 1.2] * 50
+    assert step._noise(wide, wide) == pytest.approx(2 * 0.4 / 100**0.5)
+    assert step._noise([1.0] * 9, [1.0] * 9) == 0
+    # Two standard errors, by simulation.
+    generator = torch.Generator().manual_seed(0)
+    samples = 1 + 0.1 * torch.randn(2, 500, 40, generator=generator, dtype=torch.float64)
+    medians = samples.quantile(0.5, -1)
+    error = (medians[0] - medians[1]).std().item()
+    spreads = [step._noise(once.tolist(), once.tolist()) for once in samples[0]]
+    assert sum(spreads) / len(spreads) == pytest.approx(2 * error, rel=0.15)
 
 
 def _way(loss: str | None, runs: bool, seconds: float, memory: int) -> dict[str, Any]:
