@@ -40,7 +40,8 @@ def settle(
         options.out.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=options.out).close()
         wanted = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        device = torch.empty(0, device=wanted).device
+        device = torch.device(wanted)
+        torch.empty(0, device=device)
     except (OSError, RuntimeError, AssertionError) as error:
         made.error(str(error).split("\n")[0])
     profile = options.profile or ("gpu" if device.type == "cuda" else "cpu")

@@ -26,7 +26,7 @@ from rift_kernels.backends import cuda
 from . import tables
 
 ROWS, WIDTH = 64, 768
-ROUNDS, CALLS = 15, 200
+ROUNDS, CALLS, SECONDS = 15, 200, 1.0
 
 Call = Callable[[], object]
 
@@ -95,10 +95,15 @@ def floor(device: torch.device) -> Call:
     return call
 
 
-def microseconds(call: Call, rounds: int = ROUNDS, calls: int = CALLS) -> float:
-    """The median over rounds of a call's time on the host."""
+def microseconds(call: Call) -> float:
+    """The median over rounds of a call's time on the host; a second in all, if it is slow."""
+    call()
+    start = time.perf_counter()
+    call()
+    fitting = SECONDS / ROUNDS / (time.perf_counter() - start)
+    calls = max(1, min(CALLS, int(fitting)))
     samples = []
-    for _ in range(rounds + 1):
+    for _ in range(ROUNDS + 1):
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         start = time.perf_counter()
@@ -109,23 +114,23 @@ def microseconds(call: Call, rounds: int = ROUNDS, calls: int = CALLS) -> float:
     return statistics.median(samples[1:])
 
 
-def table(rounds: int = ROUNDS, calls: int = CALLS) -> str:
+def table() -> str:
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda" if on_gpu else "cpu")
-    rows = [["an autograd.Function of one input", _cell(floor(device), rounds, calls)]]
+    rows = [["an autograd.Function of one input", _cell(floor(device))]]
     for backend in dispatch.BACKENDS:
         if dispatch.reason_against(backend) is None:
             for name, call in stages(backend, device).items():
-                rows.append([f"{backend}: {name}", _cell(call, rounds, calls)])
+                rows.append([f"{backend}: {name}", _cell(call)])
     if not on_gpu:
         with without_launches():
             for name, call in stages("cuda", device).items():
-                rows.append([f"cuda without launches: {name}", _cell(call, rounds, calls)])
+                rows.append([f"cuda without launches: {name}", _cell(call)])
     return tables.markdown([f"{ROWS} x {WIDTH} bfloat16", "us on the host"], rows)
 
 
-def _cell(call: Call, rounds: int, calls: int) -> str:
-    return f"{microseconds(call, rounds, calls):.1f}"
+def _cell(call: Call) -> str:
+    return f"{microseconds(call):.1f}"
 
 
 def main() -> int:

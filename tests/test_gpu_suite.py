@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import command, environment, files, gpu_check, run, schema, tables, workloads
+from benchmarks import environment, files, gpu_check, run, schema, tables, workloads
 from benchmarks.measure import CLOCKS
 from benchmarks.providers import NAIVE, TF32
 from tests import stand_in_gpu
@@ -23,7 +23,6 @@ GPU = torch.device("cuda")
 def _gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     stand_in_gpu.install(monkeypatch.setattr)
     monkeypatch.setattr(run, "PROFILES", workloads.PROFILES)
-    monkeypatch.setattr(command, "settle", lambda _, options: ("gpu", GPU, options.out))
     monkeypatch.delenv("PART", raising=False)
     with stand_in_gpu.OnCPU():
         yield
