@@ -35,8 +35,11 @@ def test_massive_activations_are_large_few_and_shared() -> None:
     assert torch.equal(changed, student != x)
     assert changed.sum() == 3 * 4
     assert changed.any(0).sum() == 4
-    assert torch.equal(teacher[changed], 1000 * y[changed])
-    assert float(teacher.max() / teacher.median()) > 500
+    for massive in (student[changed], teacher[changed]):
+        ratio = massive / y.median()
+        assert ratio.min() > 999
+        # Hardly dependent on the input.
+        assert ratio.std() < 0.01 * ratio.mean()
 
 
 @pytest.mark.parametrize(
