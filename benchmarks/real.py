@@ -27,7 +27,7 @@ from torch import Tensor
 from rift_kernels import reference
 
 DATA = Path(__file__).parent / "data" / "antiberty.safetensors"
-ROWS, WIDTH, LAYERS = 512, 512, 2
+ROWS, WIDTH, LAYERS = 480, 512, 2
 # Hidden states of the middle and of the end.
 _LAYERS = (4, 8)
 _WHEEL = "antiberty==0.1.3"
@@ -65,6 +65,24 @@ _SEQUENCES = {
         "ARALTYYDYEFAYWGQGTLVTVSA",
         "DILLTQSPVILSVSPGERVSFSCRASQSIGTNIHWYQQRTNGSPRLLIKYASESISGIPSRFSGSGSGTDFTLSINSVESEDIADYYCQQNNNWP"
         "TTFGAGTKLELK",
+    ),
+    "pertuzumab 1S78": (
+        "EVQLVESGGGLVQPGGSLRLSCAASGFTFTDYTMDWVRQAPGKGLEWVADVNPNSGGSIYNQRFKGRFTLSVDRSKNTLYLQMNSLRAEDTAVYY"
+        "CARNLGPSFYFDYWGQGTLVTVSS",
+        "DIQMTQSPSSLSASVGDRVTITCKASQDVSIGVAWYQQKPGKAPKLLIYSASYRYTGVPSRFSGSGSGTDFTLTISSLQPEDFATYYCQQYYIYP"
+        "YTFGQGTKVEIK",
+    ),
+    "pembrolizumab 5DK3": (
+        "QVQLVQSGVEVKKPGASVKVSCKASGYTFTNYYMYWVRQAPGQGLEWMGGINPSNGGTNFNEKFKNRVTLTTDSSTTTAYMELKSLQFDDTAVYY"
+        "CARRDYRFDMGFDYWGQGTTVTVSS",
+        "EIVLTQSPATLSLSPGERATLSCRASKGVSTSGYSYLHWYQQKPGQAPRLLIYLASYLESGVPARFSGSGSGTDFTLTISSLEPEDFAVYYCQHS"
+        "RDLPLTFGGGTKVEIK",
+    ),
+    "nivolumab 5WT9": (
+        "QVQLVESGGGVVQPGRSLRLDCKASGITFSNSGMHWVRQAPGKGLEWVAVIWYDGSKRYYADSVKGRFTISRDNSKNTLFLQMNSLRAEDTAVYY"
+        "CATNDDYWGQGTLVTVSS",
+        "EIVLTQSPATLSLSPGERATLSCRASQSVSSYLAWYQQKPGQAPRLLIYDASNRATGIPARFSGSGSGTDFTLTISSLEPEDFAVYYCQQSSNWP"
+        "RTFGQGTKVEIK",
     ),
 }
 
@@ -160,11 +178,12 @@ def _pretrained(wheel: Path) -> tuple[Any, dict[str, int]]:
 
 
 def _hidden_states(model: Any, tokens: list[Tensor]) -> dict[int, Tensor]:
-    """Of every other token, until there are enough."""
+    """Of ROWS tokens, spread evenly over all chains."""
     model.eval()
     with torch.no_grad():
         found = [model.bert(t[None], output_hidden_states=True).hidden_states for t in tokens]
-    return {n: torch.cat([states[n][0] for states in found])[::2][:ROWS] for n in _LAYERS}
+    rows = torch.linspace(0, sum(map(len, tokens)) - 1, ROWS).long()
+    return {n: torch.cat([states[n][0] for states in found])[rows] for n in _LAYERS}
 
 
 def _finetune(model: Any, tokens: list[Tensor], mask: int) -> None:
