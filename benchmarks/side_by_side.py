@@ -128,7 +128,7 @@ def able(workload: Workload, candidates: Sequence[Provider]) -> list[Provider]:
 
 def _essential(name: str) -> bool:
     """What a comparison cannot do without."""
-    return name == NAIVE or name.startswith(OURS)
+    return name in (NAIVE, AGAIN) or name.startswith(OURS)
 
 
 def _prepare(
