@@ -130,7 +130,7 @@ _FULL = (
 )
 
 PROFILES = {
-    "cpu": Profile(_CPU, budget=120, probe=2048, max_rounds=40),
+    "cpu": Profile(_CPU, budget=90, probe=2048, max_rounds=40),
     # What gpu-check has time for.
     "gpu": Profile(_GPU, budget=140, probe=8192, compiled=(COMPILED,)),
     "full": Profile(_FULL, budget=500, probe=8192, compiled=(COMPILED, AUTOTUNED)),

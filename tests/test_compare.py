@@ -20,6 +20,7 @@ from benchmarks.workloads import Profile, Workload
 CPU = torch.device("cpu")
 EAGER = f"{OURS}eager"
 ROUNDS = 40
+Runs = dict[str, Any] | list[dict[str, Any]]
 
 
 def result(
@@ -47,9 +48,14 @@ def result(
     return run.run("cpu", profile, CPU, candidates, profile.budget)
 
 
-def compared(a: dict[str, Any], b: dict[str, Any], folder: Path, *options: str) -> int:
-    paths = [str(files.write(one, folder)) for one in (a, b)]
-    return compare.main([*paths, *options])
+def compared(a: Runs, b: Runs, folder: Path, *options: str) -> int:
+    sides = [
+        ",".join(
+            str(files.write(one, folder)) for one in (side if isinstance(side, list) else [side])
+        )
+        for side in (a, b)
+    ]
+    return compare.main([*sides, *options])
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -63,17 +69,33 @@ def test_the_same_code_on_a_machine_that_drifts(seed, monkeypatch, tmp_path, cap
 def test_a_planted_slowdown_is_found(seed, monkeypatch, tmp_path, capsys) -> None:
     a = result(monkeypatch, 2 * seed)
     b = result(monkeypatch, 2 * seed + 1, slowdown=1.1)
-    # The median's own chance is left: threshold and slowdown are near one another.
-    assert compared(a, b, tmp_path, "--threshold", "0.05") == 1
-    assert "| slower " in capsys.readouterr().out
-    assert compared(b, a, tmp_path, "--threshold", "0.05") == 0
+    assert compared(a, b, tmp_path) == 1
+    text = capsys.readouterr().out
+    assert "| slower " in text
+    assert "REGRESSION" in text
+    assert compared(b, a, tmp_path) == 0
     assert "| faster " in capsys.readouterr().out
+
+
+def test_one_workload_alone_takes_several_runs(monkeypatch, tmp_path, capsys) -> None:
+    """Of which a single one may be slower by chance, and all of them not."""
+    runs = [result(monkeypatch, i) for i in range(4)]
+    slow = copy.deepcopy(runs[2:])
+    for one in slow:
+        for bound in one["workloads"][0]["results"][EAGER]["relative"]:
+            one["workloads"][0]["results"][EAGER]["relative"][bound] *= 1.2
+    assert compared(runs[0], slow[0], tmp_path) == 0
+    assert "1 suspects" in capsys.readouterr().out
+    assert compared(runs[:2], slow, tmp_path) == 1
+    assert "REGRESSION" in capsys.readouterr().out
+    # One slow run beside one that is not is chance.
+    assert compared(runs[:2], [slow[0], runs[3]], tmp_path) == 0
 
 
 def test_what_is_too_noisy_says_so(monkeypatch, tmp_path, capsys) -> None:
     a, b = (result(monkeypatch, i, noise=0.6) for i in range(2))
     assert compared(a, b, tmp_path) == 0
-    assert "unresolved: what is uncertain is more than 8%" in capsys.readouterr().out
+    assert "unresolved: more than 10% is uncertain" in capsys.readouterr().out
 
 
 def test_what_is_lost(monkeypatch, tmp_path, capsys) -> None:
@@ -99,8 +121,9 @@ def test_seconds_in_graphs_count_by_themselves(monkeypatch, tmp_path, capsys) ->
         workload["results"][EAGER]["graph"] = {"q20": 0.99e-3, "q50": 1e-3, "q80": 1.01e-3}
     b = copy.deepcopy(a)
     b["workloads"][0]["results"][EAGER]["graph"] = {"q20": 1.1e-3, "q50": 1.1e-3, "q80": 1.1e-3}
-    assert compared(a, b, tmp_path) == 1
+    assert compared(a, b, tmp_path) == 0
     assert "graph | +10.0%" in capsys.readouterr().out
+    assert compared([a, a], [b, b], tmp_path) == 1
 
 
 def test_what_cannot_be_compared(monkeypatch, tmp_path, capsys) -> None:
@@ -115,6 +138,20 @@ def test_what_cannot_be_compared(monkeypatch, tmp_path, capsys) -> None:
     assert compare.main([str(tmp_path / "none.json")] * 2) == 2
     with pytest.raises(SystemExit):
         compare.main(["a", "b", "--threshold", "0"])
+
+
+@given(
+    st.lists(st.floats(-0.2, 0.2), min_size=8, max_size=30),
+    st.floats(-0.3, 0.3),
+)
+def test_what_changes_for_all_is_no_change(noise: list[float], shift: float) -> None:
+    """The others' mean is taken off ours."""
+    names = [EAGER if i % 2 else "pytorch-cka" for i in range(len(noise))]
+    pairs = list(zip(names, noise, strict=True))
+    found = [compare.Change("w", n, "both", (1 + x) * (1 + shift) - 1, 0.01) for n, x in pairs]
+    still = [compare.Change("w", n, "both", x, 0.01) for n, x in pairs]
+    assert compare.overall(found).mean == pytest.approx(compare.overall(still).mean, abs=1e-9)
+    assert compare.overall(found[:2]) is None
 
 
 @given(st.lists(st.floats(0.5, 2), min_size=5, max_size=60), st.floats(0.1, 10))
