@@ -59,7 +59,7 @@ SMOKE = Curves(
 )
 PROFILES = {
     # torch.compile takes seconds for every shape: on a CPU, more than there are.
-    "cpu": (CPU, Profile(CPU.workloads, budget=45, probe=1024, max_rounds=40, compiled=())),
+    "cpu": (CPU, Profile(CPU.workloads, budget=32, probe=1024, max_rounds=40, compiled=())),
     "gpu": (GPU, Profile(GPU.workloads, budget=40, probe=8192, compiled=(COMPILED,))),
     "smoke": (SMOKE, Profile(SMOKE.workloads, budget=20, probe=64, max_rounds=5, compiled=())),
 }
