@@ -113,12 +113,16 @@ def _naive_in(
 
 @contextmanager
 def _tf32() -> Iterator[None]:
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = True
+    matmul: Any = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    # What is read may be inherited; written back as it is, it would stay for good.
+    matmul.fp32_precision = "none"
+    inherited = matmul.fp32_precision == before
+    matmul.fp32_precision = "tf32"
     try:
         yield
     finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
+        matmul.fp32_precision = "none" if inherited else before
 
 
 def _compiled(name: str, wanted: bool) -> Provider:

@@ -164,22 +164,29 @@ def test_settings_hold_forward_and_backward_and_no_longer() -> None:
     class Double(torch.autograd.Function):
         @staticmethod
         def forward(_, x: Tensor) -> Tensor:
-            seen.append(torch.backends.cuda.matmul.allow_tf32)
+            seen.append(torch.backends.cuda.matmul.fp32_precision)
             return 2 * x
 
         @staticmethod
         def backward(_, grad: Tensor) -> Tensor:
-            seen.append(torch.backends.cuda.matmul.allow_tf32)
+            seen.append(torch.backends.cuda.matmul.fp32_precision)
             return 2 * grad
 
     tf32 = next(p for p in providers(CPU, compiled=()) if p.name == TF32)
     functions = {"": lambda inputs: Double.apply(inputs.students[0]).sum()}
     provider = dataclasses.replace(tf32, measures=functions)
     task = measure.Task(provider, "", features(Workload("cka_biased", 4, 4), CPU))
-    before = torch.backends.cuda.matmul.allow_tf32
+    before = torch.backends.cuda.matmul.fp32_precision
     task.backward(task.forward())
-    assert seen == [True, True]
-    assert torch.backends.cuda.matmul.allow_tf32 == before
+    assert seen == ["tf32", "tf32"]
+    assert torch.backends.cuda.matmul.fp32_precision == before
+    # And what is inherited is inherited still.
+    parent = torch.backends.fp32_precision
+    try:
+        torch.backends.fp32_precision = "tf32"
+        assert torch.backends.cuda.matmul.fp32_precision == "tf32"
+    finally:
+        torch.backends.fp32_precision = parent
 
 
 def test_the_whole_suite(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
