@@ -3,7 +3,7 @@
 All that is missing is the hardware: clocks, graphs, memory, names and limits are there, tensors "on
 the GPU" lie in the CPU's memory, and rift_kernels' own kernels say that they cannot run.
 ``install`` does it for this process, whose benchmarks are then small; a process that is started
-with ``environment()`` does so by itself.
+with ``environment()`` does so by itself, and so do its children. These cannot install anything.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def _query(*command: str, **_: Any) -> Any:
 
 def install(put: Set = setattr) -> None:
     """``put`` sets an attribute, and may remember to set it back."""
-    from benchmarks import environment, graphs, workloads
+    from benchmarks import environment, frontier, graphs, host, step, workloads
     from rift_kernels import dispatch
 
     properties = SimpleNamespace(L2_cache_size=2**12, multi_processor_count=2, total_memory=2**30)
@@ -132,20 +132,34 @@ def install(put: Set = setattr) -> None:
     which = environment.shutil.which
     has = SimpleNamespace(which=lambda name: name if name == "nvidia-smi" else which(name))
     put(environment, "shutil", has)
-    small = workloads.PROFILES["smoke"]
-    put(workloads, "PROFILES", {**workloads.PROFILES, "gpu": small, "full": small})
+    for module in (workloads, step, frontier):
+        profiles: dict[str, Any] = getattr(module, "PROFILES")  # noqa: B009
+        put(module, "PROFILES", {**profiles, "gpu": profiles["smoke"], "full": profiles["smoke"]})
+    put(host, "SECONDS", 0.01)
+
+
+# Of a process that starts; ``pip`` and ``python -m pip`` import pip, too.
+_SITE = """
+import os, sys
+
+def refuse_to_install(event, arguments):
+    if event == "import" and arguments[0].split(".")[0] in ("pip", "ensurepip"):
+        raise RuntimeError("nothing may be installed here")
+
+sys.addaudithook(refuse_to_install)
+if os.environ.get({variable!r}):
+    sys.path.insert(0, {root!r})
+    from tests import stand_in_gpu
+    stand_in_gpu.install()
+    stand_in_gpu.OnCPU().__enter__()
+"""
 
 
 def environment(folder: Path) -> dict[str, str]:
     """Variables for a process that has such a GPU from its start."""
     root = Path(__file__).parent.parent
-    (folder / "sitecustomize.py").write_text(
-        "import os, sys\n"
-        f"sys.path.insert(0, {str(root)!r})\n"
-        f"if os.environ.get({VARIABLE!r}):\n"
-        "    from tests import stand_in_gpu\n"
-        "    stand_in_gpu.install()\n"
-        "    stand_in_gpu.OnCPU().__enter__()\n"
-    )
+    text = _SITE.format(variable=VARIABLE, root=str(root))
+    (folder / "sitecustomize.py").write_text(text)
     paths = [str(folder), str(root), *filter(None, [os.environ.get("PYTHONPATH")])]
-    return {VARIABLE: "1", "PYTHONPATH": os.pathsep.join(paths)}
+    # Threads that wait for one another are slow where other jobs run.
+    return {VARIABLE: "1", "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}

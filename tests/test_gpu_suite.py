@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import os
 import re
+import shlex
+import shutil
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -97,39 +102,117 @@ def test_inputs_are_larger_than_the_cache(_gpu, monkeypatch) -> None:  # noqa: P
     assert len(calls) == 16
 
 
+class Parts:
+    """What gpu-check starts; what takes minutes, and is the same without a GPU, is not done."""
+
+    def __init__(
+        self, monkeypatch: pytest.MonkeyPatch, folder: Path, real: tuple[str, ...]
+    ) -> None:
+        self.started: dict[str, list[str]] = {}
+        self.out, self._process, self._real = folder / "out", gpu_check._process, real
+        monkeypatch.setattr(gpu_check, "_process", self._start)
+        monkeypatch.setattr(gpu_check.shutil, "which", lambda _: None)
+        monkeypatch.setenv("OUT", str(self.out))
+
+    def _start(self, part: str, line: list[str], log: Path, **how: Any) -> dict[str, Any]:
+        self.started[part] = line
+        if part not in self._real:
+            if part == "tests":
+                log.with_suffix(".xml").write_text('<s><testcase classname="t" name="x"/></s>')
+            # Without this GPU, which takes seconds.
+            line = [sys.executable, "-S", "-c", f"print({part!r})"]
+        # Seconds in a process of its own, for which nothing makes it smaller.
+        line = [word.replace(f"{sys.executable} -m benchmarks.host && ", "") for word in line]
+        return self._process(part, line, log, **how)
+
+
 @pytest.mark.usefixtures("_gpu")
-def test_gpu_check_runs_its_parts(monkeypatch, tmp_path, capsys) -> None:
-    """As processes, with this GPU in each; nothing is installed."""
-    started: list[list[str]] = []
-    process = gpu_check._process
-
-    def recorded(part: str, line: list[str], *rest: Any, **how: Any) -> dict[str, Any]:
-        started.append(line)
-        if part in ("build", "tests"):
-            # Minutes, and the same as without a GPU.
-            line = [sys.executable, "-c", "import torch; print(torch.cuda.get_device_name())"]
-        return process(part, line, *rest, **how)
-
+def test_gpu_check_measures_in_processes(monkeypatch, tmp_path) -> None:
+    """As it does on a GPU, in each of them this one."""
     for name, value in stand_in_gpu.environment(tmp_path).items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(gpu_check, "_process", recorded)
-    monkeypatch.setattr(gpu_check, "read_junit", lambda _: {"passed": 1, "failed": 0, "skipped": 0})
-    monkeypatch.setattr(gpu_check.shutil, "which", lambda _: None)
+    parts = Parts(monkeypatch, tmp_path, real=("bench",))
     # As after long tests: the comparison alone.
     monkeypatch.setattr(gpu_check, "START", -1e9)
-    out = tmp_path / "out"
-    monkeypatch.setenv("OUT", str(out))
     monkeypatch.setenv("PART", "bench")
-    assert gpu_check.main() == 0, (out / "logs" / "bench.txt").read_text()
-    (path,) = out.glob("stand-in-gpu-*.json")
+    assert gpu_check.main() == 0, (parts.out / "logs" / "bench.txt").read_text()
+    (path,) = parts.out.glob("stand-in-gpu-*.json")
     assert files.read(path)["environment"]["gpu"] == stand_in_gpu.NAME
-    assert stand_in_gpu.NAME in (out / "logs" / "build.txt").read_text()
-    (summary,) = out.glob("gpu-check-*.json")
-    assert set(json.loads(summary.read_text())["parts"]) == {"build", "bench"}
-    monkeypatch.setenv("PART", "sanitize")
+    assert "moments is not done" in (parts.out / "logs" / "bench.txt").read_text()
+
+
+@pytest.mark.usefixtures("_gpu")
+def test_all_that_gpu_check_measures(monkeypatch, tmp_path) -> None:
+    """If there is time for all of it: the commands, with their arguments."""
+    parts = Parts(monkeypatch, tmp_path, real=())
+    monkeypatch.setattr(gpu_check, "START", gpu_check.time.monotonic())
+    monkeypatch.setenv("PART", "bench")
     assert gpu_check.main() == 0
-    assert "not done: compute-sanitizer is not on PATH" in capsys.readouterr().out
-    assert not any("pip" in word for line in started for word in line)
+    shell, option, lines = parts.started["bench"]
+    assert (shell, option) == ("bash", "-c")
+    kinds = []
+    for line in lines.split(" && "):
+        python, flag, module, *arguments = shlex.split(line)
+        assert (python, flag) == (sys.executable, "-m")
+        command = importlib.import_module(module)
+        assert command.main(arguments) == 0 if arguments else command.main() == 0
+        kinds.append(module.removeprefix("benchmarks."))
+    assert kinds == ["moments", "host", "run", "step", "frontier"]
+    results = [files.read(path) for path in parts.out.glob("stand-in-gpu-*.json")]
+    assert {r["schema"] for r in results} == {schema.BENCHMARK, schema.STEP, schema.FRONTIER}
+    for one in results:
+        assert one["environment"]["gpu"] == stand_in_gpu.NAME
+        assert one["profile"] == "gpu"
+    (step,) = (r for r in results if r["schema"] == schema.STEP)
+    assert all(set(way["seconds"]) == set(CLOCKS) for way in step["ways"] if not way["reason"])
+    assert any(not way["reason"] for way in step["ways"])
+
+
+@pytest.mark.usefixtures("_gpu")
+def test_parts_of_gpu_check(monkeypatch, tmp_path, capsys) -> None:
+    """All of them in order, or one; again, whatever an earlier run has left."""
+    Parts(monkeypatch, tmp_path, real=())
+    for part, expected in (
+        (None, ["build", "tests", "sanitize", "bench"]),
+        ("tests", ["build", "tests"]),
+        ("sanitize", ["build", "sanitize"]),
+        ("bench", ["build", "bench"]),
+        ("bench", ["build", "bench"]),
+    ):
+        if part:
+            monkeypatch.setenv("PART", part)
+        assert gpu_check.main() == 0
+        text = capsys.readouterr().out
+        assert [line.split()[0] for line in text.splitlines() if line.endswith(" ...")] == expected
+        path = Path(text.split("wrote ")[-1].strip())
+        summary = json.loads(path.read_text())
+        assert list(summary["parts"]) == expected
+        assert summary["environment"]["device"] == stand_in_gpu.NAME
+        if "sanitize" in expected:
+            assert "ok: not done: compute-sanitizer is not on PATH" in text
+
+
+def test_nothing_can_be_installed_there(tmp_path) -> None:
+    """In the processes above, which thus show that gpu-check installs nothing."""
+    folder = tmp_path / "pip"
+    folder.mkdir()
+    (folder / "__init__.py").write_text("")
+    (folder / "__main__.py").write_text("print('installed')")
+    variables = {**os.environ, **stand_in_gpu.environment(tmp_path), stand_in_gpu.VARIABLE: ""}
+    line = [sys.executable, "-m", "pip", "install", "torch"]
+    done = subprocess.run(line, env=variables, capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert "nothing may be installed here" in done.stderr
+    assert "installed\n" not in done.stdout
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="there is no make")
+def test_make_gpu_check_installs_nothing() -> None:
+    """Neither does what it depends on."""
+    line = ["make", "--always-make", "--dry-run", "gpu-check", f"PYTHON={sys.executable}"]
+    done = subprocess.run(line, cwd=gpu_check.ROOT, capture_output=True, text=True, check=True)
+    assert f"{sys.executable} -m benchmarks.gpu_check" in done.stdout
+    assert "pip" not in done.stdout
 
 
 def test_gpu_check_ends_within_nine_minutes() -> None:
