@@ -20,7 +20,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks import compare, files, measure, run
+from benchmarks import compare, files, measure, run, schema
 from benchmarks.providers import NAIVE, OURS, Provider, providers
 from benchmarks.workloads import Profile, Workload
 
@@ -257,10 +257,15 @@ def test_seconds_in_graphs_count_by_themselves(tmp_path, capsys) -> None:
 
 def test_what_cannot_be_compared(tmp_path, capsys) -> None:
     a = result(0)
-    b = copy.deepcopy(a)
-    b["environment"]["device"] = "another"
-    assert compared(a, b, tmp_path) == 2
-    assert "A and B must have one device" in capsys.readouterr().err
+    for key, other in (("device", "another"), ("threads", a["environment"]["threads"] + 1)):
+        b = copy.deepcopy(a)
+        b["environment"][key] = other
+        assert compared(a, b, tmp_path) == 2
+        assert f"A and B must have one {key}" in capsys.readouterr().err
+    frontier = {"schema": schema.FRONTIER, "providers": [], "pairs": 1, "curves": []}
+    header = {key: a[key] for key in ("profile", "environment")}
+    assert compared(a, {**header, **frontier}, tmp_path) == 2
+    assert f"must be a {schema.BENCHMARK!r}; got {schema.FRONTIER!r}" in capsys.readouterr().err
     (tmp_path / "x.json").write_text(json.dumps({"schema": "y"}))
     assert compare.main([str(tmp_path / "x.json")] * 2) == 2
     assert "must be one of" in capsys.readouterr().err
