@@ -90,8 +90,9 @@ def check(results: Sequence[Result]) -> None:
     for result in results:
         if result["schema"] != BENCHMARK:
             raise CompareError(f"A and B must be a {BENCHMARK!r}; got {result['schema']!r}")
-        for key in ("device", "threads"):
-            one, other = (r["environment"][key] for r in (results[0], result))
+        # Of another profile, what is missing was never meant to be there.
+        for key in ("profile", "device", "threads"):
+            one, other = ({**r["environment"], **r}[key] for r in (results[0], result))
             if one != other:
                 raise CompareError(f"A and B must have one {key}; got {one!r} and {other!r}")
 

@@ -262,6 +262,8 @@ def test_what_cannot_be_compared(tmp_path, capsys) -> None:
         b["environment"][key] = other
         assert compared(a, b, tmp_path) == 2
         assert f"A and B must have one {key}" in capsys.readouterr().err
+    assert compared(a, {**a, "profile": "smoke"}, tmp_path) == 2
+    assert "A and B must have one profile; got 'cpu' and 'smoke'" in capsys.readouterr().err
     frontier = {"schema": schema.FRONTIER, "providers": [], "pairs": 1, "curves": []}
     header = {key: a[key] for key in ("profile", "environment")}
     assert compared(a, {**header, **frontier}, tmp_path) == 2
