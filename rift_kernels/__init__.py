@@ -2,6 +2,7 @@
 
 from . import reference
 from ._version import __version__
+from .capture import FeatureCapture
 from .dispatch import backend_report
 from .functional import (
     SecondMoments,
@@ -15,6 +16,7 @@ from .functional import (
 from .losses import RIFTLoss
 
 __all__ = [
+    "FeatureCapture",
     "RIFTLoss",
     "SecondMoments",
     "__version__",

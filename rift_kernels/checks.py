@@ -122,6 +122,45 @@ def rotations(
     return matrices
 
 
+def token_mask(
+    mask: object, layer: str = "", output: Tensor | None = None, every_row: bool = False
+) -> None:
+    """``mask`` is (batch, tokens) boolean, and fits the output of a layer, if there is one.
+
+    An output (batch, D) takes any mask: its tokens are gone. With ``every_row``, each row of
+    (batch, tokens, D) must have a valid token.
+    """
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"mask must be a boolean tensor or None; got {type(mask).__name__}")
+    if mask.dtype != torch.bool:
+        raise TypeError(
+            f"mask must be boolean, True = valid; got {mask.dtype} (for 0 and 1: mask.bool())"
+        )
+    if mask.dim() != 2:
+        raise ValueError(f"mask must be (batch, tokens); got {tuple(mask.shape)}")
+    if output is None or output.dim() == 2:
+        return
+    if output.dim() != 3 or mask.shape != output.shape[:-1]:
+        expected = tuple(output.shape[:-1]) if output.dim() == 3 else "None"
+        raise ValueError(
+            f"mask must be {expected} for layer {layer!r} with output {tuple(output.shape)}; "
+            f"got {tuple(mask.shape)}"
+        )
+    if mask.device != output.device:
+        raise ValueError(
+            f"mask and the output of layer {layer!r} must be on the same device; "
+            f"got {mask.device} and {output.device}"
+        )
+    if every_row and _is_readable(mask) and not bool(mask.any(1).all()):
+        row = int(mask.any(1).int().argmin())
+        raise ValueError(f"mask must leave at least one valid token a row; row {row} has none")
+
+
+def _is_readable(mask: Tensor) -> bool:
+    """Not on a GPU, nor while torch.compile traces, where it would make the host wait."""
+    return mask.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
 def _as_list(name: str, value: Features, is_list: bool) -> list[Tensor]:
     if not is_list:
         if not isinstance(value, Tensor):
@@ -204,9 +243,8 @@ def _mask(name: str, mask: Tensor, x: Tensor, min_rows: int) -> None:
         raise ValueError(
             f"{name} and student must be on the same device; got {mask.device} and {x.device}"
         )
-    # On a GPU, or while torch.compile traces, reading the mask would make the host wait: there
-    # the value is NaN instead.
-    if mask.device.type == "cpu" and mask.numel() and not torch.compiler.is_compiling():
+    # Where it cannot be read, the value is NaN instead.
+    if mask.numel() and _is_readable(mask):
         fewest = int(mask.sum(-1).min())
         if fewest < min_rows:
             raise ValueError(
