@@ -55,6 +55,31 @@ def flag(name: str, value: object) -> None:
         raise TypeError(f"{name} must be True or False; got {value!r}")
 
 
+def positive(name: str, value: object) -> int:
+    """``value`` is a whole number, one or more."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"{name} must be an integer; got {type(value).__name__}")
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1; got {value}")
+    return int(value)
+
+
+def rows(name: str, x: object, mask: object, width: int, device: torch.device) -> None:
+    """``x`` is (..., N, width) on ``device``, and ``mask`` None or one boolean a row."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a tensor; got {type(x).__name__}")
+    _floating(name, x)
+    if x.dim() < 2 or x.shape[-1] != width:
+        raise ValueError(f"{name} must be (..., N, {width}); got {tuple(x.shape)}")
+    if x.device != device:
+        raise ValueError(f"{name} must be on {device}; got {x.device}")
+    if mask is None:
+        return
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"mask must be a boolean tensor or None; got {type(mask).__name__}")
+    _mask("mask", mask, x, min_rows=0, of=name)
+
+
 def layers(
     student: Features, teacher: Features, mask: Mask, *, min_rows: int, equal_widths: bool
 ) -> Layers:
@@ -232,7 +257,7 @@ def _masks(mask: Mask, is_list: bool, count: int) -> list[Tensor]:
     return masks
 
 
-def _mask(name: str, mask: Tensor, x: Tensor, min_rows: int) -> None:
+def _mask(name: str, mask: Tensor, x: Tensor, min_rows: int, of: str = "student") -> None:
     if mask.dtype != torch.bool:
         raise TypeError(f"{name} must be boolean, True = valid; got {mask.dtype}")
     if mask.shape != x.shape[:-1]:
@@ -241,7 +266,7 @@ def _mask(name: str, mask: Tensor, x: Tensor, min_rows: int) -> None:
         )
     if mask.device != x.device:
         raise ValueError(
-            f"{name} and student must be on the same device; got {mask.device} and {x.device}"
+            f"{name} and {of} must be on the same device; got {mask.device} and {x.device}"
         )
     # Where it cannot be read, the value is NaN instead.
     if mask.numel() and _is_readable(mask):
