@@ -6,18 +6,18 @@ from .capture import FeatureCapture
 from .collect import collect_teacher_statistics
 from .dispatch import backend_report
 from .functional import (
-    SecondMoments,
     bures_distance,
     covariance_distance,
-    cross_covariance,
     linear_cka,
     procrustes_similarity,
-    second_moments,
 )
 from .losses import RIFTLoss
+from .moments import SecondMoments, cross_covariance, second_moments
 from .statistics import TeacherStatistics, load_statistics, save_statistics
+from .weighting import AdaptiveWeight
 
 __all__ = [
+    "AdaptiveWeight",
     "FeatureCapture",
     "RIFTLoss",
     "SecondMoments",

@@ -4,15 +4,17 @@ was, and what is accepted."""
 from __future__ import annotations
 
 import numbers
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple, TypeGuard
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 Features = Tensor | Sequence[Tensor]
 Mask = Tensor | Sequence[Tensor] | None
 
+PRECISIONS = ("high", "medium")
+SCALES = ("relative", "coral", "none")
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -25,7 +27,16 @@ class Layers(NamedTuple):
     students: list[Tensor]
     teachers: list[Tensor]
     masks: list[Tensor]
-    is_list: bool
+    is_list: bool = False
+
+    @property
+    def pairs(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Student and teacher of each layer."""
+        return zip(self.students, self.teachers, strict=True)
+
+    def mask(self, layer: int) -> list[Tensor]:
+        """The mask of a layer, or nothing."""
+        return self.masks[layer : layer + 1] or self.masks[:1]
 
     @property
     def dtypes(self) -> tuple[torch.dtype, torch.dtype]:
@@ -55,6 +66,13 @@ def flag(name: str, value: object) -> None:
         raise TypeError(f"{name} must be True or False; got {value!r}")
 
 
+def is_features(teacher: object) -> TypeGuard[Features]:
+    """Whether this is meant as features and not as statistics of them."""
+    several = isinstance(teacher, list | tuple) and len(teacher) > 0
+    first = teacher[0] if several else teacher  # type: ignore[index]
+    return not isinstance(first, nn.Module)
+
+
 def positive(name: str, value: object) -> int:
     """``value`` is a whole number, one or more."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
@@ -77,17 +95,15 @@ def rows(name: str, x: object, mask: object, width: int, device: torch.device) -
         return
     if not isinstance(mask, Tensor):
         raise TypeError(f"mask must be a boolean tensor or None; got {type(mask).__name__}")
-    _mask("mask", mask, x, min_rows=0, of=name)
+    _mask("mask", mask, x, of=name)
 
 
-def layers(
-    student: Features, teacher: Features, mask: Mask, *, min_rows: int, equal_widths: bool
-) -> Layers:
+def layers(student: Features, teacher: Features, mask: Mask, *, equal_widths: bool) -> Layers:
     """Students, teachers and masks that fit one another, as lists.
 
     Raises:
         TypeError: something is not a tensor, or not of a floating (mask: boolean) dtype.
-        ValueError: ranks, shapes, devices or lengths do not fit, or too few rows are valid.
+        ValueError: ranks, shapes, devices or lengths do not fit.
     """
     is_list = not isinstance(student, Tensor)
     students = _as_list("student", student, is_list)
@@ -100,7 +116,7 @@ def layers(
     masks = _masks(mask, is_list, len(students))
     for i, (x, y) in enumerate(zip(students, teachers, strict=True)):
         where = f"[{i}]" if is_list else ""
-        _pair(f"student{where}", f"teacher{where}", x, y, is_list, min_rows)
+        _pair(f"student{where}", f"teacher{where}", x, y, is_list)
         if equal_widths and x.shape[-1] != y.shape[-1]:
             raise ValueError(
                 f"student{where} and teacher{where} must have the same width for this measure; "
@@ -108,9 +124,9 @@ def layers(
                 "RIFTLoss learns one)"
             )
         if isinstance(mask, Tensor):
-            _mask("mask", mask, x, min_rows)
+            _mask("mask", mask, x)
         elif masks:
-            _mask(f"mask{where}", masks[i], x, min_rows)
+            _mask(f"mask{where}", masks[i], x)
     for name, side in (("student", students), ("teacher", teachers)):
         for tensor in side:
             if tensor.dtype != side[0].dtype or tensor.device != side[0].device:
@@ -121,21 +137,47 @@ def layers(
     return Layers(students, teachers, masks, is_list)
 
 
+def enough_rows(given: Layers, min_rows: int) -> None:
+    """Every layer has rows enough for a measure, valid ones where that can be seen at once."""
+    for i, x in enumerate(given.students):
+        where = f"[{i}]" if given.is_list else ""
+        if x.shape[-2] < min_rows:
+            raise ValueError(
+                f"student{where} and teacher{where} must have at least {min_rows} rows for this "
+                f"measure; got {x.shape[-2]}"
+            )
+    for i, mask in enumerate(given.masks):
+        # Where it cannot be read, the value is NaN instead.
+        if not mask.numel() or not _is_readable(mask):
+            continue
+        fewest = int(mask.sum(-1).min())
+        if fewest < min_rows:
+            name = f"mask[{i}]" if len(given.masks) > 1 else "mask"
+            raise ValueError(
+                f"{name} must leave at least {min_rows} valid rows for this measure; got {fewest}"
+            )
+
+
 def rotations(
-    rotation: Features | None, students: list[Tensor], teachers: list[Tensor], is_list: bool
+    rotation: Features | None, given: Layers, widths: Sequence[int] | None = None
 ) -> list[Tensor]:
-    """One (D2, D1) matrix a layer, or an empty list for the identity."""
+    """One (D2, D1) matrix a layer, or an empty list for the identity.
+
+    D2 are the teachers' widths, or ``widths`` where it is statistics that are rotated.
+    """
     if rotation is None:
         return []
-    matrices = _as_list("rotation", rotation, is_list)
-    if len(matrices) != len(students):
+    matrices = _as_list("rotation", rotation, given.is_list)
+    if len(matrices) != len(given.students):
         raise ValueError(
-            f"rotation must have one matrix a layer; got {len(matrices)} for {len(students)} layers"
+            f"rotation must have one matrix a layer; got {len(matrices)} for "
+            f"{len(given.students)} layers"
         )
-    for i, (q, x, y) in enumerate(zip(matrices, students, teachers, strict=True)):
-        name = f"rotation[{i}]" if is_list else "rotation"
+    widths = widths or [y.shape[-1] for y in given.teachers]
+    for i, (q, (x, y), width) in enumerate(zip(matrices, given.pairs, widths, strict=True)):
+        name = f"rotation[{i}]" if given.is_list else "rotation"
         _floating(name, q)
-        expected = (y.shape[-1], x.shape[-1])
+        expected = (width, x.shape[-1])
         if tuple(q.shape) != expected:
             raise ValueError(
                 f"{name} must be (teacher width, student width) = {expected}; got {tuple(q.shape)}"
@@ -212,7 +254,7 @@ def _floating(name: str, tensor: Tensor) -> None:
         raise TypeError(f"{name} must be float64, float32, bfloat16 or float16; got {tensor.dtype}")
 
 
-def _pair(x_name: str, y_name: str, x: Tensor, y: Tensor, is_list: bool, min_rows: int) -> None:
+def _pair(x_name: str, y_name: str, x: Tensor, y: Tensor, is_list: bool) -> None:
     for name, tensor in ((x_name, x), (y_name, y)):
         _floating(name, tensor)
         if is_list and tensor.dim() != 2:
@@ -237,11 +279,6 @@ def _pair(x_name: str, y_name: str, x: Tensor, y: Tensor, is_list: bool, min_row
             f"{x_name} and {y_name} must have the same leading axes; "
             f"got {tuple(x.shape)} and {tuple(y.shape)}"
         )
-    if x.shape[-2] < min_rows:
-        raise ValueError(
-            f"{x_name} and {y_name} must have at least {min_rows} rows for this measure; "
-            f"got {x.shape[-2]}"
-        )
 
 
 def _masks(mask: Mask, is_list: bool, count: int) -> list[Tensor]:
@@ -257,7 +294,7 @@ def _masks(mask: Mask, is_list: bool, count: int) -> list[Tensor]:
     return masks
 
 
-def _mask(name: str, mask: Tensor, x: Tensor, min_rows: int, of: str = "student") -> None:
+def _mask(name: str, mask: Tensor, x: Tensor, of: str = "student") -> None:
     if mask.dtype != torch.bool:
         raise TypeError(f"{name} must be boolean, True = valid; got {mask.dtype}")
     if mask.shape != x.shape[:-1]:
@@ -268,10 +305,3 @@ def _mask(name: str, mask: Tensor, x: Tensor, min_rows: int, of: str = "student"
         raise ValueError(
             f"{name} and {of} must be on the same device; got {mask.device} and {x.device}"
         )
-    # Where it cannot be read, the value is NaN instead.
-    if mask.numel() and _is_readable(mask):
-        fewest = int(mask.sum(-1).min())
-        if fewest < min_rows:
-            raise ValueError(
-                f"{name} must leave at least {min_rows} valid rows for this measure; got {fewest}"
-            )

@@ -1,15 +1,17 @@
 """What is done to features on any backend: centering before a measure, the gradient after it.
 
-    center, row_energy    before the blocks of second moments
-    features_bwd          grad_X = center(Xc P + Yc R^T + w * Xc) + b from blocks of coefficients,
-                          or center(M Xc + ...) + b in Gram form
+    center, center_over_ranks, row_energy    before the blocks of second moments
+    features_bwd          grad_X = Xc P + Yc R^T + w * Xc + b from blocks of coefficients,
+                          or M Xc + ... + b in Gram form
 
 All take any leading axes, and compute in float32 or float64.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,6 +43,42 @@ def center(x: Tensor, mask: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, 
     return centered, (mean + rest).squeeze(-2), count
 
 
+def center_over_ranks(
+    student: Tensor,
+    teacher: Tensor,
+    mask: Tensor | None,
+    dtype: torch.dtype,
+    total: Callable[..., Callable[[], tuple[Any, ...]]],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """:func:`center` about the means of all ranks' rows, of which this rank may have none.
+
+    Sums are in float64, so that a constant column becomes exactly 0 here, too.
+
+    Returns:
+        Centered student and teacher, their means, and the count of all ranks.
+    """
+    sides = [student.to(dtype), teacher.to(dtype)]
+    if mask is None:
+        masked = None
+        count = torch.full(
+            student.shape[:-2], student.shape[-2], dtype=torch.float64, device=student.device
+        )
+    else:
+        masked = ~mask.unsqueeze(-1)
+        count = mask.sum(-1, dtype=torch.float64)
+        sides = [side.masked_fill(masked, 0.0) for side in sides]
+    own = count
+    means = [torch.zeros((), dtype=dtype, device=student.device)] * 2
+    for _ in range(2):
+        count, *sums = total(own, *(side.sum(-2, dtype=torch.float64) for side in sides))()
+        shifts = [(of_side / count.unsqueeze(-1)).to(dtype) for of_side in sums]
+        means = [mean + shift for mean, shift in zip(means, shifts, strict=True)]
+        sides = [side - shift.unsqueeze(-2) for side, shift in zip(sides, shifts, strict=True)]
+        if masked is not None:
+            sides = [side.masked_fill_(masked, 0.0) for side in sides]
+    return sides[0], sides[1], means[0], means[1], count
+
+
 def row_energy(centered: Tensor) -> Tensor:
     """``||x_i||^2`` of every row, summed in float64: (..., N)."""
     return torch.linalg.vector_norm(centered, dim=-1, dtype=torch.float64).square_()
@@ -61,8 +99,9 @@ def features_bwd(
 ) -> Tensor:
     """The gradient of a value with respect to one side's features.
 
-    ``scale * (center(own P + other R^T + w * own) + bias)``, and 0 in masked rows; in Gram form the
-    blocks multiply from the left.
+    ``scale * (own P + other R^T + w * own + bias)``, and 0 in masked rows; in Gram form the blocks
+    multiply from the left. Nothing is left to be centered: products with centered features are, and
+    what unequal weights move is part of the bias.
 
     Args:
         backend: multiplies.
@@ -71,7 +110,7 @@ def features_bwd(
         own_block: P (D, D), or in Gram form M (N, N).
         cross_block: R (D, D_other), or in Gram form (N, N).
         weight: w, one number (..., 1) or one per row (..., N).
-        bias: a constant added to every valid row, (..., D): the gradient with respect to a mean.
+        bias: a constant added to every valid row, (..., D).
         dtype: of the result.
     """
     if own_block is not None and own_block.dtype != own.dtype:
@@ -96,11 +135,6 @@ def features_bwd(
     if weight is not None:
         weight = weight * scale_rows
         grad.addcmul_(own, weight.unsqueeze(-1))
-        if weight.shape[-1] > 1:
-            # Only unequal weights move the mean: every other term is made of centered columns.
-            total = (weight.unsqueeze(-2) @ own).squeeze(-2)
-            count = own.shape[-2] if mask is None else mask.sum(-1, keepdim=True).to(own.dtype)
-            grad -= (total / count).unsqueeze(-2)
     if bias is not None:
         grad += (bias * scale_rows).unsqueeze(-2)
     if mask is not None:

@@ -31,6 +31,16 @@ What all functions share
     in place between a call and its backward on a GPU, where the kernels keep no copy: autograd
     raises then.
 
+    ``group`` is for a batch whose rows are spread over processes: a
+    ``torch.distributed.ProcessGroup``, or ``"world"`` for all processes (this one alone where
+    torch.distributed is not initialised). All ranks of the group make the call, with any number of
+    rows each, none included; all get the value of the whole batch, to the same bit. Gradients are
+    scaled so that after the averaging of DDP or FSDP the parameters' gradients are those of one
+    process with the whole batch. A rank with wrong input makes all raise, and so does one that has
+    ended; one that never calls does after the group's timeout. Which rows of a whole batch only a
+    mask leaves is not checked where moments are summed: of too few, the value is NaN. torch.compile
+    breaks its graph there. See :mod:`rift_kernels.distributed`.
+
     Wrong input raises ``TypeError`` or ``ValueError`` that names the argument before anything runs.
     Too few valid rows raise ``ValueError``; where only the mask tells and reading it would stall
     (on a GPU, under torch.compile) the value is NaN instead.
@@ -38,33 +48,14 @@ What all functions share
 
 from __future__ import annotations
 
-import numbers
-from collections.abc import Sequence
-from typing import Any, NamedTuple, overload
+from typing import Any
 
 from torch import Tensor
 
-from . import checks, dispatch, ops
+from . import checks, dispatch, distributed, matching, ops
 from .checks import Features, Mask
-
-PRECISIONS = ("high", "medium")
-SCALES = ("relative", "coral", "none")
-
-
-class SecondMoments(NamedTuple):
-    """Counts, means and centered second moments of student X and teacher Y.
-
-    ``count (...)``, float64, no gradient; ``student_mean (..., D1)``, ``teacher_mean (..., D2)``;
-    ``student = Xc^T Xc (..., D1, D1)``, ``cross = Xc^T Yc (..., D1, D2)``,
-    ``teacher = Yc^T Yc (..., D2, D2)``: sums, not divided by the count.
-    """
-
-    count: Tensor  # type: ignore[assignment]
-    student_mean: Tensor
-    teacher_mean: Tensor
-    student: Tensor
-    cross: Tensor
-    teacher: Tensor
+from .distributed import Group
+from .matching import Teacher
 
 
 def linear_cka(
@@ -76,6 +67,7 @@ def linear_cka(
     distance: bool = False,
     precision: str = "high",
     backend: str = "auto",
+    group: Group = None,
 ) -> Tensor:
     """Linear centered kernel alignment: 1 for features equal up to rotation, shift and scale.
 
@@ -94,7 +86,7 @@ def linear_cka(
         mask: boolean (..., N), True = valid.
         debiased: correct the bias of small batches; needs n >= 4, else n >= 2.
         distance: return 1 - CKA, rounded once: a float32 near 1 has steps of 6e-8, one near 0 not.
-        precision, backend: see :mod:`rift_kernels.functional`.
+        precision, backend, group: see :mod:`rift_kernels.functional`.
 
     Returns:
         (...) or (L,); CKA is in [-1, 1], [0, 1] biased. It is 0 with gradient 0 where student or
@@ -116,6 +108,7 @@ def linear_cka(
         mask,
         precision,
         backend,
+        group,
         min_rows=4 if debiased else 2,
     )
 
@@ -129,6 +122,7 @@ def procrustes_similarity(
     distance: bool = False,
     precision: str = "high",
     backend: str = "auto",
+    group: Group = None,
 ) -> Tensor:
     """How well the best orthogonal map takes one onto the other: 0 to 1, 1 for a rotation.
 
@@ -145,7 +139,7 @@ def procrustes_similarity(
             ``k^-2`` it is felt in the gradient (5e-4; 3e-3 in Gram form), the more the closer the
             value is to 1.
         distance: return 1 - similarity, rounded once.
-        precision, backend: see :mod:`rift_kernels.functional`.
+        precision, backend, group: see :mod:`rift_kernels.functional`.
 
     Returns:
         (...) or (L,), the similarity. 0 with gradient 0 where student or teacher has no variance.
@@ -155,19 +149,20 @@ def procrustes_similarity(
     checks.option("method", method, ("newton_schulz", "svd"))
     checks.flag("distance", distance)
     settings = (method, distance)
-    return _measure("procrustes", settings, student, teacher, mask, precision, backend)
+    return _measure("procrustes", settings, student, teacher, mask, precision, backend, group)
 
 
 def covariance_distance(
     student: Features,
-    teacher: Features,
+    teacher: Teacher,
     *,
     mask: Mask = None,
     scale: str = "relative",
     mean_weight: float = 0.0,
-    rotation: Features | None = None,
+    rotation: Features | str | None = None,
     precision: str = "high",
     backend: str = "auto",
+    group: Group = None,
 ) -> Tensor:
     """Squared distance of the covariances, the teacher's rotated by Q.
 
@@ -177,13 +172,19 @@ def covariance_distance(
 
     Args:
         student: (..., N, D1), or a list of (N, D1_l).
-        teacher: (..., N, D2), or a list of (N, D2_l); D2 = D1 without a rotation.
+        teacher: (..., N, D2), or a list of (N, D2_l); D2 = D1 without a rotation. Or, in place of
+            features, their :class:`~rift_kernels.TeacherStatistics`, or a list of those.
         mask: boolean (..., N), True = valid; n >= 2.
         scale: see above. ``"relative"`` does not change when both features are scaled alike.
         mean_weight: weight of the squared distance of the means; it is not scaled by ``s``.
         rotation: Q, (D2, D1) with orthonormal columns (rows if D2 < D1), or None for the identity;
             a list for lists. Orthogonality is not checked. Q gets a gradient if it requires one.
-        precision, backend: see :mod:`rift_kernels.functional`.
+            ``"optimal"``: of all orthogonal Q the one with the least distance, for D1 = D2 and
+            ``mean_weight=0``. What is left then is the distance of the spectra,
+            ``sum_k (lambda_k(S_s) - lambda_k(S_t))^2 * s``, in closed form: it keeps how much
+            variance there is in how many directions and nothing of which directions, nor of which
+            sample lies where. An eigendecomposition a side, of min(N, D) rows and in float64.
+        precision, backend, group: see :mod:`rift_kernels.functional`.
 
     Returns:
         (...) or (L,). With ``"relative"``, the first term and its gradient are 0 where the teacher
@@ -191,8 +192,11 @@ def covariance_distance(
 
     Sources: RIFT, arXiv 2503.07399 (the rotated covariance match); Sun & Saenko 2016 (CORAL).
     """
-    checks.option("scale", scale, SCALES)
+    checks.option("scale", scale, checks.SCALES)
     mean_weight = checks.number("mean_weight", mean_weight)
+    if isinstance(rotation, str) or not checks.is_features(teacher):
+        how = (scale, mean_weight, rotation, precision, backend, group)
+        return matching.covariance_distance(student, teacher, mask, *how)
     return _measure(
         "covariance",
         (scale, mean_weight),
@@ -201,6 +205,7 @@ def covariance_distance(
         mask,
         precision,
         backend,
+        group,
         equal_widths=rotation is None,
         rotation=rotation,
     )
@@ -216,6 +221,7 @@ def bures_distance(
     method: str = "newton_schulz",
     precision: str = "high",
     backend: str = "auto",
+    group: Group = None,
 ) -> Tensor:
     """2-Wasserstein distance of the Gaussians with the features' covariances.
 
@@ -233,7 +239,7 @@ def bures_distance(
             part. Where standard deviations fall as steeply as ``k^-2`` and n >= D, this adds 5e-6
             to a distance between features of size 1: too much close to the teacher, where
             ``"eigh"`` is right.
-        precision, backend: see :mod:`rift_kernels.functional`.
+        precision, backend, group: see :mod:`rift_kernels.functional`.
 
     Returns:
         (...) or (L,), >= 0.
@@ -251,112 +257,9 @@ def bures_distance(
         mask,
         precision,
         backend,
+        group,
         equal_widths=True,
     )
-
-
-@overload
-def cross_covariance(
-    student: Tensor,
-    teacher: Tensor,
-    *,
-    mask: Mask = ...,
-    correction: int = ...,
-    precision: str = ...,
-    backend: str = ...,
-) -> Tensor: ...
-
-
-@overload
-def cross_covariance(
-    student: Sequence[Tensor],
-    teacher: Sequence[Tensor],
-    *,
-    mask: Mask = ...,
-    correction: int = ...,
-    precision: str = ...,
-    backend: str = ...,
-) -> list[Tensor]: ...
-
-
-def cross_covariance(
-    student: Features,
-    teacher: Features,
-    *,
-    mask: Mask = None,
-    correction: int = 1,
-    precision: str = "high",
-    backend: str = "auto",
-) -> Tensor | list[Tensor]:
-    """Centered cross-covariance ``Xc^T Yc / (n - correction)``.
-
-    Args:
-        student: (..., N, D1), or a list of (N, D1_l).
-        teacher: (..., N, D2), or a list of (N, D2_l).
-        mask: boolean (..., N), True = valid; n >= 2 and n > ``correction``.
-        correction: 1 for the unbiased estimate, 0 to divide by n.
-        precision, backend: see :mod:`rift_kernels.functional`.
-
-    Returns:
-        (..., D1, D2), or a list of (D1_l, D2_l). Differentiable in both inputs.
-    """
-    if isinstance(correction, bool) or not isinstance(correction, numbers.Integral):
-        raise TypeError(f"correction must be an integer; got {correction!r}")
-    if correction < 0:
-        raise ValueError(f"correction must not be negative; got {correction}")
-    min_rows = max(2, correction + 1)
-    moments = _moments(student, teacher, mask, "xy", min_rows, precision, backend)
-    results = []
-    for layer in moments:
-        divisor = (layer.count - correction).to(layer.cross.dtype)[..., None, None]
-        divisor = divisor.masked_fill(divisor <= 0, float("nan"))
-        results.append(layer.cross / divisor)
-    return results[0] if isinstance(student, Tensor) else results
-
-
-@overload
-def second_moments(
-    student: Tensor,
-    teacher: Tensor,
-    *,
-    mask: Mask = ...,
-    precision: str = ...,
-    backend: str = ...,
-) -> SecondMoments: ...
-
-
-@overload
-def second_moments(
-    student: Sequence[Tensor],
-    teacher: Sequence[Tensor],
-    *,
-    mask: Mask = ...,
-    precision: str = ...,
-    backend: str = ...,
-) -> list[SecondMoments]: ...
-
-
-def second_moments(
-    student: Features,
-    teacher: Features,
-    *,
-    mask: Mask = None,
-    precision: str = "high",
-    backend: str = "auto",
-) -> SecondMoments | list[SecondMoments]:
-    """Count, means and the centered second moments that every measure here is made of.
-
-    Args:
-        student: (..., N, D1), or a list of (N, D1_l).
-        teacher: (..., N, D2), or a list of (N, D2_l).
-        mask: boolean (..., N), True = valid; n >= 2.
-        precision, backend: see :mod:`rift_kernels.functional`.
-
-    Returns:
-        :class:`SecondMoments`, or a list of them. All but the count are differentiable.
-    """
-    moments = _moments(student, teacher, mask, "xx xy yy", 2, precision, backend)
-    return moments[0] if isinstance(student, Tensor) else moments
 
 
 def _measure(
@@ -367,56 +270,48 @@ def _measure(
     mask: Mask,
     precision: str,
     backend: str,
+    group: Group,
     *,
     min_rows: int = 2,
     equal_widths: bool = False,
     rotation: Features | None = None,
 ) -> Tensor:
-    checks.option("precision", precision, PRECISIONS)
-    given = checks.layers(student, teacher, mask, min_rows=min_rows, equal_widths=equal_widths)
+    checks.option("precision", precision, checks.PRECISIONS)
+
+    def check() -> checks.Layers:
+        given = checks.layers(student, teacher, mask, equal_widths=equal_widths)
+        checks.rotations(rotation, given)
+        return given
+
+    given, ranks = distributed.share(group, check, min_rows, (name, *settings, precision))
+    matrices = checks.rotations(rotation, given)
+    if ranks is not None and matrices:
+        # Q's gradient has to be the same on all ranks, so Q is applied to what they share.
+        scale, mean_weight = settings
+        how = (scale, mean_weight, precision, backend)
+        return matching.of_moments(given, ranks, matrices, *how)
     teachers = given.teachers
-    matrices = checks.rotations(rotation, given.students, teachers, given.is_list)
     # A rotation makes the teacher as wide as the student.
     others = given.students if matrices else teachers
     shapes = [(*x.shape[-2:], y.shape[-1]) for x, y in zip(given.students, others, strict=True)]
-    gram = tuple(dispatch.use_gram(name, *shape) for shape in shapes)
+    # Moments that ranks share are those of the covariance form.
+    gram = tuple(ranks is None and dispatch.use_gram(name, *shape) for shape in shapes)
     rows, width = max(n for n, _, _ in shapes), max(max(d1, d2) for _, d1, d2 in shapes)
-    problem = dispatch.Problem(name, gram, rows, width, bool(given.masks))
+    kind = name if ranks is None else "moments"
+    problem = dispatch.Problem(kind, gram, rows, width, bool(given.masks))
     backend = dispatch.choose_backend(backend, teachers[0].device, given.dtypes, problem)
     if matrices:
         teachers = _rotate(given, matrices, precision)
-    call = ops.Call(name, settings, gram, precision, backend)
+    call = ops.Call(name, settings, gram, precision, backend, ranks)
     values = ops.measure(call, given.students, teachers, given.masks)
     return values.unsqueeze(0) if given.is_list and len(teachers) == 1 else values
 
 
 def _rotate(given: checks.Layers, matrices: list[Tensor], precision: str) -> list[Tensor]:
-    teachers = given.teachers
-    if given.masks:
-        # The rotation's gradient sums over rows, and 0 * NaN is not 0.
-        pairs = zip(teachers, given.masks * (len(teachers) // len(given.masks)), strict=True)
-        teachers = [y.masked_fill(~mask.unsqueeze(-1), 0.0) for y, mask in pairs]
-    layers = zip(given.students, teachers, matrices, strict=True)
-    return [ops.rotate(x, y, q, precision) for x, y, q in layers]
-
-
-def _moments(
-    student: Features,
-    teacher: Features,
-    mask: Mask,
-    wanted: str,
-    min_rows: int,
-    precision: str,
-    backend: str,
-) -> list[SecondMoments]:
-    checks.option("precision", precision, PRECISIONS)
-    given = checks.layers(student, teacher, mask, min_rows=min_rows, equal_widths=False)
-    rows, width = given.students[0].shape[-2:]
-    problem = dispatch.Problem("moments", (), rows, width)
-    backend = dispatch.choose_backend(backend, given.teachers[0].device, given.dtypes, problem)
-    results = []
-    for i, (x, y) in enumerate(zip(given.students, given.teachers, strict=True)):
-        masks = given.masks[i : i + 1] or given.masks[:1]
-        mean_x, mean_y, count, *blocks = ops.moments(x, y, masks, wanted, precision, backend)
-        results.append(SecondMoments(count, mean_x, mean_y, *blocks))
-    return results
+    teachers = []
+    for i, ((x, y), q) in enumerate(zip(given.pairs, matrices, strict=True)):
+        for mask in given.mask(i):
+            # The rotation's gradient sums over rows, and 0 * NaN is not 0.
+            y = y.masked_fill(~mask.unsqueeze(-1), 0.0)
+        teachers.append(ops.rotate(x, y, q, precision))
+    return teachers

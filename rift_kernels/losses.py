@@ -11,10 +11,13 @@ from torch.nn.utils import parametrizations
 
 from . import checks, dispatch, functional
 from .checks import Features, Mask
+from .distributed import Group
+from .matching import Teacher
+from .weighting import AdaptiveWeight
 
 MEASURES = ("cka", "procrustes", "covariance", "bures")
 REDUCTIONS = ("mean", "sum", "none")
-ROTATIONS = ("identity", "learned")
+ROTATIONS = ("identity", "learned", "optimal")
 
 
 class RIFTLoss(nn.Module):
@@ -31,19 +34,30 @@ class RIFTLoss(nn.Module):
             (:func:`~rift_kernels.covariance_distance`) or ``"bures"``
             (:func:`~rift_kernels.bures_distance`, squared).
         debiased: for ``"cka"``.
-        weight: multiplies the loss.
+        weight: multiplies the loss: a number, or an :class:`~rift_kernels.AdaptiveWeight`, which
+            finds it, for ``"cka"``, ``"procrustes"`` and the relative ``"covariance"``, where
+            1 - distance counts as the similarity.
+        margin: similar enough is enough: ``relu(distance - margin)`` of each layer in place of its
+            distance, for a similarity ``relu(1 - margin - similarity)``: the constraint form, with
+            no pull at all inside the margin.
         reduction: over layers and batches: ``"mean"``, ``"sum"`` or ``"none"``.
         rotation: for ``"covariance"``: ``"identity"``, or ``"learned"`` for a matrix Q with
             orthonormal columns that is a parameter of this module and starts at the identity: give
             it to the optimiser. Q serves one pair of widths, so no lists of layers. It stays in
             float32 when the model around it is cast to half precision. torch cannot pickle such a
-            module: save its ``state_dict()``.
+            module: save its ``state_dict()``. Or ``"optimal"``: the best Q at every step, in closed
+            form, without parameters. What each of them keeps: the identity keeps the covariance as
+            it is, so directions mean the same afterwards. Learned, it keeps the covariance up to
+            one rotation of the whole space, which the head behind can undo. Optimal, it keeps the
+            eigenvalues alone: nothing ties a direction to what it stood for. None of them keeps
+            where a sample lies; that is what ``"cka"`` and ``"procrustes"`` compare.
         student_width, teacher_width: D1 and D2, needed for a learned rotation.
         scale, mean_weight: for ``"covariance"`` (both) and ``"bures"`` (``mean_weight``).
-        precision, backend: see :mod:`rift_kernels.functional`.
+        precision, backend, group: see :mod:`rift_kernels.functional`.
 
     Shape:
-        student (..., N, D1), teacher (..., N, D2), mask (..., N) boolean or None; or lists.
+        student (..., N, D1), teacher (..., N, D2), mask (..., N) boolean or None; or lists. For
+        ``"covariance"`` the teacher may be :class:`~rift_kernels.TeacherStatistics` (or a list).
         Returns a scalar, or one value a layer for ``reduction="none"``.
 
     Raises:
@@ -56,7 +70,8 @@ class RIFTLoss(nn.Module):
         measure: str = "cka",
         *,
         debiased: bool = True,
-        weight: float = 1.0,
+        weight: float | AdaptiveWeight = 1.0,
+        margin: float = 0.0,
         reduction: str = "mean",
         rotation: str = "identity",
         student_width: int | None = None,
@@ -65,18 +80,21 @@ class RIFTLoss(nn.Module):
         mean_weight: float = 0.0,
         precision: str = "high",
         backend: str = "auto",
+        group: Group = None,
     ) -> None:
         super().__init__()
         checks.option("measure", measure, MEASURES)
         checks.option("reduction", reduction, REDUCTIONS)
         checks.option("rotation", rotation, ROTATIONS)
-        checks.option("scale", scale, functional.SCALES)
-        checks.option("precision", precision, functional.PRECISIONS)
+        checks.option("scale", scale, checks.SCALES)
+        checks.option("precision", precision, checks.PRECISIONS)
         checks.option("backend", backend, ("auto", *dispatch.BACKENDS))
         checks.flag("debiased", debiased)
         self.measure = measure
         self.debiased = debiased
-        self.weight = checks.number("weight", weight)
+        self.weight = _weight(weight, measure, scale)
+        self.margin = checks.number("margin", margin)
+        self.group = group
         self.reduction = reduction
         self.scale = scale
         self.mean_weight = checks.number("mean_weight", mean_weight)
@@ -93,6 +111,12 @@ class RIFTLoss(nn.Module):
                     f"{name} must be {default!r} for measure={measure!r}, which does not use it; "
                     f"got {given!r}"
                 )
+        self.optimal = rotation == "optimal"
+        if self.optimal and (measure != "covariance" or self.mean_weight):
+            raise ValueError(
+                "rotation='optimal' needs measure='covariance' and mean_weight=0; got "
+                f"measure={measure!r} and mean_weight={mean_weight!r}"
+            )
         self.rotation: nn.Linear | None = None
         if rotation == "learned":
             self.rotation = _rotation(measure, student_width, teacher_width)
@@ -102,34 +126,50 @@ class RIFTLoss(nn.Module):
                 f"got {student_width!r} and {teacher_width!r}"
             )
 
-    def forward(self, student: Features, teacher: Features, mask: Mask = None) -> Tensor:
+    def forward(self, student: Features, teacher: Teacher, mask: Mask = None) -> Tensor:
         """The loss of these features; see the class."""
+        return self.of(self.distances(student, teacher, mask))
+
+    def distances(self, student: Features, teacher: Teacher, mask: Mask = None) -> Tensor:
+        """The distance of each layer, ``1 - similarity`` where there is one, and no weight."""
         if self.rotation is not None and not isinstance(student, Tensor):
             raise TypeError(
                 "student must be a tensor for rotation='learned', which serves one pair of widths; "
                 f"got {type(student).__name__}: use a loss for each layer"
             )
+        if self.measure != "covariance" and not checks.is_features(teacher):
+            raise TypeError(
+                f"teacher must be features for measure={self.measure!r}; got statistics, which "
+                "only measure='covariance' takes"
+            )
         how: dict[str, Any] = {"mask": mask, "precision": self.precision, "backend": self.backend}
+        how["group"] = self.group
         if self.measure == "cka":
             how |= {"debiased": self.debiased, "distance": True}
-            values = functional.linear_cka(student, teacher, **how)
-        elif self.measure == "procrustes":
-            values = functional.procrustes_similarity(student, teacher, distance=True, **how)
-        elif self.measure == "covariance":
-            how |= {"scale": self.scale, "mean_weight": self.mean_weight}
-            values = functional.covariance_distance(
-                student, teacher, rotation=self._matrix(), **how
-            )
-        else:
-            values = functional.bures_distance(
-                student, teacher, mean_weight=self.mean_weight, **how
-            )
+            return functional.linear_cka(student, teacher, **how)  # type: ignore[arg-type]
+        if self.measure == "procrustes":
+            how["distance"] = True
+            return functional.procrustes_similarity(student, teacher, **how)  # type: ignore[arg-type]
+        how["mean_weight"] = self.mean_weight
+        if self.measure == "bures":
+            return functional.bures_distance(student, teacher, **how)  # type: ignore[arg-type]
+        how |= {"scale": self.scale, "rotation": "optimal" if self.optimal else self._matrix()}
+        return functional.covariance_distance(student, teacher, **how)
+
+    def of(self, distances: Tensor) -> Tensor:
+        """The loss of these distances: margin, weight and reduction. An adaptive weight moves."""
+        weight = self.weight
+        if isinstance(weight, AdaptiveWeight):
+            weight = weight(distances)
+        values = distances
+        if self.margin:
+            values = (values - self.margin).relu()
         # Each operation is a launch forward and one backward: none that does nothing.
         if values.dim() and self.reduction == "mean":
             values = values.mean()
         elif values.dim() and self.reduction == "sum":
             values = values.sum()
-        return values if self.weight == 1 else self.weight * values
+        return values if isinstance(weight, float) and weight == 1 else weight * values
 
     def _matrix(self) -> Tensor | None:
         """The learned Q, formed without autocast, under which it would not be orthogonal."""
@@ -150,8 +190,22 @@ class RIFTLoss(nn.Module):
 
     def extra_repr(self) -> str:
         """The settings that matter for the measure."""
-        settings = f"{self.measure!r}, weight={self.weight}, reduction={self.reduction!r}"
+        weight = self.weight if isinstance(self.weight, float) else "adaptive"
+        settings = f"{self.measure!r}, weight={weight}, reduction={self.reduction!r}"
+        if self.margin:
+            settings += f", margin={self.margin}"
         return settings + (f", debiased={self.debiased}" if self.measure == "cka" else "")
+
+
+def _weight(weight: object, measure: str, scale: str) -> float | AdaptiveWeight:
+    if not isinstance(weight, AdaptiveWeight):
+        return checks.number("weight", weight)
+    if measure == "bures" or (measure == "covariance" and scale != "relative"):
+        raise ValueError(
+            "weight must be a number for a distance that has a unit; an AdaptiveWeight needs "
+            f"'cka', 'procrustes' or the relative 'covariance', got measure={measure!r}"
+        )
+    return weight
 
 
 def _rotation(measure: str, student_width: int | None, teacher_width: int | None) -> nn.Linear:

@@ -135,6 +135,15 @@ def transport_eigh(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return forth + poison, back + poison, s.sum(-1) + poison[..., 0, 0]
 
 
+def eigenvalues(a: Tensor) -> Tensor:
+    """Of symmetric matrices (..., N, N), ascending (..., N); NaN where something is not finite.
+
+    Differentiable, also where eigenvalues repeat: their gradients are made of eigenvectors alone.
+    """
+    a, poison = _finite(a)
+    return torch.linalg.eigvalsh(a) + poison[..., 0]
+
+
 def _square_root(a: Tensor) -> Tensor:
     values, vectors = torch.linalg.eigh(a)
     root = values.masked_fill(values <= _rounding(values, a), 0.0).sqrt()

@@ -2,27 +2,36 @@
 
 Every gradient has one form (``n`` valid rows, ``Xc`` and ``Yc`` centered):
 
-    covariance form   grad_X = center(Xc xx + Yc xy^T + wx * Xc) + bx     xx (D1, D1), xy (D1, D2)
-                      grad_Y = center(Yc yy + Xc xy   + wy * Yc) + by     yy (D2, D2)
-    Gram form         grad_X = center(xx Xc + xy   Yc + wx * Xc) + bx     all blocks (N, N)
-                      grad_Y = center(yy Yc + xy^T Xc + wy * Yc) + by
+    covariance form   grad_X = Xc xx + Yc xy^T + wx * Xc + bx     xx (D1, D1), xy (D1, D2)
+                      grad_Y = Yc yy + Xc xy   + wy * Yc + by     yy (D2, D2)
+    Gram form         grad_X = xx Xc + xy   Yc + wx * Xc + bx     all blocks (N, N)
+                      grad_Y = yy Yc + xy^T Xc + wy * Yc + by
 
 so a measure is one function here, which asks the backend for the blocks it needs, once per form,
 and names the coefficients. Values are combined in float64, where the measure is relative of blocks
 scaled to unit norm, so that only the blocks themselves can over- or underflow and no absolute
 epsilon is needed.
+
+In covariance form the rows may be spread over ranks: whatever is summed over rows is passed through
+``Centered.total``. In Gram form every rank has all rows.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import matrix_functions
 from .features import row_energy
+
+
+def _own(*sums: Tensor | None) -> Callable[[], tuple[Any, ...]]:
+    """The total over the rows of one process."""
+    return lambda: sums
 
 
 class Centered(NamedTuple):
@@ -34,6 +43,8 @@ class Centered(NamedTuple):
     mean_y: Tensor  # (..., D2)
     count: Tensor  # type: ignore[assignment]  # (...), float64: the number of valid rows
     mask: Tensor | None  # (..., N), True = valid
+    # Begins to sum over ranks, and returns what waits for the sums.
+    total: Callable[..., Callable[[], tuple[Any, ...]]] = _own
 
 
 class Coefficients(NamedTuple):
@@ -170,7 +181,9 @@ def _cka_covariance(
     H(X, X), H(Y, Y), and ``r`` holds the energies of both; the factors ``a`` and ``b`` are those of
     :func:`rift_kernels.linear_cka`.
     """
-    xx, xy, yy = backend.moments(f.x, f.y, False, "xx xy yy")
+    blocks = f.total(*backend.moments(f.x, f.y, False, "xx xy yy"))
+    r = torch.stack([row_energy(f.x), row_energy(f.y)], -2) if debiased else None
+    xx, xy, yy = blocks()
     norms = torch.stack([_norm(xx), _norm(yy)], -1)
     inverse = _safe_inverse(norms)
     inverse_x, inverse_y = inverse.unbind(-1)
@@ -178,13 +191,12 @@ def _cka_covariance(
     cross = (_norm(xy) * cross_scale).square()
     # 1, or 0 where there is no variance, or NaN.
     h = norms * inverse
-    if debiased:
+    if r is not None:
         n = f.count[..., None, None]
         a, b = n / (n - 2), ((n - 1) * (n - 2)).reciprocal()
-        r = torch.stack([row_energy(f.x), row_energy(f.y)], -2)
         r = r * inverse.unsqueeze(-1)
-        total = r.sum(-1, keepdim=True)
-        correction = b * (total @ total.mT) - a * (r @ r.mT)
+        total, squares = f.total(r.sum(-1, keepdim=True), r @ r.mT)()
+        correction = b * (total @ total.mT) - a * squares
         h = h + correction.diagonal(dim1=-2, dim2=-1)
         cross = cross + correction[..., 0, 1]
     # Relative to 1, the squared norm of a unit block: what is left of it by less than this is made
@@ -198,12 +210,19 @@ def _cka_covariance(
     beta = 2 * sign * inverse_root
     alpha = -2 * sign * value.unsqueeze(-1) * inverse_h
     alpha_x, alpha_y = alpha.unbind(-1)
-    wx = wy = None
-    if debiased:
+    wx = wy = bx = by = None
+    if r is not None:
         u = b * total - a * r
         w = alpha.unsqueeze(-1) * u + beta[..., None, None] * u.flip(-2)
         # Copies, because an operator must not return two views of one tensor.
         wx, wy = (row.to(xx.dtype, copy=True) for row in (w * inverse.unsqueeze(-1)).unbind(-2))
+        # Unequal weights move the mean, which no other term does: taken out again.
+        bx, by = f.total(
+            _weighted_sum(wx, f.x) if want.student else None,
+            _weighted_sum(wy, f.y) if want.teacher else None,
+        )()
+        per_row = (-1 / f.count).to(xx.dtype).unsqueeze(-1)
+        bx, by = (None if side is None else side * per_row for side in (bx, by))
     return result, Coefficients(
         # Two factors each, because their product may not be a float32.
         xx=_scale_(xx, inverse_x, alpha_x * inverse_x) if want.student else None,
@@ -211,7 +230,13 @@ def _cka_covariance(
         yy=_scale_(yy, inverse_y, alpha_y * inverse_y) if want.teacher else None,
         wx=wx,
         wy=wy,
+        bx=bx,
+        by=by,
     )
+
+
+def _weighted_sum(weight: Tensor, rows: Tensor) -> Tensor:
+    return (weight.unsqueeze(-2) @ rows).squeeze(-2)
 
 
 def procrustes(
@@ -222,14 +247,13 @@ def procrustes(
     The nuclear norm is ``<C, polar(C)>``; in Gram form it is the fidelity of Kx and Ky.
     """
     exact = method == "svd"
-    energy_x = row_energy(f.x).sum(-1)
-    energy_y = row_energy(f.y).sum(-1)
+    energy_x, energy_y = f.total(row_energy(f.x).sum(-1), row_energy(f.y).sum(-1))()
     inverse_x, inverse_y = _safe_inverse(energy_x), _safe_inverse(energy_y)
     scale = inverse_x.sqrt() * inverse_y.sqrt()
     if gram:
         forth, back, nuclear = _transport(f, backend, gram, exact)
     else:
-        factor, nuclear = _polar(f.x, f.y, backend, gram, exact)
+        factor, nuclear = _polar(f, backend, gram, exact)
     value = _nan_below(nuclear * scale, f.count, 2)
     result, sign = _similarity(value, distance)
     scale = sign * scale
@@ -247,11 +271,9 @@ def procrustes(
     )
 
 
-def _polar(
-    x: Tensor, y: Tensor, backend: ModuleType, gram: bool, exact: bool
-) -> tuple[Tensor, Tensor]:
+def _polar(f: Centered, backend: ModuleType, gram: bool, exact: bool) -> tuple[Tensor, Tensor]:
     """Polar factor and nuclear norm of the cross block."""
-    _, xy, _ = backend.moments(x, y, gram, "xy")
+    _, xy, _ = f.total(*backend.moments(f.x, f.y, gram, "xy"))()
     if exact:
         return matrix_functions.polar_svd(xy.double())
     return matrix_functions.polar(xy.double(), backend)
@@ -265,7 +287,7 @@ def _transport(
     The blocks are summed in float64: the map inverts one of them, and where that is singular the
     rounding of a float32 sum would be what is inverted.
     """
-    xx, _, yy = backend.moments(f.x.double(), f.y.double(), gram, "xx yy")
+    xx, _, yy = f.total(*backend.moments(f.x.double(), f.y.double(), gram, "xx yy"))()
     if exact:
         return matrix_functions.transport_eigh(xx, yy)
     return matrix_functions.transport(xx, yy, backend)
@@ -287,10 +309,11 @@ def bures(
     """
     exact = method == "eigh"
     inverse_n = 1 / (f.count - 1)
-    traces = row_energy(f.x).sum(-1) + row_energy(f.y).sum(-1)
+    (traces,) = f.total(row_energy(f.x).sum(-1) + row_energy(f.y).sum(-1))()
     # Both terms in float64: close to the teacher the distance is a small difference of them.
     if gram:
-        factor, cross = _polar(f.x.double(), f.y.double(), backend, gram, exact)
+        wide = f._replace(x=f.x.double(), y=f.y.double())
+        factor, cross = _polar(wide, backend, gram, exact)
     else:
         forth, back, cross = _transport(f, backend, gram, exact)
     # Rounding may leave a distance of nothing a little below zero; clamp passes NaN on.
@@ -332,7 +355,7 @@ def covariance(
         yy = (uu + vv - both) / 4
         norm_y = _norm(yy)
     else:
-        xx, _, yy = backend.moments(f.x, f.y, gram, "xx yy")
+        xx, _, yy = f.total(*backend.moments(f.x, f.y, gram, "xx yy"))()
         difference = xx - yy
         norm_y = _norm(yy)
     if scale == "relative":

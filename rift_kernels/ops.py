@@ -18,12 +18,20 @@ from torch import Tensor
 
 from . import features, measures
 from .backends import eager
+from .distributed import Ranks
 from .precision import full_precision
 
 NAMESPACE = "rift_kernels"
 _LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 _LAYERS = "Tensor[] students, Tensor[] teachers, Tensor[] masks, bool[] gram"
 _HOW = "bool student_grad, bool teacher_grad, str precision, str backend"
+_HOW_MANY = 8  # arguments, of both together
+_SETTINGS = {
+    "cka": {"debiased": "bool", "distance": "bool"},
+    "procrustes": {"method": "str", "distance": "bool"},
+    "covariance": {"scale": "str", "mean_weight": "float"},
+    "bures": {"squared": "bool", "mean_weight": "float", "method": "str"},
+}
 _TENSORS_A_LAYER = 2 + len(measures.Coefficients._fields)
 
 
@@ -42,7 +50,10 @@ def _backend(name: str) -> ModuleType:
 
 
 def _is_fused(measure: str, backend: str, gram: Sequence[bool]) -> bool:
-    """Whether the backend goes from features to values by itself, without a head in measures.py."""
+    """Whether the backend goes from features to values by itself, without a head in measures.py.
+
+    Nothing is where moments are summed over ranks, which is the measure "" in the backward.
+    """
     return backend != "eager" and (measure == "cka" or (measure == "covariance" and not any(gram)))
 
 
@@ -51,7 +62,7 @@ def _inputs(
 ) -> tuple[list[Tensor], list[Tensor]]:
     """The features that the backward of fused measures reads; of few rows in CUDA, none."""
     few_rows = call.backend == "cuda" and all(call.gram)
-    if few_rows or not _is_fused(call.measure, call.backend, call.gram):
+    if call.ranks or few_rows or not _is_fused(call.measure, call.backend, call.gram):
         return [], []
     measure, gram = call.measure, call.gram
     both = measure == "cka" and not all(gram)
@@ -75,8 +86,13 @@ def _register(schema: str, implementation: Callable[..., Any]) -> None:
     torch.library.register_fake(f"{NAMESPACE}::{name}", implementation, lib=_LIBRARY)
 
 
-def _center(student: Tensor, teacher: Tensor, mask: Tensor | None) -> measures.Centered:
+def _center(
+    student: Tensor, teacher: Tensor, mask: Tensor | None, ranks: Ranks | None = None
+) -> measures.Centered:
     dtype = _compute_dtype(student, teacher)
+    if ranks is not None:
+        centered = features.center_over_ranks(student, teacher, mask, dtype, ranks.total)
+        return measures.Centered(*centered, mask, ranks.total)
     x, mean_x, count = features.center(student, mask, dtype)
     y, mean_y, _ = features.center(teacher, mask, dtype)
     return measures.Centered(x, y, mean_x, mean_y, count, mask)
@@ -104,6 +120,7 @@ def _measure_fwd(
     teacher_grad: bool,
     precision: str,
     backend: str,
+    ranks: Ranks | None = None,
 ) -> tuple[Tensor, list[Tensor]]:
     """Values, and per layer the centered features and the coefficients (empty where absent)."""
     primitives = _backend(backend)
@@ -113,7 +130,7 @@ def _measure_fwd(
         for x, y, mask, use_gram in zip(
             students, teachers, _mask_of_each(masks, len(students)), gram, strict=True
         ):
-            f = _center(x, y, mask)
+            f = _center(x, y, mask, ranks)
             value, coefficients = head(f, primitives, use_gram, want)
             values.append(value.to(f.x.dtype))
             if any(want):
@@ -124,32 +141,17 @@ def _measure_fwd(
     return values[0] if len(values) == 1 else torch.stack(values), saved
 
 
-def _cka_fwd(*call: Any) -> tuple[Tensor, list[Tensor]]:
-    *layers, debiased, distance = call
-    backend = layers[-1]
-    if _is_fused("cka", backend, layers[3]):
-        return _backend(backend).cka_fwd(*layers[:-1], debiased, distance)
-    return _measure_fwd(partial(measures.cka, debiased=debiased, distance=distance), *layers)
+def _head(measure: str, settings: Sequence[Any]) -> Callable[..., measures.Head]:
+    named = dict(zip(_SETTINGS[measure], settings, strict=True))
+    return partial(getattr(measures, measure), **named)
 
 
-def _procrustes_fwd(*call: Any) -> tuple[Tensor, list[Tensor]]:
-    *layers, method, distance = call
-    return _measure_fwd(partial(measures.procrustes, method=method, distance=distance), *layers)
-
-
-def _covariance_fwd(*call: Any) -> tuple[Tensor, list[Tensor]]:
-    *layers, scale, mean_weight = call
-    backend = layers[-1]
-    if _is_fused("covariance", backend, layers[3]):
-        return _backend(backend).covariance_fwd(*layers[:-1], scale, mean_weight)
-    return _measure_fwd(partial(measures.covariance, scale=scale, mean_weight=mean_weight), *layers)
-
-
-def _bures_fwd(*call: Any) -> tuple[Tensor, list[Tensor]]:
-    *layers, squared, mean_weight, method = call
-    return _measure_fwd(
-        partial(measures.bures, squared=squared, mean_weight=mean_weight, method=method), *layers
-    )
+def _fwd(measure: str, *call: Any) -> tuple[Tensor, list[Tensor]]:
+    """Layers and how, then the measure's settings."""
+    how, settings = call[:_HOW_MANY], call[_HOW_MANY:]
+    if _is_fused(measure, how[-1], how[3]):
+        return getattr(_backend(how[-1]), f"{measure}_fwd")(*how, *settings)
+    return _measure_fwd(_head(measure, settings), *how)
 
 
 def _features_bwd(
@@ -199,13 +201,19 @@ def _features_bwd(
 
 
 def _moments_fwd(
-    student: Tensor, teacher: Tensor, masks: list[Tensor], wanted: str, precision: str, backend: str
+    student: Tensor,
+    teacher: Tensor,
+    masks: list[Tensor],
+    wanted: str,
+    precision: str,
+    backend: str,
+    ranks: Ranks | None = None,
 ) -> list[Tensor]:
     """Centered features, count, means, and the wanted blocks (empty where not wanted)."""
     primitives = _backend(backend)
     with full_precision(student.device, precision):
-        f = _center(student, teacher, masks[0] if masks else None)
-        blocks = primitives.moments(f.x, f.y, False, wanted)
+        f = _center(student, teacher, masks[0] if masks else None, ranks)
+        blocks = f.total(*primitives.moments(f.x, f.y, False, wanted))()
     return [f.x, f.y, f.mean_x, f.mean_y, f.count, *_tensors(blocks, f.x)]
 
 
@@ -214,22 +222,12 @@ def _matmul(a: Tensor, b: Tensor, precision: str) -> Tensor:
         return a @ b
 
 
-_register(
-    f"cka_fwd({_LAYERS}, {_HOW}, bool debiased, bool distance) -> (Tensor, Tensor[])", _cka_fwd
-)
-_register(
-    f"procrustes_fwd({_LAYERS}, {_HOW}, str method, bool distance) -> (Tensor, Tensor[])",
-    _procrustes_fwd,
-)
-_register(
-    f"covariance_fwd({_LAYERS}, {_HOW}, str scale, float mean_weight) -> (Tensor, Tensor[])",
-    _covariance_fwd,
-)
-_register(
-    f"bures_fwd({_LAYERS}, {_HOW}, bool squared, float mean_weight, str method)"
-    " -> (Tensor, Tensor[])",
-    _bures_fwd,
-)
+for _measure_name, _settings in _SETTINGS.items():
+    _arguments = ", ".join(f"{kind} {name}" for name, kind in _settings.items())
+    _register(
+        f"{_measure_name}_fwd({_LAYERS}, {_HOW}, {_arguments}) -> (Tensor, Tensor[])",
+        partial(_fwd, _measure_name),
+    )
 _register(
     "features_bwd(Tensor grad_values, Tensor[] students, Tensor[] teachers, Tensor[] saved,"
     f" Tensor[] masks, bool[] gram, {_HOW}, ScalarType student_dtype, ScalarType teacher_dtype,"
@@ -252,6 +250,7 @@ class Call(NamedTuple):
     gram: tuple[bool, ...]
     precision: str
     backend: str
+    ranks: Ranks | None = None  # with whom moments are summed
 
 
 def _refuse_double_backward() -> None:
@@ -291,6 +290,9 @@ class _Measure(torch.autograd.Function):
         _refuse_double_backward()
         call, (student_grad, teacher_grad) = ctx.call, ctx.sides
         layers = len(call.gram)
+        if call.ranks is not None:
+            # Data-parallel training divides by this when it averages gradients.
+            grad_values = grad_values * call.ranks.size
         # Read once: activation checkpointing recomputes at the first look and forbids a second.
         tensors = list(ctx.saved_tensors)
         masks, own, other = ctx.kept
@@ -306,7 +308,7 @@ class _Measure(torch.autograd.Function):
             call.precision,
             call.backend,
             *ctx.dtypes,
-            call.measure,
+            "" if call.ranks else call.measure,
         )
         missing = [None] * layers
         grad_students = grads[:layers] if student_grad else missing
@@ -321,9 +323,13 @@ def _forward(
     teachers: list[Tensor],
     masks: list[Tensor],
 ) -> tuple[Tensor, list[Tensor]]:
-    operator = getattr(torch.ops.rift_kernels, f"{call.measure}_fwd")
-    how = (*sides, call.precision, call.backend)
-    return operator(students, teachers, masks, call.gram, *how, *call.settings)
+    gram = list(call.gram)
+    how = (students, teachers, masks, gram, *sides, call.precision, call.backend)
+    if call.ranks is not None:
+        # Not through an operator, which takes no process group.
+        forward = partial(_measure_fwd, _head(call.measure, call.settings), ranks=call.ranks)
+        return forward(*how)
+    return getattr(torch.ops.rift_kernels, f"{call.measure}_fwd")(*how, *call.settings)
 
 
 def measure(
@@ -347,14 +353,24 @@ def measure(
 class _Moments(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, wanted: str, precision: str, backend: str, x: Tensor, y: Tensor, *masks: Tensor
+        ctx: Any,
+        wanted: str,
+        precision: str,
+        backend: str,
+        ranks: Ranks | None,
+        x: Tensor,
+        y: Tensor,
+        *masks: Tensor,
     ) -> tuple[Tensor, ...]:
-        centered_x, centered_y, *rest = torch.ops.rift_kernels.moments_fwd(
-            x, y, list(masks), wanted, precision, backend
-        )
+        how = (x, y, list(masks), wanted, precision, backend)
+        if ranks is None:
+            centered_x, centered_y, *rest = torch.ops.rift_kernels.moments_fwd(*how)
+        else:
+            centered_x, centered_y, *rest = _moments_fwd(*how, ranks)
+        ctx.ranks = 1 if ranks is None else ranks.size
         mean_x, mean_y, count, *blocks = rest
         ctx.save_for_backward(centered_x, centered_y, count, *map(_savable, masks))
-        ctx.how = (*ctx.needs_input_grad[3:5], precision, backend, x.dtype, y.dtype)
+        ctx.how = (*ctx.needs_input_grad[4:6], precision, backend, x.dtype, y.dtype)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(count)
         return mean_x, mean_y, count, *blocks
@@ -376,7 +392,7 @@ class _Moments(torch.autograd.Function):
             by=None if grad_mean_y is None else grad_mean_y * per_row,
         )
         grads = torch.ops.rift_kernels.features_bwd(
-            torch.ones_like(count),
+            torch.full_like(count, ctx.ranks),
             [],
             [],
             [centered_x, centered_y, *_tensors(coefficients, centered_x)],
@@ -388,7 +404,7 @@ class _Moments(torch.autograd.Function):
         student_grad, teacher_grad = ctx.how[:2]
         grad_x = grads[0] if student_grad else None
         grad_y = grads[-1] if teacher_grad else None
-        return (None, None, None, grad_x, grad_y, *([None] * len(masks)))
+        return (None, None, None, None, grad_x, grad_y, *([None] * len(masks)))
 
 
 def moments(
@@ -398,9 +414,10 @@ def moments(
     wanted: str,
     precision: str,
     backend: str,
+    ranks: Ranks | None,
 ) -> tuple[Tensor, ...]:
     """``mean_x, mean_y, count, xx, xy, yy``, differentiable once; blocks not wanted are empty."""
-    return _Moments.apply(wanted, precision, backend, student, teacher, *masks)
+    return _Moments.apply(wanted, precision, backend, ranks, student, teacher, *masks)
 
 
 class _Rotate(torch.autograd.Function):

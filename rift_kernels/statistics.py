@@ -86,7 +86,7 @@ class TeacherStatistics(nn.Module):
         self._add(features.reshape(-1, self.width), None if mask is None else mask.reshape(-1))
 
     # torch 2.13 compiles changes of a 0-dimensional float64 tensor on a CPU, the count, away.
-    @torch.compiler.disable
+    @torch._disable_dynamo
     @torch.no_grad()
     def _add(self, rows: Tensor, mask: Tensor | None) -> None:
         centered, mean, n = center(rows, mask, torch.float64)

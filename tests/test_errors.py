@@ -80,7 +80,7 @@ ONE_FUNCTION = [
 LOSS = [
     (ValueError, r"measure must be one of 'cka', .*; got 'cca'", {"measure": "cca"}),
     (ValueError, r"reduction must be one of 'mean', 'sum', 'none'; got 'max'", {"reduction": "max"}),
-    (ValueError, r"rotation must be one of 'identity', 'learned'; got 'free'", {"rotation": "free"}),
+    (ValueError, r"rotation must be one of 'identity', 'learned', 'optimal'; got 'free'", {"rotation": "free"}),
     (ValueError, r"rotation='learned' needs measure='covariance'; measure='cka'", {"rotation": "learned"}),
     (ValueError, r"student_width must be a positive integer .*; got None", {"measure": "covariance", "rotation": "learned"}),
     (ValueError, r"teacher_width must be a positive integer .*; got 0", {"measure": "covariance", "rotation": "learned", "student_width": 3, "teacher_width": 0}),

@@ -204,7 +204,7 @@ def test_too_few_rows_that_only_the_mask_tells(
 ) -> None:
     """On a GPU the mask is not read before the call."""
     force_form(form)
-    monkeypatch.setattr(checks, "_mask", lambda *_: None)
+    monkeypatch.setattr(checks, "enough_rows", lambda *_: None)
     x, y = (t[:8, :3].to(device, torch.float32) for t in pair())
     mask = (torch.arange(8) < valid).to(device)
     value, grad_x, _ = cases.value_and_gradients(measure, x, y, mask=mask)
