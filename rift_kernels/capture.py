@@ -75,7 +75,8 @@ class FeatureCapture:
     until :meth:`clear`: call that before a forward that may skip layers. Nothing is captured in a
     backward, where activation checkpointing runs layers again. Inside a reentrant checkpoint
     (``use_reentrant=True``) features carry no gradient, which :meth:`features` warns of, once; the
-    output of the checkpointed module itself does.
+    output of the checkpointed module itself does. Under FSDP, the loss must also use the output of
+    the FSDP unit around a captured layer, or be of it: that is what gathers the unit's parameters.
 
     Raises:
         TypeError, ValueError: naming the argument, at construction; a pattern without a match
