@@ -96,7 +96,7 @@ class FeatureCapture:
         self._switch = _Switch()
         self._slots = [_Slot(name, self._switch) for name in self.layers]
         handles = [modules[slot.name].register_forward_hook(slot) for slot in self._slots]
-        self._hooks = weakref.finalize(self, _remove, handles, self._switch)
+        self._hooks = weakref.finalize(self, _remove, handles)
         self._hooks.atexit = False
 
     def __enter__(self) -> Self:
@@ -126,7 +126,7 @@ class FeatureCapture:
         try:
             yield
         finally:
-            self._switch.on = before and self._hooks.alive
+            self._switch.on = before
 
     @contextmanager
     def fresh(self) -> Iterator[Self]:
@@ -232,8 +232,7 @@ class _Slot:
         return _Slot, (self.name,)
 
 
-def _remove(handles: list[RemovableHandle], switch: _Switch) -> None:
-    switch.on = False  # graphs that torch.compile made keep the hooks
+def _remove(handles: list[RemovableHandle]) -> None:
     for handle in handles:
         handle.remove()
 
