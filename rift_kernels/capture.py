@@ -64,7 +64,9 @@ class FeatureCapture:
             (batch, C, H, W)  error                mean over H, W    (batch * H * W, C)
             ================  ===================  ================  =====================
 
-            Means of half precision are accumulated in float32; every dtype is kept.
+            Four axes are always read as (batch, C, H, W): of models with the channels last, take a
+            layer after their pooling. Means of half precision are accumulated in float32; every
+            dtype is kept.
 
     Attributes:
         layers: the resolved names, in the order of ``model.named_modules()``.
