@@ -207,7 +207,7 @@ def token_mask(
         raise ValueError(f"mask must be (batch, tokens); got {tuple(mask.shape)}")
     if output is None or output.dim() == 2:
         return
-    if output.dim() != 3 or mask.shape != output.shape[:-1]:
+    if mask.shape != output.shape[:-1]:
         expected = tuple(output.shape[:-1]) if output.dim() == 3 else "None"
         raise ValueError(
             f"mask must be {expected} for layer {layer!r} with output {tuple(output.shape)}; "
