@@ -13,6 +13,7 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, distributed, nn
+from torch._compile import _disable_dynamo
 
 from . import checks, statistics_files
 from .features import center
@@ -86,7 +87,7 @@ class TeacherStatistics(nn.Module):
         self._add(features.reshape(-1, self.width), None if mask is None else mask.reshape(-1))
 
     # torch 2.13 compiles changes of a 0-dimensional float64 tensor on a CPU, the count, away.
-    @torch._disable_dynamo
+    @_disable_dynamo  # torch.compiler.disable imports the compiler at once
     @torch.no_grad()
     def _add(self, rows: Tensor, mask: Tensor | None) -> None:
         centered, mean, n = center(rows, mask, torch.float64)

@@ -77,9 +77,15 @@ def outcomes(rank: int, splits: dict[str, tuple[int, ...]] | None) -> Iterator[t
         for dtype in (torch.float32, *cases.HALF):
             found = values_and_gradients(cases.CKA, batch(dtype), split, rank)
             yield f"{name}, cka, {dtype}", found
+        far = tuple(side + 3e3 for side in batch(torch.float32))
+        yield f"{name}, cka, far from 0", values_and_gradients(cases.CKA, far, split, rank)
+        # Rounding of a mean must not look like variance.
+        constant = (torch.full((ROWS, WIDTH), 0.1), batch(torch.float32)[1])
+        yield f"{name}, cka, no variance", values_and_gradients(cases.CKA, constant, split, rank)
         found = values_and_gradients(cases.CKA, batch(axes=(2, 3)), split, rank)
         yield f"{name}, cka, leading axes", found
         yield f"{name}, layers", layers(split, rank, group)
+        yield f"{name}, rotation", rotated(split, rank, group)
         yield f"{name}, moments", moments(split, rank, group)
         for kind in MODELS:
             yield f"{name}, model, {kind}", model_gradients(kind, split, rank, group)
@@ -127,6 +133,15 @@ def moments(split: tuple[int, ...] | None, rank: int, group: str | None) -> Outc
         "value": torch.cat([t.detach().flatten() for t in (*found, cross)]),
         "rows": [x.grad, y.grad],
     }
+
+
+def rotated(split: tuple[int, ...] | None, rank: int, group: str | None) -> Outcome:
+    """A rotation that no DDP averages has the same gradient on all ranks."""
+    x, y = (own(side, split, rank).requires_grad_() for side in batch())
+    q = cases.rotation(WIDTH).requires_grad_()
+    value = rk.covariance_distance(x, y, rotation=q, mean_weight=0.3, group=group)
+    value.backward()
+    return {"value": value.detach(), "rows": [x.grad, y.grad], "parameters": [q.grad]}
 
 
 MODELS = ("cka", "covariance, learned", "covariance, optimal", "covariance, statistics", "bures")

@@ -54,17 +54,6 @@ def assert_captures(model) -> None:
                 torch.testing.assert_close(gradient.view_as(expected[name]), expected[name])
 
 
-@pytest.fixture(scope="module")
-def one_process(tmp_path_factory):
-    """A process group of this process alone."""
-    if not distributed.is_available() or not distributed.is_gloo_available():
-        pytest.skip("this torch has no gloo")
-    store = tmp_path_factory.mktemp("store") / "store"
-    distributed.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
-    yield
-    distributed.destroy_process_group()
-
-
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_compile(backend) -> None:
     torch.compiler.reset()

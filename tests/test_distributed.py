@@ -17,8 +17,6 @@ import rift_kernels as rk
 from rift_kernels import checks, distributed
 from tests import cases, ranks
 
-pytestmark = pytest.mark.eager_only
-
 ROOT = Path(__file__).parent.parent
 CHECKS = [name.removeprefix("all, ") for name, _ in ranks.outcomes(0, None)]
 HALF = [f"cka, {dtype}" for dtype in cases.HALF]
@@ -180,6 +178,14 @@ def test_group_is_checked() -> None:
         rk.linear_cka(x, y, group="all")
     # One process, not started by torchrun: the same script runs.
     assert torch.equal(rk.linear_cka(x, y, group="world"), rk.linear_cka(x, y))
+
+
+@pytest.mark.parametrize("way", ranks.WAYS)
+def test_a_constant_has_no_variance(together, way) -> None:
+    for of_rank in together:
+        found = of_rank[f"{way}, uneven, cka, no variance"]
+        assert float(found["value"]) == 0
+        assert not found["rows"][0].any()
 
 
 def test_no_check_hides_another() -> None:

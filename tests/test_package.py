@@ -19,12 +19,13 @@ PACKAGE = Path(rk.__file__).parent
 ALLOWED = {
     "__init__": {
         *("reference", "_version", "capture", "collect", "dispatch", "functional", "losses"),
-        *("moments", "statistics", "weighting"),
+        *("moments", "regularizer", "statistics", "weighting"),
     },
     "__main__": {"dispatch"},
     "capture": {"checks"},
     "losses": {"checks", "dispatch", "distributed", "functional", "matching", "weighting"},
     "weighting": {"checks"},
+    "regularizer": {"capture", "losses", "models", "statistics", "weighting"},
     "collect": {"capture", "checks", "statistics", "statistics_files"},
     "statistics": {"checks", "features", "statistics_files"},
     "functional": {"checks", "dispatch", "distributed", "matching", "ops"},

@@ -14,7 +14,7 @@ from rift_kernels.statistics_files import State
 from tests.test_statistics import assert_same, gathered, normal
 
 pytest.importorskip("safetensors", reason="safetensors is not installed")
-from safetensors.torch import load_file, save_file  # noqa: E402
+from safetensors.torch import load_file, save_file
 
 LAYERS = ("encoder.layer.11", "", "mean", "blocks.0.count", "ein Name mit ä / und \\ \n")
 
