@@ -48,8 +48,8 @@ class RIFTRegularizer(nn.Module):
     Args:
         student: the model to be trained, wrapped already where it is to be (DDP, FSDP, PEFT), and
             not yet called where it is compiled.
-        teacher: see above. It is neither trained nor part of this module's state; move it to the
-            student's device.
+        teacher: see above. It is neither trained nor part of this module's state; it has to be on
+            the student's device (:meth:`move_teacher`).
         layers: names or patterns, as :class:`~rift_kernels.FeatureCapture` takes them; a mapping
             from the student's layers to the teacher's where they are called differently.
         pooling: see :class:`~rift_kernels.FeatureCapture`.
@@ -188,6 +188,13 @@ class RIFTRegularizer(nn.Module):
         """Take the hooks away."""
         self._student.remove()
         self._teacher.remove()
+
+    def move_teacher(self, device: torch.device | str) -> None:
+        """Move the teacher, which is no part of this module, to a device; its statistics, too."""
+        _, teacher = self._models
+        if teacher is not None:
+            for one in teacher.values() if isinstance(teacher, Mapping) else (teacher,):
+                one.to(device)
 
     def get_extra_state(self) -> int:
         """The step of the schedule, for ``state_dict``."""

@@ -34,6 +34,8 @@ ALLOWED = {
     },
     "moments": {"checks", "dispatch", "distributed", "ops"},
     "distributed": {"checks"},
+    "integrations/transformers": {"regularizer"},
+    "integrations/lightning": {"models", "regularizer"},
     "ops": {"distributed", "features", "measures", "backends", "precision"},
     "measures": {"features", "matrix_functions"},
     "dispatch": {"_version", "backends"},
