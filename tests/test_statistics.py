@@ -197,7 +197,7 @@ def test_in_any_mode(mode, device) -> None:
 def test_update_under_compile() -> None:
     x, mask = normal(20, 4), torch.arange(20) < 15
     statistics, expected = rk.TeacherStatistics(4, decay=0.5), rk.TeacherStatistics(4, decay=0.5)
-    update = torch.compile(statistics.update, backend="aot_eager")
+    update = torch.compile(statistics.update, backend="aot_eager", fullgraph=True)
     for _ in range(2):
         update(x, mask)
         expected.update(x, mask)
