@@ -74,7 +74,9 @@ class FeatureCapture:
     operation in place on it changes the features. The latest call of a layer wins, and is kept
     until :meth:`clear`: call that before a forward that may skip layers. Nothing is captured in a
     backward, where activation checkpointing runs layers again. Inside a reentrant checkpoint
-    (``use_reentrant=True``) features carry no gradient, which :meth:`features` warns of, once.
+    (``use_reentrant=True``) features carry no gradient, which :meth:`features` warns of, once; the
+    output of the checkpointed module itself does. Under FSDP, the loss must also use the output of
+    the FSDP unit around a captured layer, or be of it: that is what gathers the unit's parameters.
 
     Raises:
         TypeError, ValueError: naming the argument, at construction; a pattern without a match
@@ -184,7 +186,8 @@ class FeatureCapture:
         model = self._model()
         if self._warned or model is None or not (model.training and torch.is_grad_enabled()):
             return
-        cut = [slot.name for slot in self._slots if slot.in_checkpoint]
+        # The output of the checkpoint itself gets its gradient when the checkpoint ends.
+        cut = [slot.name for slot in self._slots if slot.is_cut()]
         if cut and any(parameter.requires_grad for parameter in model.parameters()):
             self._warned = True
             warnings.warn(
@@ -213,6 +216,10 @@ class _Slot:
     def forget(self) -> None:
         self.output: Tensor | None = None
         self.in_checkpoint = False
+
+    def is_cut(self) -> bool:
+        """Whether a checkpoint cut the output off its graph."""
+        return self.in_checkpoint and self.output is not None and not self.output.requires_grad
 
     # An attribute a layer and no dictionary: torch.compile traces it and needs no guard for it.
     def __call__(self, _module: nn.Module, _args: Any, output: Any) -> None:
