@@ -187,7 +187,8 @@ class TeacherStatistics(nn.Module):
             result = fn(tensor)
             return result if result.dtype == tensor.dtype else tensor.to(result.device)
 
-        return super()._apply(moved, recurse)
+        with torch.inference_mode(False):
+            return super()._apply(moved, recurse)
 
     def extra_repr(self) -> str:
         """The settings."""

@@ -47,8 +47,9 @@ def write(path: StrPath, states: Mapping[str, State], progress: Progress | None 
     safetensors = _safetensors()
     path = Path(path)
     check_writable(path)
+    # Copies: safetensors takes no tensor twice, but layers may be one and the same.
     tensors = {
-        _key(name, part): getattr(state, part).detach().cpu().contiguous()
+        _key(name, part): getattr(state, part).detach().to("cpu", copy=True).contiguous()
         for name, state in states.items()
         for part in PARTS
     }

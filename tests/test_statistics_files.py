@@ -58,6 +58,14 @@ def test_round_trip_of_several(path) -> None:
     assert_same(rk.TeacherStatistics.load(path), layers["mean"])
 
 
+def test_one_of_two_names(path) -> None:
+    """As of a module that is in a model twice."""
+    statistics = gathered(normal(5, 4))
+    rk.save_statistics({"first": statistics, "second": statistics}, path)
+    for loaded in rk.load_statistics(path).values():
+        assert_same(loaded, statistics)
+
+
 def test_what_has_not_begun_or_is_nan_comes_back(path) -> None:
     for statistics in (rk.TeacherStatistics(4), gathered(normal(5, 4) * float("nan"))):
         statistics.save(path)
