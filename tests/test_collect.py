@@ -185,6 +185,22 @@ def test_moves_batches(batches, device) -> None:
     assert meta[0].device.type == "meta"
 
 
+def test_batches_go_where_the_model_is(batches) -> None:
+    """By its first parameter, or else its first buffer."""
+    for model in (nn.Linear(3, 4), nn.BatchNorm1d(7, affine=False)):
+        statistics = collect(model.to("meta"), batches, layers="", pooling="tokens")
+        assert statistics[""].mean.device.type == "meta"
+
+
+def test_the_class_token_needs_no_mask(model, batches) -> None:
+    """Whatever form the model takes one in."""
+    given = [{"pixels": x, "attention_mask": torch.ones(len(x), 1, 7, 7)} for x in batches]
+    how = {"layers": "head", "forward": lambda model, batch: model(batch["pixels"])}
+    assert_all_same(collect(model, given, **how), collect(model, batches, layers="head"))
+    with pytest.raises(ValueError, match=r"mask must be \(batch, tokens\); got \(4, 1, 7, 7\)"):
+        collect(model, given, pooling="mean", **how)
+
+
 def test_a_model_without_parameters() -> None:
     x = normal(6, 4)
     assert_same(collect(nn.Identity(), [x], layers="")[""], gathered(x))

@@ -276,6 +276,16 @@ def test_an_interrupted_write_leaves_what_was_there(path, monkeypatch) -> None:
     assert [file.name for file in path.parent.iterdir()] == [path.name]
 
 
+def test_who_reads_the_file_while_another_is_written_reads_the_old_one(path) -> None:
+    """It is replaced, not written into."""
+    rk.TeacherStatistics(3).save(path)
+    before = path.read_bytes()
+    with path.open("rb") as reader:
+        rk.TeacherStatistics(5).save(path)
+        assert reader.read() == before
+    assert rk.TeacherStatistics.load(path).width == 5
+
+
 def test_without_safetensors(path, monkeypatch) -> None:
     rk.TeacherStatistics(3).save(path)
     monkeypatch.setitem(sys.modules, "safetensors", None)
