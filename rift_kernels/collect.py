@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, distributed, nn
 
-from . import checks, statistics, statistics_files
+from . import checks, statistics_files
 from .capture import FeatureCapture
-from .statistics import TeacherStatistics
+from .statistics import TeacherStatistics, group_size, read, write
 from .statistics_files import StrPath
 
 Forward = Callable[[nn.Module, Any], object]
@@ -83,10 +83,10 @@ def collect_teacher_statistics(
     checks.flag("progress", progress)
     save_every = checks.positive("save_every", save_every)
     if group is not None:
-        statistics.group_size(group)
+        group_size(group)
     with FeatureCapture(model, layers, pooling) as capture:
         device = _device(model) if device is None else torch.device(device)
-        length = operator.length_hint(dataloader, -1)
+        length = operator.length_hint(dataloader, -1)  # -1 where it is not known
         run = _Run({"layers": list(capture.layers), "pooling": pooling, "length": length})
         if path is not None:
             run.resume(Path(path), device)
@@ -119,21 +119,21 @@ class _Run:
 
     def save(self, path: StrPath) -> None:
         done = {"batches": self.batches, "complete": self.complete}
-        statistics.write(self.statistics, path, self.settings | done)
+        write(self.statistics, path, self.settings | done)
 
     def resume(self, path: Path, device: torch.device) -> None:
         """Go on where the file ends, if there is one that is of the same call."""
         statistics_files.check_writable(path)
         if not path.exists():
             return
-        found, progress = statistics.read(path)
+        found, progress = read(path)
         if progress is None:
             raise ValueError(
                 f"path must be a file of collect_teacher_statistics, or none; {path} was written "
                 "by save_statistics"
             )
         for name, wanted in self.settings.items():
-            if progress.get(name) != wanted:
+            if progress.get(name) != wanted and -1 not in (progress.get(name), wanted):
                 raise ValueError(
                     f"path must be a file of the same {name}, {wanted!r}; {path} is of "
                     f"{progress.get(name)!r}: remove it, or give another path"
@@ -210,7 +210,7 @@ def _merged(
 ) -> dict[str, TeacherStatistics]:
     """Over all processes; one without batches learns the widths from the others."""
     widths = {name: layer.width for name, layer in statistics.items()}
-    everyone: list[dict[str, int]] = [{} for _ in range(statistics.group_size(group))]
+    everyone: list[dict[str, int]] = [{} for _ in range(group_size(group))]
     distributed.all_gather_object(everyone, widths, group=group)
     known = next((found for found in everyone if found), None)
     if known is None:

@@ -79,7 +79,7 @@ def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
 def test_import_leaves_triton_and_extras_alone() -> None:
     code = (
         "import sys; sys.modules['triton'] = None; import rift_kernels; "
-        "extras = {'sklearn', 'matplotlib', 'rich', 'scipy', 'pytest'}; "
+        "extras = {'sklearn', 'matplotlib', 'rich', 'scipy', 'pytest', 'safetensors'}; "
         "print(sorted(extras & {name.split('.')[0] for name in sys.modules}))"
     )
     result = python(code)
