@@ -30,13 +30,16 @@ def without_labels(named: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def token_mask(named: Mapping[str, Any]) -> Tensor | None:
-    """The valid tokens by ``attention_mask``, if it is there and has the form (batch, tokens)."""
+    """The valid tokens by ``attention_mask``, if it is there."""
     mask = named.get("attention_mask")
-    return mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
+    return mask.bool() if isinstance(mask, Tensor) else None
 
 
-def arguments(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """What a model is called with: a mapping by name, else a tensor or the first of a tuple."""
+def arguments(batch: Any, otherwise: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What a model is called with: a mapping by name, else a tensor or the first of a tuple.
+
+    ``otherwise`` tells what to do about a batch of another kind.
+    """
     if isinstance(batch, Mapping):
         return (), without_labels(batch)
     if isinstance(batch, tuple | list) and batch:
@@ -44,7 +47,7 @@ def arguments(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if not isinstance(batch, Tensor):
         raise TypeError(
             "a batch must be a tensor, a tuple or list whose first entry is one, or a mapping; "
-            f"got {type(batch).__name__}"
+            f"got {type(batch).__name__}: {otherwise}"
         )
     return (batch,), {}
 

@@ -183,6 +183,6 @@ def _safetensors() -> Any:
         import safetensors.torch
     except ImportError as error:
         raise ImportError(
-            "files of teacher statistics need safetensors: pip install 'rift_kernels[bench]'"
+            "files of teacher statistics need safetensors: pip install 'rift_kernels[statistics]'"
         ) from error
     return safetensors

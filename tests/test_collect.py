@@ -280,7 +280,7 @@ WRONG = [
     (ValueError, "save_every must be at least 1; got 0", {"save_every": 0}),
     (FileNotFoundError, "path must be in a directory that exists", {"path": "/no/such/file"}),
     (ValueError, "dataloader must give at least one batch; got none", {"dataloader": []}),
-    (RuntimeError, "need a process group: call torch.distributed.init", {"group": object()}),
+    (TypeError, "group must be None, 'world' or a .*; got object", {"group": object()}),
 ]
 
 
@@ -318,7 +318,7 @@ def test_packages_that_are_missing_are_named_before_anything_runs(
         with monkeypatch.context() as patch:
             patch.setitem(sys.modules, package, None)
             with pytest.raises(
-                ImportError, match=rf"{package}: pip install 'rift_kernels\[bench\]'"
+                ImportError, match=rf"{package}: pip install 'rift_kernels\[statistics\]'"
             ):
                 collect(model, batches, layers="head", **options)
     assert model.calls == 0

@@ -26,7 +26,9 @@ ALLOWED = {
     "losses": {"checks", "dispatch", "distributed", "functional", "matching", "weighting"},
     "weighting": {"checks"},
     "regularizer": {"capture", "losses", "models", "statistics", "weighting"},
-    "collect": {"capture", "checks", "statistics", "statistics_files"},
+    "collect": {
+        *("capture", "checks", "distributed", "models", "statistics", "statistics_files"),
+    },
     "statistics": {"checks", "features", "statistics_files"},
     "functional": {"checks", "dispatch", "distributed", "matching", "ops"},
     "matching": {

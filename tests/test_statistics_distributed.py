@@ -78,7 +78,7 @@ def worker(rank: int, folder: Path) -> None:
 
 def collect(model: nn.Module, batches, **options) -> dict[str, rk.TeacherStatistics]:
     options |= {"layers": "", "progress": False, "save_every": 1}
-    return rk.collect_teacher_statistics(model, batches, group=distributed.group.WORLD, **options)
+    return rk.collect_teacher_statistics(model, batches, group="world", **options)
 
 
 def interrupted(batches):

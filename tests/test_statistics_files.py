@@ -289,7 +289,7 @@ def test_who_reads_the_file_while_another_is_written_reads_the_old_one(path) -> 
 def test_without_safetensors(path, monkeypatch) -> None:
     rk.TeacherStatistics(3).save(path)
     monkeypatch.setitem(sys.modules, "safetensors", None)
-    message = r"need safetensors: pip install 'rift_kernels\[bench\]'"
+    message = r"need safetensors: pip install 'rift_kernels\[statistics\]'"
     with pytest.raises(ImportError, match=message):
         rk.TeacherStatistics(3).save(path)
     with pytest.raises(ImportError, match=message):

@@ -65,7 +65,7 @@ class RIFTCallback(Callback):
         @functools.wraps(original)
         def training_step(batch: Any, *args: Any, **named: Any) -> Any:
             output = original(batch, *args, **named)
-            positional, by_name = arguments(self.inputs(batch))
+            positional, by_name = arguments(self.inputs(batch), "inputs= takes any")
             added = self.rift(*positional, **by_name)
             pl_module.log_dict(self.rift.metrics(), on_step=True, on_epoch=False)
             if isinstance(output, Mapping):
