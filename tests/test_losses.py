@@ -86,7 +86,7 @@ def test_descent_brings_the_student_back(measure, device) -> None:
 
 @pytest.mark.parametrize("widths", [(6, 6), (4, 6), (6, 4)], ids=str)
 def test_learned_rotation(widths, device) -> None:
-    """Starts at the identity, finds the rotation it is shown, and is orthogonal after 1000 steps."""
+    """Starts at the identity, finds the rotation it is shown, orthogonal after 1000 steps."""
     student_width, teacher_width = widths
     narrow = min(widths)
     loss = rk.RIFTLoss(
