@@ -78,10 +78,8 @@ def outcomes(rank: int, splits: dict[str, tuple[int, ...]] | None) -> Iterator[C
         for measure in MEASURES:
             yield f"{name}, {measure.name}", partial(of_rows, measure, batch())
         for measure in (cases.CKA, cases.PROCRUSTES, cases.BURES, cases.CORAL):
-            yield (
-                f"{name}, {measure.name}, masked",
-                partial(of_rows, measure, batch(), mask=valid()),
-            )
+            masked = partial(of_rows, measure, batch(), mask=valid())
+            yield f"{name}, {measure.name}, masked", masked
         for dtype in (torch.float32, *cases.HALF):
             yield f"{name}, cka, {dtype}", partial(of_rows, cases.CKA, batch(dtype))
         far = tuple(side + 3e3 for side in batch(torch.float32))
