@@ -35,7 +35,7 @@ from .training import LOWER_RATES, RATE
 BASE, UNREGULARISED, UNTRAINED = Plan(), Plan(PLAIN, 0.0), Plan(PRETRAINED, 0.0, rate=0.0)
 BIASED, COVARIANCE = Plan(debiased=False), Plan("covariance")
 BIASED_COLOUR = "#b45309"
-ROTATIONS = ("identity", "learned")
+ROTATIONS = ("identity", "learned", "optimal")
 
 _FIELDS = {"new_accuracy": "New task, %", "old_accuracy": "Old task kept, %"}
 _CELLS = {"new_accuracy": 1, "old_accuracy": 1, "similarity": 2, "step_ms": 1}
@@ -148,7 +148,8 @@ def sections(runs: Sequence[Run]) -> list[Section]:
 def draw(runs: Sequence[Run]) -> Figure:
     """Small multiples: a column a factor, a row an accuracy."""
     figure = Figure(figsize=(13, 6.4), facecolor="white")
-    panels = figure.subplots(2, len(_COLUMNS), sharey="row", sharex="col")
+    widths = {"width_ratios": [1.5, 1.5, 1.3, 0.85, 1.1]}
+    panels = figure.subplots(2, len(_COLUMNS), sharey="row", sharex="col", gridspec_kw=widths)
     figure.subplots_adjust(left=0.055, right=0.99, top=0.8, bottom=0.1, hspace=0.1, wspace=0.08)
     seeds = len({run["seed"] for run in runs})
     words = (
@@ -166,6 +167,8 @@ def draw(runs: Sequence[Run]) -> Figure:
             panel(axes, runs, field)
     for axes, title in zip(panels[0], _COLUMNS, strict=True):
         axes.set_title(title, loc="left", fontsize=11)
+    low, high = panels[1, 0].get_ylim()
+    panels[1, 0].set_ylim(low - 0.35 * (high - low), high)  # room for the legends
     return figure
 
 
@@ -173,7 +176,7 @@ def _dots(axes: Axes, runs: Sequence[Run], field: str, shown: dict[str, tuple[Pl
     """Plans under their names, in a colour each."""
     for x, (plan, colour) in enumerate(shown.values()):
         pictures.line(axes, [x], [of(runs, plan)], field, colour)
-    axes.set_xticks(range(len(shown)), shown, fontsize=8.5)
+    axes.set_xticks(range(len(shown)), shown, fontsize=8)
     axes.set_xlim(-0.6, len(shown) - 0.4)
 
 
@@ -190,7 +193,10 @@ def _weights(axes: Axes, runs: Sequence[Run], field: str) -> None:
         x = [weight * 1.06 ** (i - 1.5) for weight in grid]  # so that the bars can be told apart
         groups = [of(runs, Plan(way, weight)) for weight in grid]
         pictures.line(axes, x, groups, field, colour, label=name)
+    ticks = sorted({weight for _, _, grid in MEASURES.values() for weight in grid})
     axes.set_xscale("log")
+    axes.set_xticks(ticks, [f"{weight:g}" for weight in ticks])
+    axes.minorticks_off()
     _explained(axes, field, "weight")
 
 
@@ -226,11 +232,11 @@ def _rotations(axes: Axes, runs: Sequence[Run], field: str) -> None:
 
 
 _COLUMNS = {
-    "Measure, and its weight": _measures,
+    "Measure, at a weight": _measures,
     "Weight": _weights,
     "Batch size": _batches,
-    "Debiasing, batch 30": _debiasing,
-    "Rotation (covariance, weight 1)": _rotations,
+    "Debiasing (CKA)": _debiasing,
+    "Rotation (covariance)": _rotations,
 }
 
 COMMAND = Command(

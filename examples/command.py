@@ -22,7 +22,7 @@ from benchmarks.demo import caption
 from benchmarks.report import ReportError, updated
 from benchmarks.tables import markdown
 
-from .runs import Job, Run, Store, code_version, record, run_missing
+from .runs import Job, Run, Store, code_version, commit, record, run_missing
 from .training import FINETUNING, PRETRAINING, Recipe
 
 Record = dict[str, Any]
@@ -109,8 +109,9 @@ class Command(NamedTuple):
         def perform(begun: Any, job: Job) -> Run:
             return self.perform(begun, job, steps)
 
+        at = commit()  # a later one is not what ran
         runs = run_missing(store, settings, self.jobs(seeds), begin, perform, console)
-        return record(store, settings, runs)
+        return record(store, settings, runs, at)
 
     def show(self, found: Record, console: Console) -> None:
         for section in self.sections(found["runs"]):

@@ -6,12 +6,14 @@ And the model: a vision transformer small enough to train in seconds on a CPU.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
+from sklearn.utils import Bunch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
@@ -81,16 +83,21 @@ def pick(
     indices: np.ndarray, kept: tuple[int, ...], change: Change, device: torch.device
 ) -> Images:
     """Those of the images that are of the digits ``kept``, which follow one another."""
-    digits = load_digits()
+    digits = _digits()
     indices = indices[np.isin(digits.target[indices], kept)]
     images = change(torch.tensor(digits.images[indices], dtype=torch.float32)[:, None] / 16)
     labels = torch.tensor(digits.target[indices] - kept[0])
     return images.contiguous().to(device), labels.to(device)
 
 
+@cache
+def _digits() -> Bunch:
+    return load_digits()
+
+
 def _split(seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Indices to train on, in the seed's order, and to test on."""
-    target = load_digits().target
+    target = _digits().target
     rest, test = train_test_split(
         np.arange(len(target)), test_size=0.3, stratify=target, random_state=0
     )
@@ -99,7 +106,7 @@ def _split(seed: int) -> tuple[np.ndarray, np.ndarray]:
 
 def _first(indices: np.ndarray, digits: tuple[int, ...]) -> np.ndarray:
     """The first ``SHOTS`` of each digit."""
-    target = load_digits().target
+    target = _digits().target
     return np.concatenate([indices[target[indices] == digit][:SHOTS] for digit in digits])
 
 

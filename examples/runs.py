@@ -152,13 +152,13 @@ def run_missing(
     return runs
 
 
-def record(store: Store, shared: Run, runs: Sequence[Run]) -> dict[str, Any]:
+def record(store: Store, shared: Run, runs: Sequence[Run], commit: str) -> dict[str, Any]:
     """What a result file holds."""
     return {
         "hardware": HARDWARE,
         "seconds": round(sum(run["seconds"] for run in runs), 1),
         "versions": versions(),
-        "commit": commit(),
+        "commit": commit,
         "code": store.code,
         "settings": shared,
         "runs": list(runs),
