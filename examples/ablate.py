@@ -38,8 +38,8 @@ BIASED_COLOUR = "#b45309"
 ROTATIONS = ("identity", "learned", "optimal")
 
 _FIELDS = {"new_accuracy": "New task, %", "old_accuracy": "Old task kept, %"}
-_CELLS = {"new_accuracy": 1, "old_accuracy": 1, "similarity": 2, "step_ms": 1}
-_HEADER = ("new task, %", "old task kept, %", "similarity", "ms a step")
+_CELLS = {"new_accuracy": 1, "old_accuracy": 1, "similarity": 2}
+_HEADER = ("new task, %", "old task kept, %", "similarity")
 _NOTE = (
     "The last two columns of a table are mean differences of the new and of the old task, in "
     "points, between runs of the same seed; `~` marks one that may be chance (paired t-test at 5%; "
@@ -110,17 +110,14 @@ def _name(plan: Plan) -> str:
     return f"{MEASURES[plan.way][0]}, weight {plan.weight:g}"
 
 
-def plans() -> list[Plan]:
-    """Each once."""
-    return list(dict.fromkeys(row.plan for factor in factors() for row in factor.rows))
+def plans() -> dict[Plan, str]:
+    """Each once, with a name."""
+    return {row.plan: row.label for factor in factors() for row in factor.rows}
 
 
 def jobs(seeds: int) -> list[Job]:
-    return [
-        Job(seed, f"{plan.way}, weight {plan.weight:g}, batch {plan.batch}", plan._asdict())
-        for seed in range(seeds)
-        for plan in plans()
-    ]
+    named = plans().items()
+    return [Job(seed, label, plan._asdict()) for seed in range(seeds) for plan, label in named]
 
 
 def perform(begun: Start, job: Job, steps: int) -> Run:

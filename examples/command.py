@@ -22,7 +22,7 @@ from benchmarks.demo import caption
 from benchmarks.report import ReportError, updated
 from benchmarks.tables import markdown
 
-from .runs import Job, Run, Store, code_version, commit, record, run_missing
+from .runs import Job, Run, Store, StoreError, code_version, commit, record, run_missing
 from .training import FINETUNING, PRETRAINING, Recipe
 
 Record = dict[str, Any]
@@ -75,7 +75,7 @@ class Command(NamedTuple):
                 link = os.path.relpath(picture, options.page.parent)
                 options.page.write_text(updated(text, self.name, self.page(found, link)), "utf-8")
                 console.print(f"Wrote {options.page}")
-        except (OSError, ValueError, ReportError) as error:
+        except (OSError, ReportError, StoreError, json.JSONDecodeError) as error:
             console.print(f"{self.name}: {error}", style="red")
             return 1
         return 0

@@ -29,6 +29,10 @@ ROOT = Path(__file__).parent.parent
 HARDWARE = f"{platform.machine()} cpu, one thread"
 
 
+class StoreError(ValueError):
+    """What is wrong with a file of runs; the message is for the user."""
+
+
 class Job(NamedTuple):
     """A run that is wanted, and what sets it apart from the others."""
 
@@ -44,7 +48,7 @@ class Store:
     time.
 
     Raises:
-        ValueError: another line than the last is no run.
+        StoreError: another line than the last is no run.
     """
 
     def __init__(self, path: Path, code: str) -> None:
@@ -59,7 +63,7 @@ class Store:
                 run = json.loads(line)
                 self._runs[self._key(run["code"], run["settings"])] = run["results"]
             except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(f"{path}, line {number}, is not a run: {error!r}") from error
+                raise StoreError(f"{path}, line {number}, is not a run: {error!r}") from error
 
     def get(self, settings: Run) -> Run | None:
         return self._runs.get(self._key(self.code, settings))

@@ -29,7 +29,7 @@ from examples import (  # noqa: E402
 pytestmark = pytest.mark.eager_only
 EXAMPLES = Path(ablate.__file__).parent
 COMMANDS = [ablate.COMMAND, continual.COMMAND]
-WAYS = {"ablations": ablate.plans(), "continual": continual.WAYS}
+WAYS = {"ablations": [*ablate.plans()], "continual": continual.WAYS}
 by_name = pytest.mark.parametrize("which", COMMANDS, ids=lambda which: which.name)
 
 
@@ -37,6 +37,25 @@ by_name = pytest.mark.parametrize("which", COMMANDS, ids=lambda which: which.nam
 def one_thread() -> Iterator[None]:
     """As the commands themselves have it: so small a model is slower with more."""
     with threadpool_limits(1):
+        yield
+
+
+@pytest.fixture(autouse=True, scope="module")
+def few_images() -> Iterator[None]:
+    """What is tested here takes no more, and is quicker."""
+
+    def first(images: digits.Images) -> digits.Images:
+        return images[0][:60], images[1][:60]
+
+    def data(*arguments):
+        return digits.Data(*map(first, digits.draw_data(*arguments)))
+
+    def tasks(*arguments):
+        return [digits.Task(*map(first, task)) for task in digits.draw_tasks(*arguments)]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ablation, "draw_data", data)
+        patch.setattr(sequence, "draw_tasks", tasks)
         yield
 
 
@@ -159,7 +178,7 @@ def test_store(tmp_path) -> None:
     assert again.get({"a": 1, "b": 2.0}) == {"value": 3}
     assert again.get({"a": 2}) == {"value": 4}
     path.write_bytes(b'{"code"\n' + path.read_bytes())
-    with pytest.raises(ValueError, match=r"runs\.jsonl, line 1, is not a run"):
+    with pytest.raises(runs.StoreError, match=r"runs\.jsonl, line 1, is not a run"):
         runs.Store(path, "abc")
 
 
