@@ -215,6 +215,8 @@ def test_loss_has_the_plan_s_settings() -> None:
             assert loss is None
         else:
             assert (loss.measure, loss.weight, loss.debiased) == (*plan[:2], plan.debiased)
+            assert loss.optimal == (plan.rotation == "optimal")
+            assert (loss.rotation is None) == (plan.rotation != "learned")
 
 
 @pytest.mark.parametrize("batch", [8, 30])
