@@ -32,7 +32,7 @@ from .runs import Job, Run
 from .sequence import Start, average, forgetting
 from .training import LOWER_RATES, RATE
 
-# Own heads ask for lower rates than examples/finetune_digits.py needs: until lower is worse.
+# Own heads ask for lower rates than one new task does; the limit is the frozen backbone.
 RATES = (RATE, *LOWER_RATES, RATE / 16, RATE / 32)
 WAYS = (
     Plan(PROBE),
