@@ -13,6 +13,7 @@ from .functional import (
 )
 from .losses import RIFTLoss
 from .moments import SecondMoments, cross_covariance, second_moments
+from .regularizer import RIFTRegularizer
 from .statistics import TeacherStatistics, load_statistics, save_statistics
 from .weighting import AdaptiveWeight
 
@@ -20,6 +21,7 @@ __all__ = [
     "AdaptiveWeight",
     "FeatureCapture",
     "RIFTLoss",
+    "RIFTRegularizer",
     "SecondMoments",
     "TeacherStatistics",
     "__version__",

@@ -64,7 +64,9 @@ class FeatureCapture:
             (batch, C, H, W)  error                mean over H, W    (batch * H * W, C)
             ================  ===================  ================  =====================
 
-            Means of half precision are accumulated in float32; every dtype is kept.
+            Four axes are always read as (batch, C, H, W): of models with the channels last, take a
+            layer after their pooling. Means of half precision are accumulated in float32; every
+            dtype is kept.
 
     Attributes:
         layers: the resolved names, in the order of ``model.named_modules()``.
@@ -74,7 +76,9 @@ class FeatureCapture:
     operation in place on it changes the features. The latest call of a layer wins, and is kept
     until :meth:`clear`: call that before a forward that may skip layers. Nothing is captured in a
     backward, where activation checkpointing runs layers again. Inside a reentrant checkpoint
-    (``use_reentrant=True``) features carry no gradient, which :meth:`features` warns of, once.
+    (``use_reentrant=True``) features carry no gradient, which :meth:`features` warns of, once; the
+    output of the checkpointed module itself does. Under FSDP, the loss must also use the output of
+    the FSDP unit around a captured layer, or be of it: that is what gathers the unit's parameters.
 
     Raises:
         TypeError, ValueError: naming the argument, at construction; a pattern without a match
@@ -94,7 +98,7 @@ class FeatureCapture:
         self._switch = _Switch()
         self._slots = [_Slot(name, self._switch) for name in self.layers]
         handles = [modules[slot.name].register_forward_hook(slot) for slot in self._slots]
-        self._hooks = weakref.finalize(self, _remove, handles, self._switch)
+        self._hooks = weakref.finalize(self, _remove, handles)
         self._hooks.atexit = False
 
     def __enter__(self) -> Self:
@@ -124,7 +128,7 @@ class FeatureCapture:
         try:
             yield
         finally:
-            self._switch.on = before and self._hooks.alive
+            self._switch.on = before
 
     @contextmanager
     def fresh(self) -> Iterator[Self]:
@@ -184,7 +188,8 @@ class FeatureCapture:
         model = self._model()
         if self._warned or model is None or not (model.training and torch.is_grad_enabled()):
             return
-        cut = [slot.name for slot in self._slots if slot.in_checkpoint]
+        # The output of the checkpoint itself gets its gradient when the checkpoint ends.
+        cut = [slot.name for slot in self._slots if slot.is_cut()]
         if cut and any(parameter.requires_grad for parameter in model.parameters()):
             self._warned = True
             warnings.warn(
@@ -214,6 +219,10 @@ class _Slot:
         self.output: Tensor | None = None
         self.in_checkpoint = False
 
+    def is_cut(self) -> bool:
+        """Whether a checkpoint cut the output off its graph."""
+        return self.in_checkpoint and self.output is not None and not self.output.requires_grad
+
     # An attribute a layer and no dictionary: torch.compile traces it and needs no guard for it.
     def __call__(self, _module: nn.Module, _args: Any, output: Any) -> None:
         if self.switch is None or not self.switch.on or _in_backward():
@@ -225,8 +234,7 @@ class _Slot:
         return _Slot, (self.name,)
 
 
-def _remove(handles: list[RemovableHandle], switch: _Switch) -> None:
-    switch.on = False  # graphs that torch.compile made keep the hooks
+def _remove(handles: list[RemovableHandle]) -> None:
     for handle in handles:
         handle.remove()
 

@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import distributed, nn
 
-from . import checks, statistics, statistics_files
+from . import checks, statistics_files
 from .capture import FeatureCapture
-from .statistics import TeacherStatistics
+from .distributed import Group, resolve
+from .models import arguments, evaluating, token_mask
+from .statistics import TeacherStatistics, group_size, read, write
 from .statistics_files import StrPath
 
 Forward = Callable[[nn.Module, Any], object]
-
-LABELS = ("labels", "label")  # a model that gets them computes a loss
 
 
 def collect_teacher_statistics(
@@ -33,7 +32,7 @@ def collect_teacher_statistics(
     path: StrPath | None = None,
     save_every: int = 100,
     progress: bool = True,
-    group: distributed.ProcessGroup | None = None,
+    group: Group = None,
 ) -> dict[str, TeacherStatistics]:
     """Mean and covariance of a model's features over a data set, a layer each.
 
@@ -65,9 +64,9 @@ def collect_teacher_statistics(
         save_every: batches.
         progress: show a bar (tqdm).
         group: where given, the processes of this group have a part of the data set each (it may be
-            empty), and each gets the statistics of all (``torch.distributed.group.WORLD`` is
-            everyone). Each needs a ``path`` of its own, whose file holds its own part, not the
-            merged statistics: :func:`~rift_kernels.save_statistics` writes those.
+            empty), and each gets the statistics of all (``"world"`` is every process). Each needs a
+            ``path`` of its own, whose file holds its own part, not the merged statistics:
+            :func:`~rift_kernels.save_statistics` writes those.
 
     Returns:
         By the layer's name, on the device of its features.
@@ -82,17 +81,17 @@ def collect_teacher_statistics(
         raise TypeError(f"forward must be callable or None; got {type(forward).__name__}")
     checks.flag("progress", progress)
     save_every = checks.positive("save_every", save_every)
-    if group is not None:
-        statistics.group_size(group)
+    ranks = resolve(group)
     with FeatureCapture(model, layers, pooling) as capture:
         device = _device(model) if device is None else torch.device(device)
-        length = operator.length_hint(dataloader, -1)
+        length = operator.length_hint(dataloader, -1)  # -1 where it is not known
         run = _Run({"layers": list(capture.layers), "pooling": pooling, "length": length})
         if path is not None:
             run.resume(Path(path), device)
         if not run.complete:
             bar = _bar(dataloader, length) if progress else dataloader
-            with _eval(model), torch.no_grad():  # inference mode would leave its mark on caches
+            # Inference mode would leave its mark on caches.
+            with evaluating(model), torch.no_grad():
                 for batch in _rest(bar, run.batches):
                     _add(run.statistics, capture, _moved(batch, device), model, forward)
                     run.batches += 1
@@ -101,8 +100,8 @@ def collect_teacher_statistics(
             run.complete = True
             if path is not None and run.statistics:
                 run.save(path)
-    if group is not None:
-        return _merged(run.statistics, device, group)
+    if ranks is not None:
+        return _merged(run.statistics, device, ranks.group)
     if not run.statistics:
         raise ValueError("dataloader must give at least one batch; got none")
     return run.statistics
@@ -119,21 +118,21 @@ class _Run:
 
     def save(self, path: StrPath) -> None:
         done = {"batches": self.batches, "complete": self.complete}
-        statistics.write(self.statistics, path, self.settings | done)
+        write(self.statistics, path, self.settings | done)
 
     def resume(self, path: Path, device: torch.device) -> None:
         """Go on where the file ends, if there is one that is of the same call."""
         statistics_files.check_writable(path)
         if not path.exists():
             return
-        found, progress = statistics.read(path)
+        found, progress = read(path)
         if progress is None:
             raise ValueError(
                 f"path must be a file of collect_teacher_statistics, or none; {path} was written "
                 "by save_statistics"
             )
         for name, wanted in self.settings.items():
-            if progress.get(name) != wanted:
+            if progress.get(name) != wanted and -1 not in (progress.get(name), wanted):
                 raise ValueError(
                     f"path must be a file of the same {name}, {wanted!r}; {path} is of "
                     f"{progress.get(name)!r}: remove it, or give another path"
@@ -151,31 +150,18 @@ def _add(
 ) -> None:
     """Run the model on a batch and add its features up."""
     capture.clear()
-    (forward or _forward)(model, batch)
-    mask = None if capture.pooling == "cls" else _mask(batch)
+    if forward is not None:
+        forward(model, batch)
+    else:
+        positional, named = arguments(batch, "forward=lambda model, batch: ... takes any")
+        model(*positional, **named)
+    tokens = capture.pooling != "cls" and isinstance(batch, Mapping)
+    mask = token_mask(batch) if tokens else None
     for name, rows in capture.features(mask).items():
         if name not in statistics:
             statistics[name] = TeacherStatistics(rows.shape[-1])
         # A model may be spread over devices.
         statistics[name].to(rows.device).update(rows, capture.mask(mask))
-
-
-def _forward(model: nn.Module, batch: Any) -> object:
-    if isinstance(batch, Mapping):
-        return model(**{name: value for name, value in batch.items() if name not in LABELS})
-    if isinstance(batch, tuple | list) and batch:
-        batch = batch[0]
-    if not isinstance(batch, Tensor):
-        raise TypeError(
-            "a batch must be a tensor, a tuple or list whose first entry is one, or a mapping; "
-            f"got {type(batch).__name__}: forward=lambda model, batch: ... takes any"
-        )
-    return model(batch)
-
-
-def _mask(batch: Any) -> Tensor | None:
-    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-    return mask.bool() if isinstance(mask, Tensor) else None
 
 
 def _moved(batch: Any, device: torch.device) -> Any:
@@ -210,7 +196,7 @@ def _merged(
 ) -> dict[str, TeacherStatistics]:
     """Over all processes; one without batches learns the widths from the others."""
     widths = {name: layer.width for name, layer in statistics.items()}
-    everyone: list[dict[str, int]] = [{} for _ in range(statistics.group_size(group))]
+    everyone: list[dict[str, int]] = [{} for _ in range(group_size(group))]
     distributed.all_gather_object(everyone, widths, group=group)
     known = next((found for found in everyone if found), None)
     if known is None:
@@ -222,18 +208,6 @@ def _merged(
             statistics[name] = TeacherStatistics(width).to(device)
         statistics[name].all_reduce_(group)
     return statistics
-
-
-@contextmanager
-def _eval(model: nn.Module) -> Iterator[None]:
-    """Within, no submodule is in training mode; after it, each is in the one it was in."""
-    before = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in before:
-            module.training = training
 
 
 def _device(model: nn.Module) -> torch.device:
@@ -248,7 +222,7 @@ def _bar(dataloader: Iterable[Any], length: int) -> Iterable[Any]:
         from tqdm import tqdm
     except ImportError as error:
         raise ImportError(
-            "progress=True needs tqdm: pip install 'rift_kernels[bench]', or progress=False"
+            "progress=True needs tqdm: pip install 'rift_kernels[statistics]', or progress=False"
         ) from error
     total = None if length < 0 else length
     return tqdm(dataloader, desc="teacher statistics", unit="batch", total=total)

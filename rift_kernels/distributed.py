@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Union
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._compile import _disable_dynamo
 
 from . import checks
 
@@ -150,7 +151,7 @@ def share(
     return _share(ranks, check, min_rows, settings)
 
 
-@torch._disable_dynamo  # as torch.compiler.disable, which imports the compiler at once
+@_disable_dynamo  # as torch.compiler.disable, which imports the compiler at once
 def _share(
     ranks: Ranks,
     check: Callable[[], checks.Layers],

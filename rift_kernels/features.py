@@ -52,7 +52,7 @@ def center_over_ranks(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """:func:`center` about the means of all ranks' rows, of which this rank may have none.
 
-    Sums are in float64, so that a constant column becomes exactly 0 here, too.
+    Sums are in float64: a constant column becomes exactly 0 here, too, in one message.
 
     Returns:
         Centered student and teacher, their means, and the count of all ranks.
@@ -67,16 +67,15 @@ def center_over_ranks(
         masked = ~mask.unsqueeze(-1)
         count = mask.sum(-1, dtype=torch.float64)
         sides = [side.masked_fill(masked, 0.0) for side in sides]
-    own = count
-    means = [torch.zeros((), dtype=dtype, device=student.device)] * 2
-    for _ in range(2):
-        count, *sums = total(own, *(side.sum(-2, dtype=torch.float64) for side in sides))()
-        shifts = [(of_side / count.unsqueeze(-1)).to(dtype) for of_side in sums]
-        means = [mean + shift for mean, shift in zip(means, shifts, strict=True)]
-        sides = [side - shift.unsqueeze(-2) for side, shift in zip(sides, shifts, strict=True)]
-        if masked is not None:
-            sides = [side.masked_fill_(masked, 0.0) for side in sides]
-    return sides[0], sides[1], means[0], means[1], count
+    count, *sums = total(count, *(side.sum(-2, dtype=torch.float64) for side in sides))()
+    means = [of_side / count.unsqueeze(-1) for of_side in sums]
+    for i, mean in enumerate(means):
+        # In two parts, so that a mean far from 0 is taken off to more digits than dtype has.
+        high = mean.to(dtype)
+        low = (mean - high).to(dtype)
+        centered = sides[i] - high.unsqueeze(-2) - low.unsqueeze(-2)
+        sides[i] = centered if masked is None else centered.masked_fill_(masked, 0.0)
+    return sides[0], sides[1], means[0].to(dtype), means[1].to(dtype), count
 
 
 def row_energy(centered: Tensor) -> Tensor:

@@ -67,14 +67,15 @@ class TeacherStatistics(nn.Module):
         """D, the number of features a row."""
         return self.mean.shape[0]
 
+    @torch.no_grad()
     def update(self, features: Tensor, mask: Tensor | None = None) -> None:
         """Add a batch.
 
         Centered within the batch and merged by the formula of Chan, Golub and LeVeque (1979). With
         ``decay=1`` it makes no difference how the data are cut into batches, beyond rounding: the
         scatter's relative error is float64's, times offset over deviation where that is more than
-        1 (a sum of squares has its square). Under inference mode and autocast it does the same;
-        torch.compile breaks its graph here. The host never waits for a GPU.
+        1 (a sum of squares has its square). Under inference mode, autocast and
+        ``torch.compile(fullgraph=True)`` it does the same. The host never waits for a GPU.
 
         Args:
             features: (..., N, D), float64, float32, bfloat16 or float16, on the statistics' device.
@@ -83,25 +84,22 @@ class TeacherStatistics(nn.Module):
             mask: boolean (..., N), True = valid. Whatever masked rows hold has no effect.
         """
         checks.rows("features", features, mask, self.width, self.mean.device)
-        self._add(features.reshape(-1, self.width), None if mask is None else mask.reshape(-1))
-
-    # torch 2.13 compiles changes of a 0-dimensional float64 tensor on a CPU, the count, away.
-    @torch._disable_dynamo
-    @torch.no_grad()
-    def _add(self, rows: Tensor, mask: Tensor | None) -> None:
+        rows = features.reshape(-1, self.width)
+        mask = None if mask is None else mask.reshape(-1)
         centered, mean, n = center(rows, mask, torch.float64)
+        # torch.compile (2.13) loses changes of a 0-dimensional float64 tensor on a CPU.
+        count = self.count.view(1)
         if self.decay != 1:
             factor = torch.where(n > 0, torch.full_like(n, self.decay), 1.0)
-            self.count.mul_(factor)
+            count.mul_(factor)
             self.scatter.mul_(factor)
-        total = self.count + n
         # Of no rows, the mean is NaN and the share 0 / 0.
-        share = torch.where(n > 0, n / total, 0.0)
+        share = torch.where(n > 0, n / (count + n), 0.0)
         delta = torch.where(n > 0, mean - self.mean, 0.0)
         scatter = centered.mT @ centered
-        self.scatter.add_(_symmetric(scatter)).add_(_outer(delta) * (self.count * share))
+        self.scatter.add_(_symmetric(scatter)).add_(_outer(delta) * (count * share))
         self.mean.add_(delta * share)
-        self.count.add_(n)
+        count.add_(n)
 
     def covariance(self, correction: float = 1.0) -> Tensor:
         """``scatter / (count - correction)``, (D, D) in float64; NaN where count <= correction.
@@ -189,7 +187,8 @@ class TeacherStatistics(nn.Module):
             result = fn(tensor)
             return result if result.dtype == tensor.dtype else tensor.to(result.device)
 
-        return super()._apply(moved, recurse)
+        with torch.inference_mode(False):
+            return super()._apply(moved, recurse)
 
     def extra_repr(self) -> str:
         """The settings."""

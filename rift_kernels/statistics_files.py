@@ -1,9 +1,10 @@
 """Files of teacher statistics: how they are written, and what is accepted of one that is read.
 
 A safetensors file, in which layer ``name`` has the float64 tensors ``name.count ()``,
-``name.mean (D,)`` and ``name.scatter (D, D)``; the unnamed layer, ``""``, has them without a prefix.
-Of the metadata, ``format`` and ``version`` say what the file is, ``decay`` (JSON) has a number a
-layer, ``progress`` (JSON) what :mod:`.collect` has to know to go on, and ``sha256`` covers all else.
+``name.mean (D,)`` and ``name.scatter (D, D)``, and the unnamed layer, ``""``, the same without a
+prefix. Of the metadata, ``format`` and ``version`` say what the file is, ``decay`` (JSON) has a
+number a layer, ``progress`` (JSON) what :mod:`.collect` has to know to go on, and ``sha256`` covers
+all else.
 """
 
 from __future__ import annotations
@@ -46,8 +47,9 @@ def write(path: StrPath, states: Mapping[str, State], progress: Progress | None 
     safetensors = _safetensors()
     path = Path(path)
     check_writable(path)
+    # Copies: safetensors takes no tensor twice, but layers may be one and the same.
     tensors = {
-        _key(name, part): getattr(state, part).detach().cpu().contiguous()
+        _key(name, part): getattr(state, part).detach().to("cpu", copy=True).contiguous()
         for name, state in states.items()
         for part in PARTS
     }
@@ -163,7 +165,7 @@ def _digest(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
     for key in sorted(tensors):
         tensor = tensors[key]
         digest.update(json.dumps([key, str(tensor.dtype), list(tensor.shape)]).encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -181,6 +183,6 @@ def _safetensors() -> Any:
         import safetensors.torch
     except ImportError as error:
         raise ImportError(
-            "files of teacher statistics need safetensors: pip install 'rift_kernels[bench]'"
+            "files of teacher statistics need safetensors: pip install 'rift_kernels[statistics]'"
         ) from error
     return safetensors

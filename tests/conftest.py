@@ -8,6 +8,7 @@ from types import ModuleType
 
 import pytest
 import torch
+from torch import distributed
 
 from rift_kernels import dispatch
 from rift_kernels.backends import cuda
@@ -146,3 +147,14 @@ def force_form(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
         monkeypatch.setattr(dispatch, "use_gram", lambda *_: form == "gram")
 
     return force
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A process group of this process alone."""
+    if not distributed.is_available() or not distributed.is_gloo_available():
+        pytest.skip("this torch has no gloo")
+    store = tmp_path_factory.mktemp("store") / "store"
+    distributed.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
+    yield
+    distributed.destroy_process_group()

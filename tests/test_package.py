@@ -19,13 +19,16 @@ PACKAGE = Path(rk.__file__).parent
 ALLOWED = {
     "__init__": {
         *("reference", "_version", "capture", "collect", "dispatch", "functional", "losses"),
-        *("moments", "statistics", "weighting"),
+        *("moments", "regularizer", "statistics", "weighting"),
     },
     "__main__": {"dispatch"},
     "capture": {"checks"},
     "losses": {"checks", "dispatch", "distributed", "functional", "matching", "weighting"},
     "weighting": {"checks"},
-    "collect": {"capture", "checks", "statistics", "statistics_files"},
+    "regularizer": {"capture", "losses", "models", "statistics", "weighting"},
+    "collect": {
+        *("capture", "checks", "distributed", "models", "statistics", "statistics_files"),
+    },
     "statistics": {"checks", "features", "statistics_files"},
     "functional": {"checks", "dispatch", "distributed", "matching", "ops"},
     "matching": {
@@ -33,6 +36,8 @@ ALLOWED = {
     },
     "moments": {"checks", "dispatch", "distributed", "ops"},
     "distributed": {"checks"},
+    "integrations/transformers": {"regularizer"},
+    "integrations/lightning": {"models", "regularizer"},
     "ops": {"distributed", "features", "measures", "backends", "precision"},
     "measures": {"features", "matrix_functions"},
     "dispatch": {"_version", "backends"},
@@ -76,7 +81,7 @@ def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
 def test_import_leaves_triton_and_extras_alone() -> None:
     code = (
         "import sys; sys.modules['triton'] = None; import rift_kernels; "
-        "extras = {'sklearn', 'matplotlib', 'rich', 'scipy', 'pytest'}; "
+        "extras = {'sklearn', 'matplotlib', 'rich', 'scipy', 'pytest', 'safetensors'}; "
         "print(sorted(extras & {name.split('.')[0] for name in sys.modules}))"
     )
     result = python(code)

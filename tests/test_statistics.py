@@ -197,12 +197,22 @@ def test_in_any_mode(mode, device) -> None:
 def test_update_under_compile() -> None:
     x, mask = normal(20, 4), torch.arange(20) < 15
     statistics, expected = rk.TeacherStatistics(4, decay=0.5), rk.TeacherStatistics(4, decay=0.5)
-    update = torch.compile(statistics.update, backend="aot_eager")
+    update = torch.compile(statistics.update, backend="aot_eager", fullgraph=True)
     for _ in range(2):
         update(x, mask)
         expected.update(x, mask)
     for actual, wanted in zip(state(statistics), state(expected), strict=True):
         torch.testing.assert_close(actual, wanted, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("decay", [1.0, 0.5])
+def test_update_reads_no_value(decay) -> None:
+    """On a GPU the host would wait for it. Here there is none to read, so that it would raise."""
+    statistics = rk.TeacherStatistics(4, decay=decay).to("meta")
+    x = torch.empty(20, 4, device="meta")
+    statistics.update(x, x[:, 0] > 0)
+    statistics.update(x)
+    assert statistics.covariance().shape == (4, 4)
 
 
 def test_features_are_left_alone() -> None:
@@ -222,7 +232,9 @@ def test_casts_leave_float64() -> None:
     model.to(torch.float16)
     assert model["layer"].weight.dtype == torch.float16
     assert all(map(torch.equal, state(statistics), before))
-    moved = copy.deepcopy(statistics).to("meta", torch.float16)
+    with torch.inference_mode():
+        moved = copy.deepcopy(statistics).to("meta", torch.float16)
+    assert not any(t.is_inference() for t in moved.buffers())
     assert {(t.device.type, t.dtype) for t in state(moved)} == {("meta", torch.float64)}
     statistics.update(normal(30, 5).half())
     assert float(statistics.count) == 60

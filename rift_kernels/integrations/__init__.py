@@ -1,0 +1,1 @@
+"""RIFT inside trainers, a module each; none is imported with the package."""

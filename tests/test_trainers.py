@@ -1,0 +1,318 @@
+"""RIFT in Hugging Face's Trainer, in Lightning and with Accelerate: the loss a plain loop has."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import rift_kernels as rk
+
+transformers = pytest.importorskip("transformers", reason="needs transformers")
+pytest.importorskip("accelerate", reason="needs accelerate")
+
+RATE, ROWS = 0.1, 12
+
+
+def vit() -> nn.Module:
+    torch.manual_seed(0)
+    config = transformers.ViTConfig(
+        image_size=8,
+        patch_size=4,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        num_labels=3,
+    )
+    return transformers.ViTForImageClassification(config)
+
+
+def moved(model: nn.Module) -> nn.Module:
+    """A teacher that is not the student, so that there is something to pull."""
+    other = copy.deepcopy(model)
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    return other
+
+
+class Plain(nn.Module):
+    """No model of transformers, whose ViT the Trainer saves under names that it cannot load."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.Sequential(nn.Linear(192, 16), nn.Linear(16, 16), nn.Linear(16, 3))
+
+    def forward(self, pixel_values: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
+        logits = self.layers(pixel_values.flatten(1))
+        if labels is None:
+            return {"logits": logits}
+        return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
+
+
+class Images(torch.utils.data.Dataset):
+    def __len__(self) -> int:
+        return 4 * ROWS
+
+    def __getitem__(self, i: int) -> dict[str, Tensor]:
+        generator = torch.Generator().manual_seed(i)
+        return {"pixel_values": torch.randn(3, 8, 8, generator=generator), "labels": i % 3}
+
+
+def regulariser(model: nn.Module, **settings: Any) -> rk.RIFTRegularizer:
+    return rk.RIFTRegularizer(model, moved(model), layers="*layers.1", weight=3.0, **settings)
+
+
+def batches(rows: int = ROWS) -> list[dict[str, Tensor]]:
+    data = Images()
+    loader = torch.utils.data.DataLoader(data, rows)
+    return list(loader)
+
+
+def trained_by_hand(
+    steps: int, accumulate: int = 1, rift: bool = True, **settings: Any
+) -> dict[str, Tensor]:
+    """The weights after a plain loop with SGD."""
+    model = vit().train()
+    regularizer = regulariser(model, **settings) if rift else None
+    optimizer = torch.optim.SGD(model.parameters(), RATE)
+    stream = iter(batches())
+    for _ in range(steps):
+        optimizer.zero_grad()
+        for _ in range(accumulate):
+            batch = next(stream)
+            loss = model(**batch).loss
+            if regularizer is not None:
+                loss = loss + regularizer(**batch)
+            (loss / accumulate).backward()
+        optimizer.step()
+    return model.state_dict()
+
+
+def assert_same_weights(model: nn.Module, expected: dict[str, Tensor]) -> None:
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(tensor, expected[name], rtol=1e-4, atol=1e-5, msg=name)
+
+
+def rift_trainer(folder: Path, model: nn.Module, rift: Any, **settings: Any) -> Any:
+    from rift_kernels.integrations.transformers import RIFTTrainer
+
+    args = transformers.TrainingArguments(
+        output_dir=str(folder),
+        **{
+            "max_steps": 2,
+            "per_device_train_batch_size": ROWS,
+            "learning_rate": RATE,
+            "lr_scheduler_type": "constant",
+            "optim": "sgd",
+            "max_grad_norm": 0.0,
+            "logging_steps": 1,
+            "save_strategy": "no",
+            "report_to": "none",
+            "use_cpu": True,
+            "disable_tqdm": True,
+            "seed": 0,
+            **settings,
+        },
+    )
+
+    class InOrder(RIFTTrainer):
+        def _get_train_sampler(self, *_: Any) -> Any:
+            return torch.utils.data.SequentialSampler(self.train_dataset)
+
+    return InOrder(model=model, args=args, train_dataset=Images(), rift=rift)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_transformers_trainer(tmp_path, accumulate) -> None:
+    model = vit()
+    rift = regulariser(model)
+    trainer = rift_trainer(
+        tmp_path, model, rift, gradient_accumulation_steps=accumulate, max_steps=2
+    )
+    trainer.train()
+    assert_same_weights(model, trained_by_hand(2, accumulate))
+    plain = trained_by_hand(2, accumulate, rift=False)
+    with pytest.raises(AssertionError):
+        assert_same_weights(model, plain)
+    logged = [line for line in trainer.state.log_history if "loss" in line]
+    assert all({"rift/weight", "rift/similarity/vit.layers.1"} <= set(line) for line in logged)
+    assert rift.step == 2 * accumulate
+
+
+def test_transformers_evaluation_is_left_alone(tmp_path) -> None:
+    model = vit()
+    trainer = rift_trainer(tmp_path, model, regulariser(model))
+    found = trainer.evaluate(Images())
+    model.eval()
+    with torch.no_grad():
+        expected = torch.stack([model(**batch).loss for batch in batches()]).mean()
+    assert found["eval_loss"] == pytest.approx(float(expected), rel=1e-4)
+    assert trainer.rift.step == 0
+
+
+def test_transformers_checkpoints_have_the_regularisers_state(tmp_path) -> None:
+    """An adaptive weight and a schedule go on where they were."""
+
+    def start() -> Any:
+        model = Plain()
+        weight = rk.AdaptiveWeight(0.999, rate=5.0)
+        rift = rk.RIFTRegularizer(model, moved(model), layers="layers.1", weight=weight)
+        return rift_trainer(tmp_path, model, rift, max_steps=3, save_strategy="steps", save_steps=1)
+
+    whole = start()
+    whole.train()
+    resumed = start()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert resumed.rift.step == 3
+    assert torch.equal(resumed.rift.loss.weight.value, whole.rift.loss.weight.value)
+    assert_same_weights(resumed.model, whole.model.state_dict())
+    (tmp_path / "checkpoint-2" / "rift.pt").unlink()
+    with pytest.raises(FileNotFoundError, match=r"rift\.pt is missing"):
+        start().train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+
+
+def test_transformers_trains_a_learned_rotation(tmp_path) -> None:
+    model = vit()
+    widths = {"student_width": 16, "teacher_width": 16}
+    rift = regulariser(model, measure="covariance", rotation="learned", **widths)
+    before = rift.loss.rotation.weight.detach().clone()
+    rift_trainer(tmp_path, model, rift).train()
+    assert not torch.equal(rift.loss.rotation.weight, before)
+
+
+def test_transformers_with_peft(tmp_path) -> None:
+    peft = pytest.importorskip("peft", reason="needs peft")
+    model = peft.get_peft_model(vit(), peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
+    rift = rk.RIFTRegularizer(model, layers="*layers.1", weight=1.0)
+    trainer = rift_trainer(tmp_path, model, rift)
+    trainer.train()
+    similarity = trainer.state.log_history[0]["rift/similarity/vit.layers.1"]
+    # Before the first step the adapters do nothing.
+    assert similarity == pytest.approx(1.0, abs=1e-5)
+
+
+def test_transformers_errors(tmp_path) -> None:
+    with pytest.raises(TypeError, match="rift must be a RIFTRegularizer; got float"):
+        rift_trainer(tmp_path, vit(), 0.3)
+
+
+def test_accelerate() -> None:
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(cpu=True)
+    model = vit().train()
+    optimizer = torch.optim.SGD(model.parameters(), RATE)
+    loader = torch.utils.data.DataLoader(Images(), ROWS)
+    student, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+    rift = regulariser(student)
+    rift.move_teacher(accelerator.device)
+    for batch, _ in zip(loader, range(2), strict=False):
+        loss = student(**batch).loss + rift(**batch)
+        accelerator.backward(loss)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert_same_weights(model, trained_by_hand(2))
+
+
+lightning = pytest.importorskip("lightning", reason="needs lightning")
+
+
+class Module(lightning.LightningModule):
+    def __init__(self, as_mapping: bool = False) -> None:
+        super().__init__()
+        self.model = vit()
+        self.as_mapping = as_mapping
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Any:  # noqa: ARG002
+        loss = self.model(**batch).loss
+        return {"loss": loss} if self.as_mapping else loss
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), RATE)
+
+
+def fit(module: Module, callback: Any, folder: Path, **settings: Any) -> Any:
+    settings = {"max_steps": 2, **settings}
+    checkpoint = settings.pop("ckpt_path", None)
+    trainer = lightning.Trainer(
+        accelerator="cpu",
+        callbacks=[callback],
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+        default_root_dir=folder,
+        **settings,
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer.fit(module, torch.utils.data.DataLoader(Images(), ROWS), ckpt_path=checkpoint)
+    return trainer
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("as_mapping", [False, True])
+def test_lightning(tmp_path, accumulate, as_mapping) -> None:
+    from rift_kernels.integrations.lightning import RIFTCallback
+
+    module = Module(as_mapping)
+    callback = RIFTCallback(regulariser(module.model))
+    trainer = fit(module, callback, tmp_path, accumulate_grad_batches=accumulate)
+    assert_same_weights(module.model, trained_by_hand(2, accumulate))
+    assert "rift/similarity/vit.layers.1" in trainer.callback_metrics
+    assert "training_step" not in vars(module)
+
+
+def test_lightning_checkpoints_have_the_regularisers_state(tmp_path) -> None:
+    from rift_kernels.integrations.lightning import RIFTCallback
+
+    def start() -> tuple[Module, Any]:
+        module = Module()
+        weight = rk.AdaptiveWeight(0.999, rate=5.0)
+        rift = rk.RIFTRegularizer(
+            module.model, moved(module.model), layers="*layers.1", weight=weight
+        )
+        return module, RIFTCallback(rift)
+
+    module, callback = start()
+    # An epoch is a batch: Lightning begins the one it was stopped in anew.
+    one = {"limit_train_batches": 1}
+    fit(module, callback, tmp_path, max_steps=1, **one).save_checkpoint(tmp_path / "one.ckpt")
+    resumed, second = start()
+    fit(resumed, second, tmp_path, max_steps=3, **one, ckpt_path=tmp_path / "one.ckpt")
+    whole, third = start()
+    fit(whole, third, tmp_path, max_steps=3, **one)
+    assert second.rift.step == third.rift.step == 3
+    assert torch.equal(second.rift.loss.weight.value, third.rift.loss.weight.value)
+    assert_same_weights(resumed.model, whole.model.state_dict())
+
+
+def test_lightning_errors(tmp_path) -> None:
+    from rift_kernels.integrations.lightning import RIFTCallback
+
+    with pytest.raises(TypeError, match="rift must be a RIFTRegularizer; got int"):
+        RIFTCallback(1)
+    module = Module()
+    with pytest.raises(TypeError, match="inputs must be callable; got str"):
+        RIFTCallback(regulariser(module.model), "pixel_values")
+    module.automatic_optimization = False
+    with pytest.raises(ValueError, match="needs automatic optimisation"):
+        fit(module, RIFTCallback(regulariser(module.model)), tmp_path)
+    module = Module()
+    widths = {"student_width": 16, "teacher_width": 16}
+    learned = regulariser(module.model, measure="covariance", rotation="learned", **widths)
+    with pytest.raises(ValueError, match="rift has parameters, a learned rotation"):
+        fit(module, RIFTCallback(learned), tmp_path)
+    module.rift = learned
+    fit(module, RIFTCallback(learned), tmp_path)
