@@ -97,7 +97,7 @@ def _center(
     dtype = _compute_dtype(student, teacher)
     if ranks is not None:
         centered = features.center_over_ranks(student, teacher, mask, dtype, ranks.total)
-        return measures.Centered(*centered, mask, ranks.total)
+        return measures.Centered(*centered, mask, ranks)
     x, mean_x, count = features.center(student, mask, dtype)
     y, mean_y, _ = features.center(teacher, mask, dtype)
     return measures.Centered(x, y, mean_x, mean_y, count, mask)
@@ -216,7 +216,7 @@ def _moments_fwd(
     """Centered features, count, means, and the wanted blocks (empty where not wanted)."""
     with full_precision(student.device, precision):
         f = _center(student, teacher, masks[0] if masks else None, ranks)
-        blocks = f.total(*_primitives(backend, student).moments(f.x, f.y, False, wanted))()
+        blocks = f.ranks.blocks(*_primitives(backend, student).moments(f.x, f.y, False, wanted))()
     return [f.x, f.y, f.mean_x, f.mean_y, f.count, *_tensors(blocks, f.x)]
 
 

@@ -329,6 +329,8 @@ class _OneRank:
     def total(*tensors: Tensor | None) -> Callable[[], tuple[Tensor | None, ...]]:
         return lambda: tensors
 
+    blocks = total
+
 
 @pytest.mark.parametrize("measure", [cases.CKA, cases.COVARIANCE], ids=lambda m: m.name)
 @pytest.mark.parametrize("dtype", [BFLOAT16, torch.float32], ids=str)
