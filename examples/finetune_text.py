@@ -90,7 +90,11 @@ def model_of(name: str, classes: Sequence[str]) -> tuple[nn.Module, Tokenizer]:
     if name == TINY:
         sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
         config = transformers.BertConfig(
-            vocab_size=TINY_WORDS, intermediate_size=64, **sizes, **labels
+            vocab_size=TINY_WORDS,
+            intermediate_size=64,
+            initializer_range=0.1,  # with the usual 0.02, words of so small a model are all alike
+            **sizes,
+            **labels,
         )
         return auto.from_config(config), HashTokenizer(TINY_WORDS)
     # In float32, which autocast wants, whatever the file has; the head is new where it must be.

@@ -334,7 +334,7 @@ class Trainer:
         self.scaler.load_state_dict(state["scaler"])
         if self.rift is not None:
             self.rift.load_state_dict(state["rift"])
-        self.sums.copy_(torch.tensor(state["sums"][self.world.rank]))
+        self.sums.copy_(torch.tensor(state["sums"][self.world.rank], dtype=self.sums.dtype))
         checkpoints.set_random_state(state["random"][self.world.rank])
         if self.is_main:
             print(f"going on from {path}, step {self.progress.step}", flush=True)

@@ -44,14 +44,14 @@ def column(out: Path, kind: str) -> list[float]:
 def stop_in_step(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     """The next run is interrupted before it has made this step."""
     calls = iter(range(1, step))
-    plain = torch.optim.AdamW.step
+    plain = torch.amp.GradScaler.step
 
-    def limited(self: torch.optim.AdamW, *args: Any, **named: Any) -> Any:
+    def limited(self: torch.amp.GradScaler, *args: Any, **named: Any) -> Any:
         if next(calls, None) is None:
             raise KeyboardInterrupt
         return plain(self, *args, **named)
 
-    monkeypatch.setattr(torch.optim.AdamW, "step", limited)
+    monkeypatch.setattr(torch.amp.GradScaler, "step", limited)
 
 
 def assert_resumes(main: Main, options: Sequence[str], folder: Path, stops: Sequence[int]) -> None:

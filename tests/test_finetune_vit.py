@@ -205,7 +205,7 @@ finetune_vit.main([*options, *more, "--out", f"{folder}/two"])
 more = "--model", "tiny-random", "--lr", "3e-3", "--save-every", "1"
 finetune_vit.main([*options, *more, "--out", f"{folder}/whole"])
 with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-    stop_in_step(patch, 4)
+    stop_in_step(patch, 3)
     finetune_vit.main([*options, *more, "--out", f"{folder}/parts"])
 finetune_vit.main([*options, *more, "--out", f"{folder}/parts", "--resume"])
 """
