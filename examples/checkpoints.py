@@ -41,7 +41,6 @@ def newest(folder: Path) -> Path | None:
 
 def save(state: dict[str, Any], folder: Path, step: int, keep: int) -> None:
     """Write a checkpoint as a whole or not at all, and drop all but the newest."""
-    folder.mkdir(parents=True, exist_ok=True)
     write(folder / f"step-{step:09d}.pt", lambda path: torch.save(state, path))
     for old in _all(folder)[:-keep]:
         old.unlink()
@@ -64,6 +63,7 @@ def load(path: Path) -> dict[str, Any]:
 
 def write(path: Path, writer: Callable[[Path], object]) -> None:
     """A file, or a folder, that is whole whenever it is there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.part")
     old = path.with_name(f".{path.name}.old")
     for left in (part, old):

@@ -81,7 +81,7 @@ def heads(model: nn.Module) -> list[str]:
             for name, module in model.named_children()
             if name != body and any(True for _ in module.parameters())
         ]
-    classifier = model.get_classifier()  # type: ignore[operator]
+    classifier = model.get_classifier()  # type: ignore[operator]  # timm's
     return [name for name, module in model.named_modules() if module is classifier]
 
 

@@ -25,7 +25,7 @@ from .processes import UserError, World
 from .training_logs import Board, bar_of, line, write_rows
 from .training_options import resumable
 
-LEAST_ROWS = 4  # of a batch, for debiased CKA
+LEAST_ROWS = 4  # of a batch of all processes, for debiased CKA
 _AMP = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -88,9 +88,10 @@ class Trainer:
         if rift is not None:
             rift.to(world.device)
             rows = options.batch_size * world.size
-            if rows < LEAST_ROWS:
+            if min(rows, len(data.val)) < max(LEAST_ROWS, world.size):
                 raise UserError(
-                    f"--batch-size: RIFT compares {LEAST_ROWS} rows or more; got {rows}"
+                    f"--batch-size: RIFT compares {LEAST_ROWS} examples or more, one of each "
+                    f"process at least; got {rows}, and {len(data.val)} to validate on"
                 )
         self.passes = len(self.order(0))
         if not self.passes:
@@ -173,8 +174,7 @@ class Trainer:
         before = self.scaler.get_scale()
         if self.options.clip:
             self.scaler.unscale_(self.optimiser)
-            parameters = [p for g in self.optimiser.param_groups for p in g["params"]]
-            nn.utils.clip_grad_norm_(parameters, self.options.clip)
+            nn.utils.clip_grad_norm_(self._trained(), self.options.clip)
         self.scaler.step(self.optimiser)
         self.scaler.update()
         self.optimiser.zero_grad()
@@ -184,7 +184,8 @@ class Trainer:
     def _end_epoch(self, board: Board) -> None:
         """Validate, keep the best, write what was measured, checkpoint."""
         options, progress = self.options, self.progress
-        total, task, hits, rows = self._finite_sums()
+        total, task, hits, rows = sums = self.world.total(self.sums)
+        self._check_finite(sums)
         rate = float(self.scheduler.get_last_lr()[0])
         row: dict[str, float] = {"epoch": progress.epoch + 1, "step": progress.step, "lr": rate}
         row |= {"train_loss": total / rows, "train_task_loss": task / rows}
@@ -214,7 +215,7 @@ class Trainer:
     def validate(self) -> dict[str, float]:
         """Loss and accuracy of every example, and similarities as means over batches.
 
-        A batch is that of all processes; the last is not compared where it is too small for each.
+        A batch is that of all processes; the last is not compared where it is too small.
         """
         self._set_training(False)
         world, rows = self.world, len(self.data.val)
@@ -227,7 +228,7 @@ class Trainer:
         # Without DDP, whose forward would wait for processes that have nothing left.
         loader = self._loader(self.data.val, [batch for batch in own if batch])
         for indices, batch in zip(batches, loader, strict=False):
-            rift = self.rift if len(indices) >= LEAST_ROWS * world.size else None
+            rift = self.rift if len(indices) >= max(LEAST_ROWS, world.size) else None
             with self._autocast():
                 sums += _sums(self.loss_of(self.plain, _moved(batch, world.device), rift))
             if rift is not None:
@@ -270,26 +271,29 @@ class Trainer:
         rate = {"lr": float(self.scheduler.get_last_lr()[0])}
         board.add(shown | rate | metrics, self.progress.step)
 
-    def _finite_sums(self) -> list[float]:
-        """Sums of this epoch over all processes.
+    def _check_finite(self, sums: Sequence[float]) -> None:
+        """Nothing else is worth a checkpoint.
 
         Raises:
-            UserError: a loss was not finite, so that nothing after it is worth a checkpoint.
+            UserError: a loss was not finite, or a weight is not.
         """
-        sums = self.world.total(self.sums)
-        if not all(map(math.isfinite, sums)):
+        norm = nn.utils.get_total_norm([p.detach() for p in self._trained()])
+        if not all(map(math.isfinite, [*sums, float(norm)])):
             raise UserError(
-                f"the loss is not finite, in epoch {self.progress.epoch + 1} by step "
-                f"{self.progress.step}: try a lower --lr, or --amp bf16 instead of fp16"
+                f"the loss or the weights are not finite, in epoch {self.progress.epoch + 1} by "
+                f"step {self.progress.step}: try a lower --lr, or --amp bf16 instead of fp16"
             )
-        return sums
+
+    def _trained(self) -> list[nn.Parameter]:
+        return [p for group in self.optimiser.param_groups for p in group["params"]]
 
     def _settings(self) -> dict[str, Any]:
-        return {**resumable(self.options), "processes": self.world.size}
+        own = {"processes": self.world.size, "examples": len(self.data.train)}
+        return resumable(self.options) | own
 
     def _save(self) -> None:
         """A checkpoint. What only a process itself knows comes from each: randomness and sums."""
-        self._finite_sums()
+        self._check_finite(self.world.total(self.sums))
         everybody = self.world.gathered((checkpoints.random_state(), self.sums.tolist()))
         if not self.is_main:
             return

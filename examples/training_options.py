@@ -178,7 +178,7 @@ def _add_optimiser(group: Any) -> None:
     add = group.add_argument
     add("--epochs", type=whole(1), default=10, help="at most")
     add("--batch-size", type=whole(1), default=32, metavar="N", help="of a pass of a process")
-    add("--accumulate", type=whole(1), default=1, metavar="PASSES", help="passes a step")
+    add("--accumulate", type=whole(1), default=1, metavar="PASSES", help=_ACCUMULATE)
     add("--lr", type=number(0, above=True), default=1e-4, help="the highest learning rate")
     add("--weight-decay", type=number(0), default=0.05, help="of AdamW, for matrices alone")
     add(
@@ -194,6 +194,7 @@ def _add_optimiser(group: Any) -> None:
     add("--seed", type=int, default=0, help="of new weights, data order, augmentation, dropout")
 
 
+_ACCUMULATE = "passes a step; what an epoch has left at its end is for another"
 _PATIENCE = "stop after so many epochs in which the validation accuracy did not rise; 0: never"
 
 

@@ -300,7 +300,7 @@ def test_wrong_options(options, words, folder, tmp_path, capsys) -> None:
 
 UNFIT = (
     (("--batch-size", "64"), "a step takes 64 examples .* there are 32"),
-    (("--batch-size", "3"), "RIFT compares 4 rows or more; got 3"),
+    (("--batch-size", "3"), "RIFT compares 4 examples or more.*; got 3,"),
     (("--layers", "vit.layer.1"), "'vit.layer.1' matches no module.*'vit.layers.1'"),
     (("--weight", "auto:0.9", "--measure", "bures"), "weight must be a number"),
     (("--lora", "2", "--lora-target", "nothing"), "--lora-target of 'vit.layers.0.attention.q"),
@@ -333,11 +333,11 @@ def test_another_run_is_not_gone_on_with(folder, tmp_path) -> None:
 
 
 def test_a_loss_that_is_not_finite_is_not_saved(folder, tmp_path) -> None:
-    with pytest.raises(SystemExit, match="the loss is not finite, in epoch 1 by step"):
+    with pytest.raises(
+        SystemExit, match="the loss or the weights are not finite, in epoch 1 by step"
+    ):
         run(folder, tmp_path, "--lr", "1e30", "--clip", "0", "--weight", "0", "--save-every", "1")
-    for path in (tmp_path / "checkpoints").iterdir():
-        weights = torch.load(path)["model"].values()
-        assert all(bool(tensor.isfinite().all()) for tensor in weights)
+    assert not (tmp_path / "checkpoints").exists()
 
 
 def test_augmentation_follows_from_seed_epoch_and_index(folder) -> None:
