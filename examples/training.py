@@ -138,7 +138,7 @@ class Trainer:
 
     def _train_epoch(self, board: Board) -> None:
         options, progress = self.options, self.progress
-        self._set_training(True)
+        self.model.train()
         self.data.train.epoch = progress.epoch
         # What is done already is not even loaded.
         left = self.order(progress.epoch)[progress.batch :]
@@ -217,7 +217,7 @@ class Trainer:
 
         A batch is that of all processes; the last is not compared where it is too small.
         """
-        self._set_training(False)
+        self.model.eval()
         world, rows = self.world, len(self.data.val)
         whole = self.options.batch_size * world.size
         batches = [range(i, min(i + whole, rows)) for i in range(0, rows, whole)]
@@ -241,11 +241,6 @@ class Trainer:
         for name, value in similar.items():
             found[f"val_{name.removeprefix('rift/')}"] = value / compared
         return found
-
-    def _set_training(self, on: bool) -> None:
-        self.model.train(on)
-        if self.rift is not None:
-            self.rift.train(on)
 
     def _autocast(self) -> AbstractContextManager[Any]:
         kind, dtype = self.world.device.type, _AMP.get(self.options.amp)

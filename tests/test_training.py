@@ -31,11 +31,13 @@ class Blobs(training.Examples):
         draw = torch.Generator().manual_seed(seed)
         self.labels = torch.arange(count) % 2
         self.points = torch.randn(count, 6, generator=draw) + 2 * self.labels[:, None]
+        self.epochs: list[int] = []
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        self.epochs.append(self.epoch)
         return self.points[index], self.labels[index]
 
 
@@ -57,7 +59,9 @@ def loss_of(model: nn.Module, batch: tuple[Tensor, Tensor], rift: object) -> tra
     return training.Losses(total, task, logits, batch[1])
 
 
-def trainer(out: Path, *options: str, rift: bool = False, count: int = 40) -> training.Trainer:
+def trainer(
+    out: Path, *options: str, rift: bool = False, count: int = 40, rank: int = 0
+) -> training.Trainer:
     given = ["--out", str(out), "--workers", "0", "--batch-size", "8", *options]
     parsed = parser_of("test", "", pooling="cls").parse_args(given)
     model = Model()
@@ -70,7 +74,7 @@ def trainer(out: Path, *options: str, rift: bool = False, count: int = 40) -> tr
     def save(model: nn.Module, path: Path) -> None:
         torch.save(model.state_dict(), path)
 
-    world = World(torch.device("cpu"))
+    world = World(torch.device("cpu"), rank, rank + 1)
     return training.Trainer(model, regulariser, data, loss_of, save, parsed, world)
 
 
@@ -121,6 +125,10 @@ def test_gradients_are_clipped(tmp_path, monkeypatch) -> None:
     norms.clear()
     trainer(tmp_path / "b", "--epochs", "1", "--clip", str(free[0] / 2)).fit()
     assert norms[0] == pytest.approx(free[0] / 2, rel=1e-3)
+    norms.clear()
+    # Not as they are while scaled for half precision.
+    trainer(tmp_path / "c", "--epochs", "1", "--clip", "1e3", "--amp", "fp16").fit()
+    assert norms[0] == pytest.approx(free[0], rel=0.05)
 
 
 def test_order_has_each_example_once_and_differs_between_epochs(tmp_path) -> None:
@@ -130,6 +138,21 @@ def test_order_has_each_example_once_and_differs_between_epochs(tmp_path) -> Non
     for order in orders:
         assert sorted(i for batch in order for i in batch) == list(range(40))
     assert trainer(tmp_path, "--seed", "1").order(0) != orders[0]
+
+
+def test_processes_have_parts_of_the_order_and_dropout_of_their_own(tmp_path) -> None:
+    own = trainer(tmp_path, rank=1).order(3)
+    assert torch.initial_seed() == 0 + 1 + 1
+    whole = trainer(tmp_path).order(3)
+    assert torch.initial_seed() == 0 + 1
+    assert [i for batch in own for i in batch] == [i for batch in whole for i in batch][1:32:2]
+
+
+def test_data_know_their_epoch(tmp_path) -> None:
+    run = trainer(tmp_path, "--epochs", "3")
+    run.fit()
+    assert run.data.train.epochs == [0] * 40 + [1] * 40 + [2] * 40
+    assert run.data.val.epochs == [0] * 18 * 3
 
 
 def test_validation_is_of_every_example(tmp_path) -> None:
