@@ -27,12 +27,12 @@ from torch.nn.functional import cross_entropy
 
 import rift_kernels as rk
 
-from .pretrained import last_block, logits_of, needed, save_model, with_lora
-from .processes import explained, processes
-from .texts import Collate, HashTokenizer, Texts, Tokenizer, labels_of, read
-from .training import Data, Losses, Trainer
-from .training_logs import summary
-from .training_options import has_rift, parser_of, rift_settings, whole
+from .finetuning.logs import summary
+from .finetuning.options import has_rift, parser_of, rift_settings, whole
+from .finetuning.pretrained import last_block, logits_of, needed, save_model, with_lora
+from .finetuning.processes import explained, processes
+from .finetuning.texts import Collate, HashTokenizer, Texts, Tokenizer, labels_of, read
+from .finetuning.trainer import Data, Losses, Trainer
 
 TINY, TINY_WORDS = "tiny-random", 512
 

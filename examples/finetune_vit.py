@@ -29,12 +29,12 @@ from torch.nn.functional import cross_entropy
 
 import rift_kernels as rk
 
-from .images import Augmentation, Images, Look, class_names
-from .pretrained import last_block, logits_of, needed, save_model, with_lora
-from .processes import explained, processes
-from .training import Data, Losses, Trainer
-from .training_logs import summary
-from .training_options import has_rift, number, parser_of, rift_settings, whole
+from .finetuning.images import Augmentation, Images, Look, class_names
+from .finetuning.logs import summary
+from .finetuning.options import has_rift, number, parser_of, rift_settings, whole
+from .finetuning.pretrained import last_block, logits_of, needed, save_model, with_lora
+from .finetuning.processes import explained, processes
+from .finetuning.trainer import Data, Losses, Trainer
 
 TINY, TIMM = "tiny-random", "timm:"
 

@@ -15,8 +15,9 @@ transformers = pytest.importorskip("transformers", reason="needs transformers")
 pytest.importorskip("tqdm", reason="needs tqdm")
 
 import rift_kernels as rk  # noqa: E402
-from examples import finetune_text, texts  # noqa: E402
-from tests.finetuning import QUICK, assert_resumes, column, command, rows, state  # noqa: E402
+from examples import finetune_text
+from examples.finetuning import texts  # noqa: E402
+from tests.finetuned import QUICK, assert_resumes, column, command, rows, state  # noqa: E402
 
 WORDS = {"good": ("fine", "great", "lovely"), "bad": ("poor", "awful", "sad")}
 FILLER = "the a film of with and it was"

@@ -16,8 +16,9 @@ transformers = pytest.importorskip("transformers", reason="needs transformers")
 pytest.importorskip("tqdm", reason="needs tqdm")
 
 import rift_kernels as rk  # noqa: E402
-from examples import finetune_vit, images  # noqa: E402
-from tests.finetuning import (  # noqa: E402
+from examples import finetune_vit
+from examples.finetuning import images  # noqa: E402
+from tests.finetuned import (  # noqa: E402
     QUICK,
     assert_resumes,
     assert_same,
@@ -189,17 +190,18 @@ TWO = """
 import sys, torch, torch.distributed as dist
 from pathlib import Path
 import pytest
-from examples import finetune_vit, training
-from tests.finetuning import stop_in_step
+from examples import finetune_vit
+from examples.finetuning import trainer
+from tests.finetuned import stop_in_step
 torch.set_num_threads(1)
 dist.destroy_process_group = lambda: None  # torch cannot make another in this process
 folder, *options = sys.argv[1:]
-fit = training.Trainer.fit
+fit = trainer.Trainer.fit
 def spied(self):
     progress = fit(self)
     torch.save(self.plain.state_dict(), Path(folder, f"{self.world.rank}.pt"))
     return progress
-training.Trainer.fit = spied
+trainer.Trainer.fit = spied
 more = "--weight", "3", "--save-every", "1"
 finetune_vit.main([*options, *more, "--out", f"{folder}/two"])
 more = "--model", "tiny-random", "--lr", "3e-3", "--save-every", "1"

@@ -27,7 +27,7 @@ def needed(module: str, purpose: str) -> Any:
     """
     try:
         return importlib.import_module(module)
-    except ImportError as error:
+    except (ImportError, RuntimeError) as error:  # timm's torchvision may be of another torch
         name = module.partition(".")[0]
         raise ImportError(
             f"{purpose} needs {name}, which cannot be imported ({error}): pip install {name}"

@@ -20,10 +20,10 @@ import rift_kernels as rk
 
 from . import checkpoints
 from .checkpoints import Progress
+from .logs import Board, bar_of, line, write_rows
+from .options import resumable
 from .pretrained import needed
 from .processes import UserError, World
-from .training_logs import Board, bar_of, line, write_rows
-from .training_options import resumable
 
 LEAST_ROWS = 4  # of a batch of all processes, for debiased CKA
 _AMP = {"bf16": torch.bfloat16, "fp16": torch.float16}

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from examples import checkpoints
+from examples.finetuning import checkpoints
 
 ROOT = Path(__file__).parent.parent
 QUICK = ("--device", "cpu", "--workers", "0", "--lr", "3e-3")

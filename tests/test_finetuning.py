@@ -18,10 +18,11 @@ from torch.nn.functional import cross_entropy
 pytest.importorskip("tqdm", reason="needs tqdm")
 
 import rift_kernels as rk
-from examples import checkpoints, pretrained, training
-from examples.processes import UserError, World, explained
-from examples.training_logs import summary
-from examples.training_options import parser_of, rift_settings
+from examples.finetuning import checkpoints, pretrained
+from examples.finetuning import trainer as training
+from examples.finetuning.logs import summary
+from examples.finetuning.options import parser_of, rift_settings
+from examples.finetuning.processes import UserError, World, explained
 
 
 class Blobs(training.Examples):

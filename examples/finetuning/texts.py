@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .processes import UserError
-from .training import Examples
+from .trainer import Examples
 
 Tokenizer = Any  # of transformers, or a HashTokenizer
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}

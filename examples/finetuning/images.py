@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from .processes import UserError
-from .training import Examples
+from .trainer import Examples
 
 SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 CENTRE = 0.875  # of the shorter side, seen in validation
