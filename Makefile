@@ -34,7 +34,7 @@ gpu-check:
 	$(PYTHON) -m benchmarks.gpu_check
 
 clean:
-	rm -rf $(VENV) build rift_kernels/_C*.so *.egg-info demo \
+	rm -rf $(VENV) build rift_kernels/_C*.so *.egg-info demo ablations continual \
 		.pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	find . -name __pycache__ -type d -exec rm -rf {} +
 

@@ -39,19 +39,24 @@ def section(record: dict[str, Any]) -> str:
         elif way == "plain" and rate < highest:
             title += f", learning rate / {highest / rate:g}"
         rows.append(
-            [title, *(_cell(runs, field, digits) for field, (_, digits) in _COLUMNS.items())]
+            [title, *(cell(runs, field, digits) for field, (_, digits) in _COLUMNS.items())]
         )
     header = ["", *(title for title, _ in _COLUMNS.values())]
+    return f"{markdown(header, rows)}\n\n{caption(record)}"
+
+
+def caption(record: dict[str, Any]) -> str:
+    """Of how many seeds, and where and with what they were run."""
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
-    caption = (
+    return (
         f"Mean ± standard deviation over {len({run['seed'] for run in record['runs']})} seeds; "
         f"{record['hardware']}; {versions}; commit {record['commit'][:12]}; "
         f"{record['seconds']:.0f} s in all."
     )
-    return f"{markdown(header, rows)}\n\n{caption}"
 
 
-def _cell(runs: Runs, field: str, digits: int) -> str:
+def cell(runs: Runs, field: str, digits: int) -> str:
+    """Mean and deviation; of times, which are no matter of seeds, the mean alone."""
     values = [run[field] for run in runs]
     if any(value is None or math.isnan(value) for value in values):
         return "-"

@@ -4,8 +4,8 @@ Written before they have run on one. A launch takes the longer of its floating p
 the machine's rate and its bytes at the machine's bandwidth, and a gap before the next; nothing is
 assumed to be lost, so this is a floor, and its share of a target is how good the kernels have to
 be. The two parts of the first launch follow one another. Both rates were measured on such a
-machine. The table stands in DESIGN.md, and so does the one of what the kernels compile to, of which
-this writes the newest, too.
+machine. The table stands in DESIGN.md, and so do the one of what the kernels compile to, of which
+this writes the newest, and the one of :mod:`benchmarks.traffic`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-from . import environment, resources
+from . import environment, resources, traffic
 from .files import RESULTS
 from .report import updated
 
@@ -129,6 +129,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     text = options.document.read_text(encoding="utf-8")
     wanted = updated(text, "predicted", table())
+    wanted = updated(wanted, "traffic", traffic.table())
     wanted = updated(wanted, "resources", resources.section(COMPILED))
     wanted = updated(wanted, "cuda-resources", resources.cuda_section(COMPILED_CUDA))
     if options.check:

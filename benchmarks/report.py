@@ -131,11 +131,11 @@ def section(name: str, readme: str, folder: Path, check: bool) -> tuple[dict[Pat
 
 
 def updated(readme: str, name: str, text: str) -> str:
-    """The README with ``text`` between the markers called ``name``."""
+    """The README, or another page, with ``text`` between the markers called ``name``."""
     first, last = _markers(name)
     begin, end = readme.find(first), readme.find(last)
     if begin < 0 or end < begin:
-        raise ReportError(f"the README needs the markers {first} and {last}, in this order")
+        raise ReportError(f"the page needs the markers {first} and {last}, in this order")
     return f"{readme[: begin + len(first)]}\n{text}\n{readme[end:]}"
 
 

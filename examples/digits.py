@@ -1,16 +1,19 @@
-"""The demo's task: handwritten digits, some to pretrain on, others turned and inverted to learn.
+"""The examples' tasks: handwritten digits, some to pretrain on, others, changed, to learn.
 
 And the model: a vision transformer small enough to train in seconds on a CPU.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
+from sklearn.utils import Bunch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
@@ -18,6 +21,28 @@ OLD, NEW, SHOTS = (0, 1, 2, 3, 4, 5, 6), (7, 8, 9), 10
 MODEL = {"width": 48, "depth": 2, "heads": 3}
 
 Images = tuple[Tensor, Tensor]  # (n, 1, 8, 8) in [0, 1], and labels
+Change = Callable[[Tensor], Tensor]
+
+
+def upright(images: Tensor) -> Tensor:
+    return images
+
+
+def turned(images: Tensor) -> Tensor:
+    """Turned by a quarter, and inverted."""
+    return 1 - torch.rot90(images, 1, (2, 3))
+
+
+def upside_down(images: Tensor) -> Tensor:
+    return torch.rot90(images, 2, (2, 3))
+
+
+# One after the other; each has a look of its own, or there would be nothing to forget.
+TASKS: tuple[tuple[tuple[int, ...], Change], ...] = (
+    ((0, 1, 2, 3), upright),
+    ((4, 5, 6), turned),
+    ((7, 8, 9), upside_down),
+)
 
 
 class Data(NamedTuple):
@@ -29,25 +54,60 @@ class Data(NamedTuple):
     new_test: Images
 
 
+class Task(NamedTuple):
+    """The images of one of several tasks."""
+
+    training: Images
+    test: Images
+
+
 def draw_data(seed: int, device: torch.device) -> Data:
     """Draw a seed's images. The test images are the same for every seed."""
-    digits = load_digits()
-    images = torch.tensor(digits.images, dtype=torch.float32)[:, None] / 16
+    rest, test = _split(seed)
+    shots = pick(_first(rest, NEW), NEW, turned, device)
+    new_test = pick(test, NEW, turned, device)
+    return Data(pick(rest, OLD, upright, device), pick(test, OLD, upright, device), shots, new_test)
+
+
+def draw_tasks(seed: int, device: torch.device) -> list[Task]:
+    """The tasks of a sequence: all images of the first's digits, and a few of each later one's."""
+    rest, test = _split(seed)
+    tasks: list[Task] = []
+    for digits, change in TASKS:
+        few = _first(rest, digits) if tasks else rest
+        tasks.append(Task(*(pick(indices, digits, change, device) for indices in (few, test))))
+    return tasks
+
+
+def pick(
+    indices: np.ndarray, kept: tuple[int, ...], change: Change, device: torch.device
+) -> Images:
+    """Those of the images that are of the digits ``kept``, which follow one another."""
+    digits = _digits()
+    indices = indices[np.isin(digits.target[indices], kept)]
+    images = change(torch.tensor(digits.images[indices], dtype=torch.float32)[:, None] / 16)
+    labels = torch.tensor(digits.target[indices] - kept[0])
+    return images.contiguous().to(device), labels.to(device)
+
+
+@cache
+def _digits() -> Bunch:
+    return load_digits()
+
+
+def _split(seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Indices to train on, in the seed's order, and to test on."""
+    target = _digits().target
     rest, test = train_test_split(
-        np.arange(len(images)), test_size=0.3, stratify=digits.target, random_state=0
+        np.arange(len(target)), test_size=0.3, stratify=target, random_state=0
     )
-    rest = np.random.default_rng(seed).permutation(rest)
-    shots = np.concatenate([rest[digits.target[rest] == digit][:SHOTS] for digit in NEW])
+    return np.random.default_rng(seed).permutation(rest), test
 
-    def pick(indices: np.ndarray, kept: tuple[int, ...]) -> Images:
-        indices = indices[np.isin(digits.target[indices], kept)]
-        chosen = images[indices]
-        if kept == NEW:
-            chosen = 1 - torch.rot90(chosen, 1, (2, 3))
-        labels = torch.tensor(digits.target[indices] - kept[0])
-        return chosen.contiguous().to(device), labels.to(device)
 
-    return Data(pick(rest, OLD), pick(test, OLD), pick(shots, NEW), pick(test, NEW))
+def _first(indices: np.ndarray, digits: tuple[int, ...]) -> np.ndarray:
+    """The first ``SHOTS`` of each digit."""
+    target = _digits().target
+    return np.concatenate([indices[target[indices] == digit][:SHOTS] for digit in digits])
 
 
 def jitter(images: Tensor, generator: torch.Generator) -> Tensor:

@@ -17,42 +17,40 @@ Writes tradeoff.png and results.json.
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import math
-import platform
-import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import sklearn
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
-from sklearn.linear_model import LogisticRegression
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
-from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch import Tensor
 
 import rift_kernels as rk
 
-from .digits import MODEL, NEW, OLD, SHOTS, Data, Images, Transformer, draw_data, jitter
+from . import training
+from .digits import MODEL, NEW, OLD, SHOTS, Data, Transformer, draw_data
+from .runs import HARDWARE, commit, progress, versions
+from .training import (
+    FINETUNING,
+    LOWER_RATES,
+    PRETRAINING,
+    RATE,
+    Tick,
+    accuracy,
+    pretrain,
+    refitted_accuracy,
+)
 
-PRETRAINING_STEPS, PRETRAINING_RATE = 300, 5e-3
-STEPS, BATCH = 200, 60  # all 30 new images are one batch
-# Of the learning rates 5e-4 to 8e-3, plain finetuning was best at 4e-3 and 6e-3, on other seeds and
-# on images not used here. Lower ones forget less, so plain finetuning is drawn with them too.
-RATE, LOWER_RATES = 4e-3, (2e-3, 1e-3, 5e-4)
 PLAIN, PROBE, GREY = "plain", "linear probe", "#57606a"
 # A name, a colour, and the weights tried: the second is the table's. The Bures distance alone has a
 # unit, that of the features squared.
@@ -64,8 +62,6 @@ MEASURES = {
     "bures": ("Bures", "#7e22ce", (0.03, 0.1, 0.3, 1.0)),
 }
 
-Loss = Callable[[Tensor, Tensor], Tensor]
-Tick = Callable[[], None]
 Run = dict[str, Any]  # what one seed of a plan gave
 
 
@@ -86,64 +82,15 @@ class Plan(NamedTuple):
 PRETRAINED = Plan("pretrained", 0.0, 0.0)
 
 
-def train(
-    model: nn.Module, images: Images, loss_of: Loss, seed: int, steps: int, rate: float, tick: Tick
-) -> float:
-    """AdamW with a warm-up and a cosine decay; returns the median time of a step in ms."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    generator = torch.Generator().manual_seed(seed)
-    optimiser = torch.optim.AdamW(parameters, rate, weight_decay=0.05, fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, rate, steps, pct_start=0.1)
-    pixels, labels = images
-    times = []
-    for _ in range(steps):
-        start = time.perf_counter()
-        batch = torch.randperm(len(pixels), generator=generator)[:BATCH].to(pixels.device)
-        loss = loss_of(jitter(pixels[batch], generator), labels[batch])
-        optimiser.zero_grad()
-        loss.backward()
-        optimiser.step()
-        schedule.step()
-        if pixels.is_cuda:
-            torch.cuda.synchronize()
-        times.append(1e3 * (time.perf_counter() - start))
-        tick()
-    return float(np.median(times))
-
-
-def pretrain(data: Data, seed: int, tick: Tick) -> Transformer:
-    torch.manual_seed(seed)
-    model = Transformer(len(OLD), **MODEL).to(data.shots[0].device)
-
-    def loss_of(images: Tensor, labels: Tensor) -> Tensor:
-        return cross_entropy(model.head(model.features(images)), labels)
-
-    steps, rate = PRETRAINING_STEPS, PRETRAINING_RATE
-    train(model, data.pretraining, loss_of, seed, steps, rate, tick)
-    return model.requires_grad_(False)
-
-
 def finetune(
     teacher: Transformer, data: Data, plan: Plan, seed: int, tick: Tick
 ) -> tuple[Transformer, float]:
     """Finetune a copy of the teacher; returns it and the time of a step in ms."""
     way, weight, rate = plan
-    model = copy.deepcopy(teacher).requires_grad_(way != PROBE)
-    model.head = nn.Linear(model.head.in_features, len(NEW), device=data.shots[0].device)
-    nn.init.zeros_(model.head.weight)
-    nn.init.zeros_(model.head.bias)
     rift = rk.RIFTLoss(way, weight=weight) if way in MEASURES else None
-
-    def loss_of(images: Tensor, labels: Tensor) -> Tensor:
-        features = model.features(images)
-        loss = cross_entropy(model.head(features), labels)
-        if rift is not None:
-            with torch.no_grad():
-                pretrained = teacher.features(images)
-            loss = loss + rift(features, pretrained)
-        return loss
-
-    return model, train(model, data.shots, loss_of, seed, STEPS, rate, tick)
+    recipe = FINETUNING._replace(rate=rate)
+    frozen = way == PROBE
+    return training.finetune(teacher, data.shots, len(NEW), rift, seed, recipe, tick, frozen=frozen)
 
 
 @torch.no_grad()
@@ -153,29 +100,19 @@ def measure(model: Transformer, teacher: Transformer, data: Data) -> Run:
     def similarity(images: Tensor) -> float:
         return rk.linear_cka(model.features(images), teacher.features(images)).item()
 
-    hits = model.head(model.features(data.new_test[0])).argmax(1) == data.new_test[1]
-    seen, unseen = (model.features(pixels).cpu().numpy() for pixels, _ in data[:2])
-    probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
-    probe.fit(seen, data.pretraining[1].cpu().numpy())
     return {
-        "new_accuracy": 100 * hits.float().mean().item(),
+        "new_accuracy": accuracy(model, data.new_test),
         "similarity": similarity(data.old_test[0]),
         "similarity_new": similarity(data.new_test[0]),
-        "old_accuracy": 100 * float(probe.score(unseen, data.old_test[1].cpu().numpy())),
+        "old_accuracy": refitted_accuracy(model, data.pretraining, data.old_test),
     }
 
 
 def run_all(plans: Sequence[Plan], seeds: int, device: torch.device, console: Console) -> list[Run]:
     """Every plan with every seed. Where the output is no terminal: no bar, but a line a seed."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TaskProgressColumn(),
-        TimeRemainingColumn(),
-    )
     runs = []
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        job = bar.add_task("", total=seeds * (PRETRAINING_STEPS + len(plans) * STEPS))
+    with progress(console) as bar:
+        job = bar.add_task("", total=seeds * (PRETRAINING.steps + len(plans) * FINETUNING.steps))
 
         def tick() -> None:
             bar.advance(job)
@@ -184,7 +121,7 @@ def run_all(plans: Sequence[Plan], seeds: int, device: torch.device, console: Co
             name = f"seed {seed + 1} of {seeds}"
             bar.update(job, description=f"{name}: pretraining")
             data = draw_data(seed, device)
-            teacher = pretrain(data, seed, tick)
+            teacher = pretrain(data.pretraining, len(OLD), seed, tick=tick)
             untrained = {"new_accuracy": None, "step_ms": None}  # no head for the new digits yet
             start = {**PRETRAINED._asdict(), "seed": seed}
             runs.append(start | measure(teacher, teacher, data) | untrained)
@@ -290,15 +227,6 @@ def draw(runs: Sequence[Run], plans: Sequence[Plan], seeds: int, path: Path) -> 
     figure.savefig(path, dpi=160)
 
 
-def commit() -> str:
-    command = ["git", "rev-parse", "HEAD"]
-    try:
-        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
-    except OSError:
-        return "unknown"
-    return done.stdout.strip() if done.returncode == 0 else "unknown"
-
-
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     add = parser.add_argument
@@ -329,8 +257,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for way in dict.fromkeys(options.measure):
         plans += [Plan(way, weight) for weight in sorted(set(options.weight or MEASURES[way][2]))]
     cuda = options.device.type == "cuda"
-    cpu = f"{platform.machine()} {options.device.type}, one thread"
-    hardware = torch.cuda.get_device_name(options.device) if cuda else cpu
+    hardware = torch.cuda.get_device_name(options.device) if cuda else HARDWARE
     console = Console(highlight=False)
     console.print(f"{len(plans)} finetunings a seed, seeds: {options.seeds}, on: {hardware}")
     start = time.perf_counter()
@@ -340,11 +267,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     seconds = round(time.perf_counter() - start, 1)
     print_table(runs, plans, options.seeds, console)
     draw(runs, plans, options.seeds, options.out / "tradeoff.png")
-    settings = {"seeds": options.seeds, "shots": SHOTS, "steps": STEPS, "batch": BATCH, **MODEL}
-    settings |= {"pretraining_steps": PRETRAINING_STEPS, "pretraining_rate": PRETRAINING_RATE}
-    versions = {module.__name__: module.__version__ for module in (rk, torch, sklearn)}
-    versions["python"] = platform.python_version()
-    record = {"hardware": hardware, "seconds": seconds, "versions": versions, "commit": commit()}
+    settings = {"seeds": options.seeds, "shots": SHOTS, **MODEL}
+    settings |= {"steps": FINETUNING.steps, "batch": FINETUNING.batch}
+    settings |= {"pretraining_steps": PRETRAINING.steps, "pretraining_rate": PRETRAINING.rate}
+    record = {"hardware": hardware, "seconds": seconds, "versions": versions(), "commit": commit()}
     record |= {"settings": settings, "runs": runs}
     (options.out / "results.json").write_text(json.dumps(record, indent=1) + "\n", "utf-8")
     console.print(f"{seconds:.0f} s. Wrote tradeoff.png and results.json into {options.out}")

@@ -247,6 +247,12 @@ def _as_list(name: str, value: Features, is_list: bool) -> list[Tensor]:
 
 
 def _floating(name: str, tensor: Tensor) -> None:
+    if hasattr(tensor, "full_tensor"):  # a DTensor, whose class is slow to import
+        raise TypeError(
+            f"{name} must be a plain tensor; got a DTensor: take its full_tensor() where it is "
+            "sharded by columns or tokens, to_local() where it is replicated or each rank has rows "
+            "of its own"
+        )
     if tensor.layout != torch.strided or tensor.is_nested:
         kind = "nested" if tensor.is_nested else tensor.layout
         raise TypeError(f"{name} must be a dense tensor; got {kind}")

@@ -89,7 +89,7 @@ def _too_much_for_cuda(
             "RIFT_KERNELS_CUDA_ARCHS".format(*capability)
         )
     if not all(problem.gram):
-        return _too_much_in_covariance_form(dtypes, problem)
+        return _too_much_in_covariance_form(dtypes, problem, cuda.most_columns(device))
     if problem.rows > cuda.MAX_ROWS:
         return f"the CUDA kernels take up to {cuda.MAX_ROWS} rows; got {problem.rows}"
     if not cuda.fits(device, problem.rows, problem.width):
@@ -97,7 +97,9 @@ def _too_much_for_cuda(
     return None
 
 
-def _too_much_in_covariance_form(dtypes: Sequence[torch.dtype], problem: Problem) -> str | None:
+def _too_much_in_covariance_form(
+    dtypes: Sequence[torch.dtype], problem: Problem, most_columns: int
+) -> str | None:
     """Of more rows than student and teacher have columns together."""
     if any(problem.gram):
         return (
@@ -107,6 +109,11 @@ def _too_much_in_covariance_form(dtypes: Sequence[torch.dtype], problem: Problem
         return f"the CUDA kernels for many rows take bfloat16; got {' and '.join(map(str, dtypes))}"
     if problem.masked:
         return "the CUDA kernels for many rows take no mask"
+    if problem.width > most_columns:
+        return (
+            f"the CUDA kernels for many rows take up to {most_columns} columns on this GPU; got "
+            f"{problem.width}"
+        )
     return None
 
 

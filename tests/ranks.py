@@ -12,12 +12,15 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 import rift_kernels as rk
 from rift_kernels import distributed
@@ -64,36 +67,39 @@ def valid() -> Tensor:
     return torch.rand(ROWS, generator=torch.Generator().manual_seed(3)) < 0.7
 
 
-def outcomes(rank: int, splits: dict[str, tuple[int, ...]] | None) -> Iterator[tuple[str, Any]]:
-    """Name and outcome of every check, of a rank's rows; without splits, of all rows."""
+Check = tuple[str, Callable[[], Outcome]]
+
+
+def outcomes(rank: int, splits: dict[str, tuple[int, ...]] | None) -> Iterator[Check]:
+    """Every check of a rank's rows; without splits, of all rows: its name, and what to call."""
     group = None if splits is None else "world"
     for name, split in (splits or {"all": None}).items():
+        of_rows = partial(values_and_gradients, split=split, rank=rank)
         for measure in MEASURES:
-            yield f"{name}, {measure.name}", values_and_gradients(measure, batch(), split, rank)
-        masked = {"mask": valid()}
+            yield f"{name}, {measure.name}", partial(of_rows, measure, batch())
         for measure in (cases.CKA, cases.PROCRUSTES, cases.BURES, cases.CORAL):
-            found = values_and_gradients(measure, batch(), split, rank, **masked)
-            yield f"{name}, {measure.name}, masked", found
+            masked = partial(of_rows, measure, batch(), mask=valid())
+            yield f"{name}, {measure.name}, masked", masked
         for dtype in (torch.float32, *cases.HALF):
-            found = values_and_gradients(cases.CKA, batch(dtype), split, rank)
-            yield f"{name}, cka, {dtype}", found
+            yield f"{name}, cka, {dtype}", partial(of_rows, cases.CKA, batch(dtype))
         far = tuple(side + 3e3 for side in batch(torch.float32))
-        yield f"{name}, cka, far from 0", values_and_gradients(cases.CKA, far, split, rank)
+        yield f"{name}, cka, far from 0", partial(of_rows, cases.CKA, far)
         # Rounding of a mean must not look like variance.
         constant = (torch.full((ROWS, WIDTH), 0.1), batch(torch.float32)[1])
-        yield f"{name}, cka, no variance", values_and_gradients(cases.CKA, constant, split, rank)
-        found = values_and_gradients(cases.CKA, batch(axes=(2, 3)), split, rank)
-        yield f"{name}, cka, leading axes", found
-        yield f"{name}, layers", layers(split, rank, group)
-        yield f"{name}, rotation", rotated(split, rank, group)
-        yield f"{name}, moments", moments(split, rank, group)
+        yield f"{name}, cka, no variance", partial(of_rows, cases.CKA, constant)
+        yield f"{name}, cka, leading axes", partial(of_rows, cases.CKA, batch(axes=(2, 3)))
+        for check in (layers, rotated, moments):
+            yield f"{name}, {check.__name__}", partial(check, split, rank, group)
         for kind in MODELS:
-            yield f"{name}, model, {kind}", model_gradients(kind, split, rank, group)
+            yield f"{name}, model, {kind}", partial(model_gradients, kind, split, rank, group)
+        sharded = partial(model_gradients, sharded=group is not None)
+        yield f"{name}, FSDP2", partial(sharded, "cka", split, rank, group)
 
 
 def values_and_gradients(
     measure: cases.Measure,
     features: tuple[Tensor, Tensor],
+    *,
     split: tuple[int, ...] | None,
     rank: int,
     mask: Tensor | None = None,
@@ -171,17 +177,23 @@ class Model(nn.Module):
 
 
 def model_gradients(
-    kind: str, split: tuple[int, ...] | None, rank: int, group: str | None
+    kind: str,
+    split: tuple[int, ...] | None,
+    rank: int,
+    group: str | None,
+    sharded: bool = False,
 ) -> Outcome:
     """Gradients of the parameters as the optimiser would see them."""
     model: nn.Module = Model(kind, group)
     plain = model
-    if group is not None:
+    if sharded:
+        fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+    elif group is not None:
         model = nn.parallel.DistributedDataParallel(model)
     x, y = (own(side, split, rank) for side in batch())
     value = model(x, y)
     value.backward()
-    grads = [p.grad for p in plain.parameters()]
+    grads = [p.grad.full_tensor() if sharded else p.grad for p in plain.parameters()]
     return {"value": value.detach(), "parameters": grads}
 
 
@@ -223,7 +235,7 @@ def main(folder: Path) -> None:
     for name in WAYS:
         with way(name):
             for check, outcome in outcomes(rank, SPLITS[size]):
-                found[f"{name}, {check}"] = outcome
+                found[f"{name}, {check}"] = outcome()
     found.update(errors(rank))
     torch.save(found, folder / f"{rank}.pt")
     dist.destroy_process_group()

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import flops, gpu_check, measure, oracle, side_by_side, tables
+from benchmarks import flops, gpu_check, measure, oracle, side_by_side, tables, traffic
 from benchmarks.providers import NAIVE, Provider, providers
 from benchmarks.workloads import Workload
 
@@ -167,3 +167,20 @@ def test_an_error_in_a_test_is_a_failure(tmp_path: Path) -> None:
     report = tmp_path / "tests.xml"
     report.write_text('<s><testcase classname="t" name="x"><error/></testcase></s>')
     assert gpu_check.read_junit(report)["failures"] == ["t::x"]
+
+
+def test_traffic_of_many_ranks() -> None:
+    few = traffic.SHAPES[0]
+    gathered, summed = (traffic.cost(few, 8, way) for way in ("gathered", "summed"))
+    assert gathered.bytes == 7 * few.rows * 2 * few.width * 2
+    assert summed.bytes == 2 * 7 / 8 * 3 * few.width**2 * 4
+    assert gathered.computing == pytest.approx(4 * (8 * few.rows) ** 2 * few.width / traffic.FLOPS)
+    assert summed.computing == pytest.approx(8 * few.rows * few.width**2 / traffic.FLOPS)
+    # Sums do not grow with the ranks but by hops, what is gathered does.
+    many = [traffic.cost(few, ranks, "summed") for ranks in traffic.RANKS]
+    assert many[-1].bytes < 1.2 * many[0].bytes
+    assert traffic.cost(few, 4096, "gathered").bytes > 500 * gathered.bytes
+    assert traffic.cost(few, 64, "summed").moving > 2 * summed.moving
+    table = traffic.table()
+    assert "**1.38 MB**" in table
+    assert "**14.2 MB**" in table

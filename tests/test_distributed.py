@@ -31,7 +31,7 @@ def free_port() -> int:
 @pytest.fixture(scope="module")
 def alone() -> dict[str, Any]:
     """What one process finds."""
-    return {name.removeprefix("all, "): found for name, found in ranks.outcomes(0, None)}
+    return {name.removeprefix("all, "): found() for name, found in ranks.outcomes(0, None)}
 
 
 @pytest.fixture(scope="module", params=ranks.SIZES)
@@ -186,6 +186,19 @@ def test_a_constant_has_no_variance(together, way) -> None:
         found = of_rank[f"{way}, uneven, cka, no variance"]
         assert float(found["value"]) == 0
         assert not found["rows"][0].any()
+
+
+@pytest.mark.usefixtures("one_process")
+def test_a_dtensor_is_refused() -> None:
+    """Its products would be right, and its sums over rows those of a shard."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate, distribute_tensor
+
+    x, y = (t.detach() for t in cases.pair())
+    spread = distribute_tensor(x, init_device_mesh("cpu", (1,)), [Replicate()])
+    with pytest.raises(TypeError, match="student must be a plain tensor; got a DTensor"):
+        rk.linear_cka(spread, y)
+    assert torch.equal(rk.linear_cka(spread.to_local(), y), rk.linear_cka(x, y))
 
 
 def test_no_check_hides_another() -> None:

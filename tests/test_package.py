@@ -214,6 +214,7 @@ def test_reasons_against_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     many = {"gram": (False,), "rows": 4096}
     assert reason(**many) is None
     assert "take no mask" in reason(**many, masked=True)
+    assert "up to 28928 columns on this GPU; got 30000" in reason(**many, width=30000)
     assert "bfloat16; got torch.float32" in reason(**many, dtypes=(torch.float32,))
     assert "64 rows of 100000 columns do not fit" in reason(width=100000)
     gpu, asked = torch.device("cuda"), dispatch.Problem("cka", (True,), 64, 768)
@@ -224,6 +225,9 @@ def test_reasons_against_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     assert dispatch.choose_backend("cuda", gpu, (torch.bfloat16,), most) == "cuda"
     built.architectures = "80;90"
     assert reason(**many) is None
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 9))
+    assert reason(**many, width=12544) is None
+    assert "up to 12544 columns" in reason(**many, width=12545)
     built.architectures = "90a;100a"
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
     assert "not compiled for compute capability 8.0" in reason()

@@ -37,6 +37,8 @@ _SHARED = {
     **dict.fromkeys(((9, 0), (10, 0), (10, 3)), 227 * 1024),
 }
 _LEAST_SHARED = 99 * 1024
+# Of csrc/statistics.cuh: bytes of the sums of a block's warps, and columns in a strip.
+_ROW_SUMS, _STRIP = 320, 256
 _TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 
 
@@ -75,6 +77,13 @@ def fits(device: torch.device, rows: int, width: int) -> bool:
         while blocks > processors:
             blocks //= 2
     return shared_bytes(rows, width, blocks) <= _SHARED.get(capability, _LEAST_SHARED)
+
+
+def most_columns(device: torch.device) -> int:
+    """Of a layer of many rows: the means of both sides lie in a block's shared memory, as
+    csrc/statistics.cuh has it."""
+    limit = _SHARED.get(torch.cuda.get_device_capability(device), _LEAST_SHARED)
+    return (limit - _ROW_SUMS) // 8 // _STRIP * _STRIP
 
 
 def shared_bytes(rows: int, width: int, blocks: int) -> int:

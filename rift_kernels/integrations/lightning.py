@@ -1,4 +1,4 @@
-"""RIFT in Lightning: ``pip install "rift_kernels[lightning]"``."""
+"""RIFT in Lightning: ``pip install ".[lightning]"``."""
 
 from __future__ import annotations
 

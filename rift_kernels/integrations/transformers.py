@@ -1,4 +1,4 @@
-"""RIFT in the Trainer of Hugging Face: ``pip install "rift_kernels[transformers]"``."""
+"""RIFT in the Trainer of Hugging Face: ``pip install ".[transformers]"``."""
 
 from __future__ import annotations
 
