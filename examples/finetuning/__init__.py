@@ -1,0 +1,1 @@
+"""What ``examples.finetune_vit`` and ``examples.finetune_text`` share."""
