@@ -48,7 +48,7 @@ class Profile:
 _VIT_B = dataclasses.replace(VIT_B_16, classes=100)
 
 PROFILES = {
-    "cpu": Profile(dataclasses.replace(_VIT_B, depth=2), 8, budget=40),
+    "cpu": Profile(dataclasses.replace(_VIT_B, depth=2), 8, budget=28),
     "full": Profile(_VIT_B, 8, budget=600),
     "gpu": Profile(_VIT_B, 64, budget=60, autocast=True),
     "smoke": Profile(Size(16, 4, 16, 2, 2, 4), 8, budget=5, max_rounds=5),
