@@ -292,3 +292,37 @@ def test_cpu_time_has_nothing_of_waiting() -> None:
     found = measure.time_once(Waits(), CPU)
     assert found["both"] >= 0.2
     assert 0 <= found[measure.CPU_TIME] < 0.1
+
+
+def test_shares_are_of_the_plain_step(result: dict[str, Any]) -> None:
+    """The loss adds to the teacher's pass, and that to the plain step; by the clock asked for."""
+    made = copy.deepcopy(result)
+    clocks = (*measure.CLOCKS, measure.CPU_TIME)
+    seconds = {"cls": 0.1, "tokens": 0.2, lora.AGAIN: 4.0}
+    seconds |= {str(way): s for way, s in zip(lora.WAYS, (4.0, 6.0, 6.2, 6.4), strict=False)}
+    samples = {
+        name: [{**dict.fromkeys(clocks, 1.0), measure.CPU_TIME: s}] * 5
+        for name, s in seconds.items()
+    }
+    lora._write_times(made, samples, measure.CPU_TIME)
+    schema.validate(made)
+    assert [way["adds"] and way["adds"]["q50"] for way in made["ways"]] == pytest.approx(
+        [None, 0.5, 0.55, 0.6, None]
+    )
+    found = [way["loss_adds"] and way["loss_adds"]["q50"] for way in made["ways"]]
+    assert found == pytest.approx([None, None, 0.05, 0.1, None])
+    assert [loss["share"]["q50"] for loss in made["losses"]] == pytest.approx([0.025, 0.05])
+    assert set(made["noise"]) == set(clocks)
+    lora._write_times(made, samples, "both")
+    assert made["ways"][1]["adds"]["q50"] == 0
+
+
+def test_who_runs_in_a_step(shared: Adapted) -> None:
+    """The student, then the teacher: the same modules, or a copy's."""
+    for way, expected in zip(lora.WAYS, ([True], *[[True, False]] * 3, [True]), strict=True):
+        step = Step(shared, way)
+        calls: list[bool] = []
+        base = step._student.base_model.model
+        base.register_forward_hook(lambda *_, calls=calls: calls.append(torch.is_grad_enabled()))
+        step.forward()
+        assert calls == expected, way
