@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import sys
 import time
@@ -290,6 +291,14 @@ def test_result_is_complete(result: dict[str, Any]) -> None:
     broken["ways"][1]["adds"]["high"] = None
     with pytest.raises(ValueError, match=r"ways\[1\]\.adds\.high must be"):
         schema.validate(broken)
+
+
+def test_what_a_gpu_would_run_runs_on_a_cpu() -> None:
+    """Autocast, under which the states that are compared are in bfloat16 or added up in float32."""
+    found = lora.run("smoke", dataclasses.replace(SMOKE, autocast=True), CPU, 5)
+    schema.validate(found)
+    assert lora.failures(found) == []
+    assert "tokens in bfloat16 autocast" in lora_table.summary(found)
 
 
 def test_the_readme_shows_the_full_size_only(result: dict[str, Any], tmp_path: Path) -> None:
