@@ -15,7 +15,7 @@ transformers = pytest.importorskip("transformers", reason="needs transformers")
 pytest.importorskip("tqdm", reason="needs tqdm")
 
 import rift_kernels as rk  # noqa: E402
-from examples import finetune_text
+from examples import finetune_text  # noqa: E402
 from examples.finetuning import texts  # noqa: E402
 from tests.finetuned import QUICK, assert_resumes, column, command, rows, state  # noqa: E402
 

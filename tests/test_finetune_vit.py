@@ -16,7 +16,7 @@ transformers = pytest.importorskip("transformers", reason="needs transformers")
 pytest.importorskip("tqdm", reason="needs tqdm")
 
 import rift_kernels as rk  # noqa: E402
-from examples import finetune_vit
+from examples import finetune_vit  # noqa: E402
 from examples.finetuning import images  # noqa: E402
 from tests.finetuned import (  # noqa: E402
     QUICK,
@@ -190,7 +190,7 @@ TWO = """
 import sys, torch, torch.distributed as dist
 from pathlib import Path
 import pytest
-from examples import finetune_vit
+from examples import finetune_vit  # noqa: E402
 from examples.finetuning import trainer
 from tests.finetuned import stop_in_step
 torch.set_num_threads(1)
