@@ -9,6 +9,7 @@ import shlex
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -154,6 +155,24 @@ def test_data_know_their_epoch(tmp_path) -> None:
     run.fit()
     assert run.data.train.epochs == [0] * 40 + [1] * 40 + [2] * 40
     assert run.data.val.epochs == [0] * 18 * 3
+
+
+@pytest.mark.parametrize("amp", ["off", "bf16", "fp16"])
+def test_mixed_precision_is_in_training_and_validation(amp, tmp_path) -> None:
+    run = trainer(tmp_path, "--epochs", "1", "--amp", amp, rift=True)
+    dtypes = []
+
+    def spied(*given: Any) -> training.Losses:
+        losses = loss_of(*given)
+        dtypes.append(losses.logits.dtype)
+        return losses
+
+    run.loss_of = spied
+    run.fit()
+    dtype = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[amp]
+    assert dtypes == [dtype] * (5 + 3)
+    assert run.scaler.is_enabled() == (amp == "fp16")
+    assert {p.dtype for p in run.plain.parameters()} == {torch.float32}
 
 
 def test_validation_is_of_every_example(tmp_path) -> None:
