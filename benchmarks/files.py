@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -44,13 +45,15 @@ def read(path: Path) -> Result:
     return dict(result)
 
 
-def newest(folder: Path, schema: str = BENCHMARK) -> dict[Path, Result]:
-    """The newest full result of each device, of one kind."""
+def newest(
+    folder: Path, schema: str = BENCHMARK, reduced: Collection[str] = ("smoke",)
+) -> dict[Path, Result]:
+    """The newest full result of each device, of one kind: not of the profiles named."""
     latest: dict[str, tuple[Path, Result]] = {}
     for path in sorted(folder.glob("*.json")):
         result = json.loads(path.read_text(encoding="utf-8"))
         # Other kinds of files lie there, too.
-        if result.get("schema") != schema or result["profile"] == "smoke":
+        if result.get("schema") != schema or result["profile"] in reduced:
             continue
         validate(result)
         device, date = (result["environment"][key] for key in ("device", "date"))

@@ -30,6 +30,7 @@ from .workloads import Inputs
 
 PHASES = ("forward", "backward", "both")
 CLOCKS = (*PHASES, "host", "wall")
+CPU_TIME = "cpu"
 MIN_ROUNDS = 5
 QUANTILES = {"q20": 0.2, "q50": 0.5, "q80": 0.8}
 
@@ -73,8 +74,9 @@ def synchronize(device: torch.device) -> None:
 
 
 def time_once(task: Timed, device: torch.device) -> Seconds:
-    """Seconds of each clock for one forward and backward."""
+    """Seconds of each clock for one forward and backward, and of the process's CPU time."""
     synchronize(device)
+    busy = time.process_time()
     marks = [_Mark(device)]
     values = task.forward()
     marks.append(_Mark(device))
@@ -89,6 +91,8 @@ def time_once(task: Timed, device: torch.device) -> Seconds:
         "both": end.since(start),
         "host": returned - start.host,
         "wall": time.perf_counter() - start.host,
+        # In which nothing is that other processes take.
+        CPU_TIME: time.process_time() - busy,
     }
 
 
@@ -145,11 +149,40 @@ def relative(samples: list[Seconds], base: list[Seconds]) -> dict[str, float]:
     hold the median of all such rounds with 95 %, whatever their distribution (order statistics).
     """
     pairs = zip(samples, base, strict=True)
-    ratios = sorted(own["both"] / other["both"] for own, other in pairs)
-    count = len(ratios)
+    return middle_of([own["both"] / other["both"] for own, other in pairs])
+
+
+def added(
+    more: list[Seconds], less: list[Seconds] | None, whole: list[Seconds], clock: str = "both"
+) -> dict[str, float]:
+    """How much longer one task takes than another, as a share of a third in the same round.
+
+    Without another, how long it takes at all. Bounds as of :func:`relative`.
+    """
+    less = less or [{clock: 0.0}] * len(more)
+    rounds = zip(more, less, whole, strict=True)
+    return middle_of([(m[clock] - n[clock]) / w[clock] for m, n, w in rounds])
+
+
+def middle_of(values: list[float]) -> dict[str, float]:
+    """A median, and bounds that hold that of many more with 95 %, whatever their distribution."""
+    values = sorted(values)
+    count = len(values)
     outside = max(0, math.floor((count - 1.96 * math.sqrt(count)) / 2))
-    middle = torch.tensor(ratios, dtype=torch.float64).quantile(0.5).item()
-    return {"low": ratios[outside], "q50": middle, "high": ratios[count - 1 - outside]}
+    middle = torch.tensor(values, dtype=torch.float64).quantile(0.5).item()
+    return {"low": values[outside], "q50": middle, "high": values[count - 1 - outside]}
+
+
+def noise(once: list[float], again: list[float]) -> float:
+    """How far apart two medians of the same step may be, relative.
+
+    Those of one step timed twice may agree by chance, and what is looked for is small, so at
+    least two standard errors of such a difference: for a normal distribution, about twice the range
+    from the 20th to the 80th percentile over the root of the number of rounds.
+    """
+    first, second, all_of_them = map(quantiles_of, (once, again, once + again))
+    spread = 2 * (all_of_them["q80"] - all_of_them["q20"]) / len(once) ** 0.5
+    return max(abs(second["q50"] / first["q50"] - 1), spread / all_of_them["q50"])
 
 
 def peak_memory(task: Timed, device: torch.device) -> dict[str, int]:
@@ -157,6 +190,21 @@ def peak_memory(task: Timed, device: torch.device) -> dict[str, int]:
     peaks = _peaks_on_gpu(task, device) if device.type == "cuda" else _peaks_on_cpu(task)
     forward, backward = peaks
     return {"forward": forward, "backward": backward, "both": max(peaks)}
+
+
+def kept_memory(task: Timed, device: torch.device) -> int:
+    """Bytes that a forward leaves: what it returns, and what it keeps for its backward."""
+    return peak_memory(_OnlyForward(task), device)["backward"]
+
+
+class _OnlyForward:
+    """A task whose backward never comes."""
+
+    def __init__(self, task: Timed) -> None:
+        self.forward = task.forward
+
+    def backward(self, _values: object) -> None:
+        """Nothing, while the forward's values are there."""
 
 
 def _peaks_on_gpu(task: Timed, device: torch.device) -> tuple[int, int]:

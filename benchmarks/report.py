@@ -16,9 +16,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import charts, demo, environment, files, pictures, step_table, tables
+from . import charts, demo, environment, files, lora_table, pictures, step_table, tables
 from .files import Result
-from .schema import BENCHMARK, FRONTIER, SCALING, STEP
+from .schema import BENCHMARK, FRONTIER, LORA, SCALING, STEP
 
 DEMO = environment.ROOT / "examples" / "results" / "results.json"
 
@@ -80,16 +80,26 @@ def with_pictures(explanation: str) -> Callable[[dict[Path, Result]], str]:
 
 @dataclass(frozen=True)
 class Section:
-    """A section of the README: the kind of result that it shows, what writes it, and its text."""
+    """A section of the README: the kind of result that it shows, what writes it, and its text.
+
+    Of the ``reduced`` profiles it shows nothing.
+    """
 
     schema: str
     command: str
     text: Callable[[dict[Path, Result]], str]
+    reduced: tuple[str, ...] = ("smoke",)
 
 
 SECTIONS = {
     "benchmarks": Section(BENCHMARK, "run", with_tables(tables.summary, tables.EXPLANATION)),
     "step": Section(STEP, "step", with_tables(step_table.summary, step_table.EXPLANATION)),
+    "lora": Section(
+        LORA,
+        "lora --profile full",
+        with_tables(lora_table.summary, lora_table.EXPLANATION),
+        reduced=("smoke", "cpu"),
+    ),
     "frontier": Section(
         FRONTIER,
         "frontier",
@@ -123,7 +133,10 @@ def pending(name: str) -> str:
 def section(name: str, readme: str, folder: Path, check: bool) -> tuple[dict[Path, Result], str]:
     """The results that a section is about, and what it has to say."""
     kind = SECTIONS[name]
-    results = named(readme, name, folder) if check else files.newest(folder, kind.schema)
+    if check:
+        results = named(readme, name, folder)
+    else:
+        results = files.newest(folder, kind.schema, kind.reduced)
     # A table that is there is not given up for the lack of a file.
     if not results and not check and _file_names(readme, name):
         raise ReportError(f"no result of the kind {kind.schema!r} in {folder}")

@@ -19,6 +19,9 @@ for ``pairs`` random pairs of features.
 A step has the model, and the ways of finetuning it: each with a ``reason`` where it was not
 measured, else with seconds and bytes as above, and the error of its loss's gradient. ``left_out``
 says which losses were never tried, and why.
+
+A lora has ways of finetuning with adapters: what they add to the plain step's time, bytes of
+weights, and bytes at the peak of a step. The loss by itself is in ``losses``.
 """
 
 from __future__ import annotations
@@ -31,6 +34,7 @@ BENCHMARK = "rift_kernels benchmark 2"
 SCALING = "rift_kernels scaling 1"
 FRONTIER = "rift_kernels frontier 1"
 STEP = "rift_kernels step 1"
+LORA = "rift_kernels lora 1"
 
 _NUMBER = (int, float)
 _OPTIONAL_NUMBER = (int, float, type(None))
@@ -98,10 +102,11 @@ _FRONTIER = {
         }
     ],
 }
+_BOUNDS = dict.fromkeys(("low", "q50", "high"), _NUMBER)
 _MEASURED = {
     "reason": type(None),
     "seconds": {clock: dict.fromkeys(QUANTILES, _NUMBER) for clock in CLOCKS},
-    "relative": (dict.fromkeys(("low", "q50", "high"), _NUMBER), None),
+    "relative": (_BOUNDS, None),
     "graph": (dict.fromkeys(QUANTILES, _NUMBER), None),
     "graph_reason": str,
     "launches": (int, type(None)),
@@ -136,11 +141,53 @@ _STEP = {
     "left_out": [{"loss": str, "features": _OPTIONAL_TEXT, "reason": str}],
 }
 
+_LORA = {
+    **_HEADER,
+    "model": {
+        **_SIZE,
+        "rank": int,
+        "parameters": int,
+        "trained": int,
+        "batch": int,
+        "tokens": int,
+        "autocast": bool,
+    },
+    "rounds": int,
+    "clock": str,
+    "noise": dict,
+    "ways": [
+        {
+            "teacher": _OPTIONAL_TEXT,
+            "pooling": _OPTIONAL_TEXT,
+            "seconds": (_MEASURED["seconds"], None),
+            "cpu_seconds": (dict.fromkeys(QUANTILES, _NUMBER), None),
+            "adds": (_BOUNDS, None),
+            "loss_adds": (_BOUNDS, None),
+            "weights": int,
+            "memory": _MEASURED["memory"],
+        }
+    ],
+    "teacher_memory": int,
+    "losses": [
+        {
+            "pooling": str,
+            "features": str,
+            "predicted_share": _NUMBER,
+            "seconds": _MEASURED["seconds"],
+            "cpu_seconds": dict.fromkeys(QUANTILES, _NUMBER),
+            "share": _BOUNDS,
+            "memory": _MEASURED["memory"],
+            "kept": int,
+        }
+    ],
+}
+
 _FORMS: dict[str, Any] = {
     BENCHMARK: _BENCHMARK,
     SCALING: _SCALING,
     FRONTIER: _FRONTIER,
     STEP: _STEP,
+    LORA: _LORA,
 }
 
 
@@ -157,7 +204,7 @@ def validate(result: Any) -> None:
     if schema == FRONTIER:
         _validate_results(result, "curves", _ERRORS, _NO_ERRORS)
         _validate_lengths(result)
-    elif schema != STEP:
+    elif schema not in (STEP, LORA):
         _validate_results(result, "workloads", _MEASURED, _NOT_MEASURED)
     if schema == SCALING:
         _validate_places(result)

@@ -227,21 +227,9 @@ def _complete(
     for name, rounds in samples.items():
         entries[name]["seconds"] = measure.quantiles(rounds)
     for clock in measure.CLOCKS:
-        result["noise"][clock] = _noise(
+        result["noise"][clock] = measure.noise(
             *([seconds[clock] for seconds in rounds] for rounds in (samples[str(PLAIN)], again))
         )
-
-
-def _noise(once: list[float], again: list[float]) -> float:
-    """How far apart two medians of the same step may be, relative.
-
-    Those of the plain step timed twice may agree by chance, and what is looked for is small, so at
-    least two standard errors of such a difference: for a normal distribution, about twice the range
-    from the 20th to the 80th percentile over the root of the number of rounds.
-    """
-    first, second, all_of_them = map(measure.quantiles_of, (once, again, once + again))
-    spread = 2 * (all_of_them["q80"] - all_of_them["q20"]) / len(once) ** 0.5
-    return max(abs(second["q50"] / first["q50"] - 1), spread / all_of_them["q50"])
 
 
 def _examined(way: Way, entry: Result, finetuning: Finetuning, device: torch.device) -> Step:

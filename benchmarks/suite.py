@@ -1,6 +1,6 @@
 """``python -m benchmarks.suite``: every kind of benchmark, one after another, a result file each.
 
-What ``make bench`` runs: four minutes on a CPU. On a GPU, ``--profile full`` adds to the comparison
+What ``make bench`` runs: five minutes on a CPU. On a GPU, ``--profile full`` adds to the comparison
 what needs longer than ``gpu``. ``--only frontier,step`` runs these alone. Each is a process of its
 own, so that none leaves caches or memory to the next. Exits with 1 if one of them failed.
 """
@@ -18,7 +18,7 @@ import torch
 
 from . import environment, files
 
-KINDS = ("run", "frontier", "scaling", "step")
+KINDS = ("run", "frontier", "scaling", "step", "lora")
 PROFILES = ("cpu", "gpu", "full", "smoke")
 
 

@@ -102,6 +102,28 @@ class Ranks:
 
         return wait
 
+    def blocks(
+        self, xx: Tensor | None, xy: Tensor | None, yy: Tensor | None
+    ) -> Callable[[], tuple[Any, ...]]:
+        """:meth:`total` of second moments, the symmetric ones as the triangles of one matrix."""
+        if xx is None or yy is None or not _foldable(xx, yy):
+            return self.total(xx, xy, yy)
+        diagonal = yy.diagonal(dim1=-2, dim2=-1)
+        pending = self.total(torch.triu(xx) + torch.tril(yy, -1), diagonal, xy)
+
+        def wait() -> tuple[Any, ...]:
+            folded, diagonal, xy = pending()
+            upper, lower = torch.triu(folded), torch.tril(folded, -1)
+            xx = upper + torch.triu(folded, 1).mT
+            return xx, xy, lower + lower.mT + torch.diag_embed(diagonal)
+
+        return wait
+
+
+def _foldable(xx: Tensor, yy: Tensor) -> bool:
+    """Unless a batch's matrices differ in size, or have none."""
+    return xx.dim() > 1 and xx.shape == yy.shape
+
 
 def resolve(group: Group) -> Ranks | None:
     """The ranks of ``group``; None where there is nobody to share a batch with."""
@@ -251,7 +273,8 @@ def bytes_summed(given: checks.Layers, size: int) -> int:
     total = 0
     for x, y in given.pairs:
         batch, d1, d2 = x.shape[:-2].numel(), x.shape[-1], y.shape[-1]
-        total += batch * (d1 * d1 + d1 * d2 + d2 * d2) * width
+        own = d1 * d1 + d1 if d1 == d2 else d1 * d1 + d2 * d2
+        total += batch * (own + d1 * d2) * width
     return 2 * (size - 1) * total // size
 
 

@@ -13,7 +13,7 @@ scaled to unit norm, so that only the blocks themselves can over- or underflow a
 epsilon is needed.
 
 In covariance form the rows may be spread over ranks: whatever is summed over rows is passed through
-``Centered.total``. In Gram form every rank has all rows.
+``Centered.ranks``. In Gram form every rank has all rows.
 """
 
 from __future__ import annotations
@@ -29,9 +29,15 @@ from . import matrix_functions
 from .features import row_energy
 
 
-def _own(*sums: Tensor | None) -> Callable[[], tuple[Any, ...]]:
-    """The total over the rows of one process."""
-    return lambda: sums
+class Alone:
+    """The rows of one process are all there are; what :class:`.distributed.Ranks` is to several."""
+
+    @staticmethod
+    def total(*sums: Tensor | None) -> Callable[[], tuple[Any, ...]]:
+        """Begin to sum over ranks, and return what waits for the sums."""
+        return lambda: sums
+
+    blocks = total  # of second moments
 
 
 class Centered(NamedTuple):
@@ -43,8 +49,7 @@ class Centered(NamedTuple):
     mean_y: Tensor  # (..., D2)
     count: Tensor  # type: ignore[assignment]  # (...), float64: the number of valid rows
     mask: Tensor | None  # (..., N), True = valid
-    # Begins to sum over ranks, and returns what waits for the sums.
-    total: Callable[..., Callable[[], tuple[Any, ...]]] = _own
+    ranks: Any = Alone  # who has the other rows
 
 
 class Coefficients(NamedTuple):
@@ -181,7 +186,7 @@ def _cka_covariance(
     H(X, X), H(Y, Y), and ``r`` holds the energies of both; the factors ``a`` and ``b`` are those of
     :func:`rift_kernels.linear_cka`.
     """
-    blocks = f.total(*backend.moments(f.x, f.y, False, "xx xy yy"))
+    blocks = f.ranks.blocks(*backend.moments(f.x, f.y, False, "xx xy yy"))
     r = torch.stack([row_energy(f.x), row_energy(f.y)], -2) if debiased else None
     xx, xy, yy = blocks()
     norms = torch.stack([_norm(xx), _norm(yy)], -1)
@@ -195,7 +200,7 @@ def _cka_covariance(
         n = f.count[..., None, None]
         a, b = n / (n - 2), ((n - 1) * (n - 2)).reciprocal()
         r = r * inverse.unsqueeze(-1)
-        total, squares = f.total(r.sum(-1, keepdim=True), r @ r.mT)()
+        total, squares = f.ranks.total(r.sum(-1, keepdim=True), r @ r.mT)()
         correction = b * (total @ total.mT) - a * squares
         h = h + correction.diagonal(dim1=-2, dim2=-1)
         cross = cross + correction[..., 0, 1]
@@ -217,7 +222,7 @@ def _cka_covariance(
         # Copies, because an operator must not return two views of one tensor.
         wx, wy = (row.to(xx.dtype, copy=True) for row in (w * inverse.unsqueeze(-1)).unbind(-2))
         # Unequal weights move the mean, which no other term does: taken out again.
-        bx, by = f.total(
+        bx, by = f.ranks.total(
             _weighted_sum(wx, f.x) if want.student else None,
             _weighted_sum(wy, f.y) if want.teacher else None,
         )()
@@ -247,7 +252,7 @@ def procrustes(
     The nuclear norm is ``<C, polar(C)>``; in Gram form it is the fidelity of Kx and Ky.
     """
     exact = method == "svd"
-    energy_x, energy_y = f.total(row_energy(f.x).sum(-1), row_energy(f.y).sum(-1))()
+    energy_x, energy_y = f.ranks.total(row_energy(f.x).sum(-1), row_energy(f.y).sum(-1))()
     inverse_x, inverse_y = _safe_inverse(energy_x), _safe_inverse(energy_y)
     scale = inverse_x.sqrt() * inverse_y.sqrt()
     if gram:
@@ -273,7 +278,7 @@ def procrustes(
 
 def _polar(f: Centered, backend: ModuleType, gram: bool, exact: bool) -> tuple[Tensor, Tensor]:
     """Polar factor and nuclear norm of the cross block."""
-    _, xy, _ = f.total(*backend.moments(f.x, f.y, gram, "xy"))()
+    _, xy, _ = f.ranks.blocks(*backend.moments(f.x, f.y, gram, "xy"))()
     if exact:
         return matrix_functions.polar_svd(xy.double())
     return matrix_functions.polar(xy.double(), backend)
@@ -287,7 +292,7 @@ def _transport(
     The blocks are summed in float64: the map inverts one of them, and where that is singular the
     rounding of a float32 sum would be what is inverted.
     """
-    xx, _, yy = f.total(*backend.moments(f.x.double(), f.y.double(), gram, "xx yy"))()
+    xx, _, yy = f.ranks.blocks(*backend.moments(f.x.double(), f.y.double(), gram, "xx yy"))()
     if exact:
         return matrix_functions.transport_eigh(xx, yy)
     return matrix_functions.transport(xx, yy, backend)
@@ -309,7 +314,7 @@ def bures(
     """
     exact = method == "eigh"
     inverse_n = 1 / (f.count - 1)
-    (traces,) = f.total(row_energy(f.x).sum(-1) + row_energy(f.y).sum(-1))()
+    (traces,) = f.ranks.total(row_energy(f.x).sum(-1) + row_energy(f.y).sum(-1))()
     # Both terms in float64: close to the teacher the distance is a small difference of them.
     if gram:
         wide = f._replace(x=f.x.double(), y=f.y.double())
@@ -355,7 +360,7 @@ def covariance(
         yy = (uu + vv - both) / 4
         norm_y = _norm(yy)
     else:
-        xx, _, yy = f.total(*backend.moments(f.x, f.y, gram, "xx yy"))()
+        xx, _, yy = f.ranks.blocks(*backend.moments(f.x, f.y, gram, "xx yy"))()
         difference = xx - yy
         norm_y = _norm(yy)
     if scale == "relative":

@@ -49,6 +49,11 @@ def _backend(name: str) -> ModuleType:
     return eager
 
 
+def _primitives(backend: str, rows: Tensor) -> ModuleType:
+    """The backend's for a layer; of a rank without a row, torch's, which know how to do nothing."""
+    return _backend(backend) if rows.shape[-2] else eager
+
+
 def _is_fused(measure: str, backend: str, gram: Sequence[bool]) -> bool:
     """Whether the backend goes from features to values by itself, without a head in measures.py.
 
@@ -92,7 +97,7 @@ def _center(
     dtype = _compute_dtype(student, teacher)
     if ranks is not None:
         centered = features.center_over_ranks(student, teacher, mask, dtype, ranks.total)
-        return measures.Centered(*centered, mask, ranks.total)
+        return measures.Centered(*centered, mask, ranks)
     x, mean_x, count = features.center(student, mask, dtype)
     y, mean_y, _ = features.center(teacher, mask, dtype)
     return measures.Centered(x, y, mean_x, mean_y, count, mask)
@@ -123,7 +128,6 @@ def _measure_fwd(
     ranks: Ranks | None = None,
 ) -> tuple[Tensor, list[Tensor]]:
     """Values, and per layer the centered features and the coefficients (empty where absent)."""
-    primitives = _backend(backend)
     want = measures.Wanted(student_grad, teacher_grad)
     values, saved = [], []
     with full_precision(students[0].device, precision):
@@ -131,7 +135,7 @@ def _measure_fwd(
             students, teachers, _mask_of_each(masks, len(students)), gram, strict=True
         ):
             f = _center(x, y, mask, ranks)
-            value, coefficients = head(f, primitives, use_gram, want)
+            value, coefficients = head(f, _primitives(backend, x), use_gram, want)
             values.append(value.to(f.x.dtype))
             if any(want):
                 crossed = coefficients.xy is not None
@@ -173,12 +177,11 @@ def _features_bwd(
 
     Fused measures take the features themselves, of the others what the forward saved is enough.
     """
-    primitives = _backend(backend)
     if _is_fused(measure, backend, gram):
         features_ = (students, teachers, saved, masks, gram)
         sides = (student_grad, teacher_grad)
         dtypes = (student_dtype, teacher_dtype)
-        return primitives.fused_bwd(grad_values, *features_, sides, dtypes, measure == "cka")
+        return _backend(backend).fused_bwd(grad_values, *features_, sides, dtypes, measure == "cka")
     layers = len(gram)
     grad_students, grad_teachers = [], []
     with full_precision(grad_values.device, precision):
@@ -187,6 +190,7 @@ def _features_bwd(
             x, y, *rest = saved[i * _TENSORS_A_LAYER : (i + 1) * _TENSORS_A_LAYER]
             c = measures.Coefficients(*(t if t.dim() > 1 or t.numel() else None for t in rest))
             cross = None if c.xy is None else c.xy.mT
+            primitives = _primitives(backend, x if x.dim() > 1 else y)
             if student_grad:
                 side = (scale, x, y, mask, c.xx, c.xy, c.wx, c.bx)
                 grad_students.append(
@@ -210,10 +214,9 @@ def _moments_fwd(
     ranks: Ranks | None = None,
 ) -> list[Tensor]:
     """Centered features, count, means, and the wanted blocks (empty where not wanted)."""
-    primitives = _backend(backend)
     with full_precision(student.device, precision):
         f = _center(student, teacher, masks[0] if masks else None, ranks)
-        blocks = f.total(*primitives.moments(f.x, f.y, False, wanted))()
+        blocks = f.ranks.blocks(*_primitives(backend, student).moments(f.x, f.y, False, wanted))()
     return [f.x, f.y, f.mean_x, f.mean_y, f.count, *_tensors(blocks, f.x)]
 
 

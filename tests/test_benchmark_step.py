@@ -266,14 +266,14 @@ def test_noise_is_the_difference_of_the_plain_step_to_itself_or_its_spread(
     assert found["noise"] == pytest.approx(dict.fromkeys(measure.CLOCKS, 0.2))
     # Medians that agree by chance: what is left is the range from 0.8 to 1.2, over 10 rounds.
     wide = [0.8, 1.2] * 50
-    assert step._noise(wide, wide) == pytest.approx(2 * 0.4 / 100**0.5)
-    assert step._noise([1.0] * 9, [1.0] * 9) == 0
+    assert measure.noise(wide, wide) == pytest.approx(2 * 0.4 / 100**0.5)
+    assert measure.noise([1.0] * 9, [1.0] * 9) == 0
     # Two standard errors, by simulation.
     generator = torch.Generator().manual_seed(0)
     samples = 1 + 0.1 * torch.randn(2, 500, 40, generator=generator, dtype=torch.float64)
     medians = samples.quantile(0.5, -1)
     error = (medians[0] - medians[1]).std().item()
-    spreads = [step._noise(once.tolist(), once.tolist()) for once in samples[0]]
+    spreads = [measure.noise(once.tolist(), once.tolist()) for once in samples[0]]
     assert sum(spreads) / len(spreads) == pytest.approx(2 * error, rel=0.15)
 
 

@@ -194,7 +194,7 @@ def test_the_whole_suite(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> N
     assert kinds == {schema.FRONTIER, schema.SCALING}
     assert "--- frontier" in capfd.readouterr().out
     for wrong, message in (
-        (["--only", "frontier,speed"], "must be of run, frontier, scaling, step; got speed"),
+        (["--only", "frontier,speed"], "must be of run, frontier, scaling, step, lora; got speed"),
         (["--profile", "full"], "full needs a GPU"),
     ):
         with pytest.raises(SystemExit):

@@ -67,7 +67,11 @@ def _result(seed: int, slowdown: float, noise: float) -> dict[str, Any]:
     candidates[1] = dataclasses.replace(candidates[1], settings=slow)
     profile = Profile(WORKLOADS, budget=60, probe=8, max_rounds=ROUNDS, compiled=())
     with pytest.MonkeyPatch.context() as patch:
-        times = SimpleNamespace(perf_counter=lambda: clock.now, monotonic=time.monotonic)
+        times = SimpleNamespace(
+            perf_counter=lambda: clock.now,
+            process_time=lambda: clock.now,
+            monotonic=time.monotonic,
+        )
         patch.setattr(measure, "time", times)
         patch.setattr(measure, "matmul_peak", lambda *_: 1e9)
         patch.setattr(measure, "copy_bandwidth", lambda *_: 1e9)

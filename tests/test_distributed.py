@@ -165,7 +165,11 @@ def test_bytes_say_which_way(dtype) -> None:
     assert gathered == (size - 1) * rows * 2 * width * dtype.itemsize
     accumulated = 8 if dtype == torch.float64 else 4
     summed = distributed.bytes_summed(one, size)
-    assert summed == 2 * (size - 1) * 3 * width**2 * accumulated // size
+    assert summed == 2 * (size - 1) * (2 * width**2 + width) * accumulated // size
+    # Of other widths, A and B do not make one matrix.
+    other = checks.Layers(one.students, [torch.empty(rows, 5, dtype=dtype)], [])
+    numbers = width**2 + 5 * width + 5**2
+    assert distributed.bytes_summed(other, size) == 2 * (size - 1) * numbers * accumulated // size
     # What is sent is as long as the longest: rows are padded.
     assert distributed.bytes_gathered(one, [[1]] * (size - 1) + [[rows]]) == gathered
 

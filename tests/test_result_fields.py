@@ -17,6 +17,7 @@ SECTIONS = {
     schema.SCALING: ("Every result", "Benchmark", "Scaling"),
     schema.FRONTIER: ("Every result", "Frontier"),
     schema.STEP: ("Every result", "Step"),
+    schema.LORA: ("Every result", "LoRA"),
 }
 RESULTS = {
     schema.BENCHMARK: schema._MEASURED,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import rift_kernels as rk
-from rift_kernels import dispatch
+from rift_kernels import dispatch, ops
 from tests import cases
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -318,3 +318,43 @@ print(bool((out - a.float() @ a.float()).abs().max() > 1))
         capture_output=True, text=True, check=True,
     )  # fmt: skip
     assert result.stdout.strip() == "True"
+
+
+class _OneRank:
+    """Ranks of which the others have no rows."""
+
+    size = 2
+
+    @staticmethod
+    def total(*tensors: Tensor | None) -> Callable[[], tuple[Tensor | None, ...]]:
+        return lambda: tensors
+
+    blocks = total
+
+
+@pytest.mark.parametrize("measure", [cases.CKA, cases.COVARIANCE], ids=lambda m: m.name)
+@pytest.mark.parametrize("dtype", [BFLOAT16, torch.float32], ids=str)
+def test_moments_that_ranks_sum(measure, dtype, device) -> None:
+    """Not fused, in covariance form, and the gradient times the number of ranks."""
+    settings = {"cka": (True, False), "covariance": ("relative", 0.0)}[measure.name]
+    call = ops.Call(measure.name, settings, (False,), "high", "triton", _OneRank())
+    x, y, mask = cases.Case("", 50, 20, 20, masked=True).features(dtype)
+
+    def summed(x: Tensor, y: Tensor) -> Tensor:
+        return ops.measure(call, [x], [y], [mask.to(device)])
+
+    value, grad_x, grad_y = cases.value_and_gradients(summed, x.to(device), y.to(device))
+    wide = (x.double(), y.double())
+    expected, *gradients = cases.value_and_gradients(measure.reference, *wide, mask=mask)
+    assert abs(float(value) - float(expected)) < cases.VALUE_TOLERANCE[dtype]
+    for found, gradient in zip((grad_x, grad_y), gradients, strict=True):
+        assert cases.relative_error(found / 2, gradient) < cases.GRADIENT_TOLERANCE[dtype]
+
+
+def test_a_rank_without_rows(device) -> None:
+    call = ops.Call("cka", (True, False), (False,), "high", "triton", _OneRank())
+    x = torch.empty(0, 20, device=device, requires_grad=True)
+    value = ops.measure(call, [x], [x.detach()], [])
+    value.backward()
+    assert value.isnan()
+    assert x.grad.shape == (0, 20)
