@@ -327,6 +327,12 @@ def test_what_does_not_fit(options, words, folder, tmp_path, monkeypatch) -> Non
         run(folder, tmp_path, *options)
 
 
+def test_image_size(folder, tmp_path) -> None:
+    """A model says itself what it does not take."""
+    with pytest.raises(ValueError, match=r"\(20\*20\)"):
+        run(folder, tmp_path, "--image-size", "20")
+
+
 def test_another_run_is_not_gone_on_with(folder, tmp_path) -> None:
     run(folder, tmp_path, "--epochs", "1")
     with pytest.raises(SystemExit, match="checkpoints of an earlier run: give --resume"):
