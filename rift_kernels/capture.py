@@ -166,9 +166,10 @@ class FeatureCapture:
         if missing:
             raise RuntimeError(
                 f"nothing was captured of {', '.join(map(repr, missing))}: was the model called "
-                "while the capture's hooks were there and not paused? Is the layer on the path of "
-                "that call? Was the model compiled and called before the capture was made (then "
-                "torch.compiler.reset() first)?"
+                "before this (RIFTRegularizer uses each pass of the student once), this model and "
+                "no copy of it, while the capture's hooks were there and not paused? Is the layer "
+                "on the path of that call? Was the model compiled and called before the capture "
+                "was made (then torch.compiler.reset() first)?"
             )
         self._warn_of_checkpoints()
         result = {}

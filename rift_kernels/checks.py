@@ -144,7 +144,7 @@ def enough_rows(given: Layers, min_rows: int) -> None:
         if x.shape[-2] < min_rows:
             raise ValueError(
                 f"student{where} and teacher{where} must have at least {min_rows} rows for this "
-                f"measure; got {x.shape[-2]}"
+                f"measure; got {x.shape[-2]} (drop a smaller last batch: drop_last=True)"
             )
     for i, mask in enumerate(given.masks):
         # Where it cannot be read, the value is NaN instead.

@@ -47,7 +47,8 @@ def collect_teacher_statistics(
 
     Args:
         model: the teacher.
-        dataloader: batches. A batch is a tensor; a tuple or list whose first entry is one; or a
+        dataloader: batches. A batch is a tensor; a tuple or list whose first entry is one (the
+            model gets that alone, also where a mask stands beside it: see ``forward``); or a
             mapping, passed to the model as keyword arguments, but for ``"labels"`` and ``"label"``.
             A mapping's ``"attention_mask"`` (batch, tokens), not 0 = valid, leaves out padding for
             ``pooling="mean"`` and ``"tokens"``.

@@ -130,7 +130,8 @@ def resolve(group: Group) -> Ranks | None:
     if group is None:
         return None
     if isinstance(group, str):
-        checks.option("group", group, (WORLD,))
+        if group != WORLD:
+            raise ValueError(f"group must be None, 'world' or a ProcessGroup; got {group!r}")
         if not (dist.is_available() and dist.is_initialized()):
             return None
         group = dist.group.WORLD

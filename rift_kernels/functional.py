@@ -173,7 +173,11 @@ def covariance_distance(
     Args:
         student: (..., N, D1), or a list of (N, D1_l).
         teacher: (..., N, D2), or a list of (N, D2_l); D2 = D1 without a rotation. Or, in place of
-            features, their :class:`~rift_kernels.TeacherStatistics`, or a list of those.
+            features, their :class:`~rift_kernels.TeacherStatistics`, or a list of those. Then have
+            many rows: the covariance of n rows scatters about that of the data, so that the
+            relative distance of a student that is its teacher is not 0 but about ``(1 + r) / (n -
+            1)`` (normal features), with ``r = tr(S_t)^2 / ||S_t||^2``, at most D. Of few rows that
+            is all there is to see, and the loss then shrinks the features.
         mask: boolean (..., N), True = valid; n >= 2.
         scale: see above. ``"relative"`` does not change when both features are scaled alike.
         mean_weight: weight of the squared distance of the means; it is not scaled by ``s``.

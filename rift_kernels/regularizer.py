@@ -33,7 +33,9 @@ class RIFTRegularizer(nn.Module):
     The student's features are caught while *you* run it. ``rift(...)`` takes what the model was
     called with, runs the teacher on it, in eval mode and without gradients, and compares: no second
     pass of the student. Call it once after each of the student's passes that gradients flow
-    through, within the same ``torch.autocast`` if there is one.
+    through, with the batch of that pass, within the same ``torch.autocast`` if there is one. The
+    batch itself is not checked: another one of the same size is compared, wrongly. Without
+    gradients on the way to the layers (frozen, or run under ``no_grad``) the loss has none either.
 
     The teacher is one of
 
@@ -43,7 +45,8 @@ class RIFTRegularizer(nn.Module):
       there is no second copy of the weights. Only adapters may be trained in the layers compared;
     - :class:`~rift_kernels.TeacherStatistics` by layer, from
       :func:`~rift_kernels.collect_teacher_statistics`, for ``measure="covariance"``: no teacher
-      runs at all.
+      runs at all. Collect them with the same ``pooling``, and have many rows a batch:
+      :func:`~rift_kernels.covariance_distance` says how many.
 
     Args:
         student: the model to be trained, wrapped already where it is to be (DDP, FSDP, PEFT), and
@@ -58,7 +61,7 @@ class RIFTRegularizer(nn.Module):
             ``regularizer.parameters()`` to the optimiser.
         schedule: a factor of the weight for each call that computes gradients, the first being 0:
             ``schedule=lambda step: min(1.0, step / 100)`` warms up. Its step is part of
-            ``state_dict``.
+            ``state_dict``, as is an adaptive weight: save that in a checkpoint.
 
     Attributes:
         layers: the names of the student's layers that are compared.
@@ -131,7 +134,8 @@ class RIFTRegularizer(nn.Module):
             inputs, named: what the student was called with; ``labels`` are not passed on. Unused
                 where the teacher is statistics.
             mask: (batch, tokens) boolean, True = valid, for the poolings ``"mean"`` and
-                ``"tokens"``; where None, ``attention_mask`` among ``named`` serves.
+                ``"tokens"``; where None, ``attention_mask`` among ``named`` serves (0 = padding).
+                Given by position it goes to the teacher alone, and padding is compared.
 
         Returns:
             A scalar to add to the task's loss.
@@ -142,10 +146,7 @@ class RIFTRegularizer(nn.Module):
         teachers = self._teachers(inputs, named, mask)
         rows = self._student.mask(mask)
         students = _of_one_dtype(students)
-        if len(students) == 1:  # the one case that a learned rotation serves
-            values = self.loss.distances(students[0], teachers[0], rows)
-        else:
-            values = self.loss.distances(students, teachers, rows)
+        values = self._distances(students, teachers, rows)
         self.distances = dict(zip(self.layers, values.detach().reshape(-1).unbind(), strict=True))
         # What was compared is not compared again by mistake, and its graph is not kept.
         self._student.clear()
@@ -155,6 +156,17 @@ class RIFTRegularizer(nn.Module):
         if self.training and torch.is_grad_enabled():
             self.step += 1
         return loss
+
+    def _distances(self, students: list[Tensor], teachers: Any, rows: Tensor | None) -> Tensor:
+        one = len(students) == 1  # the one case that a learned rotation serves
+        try:
+            if one:
+                return self.loss.distances(students[0], teachers[0], rows)
+            return self.loss.distances(students, teachers, rows)
+        except ValueError as error:  # raised there, so that all processes of a group know of it
+            if isinstance(teachers[0], Tensor) and len(students[0]) != len(teachers[0]):
+                error.add_note("Was the student's last pass with another batch than this call?")
+            raise
 
     def _teachers(self, inputs: tuple[Any, ...], named: dict[str, Any], mask: Tensor | None) -> Any:
         """A teacher's features, or its statistics, of each layer."""
@@ -172,7 +184,8 @@ class RIFTRegularizer(nn.Module):
     def metrics(self) -> dict[str, float]:
         """``rift/similarity/<layer>`` (or ``rift/distance/<layer>``) and ``rift/weight``, to log.
 
-        Of the last call. Reading them makes the host wait for a GPU.
+        Of the last call; the weight is without the schedule's factor. Reading them makes the host
+        wait for a GPU.
         """
         similar = self.loss.measure in ("cka", "procrustes")
         kind = "similarity" if similar else "distance"

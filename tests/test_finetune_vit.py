@@ -291,7 +291,7 @@ def test_damaged_image_in_a_process_that_loads(tmp_path) -> None:
 
 
 WRONG = (
-    (("--weight", "-1"), "--weight: must be a number, at least 0; got '-1'"),
+    (("--weight", "-1"), "--weight: must be a number, at least 0; got '-1' (or auto:0.9)"),
     (("--weight", "auto:2"), "above 0 and at most 1; got '2'"),
     (("--lr", "nan"), "--lr: must be a number, above 0; got 'nan'"),
     (("--epochs", "0"), "--epochs: must be a whole number, at least 1; got '0'"),

@@ -225,8 +225,21 @@ def test_features_are_compared_once(student, teacher) -> None:
         rift(inputs())
     student(inputs())
     rift(inputs())
-    with pytest.raises(RuntimeError, match=r"nothing was captured of 'blocks.1'"):
+    with pytest.raises(RuntimeError, match=r"nothing was captured of 'blocks.1': .*pass .* once"):
         rift(inputs())
+
+
+@pytest.mark.parametrize("layers", ["blocks.1", "blocks.*"])
+def test_rows_of_another_batch(student, teacher, layers) -> None:
+    rift = rk.RIFTRegularizer(student, teacher, layers=layers)
+    student(inputs())
+    with pytest.raises(ValueError, match="same number of rows") as caught:
+        rift(inputs()[:-1])
+    assert "another batch" in caught.value.__notes__[0]
+    student(inputs()[:3])
+    with pytest.raises(ValueError, match=r"at least 4 rows .*drop_last=True") as caught:
+        rift(inputs()[:3])
+    assert not hasattr(caught.value, "__notes__")
 
 
 def test_layers_of_several_dtypes(student, teacher) -> None:

@@ -67,8 +67,11 @@ def weight(text: str) -> str:
     """Of a command line: a number or auto:TARGET, as it was written."""
     if text.startswith(AUTO):
         number(0, 1, above=True)(text.removeprefix(AUTO))
-    else:
+        return text
+    try:
         number(0)(text)
+    except argparse.ArgumentTypeError as error:
+        raise argparse.ArgumentTypeError(f"{error} (or {AUTO}0.9)") from error
     return text
 
 
