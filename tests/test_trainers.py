@@ -298,6 +298,45 @@ def test_lightning_checkpoints_have_the_regularisers_state(tmp_path) -> None:
     assert_same_weights(resumed.model, whole.model.state_dict())
 
 
+class Troubled(Module):
+    """Fails in its first step, or skips batches before or after its model has seen them."""
+
+    trouble = ""
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Any:
+        if self.trouble == "fails":
+            raise RuntimeError("out of luck")
+        if self.trouble == "skips before":
+            return None
+        loss = super().training_step(batch, batch_idx)
+        return None if self.trouble == "skips after" else loss
+
+
+def test_lightning_fits_again_after_an_error(tmp_path) -> None:
+    from rift_kernels.integrations.lightning import RIFTCallback
+
+    module = Troubled()
+    callback = RIFTCallback(regulariser(module.model))
+    module.trouble = "fails"
+    with pytest.raises(RuntimeError, match="out of luck"):
+        fit(module, callback, tmp_path)
+    assert "training_step" not in vars(module)
+    module.trouble = ""
+    fit(module, callback, tmp_path)
+    assert_same_weights(module.model, trained_by_hand(2))
+
+
+@pytest.mark.parametrize("trouble", ["skips before", "skips after"])
+def test_lightning_skips_what_the_step_skips(tmp_path, trouble) -> None:
+    from rift_kernels.integrations.lightning import RIFTCallback
+
+    module = Troubled()
+    callback = RIFTCallback(regulariser(module.model))
+    module.trouble = trouble
+    fit(module, callback, tmp_path, max_steps=-1, max_epochs=1)
+    assert callback.rift.step == 0
+
+
 def test_lightning_errors(tmp_path) -> None:
     from rift_kernels.integrations.lightning import RIFTCallback
 
