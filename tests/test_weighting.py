@@ -85,6 +85,18 @@ def test_the_weight_moves_in_training_only() -> None:
     assert float(weight.value) > 1.0
 
 
+def test_the_weight_follows_the_distances() -> None:
+    """To their device, where it moves; also if it was made in inference mode."""
+    with torch.inference_mode():
+        weight = rk.AdaptiveWeight(0.9)
+    distances = torch.full((2,), 0.3, requires_grad=True)
+    (weight(distances) * distances).sum().backward()
+    assert float(weight.value) == pytest.approx(1.02)
+    assert weight(distances.to("meta")).device.type == "meta"
+    assert weight.value.device.type == "meta"
+    assert list(weight.state_dict()) == ["value"]
+
+
 def test_state_and_casts() -> None:
     x, y = near(0.3)
     loss = rk.RIFTLoss("procrustes", weight=rk.AdaptiveWeight(0.99))
