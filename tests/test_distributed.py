@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import socket
 import subprocess
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 import rift_kernels as rk
 from rift_kernels import checks, distributed
@@ -85,6 +87,7 @@ WRONG = {
     "width differs": ("ValueError", "agree in shapes", "ValueError", "agree in shapes"),
     "settings differ": ("ValueError", "agree in settings", "ValueError", "agree in settings"),
     "masks differ": ("ValueError", "agree in masks", "ValueError", "agree in masks"),
+    "rotations differ": ("ValueError", "agree in settings", "ValueError", "agree in settings"),
     "gradients differ": ("ValueError", "agree in gradients", "ValueError", "agree in gradients"),
     "too few in all": ("ValueError", "at least 4 rows", "ValueError", "got 3"),
     "after errors": ("", "", "", ""),
@@ -203,6 +206,33 @@ def test_a_dtensor_is_refused() -> None:
     with pytest.raises(TypeError, match="student must be a plain tensor; got a DTensor"):
         rk.linear_cka(spread, y)
     assert torch.equal(rk.linear_cka(spread.to_local(), y), rk.linear_cka(x, y))
+
+
+@pytest.mark.usefixtures("one_process")
+def test_gathered_features_want_the_gradients_that_were_wanted() -> None:
+    """Else a frozen teacher's gradient would be computed on every rank, and thrown away."""
+    x, y = (t.detach() for t in cases.pair())
+    alone = distributed.Ranks(torch.distributed.group.WORLD)
+    for sides in ((True, False), (False, True), (True, True), (False, False)):
+        own = [t.clone().requires_grad_(side) for t, side in zip((x, y), sides, strict=True)]
+        features = checks.Layers([own[0]], [own[1]], [torch.ones(len(x)) > 0])
+        everything = distributed.gather(alone, features, [[len(x)]])
+        assert (everything.students[0].requires_grad, everything.teachers[0].requires_grad) == sides
+        assert torch.equal(everything.students[0], x)
+
+
+@pytest.mark.usefixtures("one_process")
+def test_a_copy_of_a_loss_shares_its_group() -> None:
+    """An average of models copies them, and no process group can be copied."""
+    group = torch.distributed.group.WORLD
+    loss = rk.RIFTLoss("cka", group=group, weight=rk.AdaptiveWeight(0.9))
+    copied, nested = copy.deepcopy([loss, nn.Sequential(loss)])
+    assert copied.group is group
+    assert nested[0] is copied
+    copied.weight.value.zero_()
+    assert float(loss.weight.value) == 1.0
+    x, y = cases.pair()
+    assert torch.equal(copied.distances(x, y), loss.distances(x, y))
 
 
 def test_no_check_hides_another() -> None:
