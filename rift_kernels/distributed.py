@@ -294,7 +294,9 @@ def _sizes(tensors: list[tuple[int, Tensor]], rows: Sequence[int]) -> list[int]:
 def gather(ranks: Ranks, given: checks.Layers, rows: list[list[int]]) -> checks.Layers:
     """All ranks' rows, in the order of the ranks, in one message; differentiable."""
     features = [*given.students, *given.teachers]
-    everything = _Gather.apply(ranks, rows, len(given.students), *features, *given.masks)
+    # Autocast's torch.cat refuses half precision other than its own.
+    with torch.autocast(features[0].device.type, enabled=False):
+        everything = _Gather.apply(ranks, rows, len(given.students), *features, *given.masks)
     layers = len(given.students)
     return given._replace(
         students=list(everything[:layers]),

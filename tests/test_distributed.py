@@ -222,6 +222,19 @@ def test_gathered_features_want_the_gradients_that_were_wanted() -> None:
 
 
 @pytest.mark.usefixtures("one_process")
+@pytest.mark.parametrize("dtype", cases.HALF, ids=str)
+def test_features_are_gathered_as_they_are_under_autocast(dtype) -> None:
+    """Also in a half precision that is not autocast's own."""
+    x, y = (t.detach().to(dtype) for t in cases.pair())
+    alone = distributed.Ranks(torch.distributed.group.WORLD)
+    for own in cases.HALF:
+        with torch.autocast("cpu", dtype=own):
+            everything = distributed.gather(alone, checks.Layers([x], [y], []), [[len(x)]])
+        assert torch.equal(everything.students[0], x)
+        assert torch.equal(everything.teachers[0], y)
+
+
+@pytest.mark.usefixtures("one_process")
 def test_a_copy_of_a_loss_shares_its_group() -> None:
     """An average of models copies them, and no process group can be copied."""
     group = torch.distributed.group.WORLD
