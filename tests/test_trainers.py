@@ -182,6 +182,19 @@ def test_transformers_checkpoints_have_the_regularisers_state(tmp_path) -> None:
         start().train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
 
 
+@pytest.mark.parametrize("each_node", [False, True])
+def test_transformers_checkpoints_of_a_second_node(tmp_path, monkeypatch, each_node) -> None:
+    """Where nodes share no folder, each resumes from its own."""
+    model = Plain()
+    rift = rk.RIFTRegularizer(model, moved(model), layers="layers.1")
+    trainer = rift_trainer(tmp_path, model, rift, save_on_each_node=each_node)
+    trainer.state.is_world_process_zero = False
+    monkeypatch.setattr(transformers.TrainingArguments, "process_index", 1)
+    (tmp_path / "checkpoint-0").mkdir()
+    trainer.callback_handler.on_save(trainer.args, trainer.state, trainer.control)
+    assert (tmp_path / "checkpoint-0" / "rift.pt").exists() == each_node
+
+
 def test_transformers_trains_a_learned_rotation(tmp_path) -> None:
     model = vit()
     widths = {"student_width": 16, "teacher_width": 16}
