@@ -99,6 +99,14 @@ def test_before_the_first_step_student_and_teacher_agree() -> None:
     assert float(rift(pixel_values=images()).detach()) == pytest.approx(0, abs=1e-6)
 
 
+@pytest.mark.usefixtures("one_process")
+def test_adapters_are_found_in_wrappers() -> None:
+    student = with_peft(vit())
+    wrapped = nn.parallel.DistributedDataParallel(student)
+    for run in (torch.compile(student), torch.compile(wrapped)):
+        rk.RIFTRegularizer(run, layers="*layers.1").remove()
+
+
 @pytest.mark.parametrize("adapt", [with_peft, with_transformers])
 def test_what_is_frozen_stays_frozen(adapt: Callable) -> None:
     """PEFT trains all of an adapter that it enables again, after the teacher or an error."""
