@@ -228,6 +228,11 @@ def errors(rank: int) -> Iterator[tuple[str, Any]]:
         "rotations differ",
         told(lambda: rk.covariance_distance(x, y, rotation=turned, **group)),
     )
+    correction = 5 if last else 1
+    yield (
+        "corrections differ",
+        told(lambda: rk.cross_covariance(x, y, correction=correction, **group)),
+    )
     few = x[: 3 if rank == 0 else 0], y[: 3 if rank == 0 else 0]
     yield "too few in all", told(lambda: rk.linear_cka(*few, **group))
     yield "after errors", told(lambda: rk.linear_cka(x, y, **group))

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 import rift_kernels as rk
-from rift_kernels import checks, distributed
+from rift_kernels import checks, distributed, features, measures
 from tests import cases, ranks
 
 ROOT = Path(__file__).parent.parent
@@ -88,6 +88,7 @@ WRONG = {
     "settings differ": ("ValueError", "agree in settings", "ValueError", "agree in settings"),
     "masks differ": ("ValueError", "agree in masks", "ValueError", "agree in masks"),
     "rotations differ": ("ValueError", "agree in settings", "ValueError", "agree in settings"),
+    "corrections differ": ("ValueError", "agree in settings", "ValueError", "agree in settings"),
     "gradients differ": ("ValueError", "agree in gradients", "ValueError", "agree in gradients"),
     "too few in all": ("ValueError", "at least 4 rows", "ValueError", "got 3"),
     "after errors": ("", "", "", ""),
@@ -208,6 +209,21 @@ def test_a_dtensor_is_refused() -> None:
     assert torch.equal(rk.linear_cka(spread.to_local(), y), rk.linear_cka(x, y))
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_mean_far_from_0_is_taken_off_exactly(masked) -> None:
+    """Where a float32 has steps of 0.06, as much would be left in every row."""
+    x = (1e6 + torch.randn(40, 6, generator=torch.Generator().manual_seed(0))).float()
+    mask = torch.arange(40) < 30 if masked else None
+    rows = x.double()[:30] if masked else x.double()
+    how = (mask, torch.float32, measures.Alone.total)
+    centered, _, mean, _, count = features.center_over_ranks(x, x, *how)
+    expected = rows - rows.mean(0)
+    torch.testing.assert_close(centered[: len(rows)].double(), expected, atol=1e-6, rtol=0)
+    assert not centered[len(rows) :].any()
+    assert float(count) == len(rows)
+    assert mean.dtype == torch.float32
+
+
 @pytest.mark.usefixtures("one_process")
 def test_gathered_features_want_the_gradients_that_were_wanted() -> None:
     """Else a frozen teacher's gradient would be computed on every rank, and thrown away."""
@@ -215,8 +231,8 @@ def test_gathered_features_want_the_gradients_that_were_wanted() -> None:
     alone = distributed.Ranks(torch.distributed.group.WORLD)
     for sides in ((True, False), (False, True), (True, True), (False, False)):
         own = [t.clone().requires_grad_(side) for t, side in zip((x, y), sides, strict=True)]
-        features = checks.Layers([own[0]], [own[1]], [torch.ones(len(x)) > 0])
-        everything = distributed.gather(alone, features, [[len(x)]])
+        layers = checks.Layers([own[0]], [own[1]], [torch.ones(len(x)) > 0])
+        everything = distributed.gather(alone, layers, [[len(x)]])
         assert (everything.students[0].requires_grad, everything.teachers[0].requires_grad) == sides
         assert torch.equal(everything.students[0], x)
 

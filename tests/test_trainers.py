@@ -182,6 +182,16 @@ def test_transformers_checkpoints_have_the_regularisers_state(tmp_path) -> None:
         start().train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
 
 
+def test_transformers_teacher_runs_under_the_trainings_autocast(tmp_path) -> None:
+    model = Plain()
+    teacher = moved(model)
+    found: list[torch.dtype] = []
+    teacher.layers[1].register_forward_hook(lambda *caught: found.append(caught[-1].dtype))
+    rift = rk.RIFTRegularizer(model, teacher, layers="layers.1")
+    rift_trainer(tmp_path, model, rift, bf16=True, max_steps=1).train()
+    assert found == [torch.bfloat16]
+
+
 @pytest.mark.parametrize("each_node", [False, True])
 def test_transformers_checkpoints_of_a_second_node(tmp_path, monkeypatch, each_node) -> None:
     """Where nodes share no folder, each resumes from its own."""
