@@ -5,7 +5,7 @@ with :class:`~rift_kernels.RIFTRegularizer`, whose teacher is the student withou
 copy, whose cost is its memory. The others are timed in interleaved rounds of one run, and the loss
 alone among them; on a CPU, shares are of CPU time, which other processes do not lengthen.
 ``--profile full`` is a ViT-B/16 (ten minutes on a CPU); ``cpu``, a part of ``make bench``, has two
-of its layers. Exits with 1 if a step with RIFT needs more memory than its parts.
+of its layers and smaller images. Exits with 1 if a step with RIFT needs more memory than its parts.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Profile:
 _VIT_B = dataclasses.replace(VIT_B_16, classes=100)
 
 PROFILES = {
-    "cpu": Profile(dataclasses.replace(_VIT_B, depth=2), 8, budget=28),
+    "cpu": Profile(dataclasses.replace(_VIT_B, image=128, depth=2), 8, budget=28),
     "full": Profile(_VIT_B, 8, budget=600),
     "gpu": Profile(_VIT_B, 64, budget=60, autocast=True),
     "smoke": Profile(Size(16, 4, 16, 2, 2, 4), 8, budget=5, max_rounds=5),

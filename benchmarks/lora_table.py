@@ -12,21 +12,21 @@ from .tables import caption, markdown, milliseconds
 Result = dict[str, Any]
 
 EXPLANATION = (
-    "A step of transformers' ViT with random weights and peft's LoRA on its attentions: forward, "
-    "task loss, backward and optimiser step (AdamW). `rk.RIFTRegularizer` compares the last "
+    "A step of transformers' ViT with random weights and peft's LoRA on its attentions: forward,"
+    " task loss, backward and optimiser step (AdamW). `rk.RIFTRegularizer` compares the last "
     "layer's class tokens (`cls`) or all its tokens by debiased CKA. Times are medians of "
     "interleaved steps, on a CPU of the process's CPU time, in which nothing is that other "
-    "processes take; wall times, which have it, are beside them. What is added is the median over "
-    "rounds of the difference within a round, as a share of the plain step of that round, with "
-    "bounds that hold this median with about 95%, whatever the distribution. What the loss adds is "
-    "what such a step takes more than one with the teacher's forward pass alone, in which features "
-    "are caught and nothing is compared. The loss alone, forward and backward on features that a "
-    "step caught, is timed in the same rounds, most often after a step that leaves nothing in the "
-    "caches, and has not the noise of whole steps. Predicted are the loss's matrix products as a "
-    "share of the plain step's. Memory is exact: the largest running sum of what torch's allocator "
-    "hands out and takes back in a step, above what was there before (weights, batch, optimiser). "
-    "The bound is the sum of three peaks: that of the plain step, that of the teacher's pass by "
-    "itself and that of the loss by itself."
+    "processes take; wall times, which have it, are beside them. What is added is the median "
+    "over rounds of the difference within a round, as a share of the plain step of that round, "
+    "with bounds that hold this median with about 95%, whatever the distribution. What the loss "
+    "adds is what such a step takes more than one with the teacher's forward pass alone, in "
+    "which features are caught and nothing is compared. The loss alone, forward and backward on "
+    "features that a step caught, is timed in the same rounds, most often after a step that "
+    "leaves nothing in the caches, and has not the noise of whole steps. Predicted are the "
+    "loss's matrix products as a share of the plain step's. Memory is exact: the largest running"
+    " sum of what torch's allocator hands out and takes back in a step, above what was there "
+    "before (weights, batch, optimiser). The bound is the sum of three peaks: that of the plain "
+    "step, that of the teacher's pass by itself and that of the loss by itself."
 )
 
 

@@ -154,7 +154,8 @@ def _fwd(measure: str, *call: Any) -> tuple[Tensor, list[Tensor]]:
     """Layers and how, then the measure's settings."""
     how, settings = call[:_HOW_MANY], call[_HOW_MANY:]
     if _is_fused(measure, how[-1], how[3]):
-        return getattr(_backend(how[-1]), f"{measure}_fwd")(*how, *settings)
+        *layers, backend = how
+        return getattr(_backend(backend), f"{measure}_fwd")(*layers, *settings)
     return _measure_fwd(_head(measure, settings), *how)
 
 

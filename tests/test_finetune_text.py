@@ -103,6 +103,7 @@ def test_with_adapters_the_student_is_its_own_teacher(files, tmp_path, monkeypat
     assert column(out, "val_accuracy")[-1] >= 0.9
     assert 0 < column(out, "val_similarity")[-1] < 0.9999
     kept = state(out)["model"]
+    assert "base_model.model.classifier.modules_to_save.default.weight" in kept
     trained = {"lora_A", "lora_B", "modules_to_save"}
     assert all(trained & set(name.split(".")) for name in kept if "position_ids" not in name)
     assert (out / "best/adapter_model.safetensors").exists()
@@ -178,6 +179,13 @@ def test_words_are_the_same_number_in_every_process() -> None:
     assert ids[0, 1] == ids[0, 3] != ids[0, 2]
     assert ids[0].tolist() == [1, 97, 206, 97]
     assert found["attention_mask"].sum(1).tolist() == [4, 1, 4]
+
+
+def test_batches_are_cut_and_padded() -> None:
+    collate = texts.Collate(texts.HashTokenizer(512), 3)
+    inputs, labels = collate([("one two one", 1), ("one", 0)])
+    assert inputs["input_ids"].tolist() == [[1, 97, 206], [1, 97, 0]]
+    assert labels.tolist() == [1, 0]
 
 
 WRONG = (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import random
 import sys
 from pathlib import Path
 
@@ -327,6 +328,12 @@ def test_what_does_not_fit(options, words, folder, tmp_path, monkeypatch) -> Non
         run(folder, tmp_path, *options)
 
 
+def test_image_size(folder, tmp_path) -> None:
+    """A model says itself what it does not take."""
+    with pytest.raises(ValueError, match=r"\(20\*20\)"):
+        run(folder, tmp_path, "--image-size", "20")
+
+
 def test_another_run_is_not_gone_on_with(folder, tmp_path) -> None:
     run(folder, tmp_path, "--epochs", "1")
     with pytest.raises(SystemExit, match="checkpoints of an earlier run: give --resume"):
@@ -370,6 +377,8 @@ def test_images_are_cropped_and_normalised(tmp_path) -> None:
     look = images.Look(4, (0.0, 0.1, 0.5), (1.0, 0.5, 0.25))
     pixels, label = images.Images(tmp_path, list(COLOURS), look, 0)[1]
     assert label == 1
+    box = images.box_of((24, 8), None, random.Random(0))
+    assert box == (12 - 3.5, 4 - 3.5, 12 + 3.5, 4 + 3.5)  # 0.875 of the shorter side
     assert pixels.shape == (3, 4, 4)
     torch.testing.assert_close(pixels[1], torch.full((4, 4), 0.2))
     torch.testing.assert_close(pixels[2], torch.full((4, 4), -2.0))

@@ -9,6 +9,7 @@ import shlex
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -132,6 +133,26 @@ def test_gradients_are_clipped(tmp_path, monkeypatch) -> None:
     assert norms[0] == pytest.approx(free[0], rel=0.05)
 
 
+def test_steps_skipped_for_an_overflow_do_not_lower_the_rate(tmp_path) -> None:
+    run = trainer(tmp_path, "--epochs", "2", "--amp", "fp16")
+    run.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**22)
+    assert run.fit().step == 10
+    skipped = 22 - math.log2(run.scaler.get_scale())
+    assert 0 < skipped < 10
+    assert run.scheduler.last_epoch == 10 - skipped
+
+
+def test_options_become_settings() -> None:
+    def settings(*given: str) -> dict[str, Any]:
+        return rift_settings(parser_of("", "", "mean").parse_args(["--out", "x", *given]))
+
+    assert settings() == {"measure": "cka", "weight": 1.0, "pooling": "mean", "group": "world"}
+    found = settings("--margin", "0.2", "--measure", "bures", "--pooling", "cls", "--weight", "3")
+    expected = {"measure": "bures", "weight": 3.0, "pooling": "cls", "group": "world"}
+    assert found == {**expected, "margin": 0.2}
+    assert settings("--weight", "auto:0.8")["weight"].target_similarity == 0.8
+
+
 def test_order_has_each_example_once_and_differs_between_epochs(tmp_path) -> None:
     run = trainer(tmp_path)
     orders = [run.order(epoch) for epoch in (0, 0, 1)]
@@ -154,6 +175,26 @@ def test_data_know_their_epoch(tmp_path) -> None:
     run.fit()
     assert run.data.train.epochs == [0] * 40 + [1] * 40 + [2] * 40
     assert run.data.val.epochs == [0] * 18 * 3
+
+
+@pytest.mark.parametrize("amp", ["off", "bf16", "fp16"])
+def test_mixed_precision_is_in_training_and_validation(amp, tmp_path) -> None:
+    run = trainer(tmp_path, "--epochs", "1", "--amp", amp, rift=True)
+    dtypes, trained = [], []
+
+    def spied(*given: Any) -> training.Losses:
+        losses = loss_of(*given)
+        dtypes.append(losses.logits.dtype)
+        trained.append(given[0].training)
+        return losses
+
+    run.loss_of = spied
+    run.fit()
+    dtype = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[amp]
+    assert dtypes == [dtype] * (5 + 3)
+    assert trained == [True] * 5 + [False] * 3
+    assert run.scaler.is_enabled() == (amp == "fp16")
+    assert {p.dtype for p in run.plain.parameters()} == {torch.float32}
 
 
 def test_validation_is_of_every_example(tmp_path) -> None:
