@@ -295,7 +295,9 @@ def _sizes(tensors: list[tuple[int, Tensor]], rows: Sequence[int]) -> list[int]:
 def gather(ranks: Ranks, given: checks.Layers, rows: list[list[int]]) -> checks.Layers:
     """All ranks' rows, in the order of the ranks, in one message; differentiable."""
     features = [*given.students, *given.teachers]
-    everything = _Gather.apply(ranks, rows, len(given.students), *features, *given.masks)
+    # Autocast's torch.cat refuses half precision other than its own.
+    with torch.autocast(features[0].device.type, enabled=False):
+        everything = _Gather.apply(ranks, rows, len(given.students), *features, *given.masks)
     layers = len(given.students)
     return given._replace(
         students=list(everything[:layers]),
@@ -314,7 +316,8 @@ class _Gather(torch.autograd.Function):
         )
         parts = _tensors(given)
         sizes = [_sizes(parts, of_rank) for of_rank in rows]
-        longest = max(map(sum, sizes))
+        # Of nothing, torch would lay the messages out as no other dtype can read them.
+        longest = max(_ALIGNMENT, *map(sum, sizes))
         own = torch.zeros(longest, dtype=torch.uint8, device=tensors[0].device)
         start = 0
         for (_, part), size in zip(parts, sizes[ranks.rank], strict=True):
@@ -338,7 +341,10 @@ class _Gather(torch.autograd.Function):
         ctx.size, ctx.layers = ranks.size, layers
         before = [sum(of_rank[i] for of_rank in rows[: ranks.rank]) for i in range(layers)]
         ctx.own = [(before[i], rows[ranks.rank][i]) for i in range(layers)]
-        ctx.mark_non_differentiable(*results[2 * layers :])
+        # Or a frozen teacher's gradient would be computed, and thrown away.
+        wanted = ctx.needs_input_grad[3:]
+        constants = [t for t, needed in zip(results, wanted, strict=True) if not needed]
+        ctx.mark_non_differentiable(*constants)
         ctx.set_materialize_grads(False)
         return tuple(results)
 

@@ -287,7 +287,8 @@ def _measure(
         checks.rotations(rotation, given)
         return given
 
-    given, ranks = distributed.share(group, check, min_rows, (name, *settings, precision))
+    asked = (name, *settings, rotation is not None, precision)
+    given, ranks = distributed.share(group, check, min_rows, asked)
     matrices = checks.rotations(rotation, given)
     if ranks is not None and matrices:
         # Q's gradient has to be the same on all ranks, so Q is applied to what they share.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any, Self
 
@@ -53,7 +54,8 @@ class RIFTLoss(nn.Module):
             where a sample lies; that is what ``"cka"`` and ``"procrustes"`` compare.
         student_width, teacher_width: D1 and D2, needed for a learned rotation.
         scale, mean_weight: for ``"covariance"`` (both) and ``"bures"`` (``mean_weight``).
-        precision, backend, group: see :mod:`rift_kernels.functional`.
+        precision, backend, group: see :mod:`rift_kernels.functional`. A copy of the module shares
+            its group; no process group can be pickled, but ``"world"`` can.
 
     Shape:
         student (..., N, D1), teacher (..., N, D2), mask (..., N) boolean or None; or lists. For
@@ -187,6 +189,13 @@ class RIFTLoss(nn.Module):
             return tensor.to(result.device) if half else result
 
         return super()._apply(moved, recurse)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """As of any module, but for the group, which is the one thing that cannot be copied."""
+        memo[id(self.group)] = self.group
+        memo[id(self)] = copied = type(self).__new__(type(self))
+        copied.__setstate__(copy.deepcopy(self.__dict__, memo))
+        return copied
 
     def extra_repr(self) -> str:
         """The settings that matter for the measure."""

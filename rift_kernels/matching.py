@@ -55,7 +55,8 @@ def covariance_distance(
         _statistics(teacher, given, matrices)
         return given
 
-    settings = ("matching", scale, mean_weight, optimal, precision)
+    kinds = (optimal, matrices is not None, checks.is_features(teacher))
+    settings = ("matching", scale, mean_weight, *kinds, precision)
     given, ranks = distributed.share(group, check, 2, settings)
     stored = [] if checks.is_features(teacher) else _statistics(teacher, given, matrices)
     if optimal:

@@ -66,15 +66,30 @@ def without_adapters(model: nn.Module) -> AbstractContextManager[Any]:
     inner = unwrapped(model)
     inner = unwrapped(getattr(inner, "_orig_mod", inner))
     if hasattr(inner, "disable_adapter"):  # peft
-        context: AbstractContextManager[Any] = inner.disable_adapter()  # type: ignore[operator]
-        return context
+        return _same_trained(inner, inner.disable_adapter())  # type: ignore[operator]
     if getattr(inner, "_hf_peft_config_loaded", False):  # transformers' add_adapter
-        return _disabled(inner)
+        return _same_trained(inner, _disabled(inner))
     raise ValueError(
         "teacher must be given for a student without adapters (a PEFT model, or a transformers "
         "model with add_adapter): copy.deepcopy(student) before the finetuning; got None for "
         f"{type(inner).__name__}"
     )
+
+
+@contextmanager
+def _same_trained(model: nn.Module, context: AbstractContextManager[Any]) -> Iterator[None]:
+    """``context``; after it the same parameters are trained as before.
+
+    PEFT would train all of an adapter that it enables, also what its user had frozen.
+    """
+    before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        with context:
+            yield
+    finally:
+        for parameter, trained in before:
+            if parameter.requires_grad != trained:
+                parameter.requires_grad_(trained)
 
 
 @contextmanager

@@ -85,7 +85,7 @@ def cross_covariance(
     if correction < 0:
         raise ValueError(f"correction must not be negative; got {correction}")
     min_rows = max(2, correction + 1)
-    settings = ("cross_covariance", precision)
+    settings = (f"cross_covariance, {correction}", precision)
     given, ranks = _given(student, teacher, mask, min_rows, group, settings)
     moments = of_layers(given, ranks, "xy", precision, backend)
     results = []

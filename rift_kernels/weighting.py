@@ -31,10 +31,10 @@ class AdaptiveWeight(nn.Module):
             sooner the target is reached, and the more the weight swings about it.
         maximum: the weight grows no further, so that a target out of reach does not drown the task.
 
-    The weight is a float32 buffer, ``value``, on the loss's device: part of ``state_dict``, never
-    read by the host, no gradient. In eval mode or without gradients it stays as it is, and so it
-    does at a similarity that is not finite. On several ranks give the loss its ``group``: then all
-    have the same similarity, and the same weight.
+    The weight is a float32 buffer, ``value``, that follows the distances to their device: part of
+    ``state_dict``, never read by the host, no gradient. In eval mode or without gradients it stays
+    as it is, and so it does at a similarity that is not finite. On several ranks give the loss its
+    ``group``: then all have the same similarity, and the same weight.
 
     Source: dual ascent, Boyd et al. 2011, section 2.1; the constraint is that of RIFT, arXiv
     2503.07399.
@@ -61,13 +61,17 @@ class AdaptiveWeight(nn.Module):
         initial = checks.number("initial", initial)
         if initial > self.maximum:
             raise ValueError(f"initial must be at most maximum, {maximum!r}; got {initial!r}")
-        self.register_buffer("value", torch.tensor(initial))
+        with torch.inference_mode(False):  # or it could never move
+            self.register_buffer("value", torch.tensor(initial))
 
     def forward(self, distance: Tensor) -> Tensor:
         """The weight for these distances, ``1 - similarity``, and a step of ascent."""
+        moves = self.training and torch.is_grad_enabled()
+        if moves and self.value.device != distance.device:
+            self.value = self.value.to(distance.device)
         # A copy: the buffer changes before the backward needs what it was.
         weight = self.value.clone()
-        if self.training and torch.is_grad_enabled():
+        if moves:
             with torch.no_grad():
                 missing = self.target_similarity - 1 + distance.detach().mean().to(weight.dtype)
                 step = torch.where(missing.isfinite(), self.rate * missing, 0.0)

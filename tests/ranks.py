@@ -88,6 +88,7 @@ def outcomes(rank: int, splits: dict[str, tuple[int, ...]] | None) -> Iterator[C
         constant = (torch.full((ROWS, WIDTH), 0.1), batch(torch.float32)[1])
         yield f"{name}, cka, no variance", partial(of_rows, cases.CKA, constant)
         yield f"{name}, cka, leading axes", partial(of_rows, cases.CKA, batch(axes=(2, 3)))
+        yield f"{name}, cka, batch of nothing", partial(of_rows, cases.CKA, batch(axes=(0, 3)))
         for check in (layers, rotated, moments):
             yield f"{name}, {check.__name__}", partial(check, split, rank, group)
         for kind in MODELS:
@@ -221,6 +222,16 @@ def errors(rank: int) -> Iterator[tuple[str, Any]]:
     yield (
         "gradients differ",
         told(lambda: rk.linear_cka(x.clone().requires_grad_(last), y, **group)),
+    )
+    turned = torch.eye(WIDTH) if last else None
+    yield (
+        "rotations differ",
+        told(lambda: rk.covariance_distance(x, y, rotation=turned, **group)),
+    )
+    correction = 5 if last else 1
+    yield (
+        "corrections differ",
+        told(lambda: rk.cross_covariance(x, y, correction=correction, **group)),
     )
     few = x[: 3 if rank == 0 else 0], y[: 3 if rank == 0 else 0]
     yield "too few in all", told(lambda: rk.linear_cka(*few, **group))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import socket
 import subprocess
@@ -12,9 +13,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 import rift_kernels as rk
-from rift_kernels import checks, distributed
+from rift_kernels import checks, distributed, features, measures
 from tests import cases, ranks
 
 ROOT = Path(__file__).parent.parent
@@ -85,6 +87,8 @@ WRONG = {
     "width differs": ("ValueError", "agree in shapes", "ValueError", "agree in shapes"),
     "settings differ": ("ValueError", "agree in settings", "ValueError", "agree in settings"),
     "masks differ": ("ValueError", "agree in masks", "ValueError", "agree in masks"),
+    "rotations differ": ("ValueError", "agree in settings", "ValueError", "agree in settings"),
+    "corrections differ": ("ValueError", "agree in settings", "ValueError", "agree in settings"),
     "gradients differ": ("ValueError", "agree in gradients", "ValueError", "agree in gradients"),
     "too few in all": ("ValueError", "at least 4 rows", "ValueError", "got 3"),
     "after errors": ("", "", "", ""),
@@ -203,6 +207,61 @@ def test_a_dtensor_is_refused() -> None:
     with pytest.raises(TypeError, match="student must be a plain tensor; got a DTensor"):
         rk.linear_cka(spread, y)
     assert torch.equal(rk.linear_cka(spread.to_local(), y), rk.linear_cka(x, y))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_mean_far_from_0_is_taken_off_exactly(masked) -> None:
+    """Where a float32 has steps of 0.06, as much would be left in every row."""
+    x = (1e6 + torch.randn(40, 6, generator=torch.Generator().manual_seed(0))).float()
+    mask = torch.arange(40) < 30 if masked else None
+    rows = x.double()[:30] if masked else x.double()
+    how = (mask, torch.float32, measures.Alone.total)
+    centered, _, mean, _, count = features.center_over_ranks(x, x, *how)
+    expected = rows - rows.mean(0)
+    torch.testing.assert_close(centered[: len(rows)].double(), expected, atol=1e-6, rtol=0)
+    assert not centered[len(rows) :].any()
+    assert float(count) == len(rows)
+    assert mean.dtype == torch.float32
+
+
+@pytest.mark.usefixtures("one_process")
+def test_gathered_features_want_the_gradients_that_were_wanted() -> None:
+    """Else a frozen teacher's gradient would be computed on every rank, and thrown away."""
+    x, y = (t.detach() for t in cases.pair())
+    alone = distributed.Ranks(torch.distributed.group.WORLD)
+    for sides in ((True, False), (False, True), (True, True), (False, False)):
+        own = [t.clone().requires_grad_(side) for t, side in zip((x, y), sides, strict=True)]
+        layers = checks.Layers([own[0]], [own[1]], [torch.ones(len(x)) > 0])
+        everything = distributed.gather(alone, layers, [[len(x)]])
+        assert (everything.students[0].requires_grad, everything.teachers[0].requires_grad) == sides
+        assert torch.equal(everything.students[0], x)
+
+
+@pytest.mark.usefixtures("one_process")
+@pytest.mark.parametrize("dtype", cases.HALF, ids=str)
+def test_features_are_gathered_as_they_are_under_autocast(dtype) -> None:
+    """Also in a half precision that is not autocast's own."""
+    x, y = (t.detach().to(dtype) for t in cases.pair())
+    alone = distributed.Ranks(torch.distributed.group.WORLD)
+    for own in cases.HALF:
+        with torch.autocast("cpu", dtype=own):
+            everything = distributed.gather(alone, checks.Layers([x], [y], []), [[len(x)]])
+        assert torch.equal(everything.students[0], x)
+        assert torch.equal(everything.teachers[0], y)
+
+
+@pytest.mark.usefixtures("one_process")
+def test_a_copy_of_a_loss_shares_its_group() -> None:
+    """An average of models copies them, and no process group can be copied."""
+    group = torch.distributed.group.WORLD
+    loss = rk.RIFTLoss("cka", group=group, weight=rk.AdaptiveWeight(0.9))
+    copied, nested = copy.deepcopy([loss, nn.Sequential(loss)])
+    assert copied.group is group
+    assert nested[0] is copied
+    copied.weight.value.zero_()
+    assert float(loss.weight.value) == 1.0
+    x, y = cases.pair()
+    assert torch.equal(copied.distances(x, y), loss.distances(x, y))
 
 
 def test_no_check_hides_another() -> None:

@@ -99,6 +99,31 @@ def test_before_the_first_step_student_and_teacher_agree() -> None:
     assert float(rift(pixel_values=images()).detach()) == pytest.approx(0, abs=1e-6)
 
 
+@pytest.mark.usefixtures("one_process")
+def test_adapters_are_found_in_wrappers() -> None:
+    student = with_peft(vit())
+    wrapped = nn.parallel.DistributedDataParallel(student)
+    for run in (torch.compile(student), torch.compile(wrapped)):
+        rk.RIFTRegularizer(run, layers="*layers.1").remove()
+
+
+@pytest.mark.parametrize("adapt", [with_peft, with_transformers])
+def test_what_is_frozen_stays_frozen(adapt: Callable) -> None:
+    """PEFT trains all of an adapter that it enables again, after the teacher or an error."""
+    model = adapt(vit())
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("lora_B" in name)
+    before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    rift = rk.RIFTRegularizer(model, layers="*layers.1")
+    model(images())
+    rift(images())
+    assert before == {name: p.requires_grad for name, p in model.named_parameters()}
+    model(images())
+    with pytest.raises(AttributeError):
+        rift("no images")
+    assert before == {name: p.requires_grad for name, p in model.named_parameters()}
+
+
 def test_there_is_no_second_copy_of_the_weights() -> None:
     """Of every tensor alive after steps, none is a weight's but the model's own."""
     student = with_peft(vit())

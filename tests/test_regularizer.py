@@ -135,6 +135,18 @@ def test_masks_and_labels(student, teacher) -> None:
         rift.remove()
 
 
+def test_a_class_token_needs_no_mask(student, teacher) -> None:
+    """Nor one that fits: prompts lengthen an attention mask, and some models take one of 4 axes."""
+    student.eval()
+    x = inputs()
+    rift = rk.RIFTRegularizer(student, teacher, layers="blocks.1", pooling="cls")
+    student(x)
+    expected = rift(x)
+    for shape in ((ROWS, TOKENS + 2), (ROWS, 1, TOKENS, TOKENS)):
+        student(x)
+        assert torch.equal(rift(x, attention_mask=torch.ones(shape)), expected)
+
+
 def test_layers_of_another_architecture(student) -> None:
     class Other(nn.Module):
         def __init__(self) -> None:

@@ -182,6 +182,29 @@ def test_transformers_checkpoints_have_the_regularisers_state(tmp_path) -> None:
         start().train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
 
 
+def test_transformers_teacher_runs_under_the_trainings_autocast(tmp_path) -> None:
+    model = Plain()
+    teacher = moved(model)
+    found: list[torch.dtype] = []
+    teacher.layers[1].register_forward_hook(lambda *caught: found.append(caught[-1].dtype))
+    rift = rk.RIFTRegularizer(model, teacher, layers="layers.1")
+    rift_trainer(tmp_path, model, rift, bf16=True, max_steps=1).train()
+    assert found == [torch.bfloat16]
+
+
+@pytest.mark.parametrize("each_node", [False, True])
+def test_transformers_checkpoints_of_a_second_node(tmp_path, monkeypatch, each_node) -> None:
+    """Where nodes share no folder, each resumes from its own."""
+    model = Plain()
+    rift = rk.RIFTRegularizer(model, moved(model), layers="layers.1")
+    trainer = rift_trainer(tmp_path, model, rift, save_on_each_node=each_node)
+    trainer.state.is_world_process_zero = False
+    monkeypatch.setattr(transformers.TrainingArguments, "process_index", 1)
+    (tmp_path / "checkpoint-0").mkdir()
+    trainer.callback_handler.on_save(trainer.args, trainer.state, trainer.control)
+    assert (tmp_path / "checkpoint-0" / "rift.pt").exists() == each_node
+
+
 def test_transformers_trains_a_learned_rotation(tmp_path) -> None:
     model = vit()
     widths = {"student_width": 16, "teacher_width": 16}
@@ -296,6 +319,45 @@ def test_lightning_checkpoints_have_the_regularisers_state(tmp_path) -> None:
     assert second.rift.step == third.rift.step == 3
     assert torch.equal(second.rift.loss.weight.value, third.rift.loss.weight.value)
     assert_same_weights(resumed.model, whole.model.state_dict())
+
+
+class Troubled(Module):
+    """Fails in its first step, or skips batches before or after its model has seen them."""
+
+    trouble = ""
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Any:
+        if self.trouble == "fails":
+            raise RuntimeError("out of luck")
+        if self.trouble == "skips before":
+            return None
+        loss = super().training_step(batch, batch_idx)
+        return None if self.trouble == "skips after" else loss
+
+
+def test_lightning_fits_again_after_an_error(tmp_path) -> None:
+    from rift_kernels.integrations.lightning import RIFTCallback
+
+    module = Troubled()
+    callback = RIFTCallback(regulariser(module.model))
+    module.trouble = "fails"
+    with pytest.raises(RuntimeError, match="out of luck"):
+        fit(module, callback, tmp_path)
+    assert "training_step" not in vars(module)
+    module.trouble = ""
+    fit(module, callback, tmp_path)
+    assert_same_weights(module.model, trained_by_hand(2))
+
+
+@pytest.mark.parametrize("trouble", ["skips before", "skips after"])
+def test_lightning_skips_what_the_step_skips(tmp_path, trouble) -> None:
+    from rift_kernels.integrations.lightning import RIFTCallback
+
+    module = Troubled()
+    callback = RIFTCallback(regulariser(module.model))
+    module.trouble = trouble
+    fit(module, callback, tmp_path, max_steps=-1, max_epochs=1)
+    assert callback.rift.step == 0
 
 
 def test_lightning_errors(tmp_path) -> None:

@@ -61,6 +61,12 @@ def test_one_step_of_ascent() -> None:
     assert float(weight.value) == pytest.approx(2.0 + 0.5 * (0.9 - 1 + distance), rel=1e-6)
 
 
+def test_the_step_is_that_of_the_mean_over_layers() -> None:
+    weight = rk.AdaptiveWeight(0.9, rate=0.5)
+    weight(torch.tensor([0.1, 0.2, 0.6]))
+    assert float(weight.value) == pytest.approx(1 + 0.5 * (0.9 - 1 + 0.3))
+
+
 def test_the_weight_is_clipped_and_survives_nan() -> None:
     x, y = near(0.3)
     high = rk.AdaptiveWeight(1.0, initial=4.9, rate=100.0, maximum=5.0)
@@ -83,6 +89,18 @@ def test_the_weight_moves_in_training_only() -> None:
     assert float(weight.value) == 1.0
     loss.train()(x, y)
     assert float(weight.value) > 1.0
+
+
+def test_the_weight_follows_the_distances() -> None:
+    """To their device, where it moves; also if it was made in inference mode."""
+    with torch.inference_mode():
+        weight = rk.AdaptiveWeight(0.9)
+    distances = torch.full((2,), 0.3, requires_grad=True)
+    (weight(distances) * distances).sum().backward()
+    assert float(weight.value) == pytest.approx(1.02)
+    assert weight(distances.to("meta")).device.type == "meta"
+    assert weight.value.device.type == "meta"
+    assert list(weight.state_dict()) == ["value"]
 
 
 def test_state_and_casts() -> None:

@@ -65,12 +65,14 @@ class RIFTCallback(Callback):
         @functools.wraps(original)
         def training_step(batch: Any, *args: Any, **named: Any) -> Any:
             output = original(batch, *args, **named)
+            if output is None:  # a batch to skip, of which the model may have seen nothing
+                return None
             positional, by_name = arguments(self.inputs(batch), "inputs= takes any")
             added = self.rift(*positional, **by_name)
             pl_module.log_dict(self.rift.metrics(), on_step=True, on_epoch=False)
             if isinstance(output, Mapping):
                 return {**output, "loss": output["loss"] + added}
-            return None if output is None else output + added
+            return output + added
 
         pl_module.training_step = training_step  # type: ignore[method-assign]
 
@@ -82,7 +84,11 @@ class RIFTCallback(Callback):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:  # noqa: ARG002
         """The module is what it was."""
         if stage == "fit":
-            vars(pl_module).pop("training_step", None)
+            _restore(pl_module)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, _: BaseException) -> None:  # noqa: ARG002
+        """Lightning calls no ``teardown`` then, and the next ``fit`` would add the loss twice."""
+        _restore(pl_module)
 
     def state_dict(self) -> dict[str, Any]:
         """Part of the checkpoint."""
@@ -91,3 +97,8 @@ class RIFTCallback(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """From the checkpoint."""
         self.rift.load_state_dict(state_dict)
+
+
+def _restore(module: LightningModule) -> None:
+    """The step that the module's class has."""
+    vars(module).pop("training_step", None)

@@ -112,7 +112,7 @@ class _Saves(TrainerCallback):
         self.rift = rift
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
-        """One process writes, after the Trainer has made the folder."""
-        if state.is_world_process_zero:
+        """Who writes the model does, after the Trainer has made the folder: one, or one a node."""
+        if args.should_save:
             folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
             torch.save(self.rift.state_dict(), folder / FILE)
