@@ -223,6 +223,9 @@ def errors(rank: int) -> Iterator[tuple[str, Any]]:
         "gradients differ",
         told(lambda: rk.linear_cka(x.clone().requires_grad_(last), y, **group)),
     )
+    wanted = x.clone().requires_grad_()
+    with torch.set_grad_enabled(not last):
+        yield "one without grad", told(lambda: rk.linear_cka(wanted, y, **group))
     turned = torch.eye(WIDTH) if last else None
     yield (
         "rotations differ",

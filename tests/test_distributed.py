@@ -87,6 +87,7 @@ WRONG = {
     "width differs": ("ValueError", "agree in shapes", "ValueError", "agree in shapes"),
     "settings differ": ("ValueError", "agree in settings", "ValueError", "agree in settings"),
     "masks differ": ("ValueError", "agree in masks", "ValueError", "agree in masks"),
+    "one without grad": ("ValueError", "agree in gradients", "ValueError", "agree in gradients"),
     "rotations differ": ("ValueError", "agree in settings", "ValueError", "agree in settings"),
     "corrections differ": ("ValueError", "agree in settings", "ValueError", "agree in settings"),
     "gradients differ": ("ValueError", "agree in gradients", "ValueError", "agree in gradients"),
