@@ -11,7 +11,7 @@ demo: $(VENV)/ready
 
 # Twice: once as users run it, once with the Triton kernels in their interpreter.
 test: $(VENV)/ready
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n auto $(ARGS)
 
 lint: $(VENV)/ready

@@ -159,6 +159,7 @@ def covariance_distance(
     mask: Mask = None,
     scale: str = "relative",
     mean_weight: float = 0.0,
+    debiased: bool = True,
     rotation: Features | str | None = None,
     precision: str = "high",
     backend: str = "auto",
@@ -173,14 +174,17 @@ def covariance_distance(
     Args:
         student: (..., N, D1), or a list of (N, D1_l).
         teacher: (..., N, D2), or a list of (N, D2_l); D2 = D1 without a rotation. Or, in place of
-            features, their :class:`~rift_kernels.TeacherStatistics`, or a list of those. Then have
-            many rows: the covariance of n rows scatters about that of the data, so that the
-            relative distance of a student that is its teacher is not 0 but about ``(1 + r) / (n -
-            1)`` (normal features), with ``r = tr(S_t)^2 / ||S_t||^2``, at most D. Of few rows that
-            is all there is to see, and the loss then shrinks the features.
+            features, their :class:`~rift_kernels.TeacherStatistics`, or a list of those.
         mask: boolean (..., N), True = valid; n >= 2.
         scale: see above. ``"relative"`` does not change when both features are scaled alike.
         mean_weight: weight of the squared distance of the means; it is not scaled by ``s``.
+        debiased: of statistics, take off what few rows add: the covariance of n rows scatters about
+            that of the data, so that the relative distance of a student that *is* its teacher would
+            not be 0 but about ``(1 + r) / (n - 1)`` (normal features), with ``r = tr(S_t)^2 /
+            ||S_t||^2``, at most D, and be least for features shrunk. ``||S_s||^2`` is replaced by
+            the unbiased HSIC_1 of :func:`linear_cka`, and ``||mu_s||^2`` by its estimate; the value
+            may be negative; needs n >= 4. No matter with features as teacher, whose rows scatter as
+            the student's do, nor for ``rotation="optimal"``.
         rotation: Q, (D2, D1) with orthonormal columns (rows if D2 < D1), or None for the identity;
             a list for lists. Orthogonality is not checked. Q gets a gradient if it requires one.
             ``"optimal"``: of all orthogonal Q the one with the least distance, for D1 = D2 and
@@ -196,10 +200,11 @@ def covariance_distance(
 
     Sources: RIFT, arXiv 2503.07399 (the rotated covariance match); Sun & Saenko 2016 (CORAL).
     """
+    checks.flag("debiased", debiased)
     checks.option("scale", scale, checks.SCALES)
     mean_weight = checks.number("mean_weight", mean_weight)
     if isinstance(rotation, str) or not checks.is_features(teacher):
-        how = (scale, mean_weight, rotation, precision, backend, group)
+        how = (scale, mean_weight, rotation, debiased, precision, backend, group)
         return matching.covariance_distance(student, teacher, mask, *how)
     return _measure(
         "covariance",

@@ -34,7 +34,7 @@ class RIFTLoss(nn.Module):
             (:func:`~rift_kernels.procrustes_similarity`), ``"covariance"``
             (:func:`~rift_kernels.covariance_distance`) or ``"bures"``
             (:func:`~rift_kernels.bures_distance`, squared).
-        debiased: for ``"cka"``.
+        debiased: for ``"cka"``, and for ``"covariance"`` with statistics as teacher.
         weight: multiplies the loss: a number, or an :class:`~rift_kernels.AdaptiveWeight`, which
             finds it, for ``"cka"``, ``"procrustes"`` and the relative ``"covariance"``, where
             1 - distance counts as the similarity.
@@ -103,7 +103,7 @@ class RIFTLoss(nn.Module):
         self.precision = precision
         self.backend = backend
         for name, default, users in (
-            ("debiased", True, ("cka",)),
+            ("debiased", True, ("cka", "covariance")),
             ("scale", "relative", ("covariance",)),
             ("mean_weight", 0.0, ("covariance", "bures")),
         ):
@@ -155,7 +155,11 @@ class RIFTLoss(nn.Module):
         how["mean_weight"] = self.mean_weight
         if self.measure == "bures":
             return functional.bures_distance(student, teacher, **how)  # type: ignore[arg-type]
-        how |= {"scale": self.scale, "rotation": "optimal" if self.optimal else self._matrix()}
+        how |= {
+            "debiased": self.debiased,
+            "scale": self.scale,
+            "rotation": "optimal" if self.optimal else self._matrix(),
+        }
         return functional.covariance_distance(student, teacher, **how)
 
     def of(self, distances: Tensor) -> Tensor:

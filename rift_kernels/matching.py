@@ -37,6 +37,7 @@ def covariance_distance(
     scale: str,
     mean_weight: float,
     rotation: Features | str | None,
+    debiased: bool,
     precision: str,
     backend: str,
     group: Group,
@@ -56,25 +57,25 @@ def covariance_distance(
         return given
 
     kinds = (optimal, matrices is not None, checks.is_features(teacher))
-    settings = ("matching", scale, mean_weight, *kinds, precision)
-    given, ranks = distributed.share(group, check, 2, settings)
+    debiased = debiased and not optimal and not checks.is_features(teacher)
+    settings = ("matching", scale, mean_weight, *kinds, debiased, precision)
+    given, ranks = distributed.share(group, check, 4 if debiased else 2, settings)
     stored = [] if checks.is_features(teacher) else _statistics(teacher, given, matrices)
     if optimal:
         values = _distances_of_spectra(given, ranks, stored, scale, precision, backend)
     else:
         turned = checks.rotations(matrices, given, [one.width for one in stored])
         found = moments.of_layers(given, ranks, "xx", precision, backend)
-        values = [
-            _distance(
-                _students(own),
-                _stored(one, own.student.dtype),
-                turned[i] if turned else None,
-                scale,
-                mean_weight,
-                precision,
-            )
-            for i, (own, one) in enumerate(zip(found, stored, strict=True))
-        ]
+        values = []
+        for i, (own, one) in enumerate(zip(found, stored, strict=True)):
+            teachers = _stored(one, own.student.dtype)
+            q = turned[i] if turned else None
+            excess = None
+            if debiased:
+                energies = ops.squared_energies(given.students[i], given.mask(i), ranks)
+                excess = _excess(own, energies)
+            how = (scale, mean_weight, precision)
+            values.append(_distance(_students(own), teachers, q, *how, excess))
     return torch.stack(values) if given.is_list else values[0]
 
 
@@ -171,6 +172,18 @@ def _stored(one: TeacherStatistics, dtype: torch.dtype) -> Gaussian:
     return Gaussian(one.mean.to(dtype), one.covariance().to(dtype))
 
 
+def _excess(own: moments.SecondMoments, energies: Tensor) -> tuple[Tensor, Tensor]:
+    """By how much a few rows make ``||S||^2`` and ``||mean||^2`` larger than those of the data.
+
+    ``||S||^2`` less the unbiased estimator of ``||Sigma||^2``, which is HSIC_1 of the rows with
+    themselves (see :func:`rift_kernels.linear_cka`), and ``tr(S) / n``.
+    """
+    n = own.count.masked_fill(own.count < 4, float("nan"))
+    norm, trace = _square(own.student), own.student.diagonal(dim1=-2, dim2=-1).double().sum(-1)
+    unbiased = norm - n / (n - 2) * energies + trace.square() / ((n - 1) * (n - 2))
+    return norm / (n - 1).square() - unbiased / (n * (n - 3)), trace / (n * (n - 1))
+
+
 def _square(block: Tensor, axes: tuple[int, ...] = (-2, -1)) -> Tensor:
     return block.double().square().sum(axes)
 
@@ -191,6 +204,7 @@ def _distance(
     scale: str,
     mean_weight: float,
     precision: str,
+    excess: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     mean, covariance = teacher
     dtype = student.covariance.dtype
@@ -202,9 +216,13 @@ def _distance(
             covariance = ops.rotate(covariance, left, right, precision)
             mean = ops.rotate(mean, mean.unsqueeze(-2), q, precision).squeeze(-2)
         unit = _unit(_square(covariance), covariance.shape[-1], scale)
-        value = _square(student.covariance - covariance) * unit
+        value = _square(student.covariance - covariance)
+        means = _square(student.mean - mean, (-1,))
+        if excess is not None:
+            value, means = value - excess[0], means - excess[1]
+        value = value * unit
         if mean_weight:
-            value = value + mean_weight * _square(student.mean - mean, (-1,))
+            value = value + mean_weight * means
         return value.to(dtype)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -29,9 +30,17 @@ def without_labels(named: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in named.items() if name not in LABELS}
 
 
-def token_mask(named: Mapping[str, Any]) -> Tensor | None:
-    """The valid tokens by ``attention_mask``, if it is there."""
+def token_mask(
+    named: Mapping[str, Any], model: nn.Module | None = None, inputs: tuple[Any, ...] = ()
+) -> Tensor | None:
+    """The valid tokens by ``attention_mask``, if it is there, by name or where the model has it."""
     mask = named.get("attention_mask")
+    if mask is None and model is not None and inputs:
+        try:
+            signature = inspect.signature(unwrapped(model).forward)
+            mask = signature.bind_partial(*inputs).arguments.get("attention_mask")
+        except TypeError:
+            mask = None  # the model will say what it does not take
     return mask.bool() if isinstance(mask, Tensor) else None
 
 

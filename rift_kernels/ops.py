@@ -452,3 +452,32 @@ def rotate(student: Tensor, teacher: Tensor, rotation: Tensor, precision: str) -
     """``teacher @ rotation``, to be compared with this student, differentiable in both factors."""
     dtype = _compute_dtype(student, teacher, rotation)
     return _Rotate.apply(precision, dtype, teacher, rotation)
+
+
+class _SquaredEnergies(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, ranks: Ranks | None, x: Tensor, *masks: Tensor) -> Tensor:
+        f = _center(x, x[..., :1], masks[0] if masks else None, ranks)
+        energies = features.row_energy(f.x)
+        # Far rows have energies whose products with features leave float32.
+        weighted = (energies.unsqueeze(-2) @ f.x.double()).squeeze(-2)
+        total, moved = f.ranks.total(energies.square().sum(-1), weighted)()
+        ctx.save_for_backward(f.x, energies, moved / f.count.unsqueeze(-1), *map(_savable, masks))
+        ctx.size, ctx.dtype = 1 if ranks is None else ranks.size, x.dtype
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        _refuse_double_backward()
+        x, energies, moved, *masks = ctx.saved_tensors
+        factor = (4 * ctx.size * grad).unsqueeze(-1)
+        grad_x = (factor * energies).to(x.dtype).unsqueeze(-1) * x
+        grad_x -= (factor * moved).to(x.dtype).unsqueeze(-2)
+        for mask in masks:
+            grad_x.masked_fill_(~mask.unsqueeze(-1), 0.0)
+        return None, grad_x.to(ctx.dtype), *([None] * len(masks))
+
+
+def squared_energies(student: Tensor, masks: list[Tensor], ranks: Ranks | None) -> Tensor:
+    """``sum_i ||x_i - mean||^4`` over all ranks (...), float64, differentiable once."""
+    return _SquaredEnergies.apply(ranks, student, *masks)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any, Self
@@ -35,7 +36,8 @@ class RIFTRegularizer(nn.Module):
     pass of the student. Call it once after each of the student's passes that gradients flow
     through, with the batch of that pass, within the same ``torch.autocast`` if there is one. The
     batch itself is not checked: another one of the same size is compared, wrongly. Without
-    gradients on the way to the layers (frozen, or run under ``no_grad``) the loss has none either.
+    gradients on the way to the layers (frozen, below all adapters, or run under ``no_grad``) the
+    loss has none either, of which it warns once.
 
     The teacher is one of
 
@@ -45,8 +47,8 @@ class RIFTRegularizer(nn.Module):
       there is no second copy of the weights. Only adapters may be trained in the layers compared;
     - :class:`~rift_kernels.TeacherStatistics` by layer, from
       :func:`~rift_kernels.collect_teacher_statistics`, for ``measure="covariance"``: no teacher
-      runs at all. Collect them with the same ``pooling``, and have many rows a batch:
-      :func:`~rift_kernels.covariance_distance` says how many.
+      runs at all. Collect them with the same ``pooling``, and have many rows a batch, for the
+      covariance of few is noisy.
 
     Args:
         student: the model to be trained, wrapped already where it is to be (DDP, FSDP, PEFT), and
@@ -96,6 +98,7 @@ class RIFTRegularizer(nn.Module):
         self.schedule = schedule
         self.step = 0
         self.distances: dict[str, Tensor] = {}
+        self._warned = False
         # In a tuple: neither is a part of this module.
         self._models = (student, teacher)
         named = list(layers) if isinstance(layers, Mapping) else layers
@@ -134,14 +137,13 @@ class RIFTRegularizer(nn.Module):
             inputs, named: what the student was called with; ``labels`` are not passed on. Unused
                 where the teacher is statistics.
             mask: (batch, tokens) boolean, True = valid, for the poolings ``"mean"`` and
-                ``"tokens"``; where None, ``attention_mask`` among ``named`` serves (0 = padding).
-                Given by position it goes to the teacher alone, and padding is compared.
+                ``"tokens"``; where None, the model's ``attention_mask`` serves (0 = padding).
 
         Returns:
             A scalar to add to the task's loss.
         """
         if mask is None and self._student.pooling != "cls":
-            mask = token_mask(named)
+            mask = token_mask(named, self._models[0], inputs)
         students = list(self._student.features(mask).values())
         teachers = self._teachers(inputs, named, mask)
         rows = self._student.mask(mask)
@@ -155,7 +157,18 @@ class RIFTRegularizer(nn.Module):
             loss = self.schedule(self.step) * loss
         if self.training and torch.is_grad_enabled():
             self.step += 1
+            self._warn_of_no_gradient(values)
         return loss
+
+    def _warn_of_no_gradient(self, values: Tensor) -> None:
+        if values.requires_grad or self._warned:
+            return
+        self._warned = True
+        warnings.warn(
+            f"the loss has no gradient: nothing that leads to {', '.join(map(repr, self.layers))} "
+            "is trained, or the student ran under no_grad",
+            stacklevel=3,
+        )
 
     def _distances(self, students: list[Tensor], teachers: Any, rows: Tensor | None) -> Tensor:
         one = len(students) == 1  # the one case that a learned rotation serves

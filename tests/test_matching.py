@@ -138,7 +138,7 @@ def test_statistics_are_as_good_as_features(shape, dtype, name, device) -> None:
     if settings.get("rotation") == "given":
         q = cases.rotation(shape[1]).to(device).requires_grad_()
         settings["rotation"] = q
-    value = rk.covariance_distance(x, of(y), **settings)
+    value = rk.covariance_distance(x, of(y), debiased=False, **settings)
     wide = [t.detach().double().requires_grad_() for t in (x, y)]
     expected = rk.covariance_distance(*wide, **settings)
     assert value.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
@@ -149,6 +149,67 @@ def test_statistics_are_as_good_as_features(shape, dtype, name, device) -> None:
         found = torch.autograd.grad(value, own, retain_graph=True)[0]
         wanted = torch.autograd.grad(expected, other, retain_graph=True)[0]
         assert cases.relative_error(found, wanted) < tolerance
+
+
+def debiased(x: Tensor, y: Tensor, mean_weight: float) -> Tensor:
+    """From the definition: sums over rows that are different."""
+    n = len(x)
+    # HSIC_1 of Song et al. 2012, the diagonal left out.
+    k = (x @ x.T).masked_fill(torch.eye(n, dtype=torch.bool), 0.0)
+    products = (k * k).sum()
+    total, cross = k.sum(), (k.sum(0) * k.sum(1)).sum()
+    own = products + total**2 / ((n - 1) * (n - 2)) - 2 * cross / (n - 2)
+    own = own / (n * (n - 3))
+    covariance_x, covariance_y = torch.cov(x.T), torch.cov(y.T)
+    norm = covariance_y.square().sum()
+    value = (own - 2 * (covariance_x * covariance_y).sum() + norm) / norm
+    means = (x.mean(0) - y.mean(0)).square().sum() - covariance_x.trace() / n
+    return value + mean_weight * means
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
+def test_debiased_from_its_definition(shape, dtype, device) -> None:
+    x, y = (t.detach().to(device, dtype).requires_grad_() for t in pair(*shape))
+    value = rk.covariance_distance(x, of(y), mean_weight=0.3)
+    wide = [t.detach().cpu().double().requires_grad_() for t in (x, y)]
+    expected = debiased(*wide, 0.3)
+    torch.testing.assert_close(value.cpu().double(), expected, atol=1e-4, rtol=1e-5)
+    error = cases.relative_error(gradient(value, x), gradient(expected, wide[0]))
+    assert error < cases.GRADIENT_TOLERANCE[dtype]
+
+
+def test_debiased_is_0_on_average_for_the_teacher_itself() -> None:
+    """And the biased one is not: few rows scatter."""
+    data = torch.randn(100_000, 8, dtype=torch.float64, generator=seeded())
+    data = data @ torch.randn(8, 8, dtype=torch.float64, generator=seeded(1)) + 1
+    stored = of(data)
+    batches = data[:40_000].view(-1, 10, 8)
+    values = {
+        flag: torch.stack(
+            [rk.covariance_distance(x, stored, debiased=flag, mean_weight=0.1) for x in batches]
+        )
+        for flag in (True, False)
+    }
+    spread = values[True].std() / len(batches) ** 0.5
+    assert abs(values[True].mean()) < 4 * spread
+    assert values[False].mean() > 20 * spread
+
+
+def test_debiased_under_a_mask_and_with_too_few_rows() -> None:
+    x, y = pair(40, 6)
+    stored = of(y)
+    mask = torch.arange(40) < 25
+    poisoned = x.detach().masked_fill(~mask[:, None], float("nan")).requires_grad_()
+    value = rk.covariance_distance(poisoned, stored, mask=mask)
+    expected = rk.covariance_distance(x[:25], stored)
+    torch.testing.assert_close(value, expected)
+    found = gradient(value, poisoned)
+    torch.testing.assert_close(found[:25], gradient(expected, x)[:25])
+    assert not found[25:].any()
+    with pytest.raises(ValueError, match="at least 4 rows"):
+        rk.covariance_distance(x[:3], stored)
+    assert rk.covariance_distance(x[:3], stored, debiased=False).isfinite()
 
 
 def test_statistics_of_layers_and_under_a_mask() -> None:
@@ -163,7 +224,7 @@ def test_statistics_of_layers_and_under_a_mask() -> None:
     torch.testing.assert_close(value, torch.stack(expected))
     # Statistics of a wider teacher, seen through a rotation.
     q = torch.eye(6, 4, dtype=torch.float64)
-    narrow = rk.covariance_distance(x[:, :4], stored[0], rotation=q)
+    narrow = rk.covariance_distance(x[:, :4], stored[0], rotation=q, debiased=False)
     torch.testing.assert_close(narrow, rk.covariance_distance(x[:, :4], y[:, :4]))
 
 
@@ -219,7 +280,7 @@ def test_errors(error, message, teacher, settings) -> None:
 def test_statistics_are_for_covariances() -> None:
     with pytest.raises(TypeError, match="teacher must be features for measure='cka'"):
         rk.RIFTLoss("cka")(X, of(X))
-    assert float(rk.RIFTLoss("covariance")(X, of(X))) < 1e-10
+    assert float(rk.RIFTLoss("covariance", debiased=False)(X, of(X))) < 1e-10
     with pytest.raises(ValueError, match="rotation='optimal' needs measure='covariance'"):
         rk.RIFTLoss("cka", rotation="optimal")
     loss = rk.RIFTLoss("covariance", rotation="optimal")

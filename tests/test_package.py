@@ -36,7 +36,7 @@ ALLOWED = {
     },
     "moments": {"checks", "dispatch", "distributed", "ops"},
     "distributed": {"checks"},
-    "integrations/transformers": {"regularizer"},
+    "integrations/transformers": {"regularizer", "weighting"},
     "integrations/lightning": {"models", "regularizer"},
     "ops": {"distributed", "features", "measures", "backends", "precision"},
     "measures": {"features", "matrix_functions"},

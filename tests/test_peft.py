@@ -137,7 +137,7 @@ def test_there_is_no_second_copy_of_the_weights() -> None:
     weights = [
         tensor.data_ptr()
         for tensor in gc.get_objects()
-        if issubclass(type(tensor), Tensor) and tuple(tensor.shape) in shapes
+        if type(tensor) in (Tensor, nn.Parameter) and tuple(tensor.shape) in shapes
     ]
     assert len(set(weights) & own) > 10
     assert set(weights) <= own

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import warnings
 
 import pytest
 import torch
@@ -147,6 +148,36 @@ def test_a_class_token_needs_no_mask(student, teacher) -> None:
         assert torch.equal(rift(x, attention_mask=torch.ones(shape)), expected)
 
 
+def test_a_mask_by_position(student, teacher) -> None:
+    """As models of transformers are often called: ``model(ids, attention_mask)``."""
+    x = inputs()
+    attention = torch.ones(ROWS, TOKENS, dtype=torch.int64)
+    attention[:, 3:] = 0
+    rift = rk.RIFTRegularizer(student.eval(), teacher, layers="blocks.1", pooling="mean")
+    student(x, attention)
+    by_position = rift(x, attention)
+    student(x, attention)
+    assert torch.equal(by_position, rift(x, attention_mask=attention))
+    student(x)
+    assert not torch.equal(by_position, rift(x))
+
+
+def test_a_loss_without_gradient_warns_once(student, teacher) -> None:
+    """Layers below all that is trained, or a student run under no_grad: nothing is kept."""
+    student.blocks[:2].requires_grad_(False)
+    rift = rk.RIFTRegularizer(student, teacher, layers="blocks.1")
+    with torch.no_grad():
+        student(inputs())
+        rift(inputs())
+    student(inputs())
+    with pytest.warns(UserWarning, match=r"no gradient: nothing that leads to 'blocks.1'"):
+        rift(inputs())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        student(inputs())
+        rift(inputs())
+
+
 def test_layers_of_another_architecture(student) -> None:
     class Other(nn.Module):
         def __init__(self) -> None:
@@ -179,7 +210,7 @@ def test_statistics_take_the_teachers_place(student, teacher) -> None:
     loss = rift()
     loss.backward()
     assert not teacher.calls
-    expected = rk.covariance_distance(features(student, x, 1), features(teacher, x, 1))
+    expected = rk.covariance_distance(features(student, x, 1), statistics["blocks.1"])
     torch.testing.assert_close(loss, expected)
 
 

@@ -230,6 +230,29 @@ def test_transformers_errors(tmp_path) -> None:
         rift_trainer(tmp_path, vit(), 0.3)
 
 
+def test_transformers_in_processes_that_would_drift_apart() -> None:
+    from rift_kernels.integrations.transformers import _check_shared
+
+    for settings in (
+        {"weight": rk.AdaptiveWeight(0.9)},
+        {
+            "measure": "covariance",
+            "rotation": "learned",
+            "student_width": 16,
+            "teacher_width": 16,
+        },
+    ):
+        model = vit()
+        with rk.RIFTRegularizer(model, moved(model), layers="*layers.1", **settings) as rift:
+            _check_shared(rift, 1)
+            with pytest.raises(ValueError, match="must have group='world' for an adaptive weight"):
+                _check_shared(rift, 2)
+        model = vit()
+        settings |= {"group": "world"}
+        with rk.RIFTRegularizer(model, moved(model), layers="*layers.1", **settings) as rift:
+            _check_shared(rift, 2)
+
+
 def test_accelerate() -> None:
     from accelerate import Accelerator
 

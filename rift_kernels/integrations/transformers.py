@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 
 from ..regularizer import RIFTRegularizer
+from ..weighting import AdaptiveWeight
 
 FILE = "rift.pt"  # in a checkpoint's folder
 
@@ -47,6 +48,7 @@ class RIFTTrainer(Trainer):
             raise ValueError(
                 f"RIFTTrainer needs one GPU a process; got {self.args.n_gpu}: start it by torchrun"
             )
+        _check_shared(rift, self.args.world_size)
         rift.to(self.args.device)
         rift.move_teacher(self.args.device)
         self.add_callback(_Saves(rift))
@@ -103,6 +105,16 @@ class RIFTTrainer(Trainer):
                 f"resume_from_checkpoint must be a checkpoint of a RIFTTrainer; {path} is missing"
             )
         self.rift.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+
+
+def _check_shared(rift: RIFTRegularizer, processes: int) -> None:
+    """What each process finds for itself would differ, and one process alone saves it."""
+    own = list(rift.parameters()) or isinstance(rift.loss.weight, AdaptiveWeight)
+    if processes > 1 and own and rift.loss.group is None:
+        raise ValueError(
+            "rift must have group='world' for an adaptive weight or a learned rotation in "
+            f"{processes} processes; got group=None"
+        )
 
 
 class _Saves(TrainerCallback):
