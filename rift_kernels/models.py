@@ -36,9 +36,11 @@ def token_mask(
     """The valid tokens by ``attention_mask``, if it is there, by name or where the model has it."""
     mask = named.get("attention_mask")
     if mask is None and model is not None and inputs:
+        inner: Any = _inner(model)
+        inner = getattr(inner, "get_base_model", lambda: inner)()  # PEFT's passes everything on
         try:
-            signature = inspect.signature(unwrapped(model).forward)
-            mask = signature.bind_partial(*inputs).arguments.get("attention_mask")
+            given = inspect.signature(inner.forward).bind_partial(*inputs).arguments
+            mask = given.get("attention_mask")
         except TypeError:
             mask = None  # the model will say what it does not take
     return mask.bool() if isinstance(mask, Tensor) else None
@@ -66,14 +68,19 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return model.module if isinstance(model, DistributedDataParallel) else model
 
 
+def _inner(model: nn.Module) -> nn.Module:
+    """The model without DDP and torch.compile, whichever is around the other."""
+    inner = unwrapped(model)
+    return unwrapped(getattr(inner, "_orig_mod", inner))
+
+
 def without_adapters(model: nn.Module) -> AbstractContextManager[Any]:
     """Within, the model is what it was before its adapters were added.
 
     Raises:
         ValueError: it has none.
     """
-    inner = unwrapped(model)
-    inner = unwrapped(getattr(inner, "_orig_mod", inner))
+    inner = _inner(model)
     if hasattr(inner, "disable_adapter"):  # peft
         return _same_trained(inner, inner.disable_adapter())  # type: ignore[operator]
     if getattr(inner, "_hf_peft_config_loaded", False):  # transformers' add_adapter

@@ -107,6 +107,22 @@ def test_adapters_are_found_in_wrappers() -> None:
         rk.RIFTRegularizer(run, layers="*layers.1").remove()
 
 
+def test_a_mask_by_position_is_found_in_wrappers() -> None:
+    torch.manual_seed(0)
+    config = transformers.BertConfig(vocab_size=30, intermediate_size=32, **SIZES)
+    bert = transformers.BertModel(config, add_pooling_layer=False).eval()
+    target = peft.LoraConfig(r=2, target_modules=["query", "value"])
+    student = moved_away(peft.get_peft_model(bert, target)).eval()
+    rift = rk.RIFTRegularizer(student, layers="*layer.1", pooling="mean")
+    ids = torch.randint(0, 30, (6, 7))
+    mask = (torch.arange(7) < torch.arange(2, 8)[:, None]).long()
+    found = []
+    for positional, named in (((ids, mask), {}), ((ids,), {"attention_mask": mask})):
+        student(*positional, **named)
+        found.append(rift(*positional, **named).detach())
+    assert torch.equal(*found)
+
+
 @pytest.mark.parametrize("adapt", [with_peft, with_transformers])
 def test_what_is_frozen_stays_frozen(adapt: Callable) -> None:
     """PEFT trains all of an adapter that it enables again, after the teacher or an error."""
