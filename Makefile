@@ -39,7 +39,7 @@ clean:
 	find . -name __pycache__ -type d -exec rm -rf {} +
 
 $(VENV)/ready: pyproject.toml constraints.txt setup.py $(wildcard csrc/*)
-	@echo "Installing into $(VENV): about 2 GB, some minutes"
+	@echo "Installing into $(VENV): about 2.5 GB, some minutes"
 	$(PYTHON) -m venv $(VENV)
 	RIFT_KERNELS_STRICT=1 $(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
 	touch $@
