@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import rift_kernels as rk
-from rift_kernels import losses, ops, precision, reference
+from rift_kernels import losses, operators, precision, reference
 from tests import cases
 
 
@@ -96,13 +96,13 @@ def test_float64_student_with_a_float32_teacher_and_rotation() -> None:
 
 
 def test_precision_reaches_every_operator(monkeypatch) -> None:
-    asked, real = [], ops.full_precision
+    asked, real = [], operators.full_precision
 
     def recorded(device, precision):
         asked.append(precision)
         return real(device, precision)
 
-    monkeypatch.setattr(ops, "full_precision", recorded)
+    monkeypatch.setattr(operators, "full_precision", recorded)
     x, y = cases.pair()
     q = torch.eye(5, requires_grad=True)
     for wanted in ("high", "medium"):

@@ -1,0 +1,232 @@
+"""The registered operators, the only boundary that torch.compile sees, and what they compute.
+
+Per measure one forward operator ``<measure>_fwd`` (features -> values, and what the backward
+needs); one backward operator ``features_bwd`` for all of them. Each takes lists, one entry a layer,
+so that a backend may serve all layers in one launch. ``moments_fwd`` and ``matmul`` serve single
+features. Autograd stays outside, in :mod:`.ops`: a registered formula costs more per call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import features, measures
+from .backends import eager
+from .distributed import Ranks
+from .precision import full_precision
+
+NAMESPACE = "rift_kernels"
+_LIBRARY = torch.library.Library(NAMESPACE, "DEF")
+_LAYERS = "Tensor[] students, Tensor[] teachers, Tensor[] masks, bool[] gram"
+_HOW = "bool student_grad, bool teacher_grad, str precision, str backend"
+_HOW_MANY = 8  # arguments, of both together
+_SETTINGS = {
+    "cka": {"debiased": "bool", "distance": "bool"},
+    "procrustes": {"method": "str", "distance": "bool"},
+    "covariance": {"scale": "str", "mean_weight": "float"},
+    "bures": {"squared": "bool", "mean_weight": "float", "method": "str"},
+}
+_TENSORS_A_LAYER = 2 + len(measures.Coefficients._fields)
+
+
+def _backend(name: str) -> ModuleType:
+    """The module that implements the primitives; dispatch has already refused what cannot run."""
+    if name == "triton":
+        # Not before it is asked for: triton is optional, and slow to import.
+        from .backends import triton
+
+        return triton
+    if name == "cuda":
+        from .backends import cuda
+
+        return cuda
+    return eager
+
+
+def _primitives(backend: str, rows: Tensor) -> ModuleType:
+    """The backend's for a layer; of a rank without a row, torch's, which know how to do nothing."""
+    return _backend(backend) if rows.shape[-2] else eager
+
+
+def is_fused(measure: str, backend: str, gram: Sequence[bool]) -> bool:
+    """Whether the backend goes from features to values by itself, without a head in measures.py.
+
+    Nothing is where moments are summed over ranks, which is the measure "" in the backward.
+    """
+    return backend != "eager" and (measure == "cka" or (measure == "covariance" and not any(gram)))
+
+
+def compute_dtype(*tensors: Tensor) -> torch.dtype:
+    """float64 where an input is float64, else float32."""
+    return torch.float64 if torch.float64 in {t.dtype for t in tensors} else torch.float32
+
+
+def _register(schema: str, implementation: Callable[..., Any]) -> None:
+    name = schema.split("(")[0]
+    _LIBRARY.define(schema)
+    _LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
+    # The implementations are shape-agnostic PyTorch, so they are their own fakes.
+    torch.library.register_fake(f"{NAMESPACE}::{name}", implementation, lib=_LIBRARY)
+
+
+def center(
+    student: Tensor, teacher: Tensor, mask: Tensor | None, ranks: Ranks | None = None
+) -> measures.Centered:
+    """Both sides about their means, of all ranks that share the rows."""
+    dtype = compute_dtype(student, teacher)
+    if ranks is not None:
+        centered = features.center_over_ranks(student, teacher, mask, dtype, ranks.total)
+        return measures.Centered(*centered, mask, ranks)
+    x, mean_x, count = features.center(student, mask, dtype)
+    y, mean_y, _ = features.center(teacher, mask, dtype)
+    return measures.Centered(x, y, mean_x, mean_y, count, mask)
+
+
+def tensors_of(optional: Iterable[Tensor | None], like: Tensor) -> list[Tensor]:
+    """An operator returns tensors only: None becomes an empty one, the rest contiguous."""
+    return [like.new_empty(0) if t is None else t.contiguous() for t in optional]
+
+
+def _mask_of_each(masks: Sequence[Tensor], layers: int) -> Sequence[Tensor | None]:
+    """No mask, one mask for all layers, or one each."""
+    if len(masks) == layers:
+        return masks
+    return [masks[0] if masks else None] * layers
+
+
+def measure_fwd(
+    head: Callable[..., measures.Head],
+    students: list[Tensor],
+    teachers: list[Tensor],
+    masks: list[Tensor],
+    gram: list[bool],
+    student_grad: bool,
+    teacher_grad: bool,
+    precision: str,
+    backend: str,
+    ranks: Ranks | None = None,
+) -> tuple[Tensor, list[Tensor]]:
+    """Values, and per layer the centered features and the coefficients (empty where absent)."""
+    want = measures.Wanted(student_grad, teacher_grad)
+    values, saved = [], []
+    with full_precision(students[0].device, precision):
+        for x, y, mask, use_gram in zip(
+            students, teachers, _mask_of_each(masks, len(students)), gram, strict=True
+        ):
+            f = center(x, y, mask, ranks)
+            value, coefficients = head(f, _primitives(backend, x), use_gram, want)
+            values.append(value.to(f.x.dtype))
+            if any(want):
+                crossed = coefficients.xy is not None
+                own_x = f.x if crossed or want.student else None
+                own_y = f.y if crossed or want.teacher else None
+                saved += tensors_of((own_x, own_y, *coefficients), f.x)
+    return values[0] if len(values) == 1 else torch.stack(values), saved
+
+
+def head(measure: str, settings: Sequence[Any]) -> Callable[..., measures.Head]:
+    """The measure of measures.py with its settings."""
+    named = dict(zip(_SETTINGS[measure], settings, strict=True))
+    return partial(getattr(measures, measure), **named)
+
+
+def _fwd(measure: str, *call: Any) -> tuple[Tensor, list[Tensor]]:
+    """Layers and how, then the measure's settings."""
+    how, settings = call[:_HOW_MANY], call[_HOW_MANY:]
+    if is_fused(measure, how[-1], how[3]):
+        *layers, backend = how
+        return getattr(_backend(backend), f"{measure}_fwd")(*layers, *settings)
+    return measure_fwd(head(measure, settings), *how)
+
+
+def _features_bwd(
+    grad_values: Tensor,
+    students: list[Tensor],
+    teachers: list[Tensor],
+    saved: list[Tensor],
+    masks: list[Tensor],
+    gram: list[bool],
+    student_grad: bool,
+    teacher_grad: bool,
+    precision: str,
+    backend: str,
+    student_dtype: torch.dtype,
+    teacher_dtype: torch.dtype,
+    measure: str,
+) -> list[Tensor]:
+    """The wanted gradients, all students first.
+
+    Fused measures take the features themselves, of the others what the forward saved is enough.
+    """
+    if is_fused(measure, backend, gram):
+        features_ = (students, teachers, saved, masks, gram)
+        sides = (student_grad, teacher_grad)
+        dtypes = (student_dtype, teacher_dtype)
+        return _backend(backend).fused_bwd(grad_values, *features_, sides, dtypes, measure == "cka")
+    layers = len(gram)
+    grad_students, grad_teachers = [], []
+    with full_precision(grad_values.device, precision):
+        for i, mask in enumerate(_mask_of_each(masks, layers)):
+            scale = grad_values if layers == 1 else grad_values[i]
+            x, y, *rest = saved[i * _TENSORS_A_LAYER : (i + 1) * _TENSORS_A_LAYER]
+            c = measures.Coefficients(*(t if t.dim() > 1 or t.numel() else None for t in rest))
+            cross = None if c.xy is None else c.xy.mT
+            primitives = _primitives(backend, x if x.dim() > 1 else y)
+            if student_grad:
+                side = (scale, x, y, mask, c.xx, c.xy, c.wx, c.bx)
+                grad_students.append(
+                    features.features_bwd(primitives, *side, gram[i], student_dtype)
+                )
+            if teacher_grad:
+                side = (scale, y, x, mask, c.yy, cross, c.wy, c.by)
+                grad_teachers.append(
+                    features.features_bwd(primitives, *side, gram[i], teacher_dtype)
+                )
+    return grad_students + grad_teachers
+
+
+def moments_fwd(
+    student: Tensor,
+    teacher: Tensor,
+    masks: list[Tensor],
+    wanted: str,
+    precision: str,
+    backend: str,
+    ranks: Ranks | None = None,
+) -> list[Tensor]:
+    """Centered features, count, means, and the wanted blocks (empty where not wanted)."""
+    with full_precision(student.device, precision):
+        f = center(student, teacher, masks[0] if masks else None, ranks)
+        blocks = f.ranks.blocks(*_primitives(backend, student).moments(f.x, f.y, False, wanted))()
+    return [f.x, f.y, f.mean_x, f.mean_y, f.count, *tensors_of(blocks, f.x)]
+
+
+def _matmul(a: Tensor, b: Tensor, precision: str) -> Tensor:
+    with full_precision(a.device, precision):
+        return a @ b
+
+
+for _measure_name, _settings in _SETTINGS.items():
+    _arguments = ", ".join(f"{kind} {name}" for name, kind in _settings.items())
+    _register(
+        f"{_measure_name}_fwd({_LAYERS}, {_HOW}, {_arguments}) -> (Tensor, Tensor[])",
+        partial(_fwd, _measure_name),
+    )
+_register(
+    "features_bwd(Tensor grad_values, Tensor[] students, Tensor[] teachers, Tensor[] saved,"
+    f" Tensor[] masks, bool[] gram, {_HOW}, ScalarType student_dtype, ScalarType teacher_dtype,"
+    " str measure) -> Tensor[]",
+    _features_bwd,
+)
+_register(
+    "moments_fwd(Tensor student, Tensor teacher, Tensor[] masks, str wanted, str precision,"
+    " str backend) -> Tensor[]",
+    moments_fwd,
+)
+_register("matmul(Tensor a, Tensor b, str precision) -> Tensor", _matmul)
