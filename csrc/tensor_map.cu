@@ -14,8 +14,14 @@ static_assert(sizeof(TensorMap) == sizeof(CUtensorMap));
 cudaError_t encoder(PFN_cuTensorMapEncodeTiled_v12000* function) {
   void* found = nullptr;
   cudaDriverEntryPointQueryResult result = cudaDriverEntryPointSymbolNotFound;
+#if CUDART_VERSION >= 12050
   const cudaError_t error = cudaGetDriverEntryPointByVersion(
       "cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &result);
+#else
+  // That of the toolkit's version, which is 12.0 at least: older ones do not know the function.
+  const cudaError_t error =
+      cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &found, cudaEnableDefault, &result);
+#endif
   if (error != cudaSuccess) return error;
   *function = reinterpret_cast<PFN_cuTensorMapEncodeTiled_v12000>(found);
   return result == cudaDriverEntryPointSuccess ? cudaSuccess : cudaErrorSymbolNotFound;
