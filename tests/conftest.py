@@ -12,7 +12,7 @@ from torch import distributed
 
 from rift_kernels import dispatch
 from rift_kernels.backends import cuda
-from tests import emulated
+from tests import as_gpu, emulated
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # What concerns the kernels, and what of it their interpreter, thousands of times slower than a GPU,
@@ -99,15 +99,8 @@ def emulate(monkeypatch: pytest.MonkeyPatch, emulated_extension: ModuleType):
         monkeypatch.setenv("RIFT_EMULATED_SHARED", shared)
         monkeypatch.setenv("RIFT_EMULATED_SEED", str(seed))
         monkeypatch.setenv("RIFT_EMULATED_THREADS", str(threads))
-        monkeypatch.setattr(dispatch, "choose_backend", lambda *_: "cuda")
-        monkeypatch.setattr(dispatch, "use_gram", lambda *_: form == "gram")
-        monkeypatch.setattr(cuda, "extension", lambda: emulated_extension)
-        monkeypatch.setattr(cuda, "_stream", lambda _: 0)
-        monkeypatch.setattr(cuda, "_processors", lambda _: 3)
-        monkeypatch.setattr(cuda, "_is_hopper", lambda _: gpu == "clusters")
-        zeros = torch.zeros(cuda._COUNTERS, dtype=torch.int32)
-        monkeypatch.setattr(cuda, "_counters", lambda _: zeros)
-        cuda._plan.cache_clear()
+        name = "sm90" if gpu == "clusters" else "sm80"
+        as_gpu.patch_cuda(monkeypatch, name, emulated_extension, 3, form)
 
     yield start
     cuda._plan.cache_clear()

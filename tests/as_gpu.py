@@ -1,0 +1,100 @@
+"""The backends on CPU tensors as if they lay on a GPU, for whoever can execute their kernels there.
+
+What runs the kernels is the caller's: an extension for the CPU, or Triton's driver. Here is what of
+the package asks the GPU, so that a renamed function changes this file and no emulator.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+from rift_kernels import dispatch
+from rift_kernels.backends import cuda as cuda_backend
+
+
+def patch_cuda(
+    patch: pytest.MonkeyPatch,
+    name: str,
+    extension: ModuleType,
+    processors: int,
+    form: str | None = None,
+) -> None:
+    """What :func:`cuda` replaces, for a caller with a MonkeyPatch of its own."""
+    zeros = torch.zeros(cuda_backend._COUNTERS, dtype=torch.int32)
+    patch.setattr(dispatch, "choose_backend", lambda *_: "cuda")
+    if form is not None:
+        patch.setattr(dispatch, "use_gram", lambda *_: form == "gram")
+    patch.setattr(cuda_backend, "extension", lambda: extension)
+    patch.setattr(cuda_backend, "_stream", lambda _: 0)
+    patch.setattr(cuda_backend, "_processors", lambda _: processors)
+    patch.setattr(cuda_backend, "_is_hopper", lambda _: name == "sm90")
+    patch.setattr(cuda_backend, "_counters", lambda _: zeros)
+    cuda_backend._plan.cache_clear()
+
+
+@contextmanager
+def cuda(
+    name: str, extension: ModuleType, processors: int, form: str | None = None
+) -> Iterator[None]:
+    """Every call takes the CUDA kernels of ``extension``, as on a GPU "sm80" or "sm90".
+
+    ``form``: "gram" or "covariance", None for the cheaper one.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch_cuda(patch, name, extension, processors, form)
+        yield
+    cuda_backend._plan.cache_clear()
+
+
+@contextmanager
+def triton(name: str, processors: int = 5, descriptor_rows: float | None = None) -> Iterator[None]:
+    """Triton's launchers take CPU tensors with the configurations of a GPU "sm80" or "sm90".
+
+    ``descriptor_rows``: from how many rows on the copy engine is used, by default few or never.
+    """
+    from rift_kernels.backends import triton as kernels
+    from rift_kernels.backends.triton import config, products
+
+    if descriptor_rows is None:
+        descriptor_rows = 256 if name == "sm90" else float("inf")
+    blocks = products._blocks
+    zeros: dict[int, torch.Tensor] = {}
+
+    def counters(layers: Any) -> torch.Tensor:
+        found = zeros.setdefault(layers.entries, torch.zeros(layers.entries, dtype=torch.int32))
+        assert not found.any(), "small_gram left its counters at something else"
+        return found
+
+    replaced = {
+        "architecture": lambda _: name,
+        "processors": lambda _: processors,
+        "_descriptor_rows": lambda _: descriptor_rows,
+        "_blocks": lambda dtype, _: blocks(dtype, "cuda"),
+        "_multiplies_float64": lambda _: True,
+        "_row_programs": lambda _, debiased: 32 if debiased else 0,
+        "_counters": counters,
+    }
+    missing = set(replaced)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            dispatch,
+            "_reason_against_triton",
+            lambda _, dtypes: "float64" if torch.float64 in dtypes else None,
+        )
+        for found in pkgutil.iter_modules(kernels.__path__, kernels.__name__ + "."):
+            module = importlib.import_module(found.name)
+            for attribute in replaced.keys() & vars(module).keys():
+                patch.setattr(module, attribute, replaced[attribute])
+                missing.discard(attribute)
+        assert not missing, f"the launchers do not ask for {missing} any more"
+        config.forget()
+        yield
+    config.forget()
