@@ -11,7 +11,6 @@ import pkgutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import ModuleType
-from typing import Any
 
 import pytest
 import torch
@@ -28,7 +27,6 @@ def patch_cuda(
     form: str | None = None,
 ) -> None:
     """What :func:`cuda` replaces, for a caller with a MonkeyPatch of its own."""
-    zeros = torch.zeros(cuda_backend._COUNTERS, dtype=torch.int32)
     patch.setattr(dispatch, "choose_backend", lambda *_: "cuda")
     if form is not None:
         patch.setattr(dispatch, "use_gram", lambda *_: form == "gram")
@@ -36,7 +34,6 @@ def patch_cuda(
     patch.setattr(cuda_backend, "_stream", lambda _: 0)
     patch.setattr(cuda_backend, "_processors", lambda _: processors)
     patch.setattr(cuda_backend, "_is_hopper", lambda _: name == "sm90")
-    patch.setattr(cuda_backend, "_counters", lambda _: zeros)
     cuda_backend._plan.cache_clear()
 
 
@@ -66,13 +63,6 @@ def triton(name: str, processors: int = 5, descriptor_rows: float | None = None)
     if descriptor_rows is None:
         descriptor_rows = 256 if name == "sm90" else float("inf")
     blocks = products._blocks
-    zeros: dict[int, torch.Tensor] = {}
-
-    def counters(layers: Any) -> torch.Tensor:
-        found = zeros.setdefault(layers.entries, torch.zeros(layers.entries, dtype=torch.int32))
-        assert not found.any(), "small_gram left its counters at something else"
-        return found
-
     replaced = {
         "architecture": lambda _: name,
         "processors": lambda _: processors,
@@ -80,7 +70,6 @@ def triton(name: str, processors: int = 5, descriptor_rows: float | None = None)
         "_blocks": lambda dtype, _: blocks(dtype, "cuda"),
         "_multiplies_float64": lambda _: True,
         "_row_programs": lambda _, debiased: 32 if debiased else 0,
-        "_counters": counters,
     }
     missing = set(replaced)
     with pytest.MonkeyPatch.context() as patch:

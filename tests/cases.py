@@ -180,6 +180,39 @@ def by_name(measures: Sequence[Measure]) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("measure", measures, ids=lambda m: m.name)
 
 
+EMPTY_BATCHES = ((0,), (0, 3), (2, 0))
+_batches = pytest.mark.parametrize("batch", EMPTY_BATCHES, ids=str)
+_masked = pytest.mark.parametrize("masked", [False, True], ids=["", "masked"])
+
+
+def every_empty_batch(test: Callable[..., None]) -> Callable[..., None]:
+    """Parametrise a test over batches of nothing, with a mask and without."""
+    return _batches(_masked(test))
+
+
+def assert_empty(
+    measure: Measure,
+    batch: tuple[int, ...],
+    masked: bool,
+    dtype: torch.dtype,
+    device: torch.device | None = None,
+) -> None:
+    """Values and gradients of a batch of nothing are nothing, whichever side wants a gradient."""
+    mask = torch.ones(*batch, 9, dtype=torch.bool, device=device) if masked else None
+    for sides in ((True, False), (False, True), (True, True), (False, False)):
+        x, y = (
+            torch.zeros(*batch, 9, 6, dtype=dtype, device=device, requires_grad=wanted)
+            for wanted in sides
+        )
+        values = measure(x, y, mask=mask)
+        assert values.shape == batch
+        if any(sides):
+            values.sum().backward()
+        for features, wanted in zip((x, y), sides, strict=True):
+            assert (features.grad is None) != wanted
+            assert not wanted or (features.grad.shape, features.grad.dtype) == (x.shape, dtype)
+
+
 def relative_error(actual: Tensor, expected: Tensor) -> float:
     """``||actual - expected|| / ||expected||`` in float64; the absolute error where that is 0."""
     expected = expected.double().cpu()

@@ -7,7 +7,7 @@ from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 import rift_kernels as rk
-from tests import cases
+from tests import cases, memory
 
 
 @pytest.mark.parametrize("form", cases.FORMS)
@@ -57,12 +57,19 @@ def test_gradient_only_where_required(measure, device) -> None:
         assert not measure(only_x, y).requires_grad
 
 
-def test_empty_batch() -> None:
-    x = torch.randn(0, 8, 3, requires_grad=True)
-    values = rk.linear_cka(x, torch.randn(0, 8, 4))
-    assert values.shape == (0,)
-    values.sum().backward()
-    assert x.grad.shape == x.shape
+@pytest.mark.parametrize("form", cases.FORMS)
+@pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
+@cases.by_name(cases.MEASURES)
+@cases.every_empty_batch
+def test_empty_batch(measure, batch, masked, dtype, form, force_form, device) -> None:
+    force_form(form)
+    cases.assert_empty(measure, batch, masked, dtype, device)
+
+
+@cases.by_name(cases.MEASURES)
+def test_no_memory_outlives_a_call(measure, device) -> None:
+    memory.assert_none_outlives(lambda: measure(*(t.to(device) for t in cases.pair(12, 70))))
+    memory.assert_none_outlives(lambda: measure(*(t.to(device) for t in cases.pair(40, 7))))
 
 
 @cases.by_name(cases.MEASURES)

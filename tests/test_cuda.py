@@ -12,7 +12,7 @@ import torch
 
 import rift_kernels as rk
 from rift_kernels.backends import cuda
-from tests import cases
+from tests import cases, memory
 from tests.emulated import GPUS, close
 
 MEASURES = (cases.CKA, cases.CKA_BIASED)
@@ -229,13 +229,12 @@ def test_one_entry_for_a_batch(emulate) -> None:
     assert all(torch.equal(a, b) for a, b in zip(actual, copied, strict=True))
 
 
-def test_an_empty_batch(emulate) -> None:
-    emulate()
-    x = torch.zeros(0, 5, 4, requires_grad=True)
-    values = rk.linear_cka(x, x.detach())
-    values.sum().backward()
-    assert values.shape == (0,)
-    assert x.grad.shape == x.shape
+@every_gpu
+@cases.by_name(MEASURES)
+@cases.every_empty_batch
+def test_an_empty_batch(measure, batch, masked, gpu, emulate) -> None:
+    emulate(gpu)
+    cases.assert_empty(measure, batch, masked, torch.float32)
 
 
 def test_compiles_whole(emulate) -> None:
@@ -247,11 +246,10 @@ def test_compiles_whole(emulate) -> None:
     assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
 
 
-def test_counters_of_one_stream(emulate) -> None:
-    """Calls of different sizes count on from one another."""
-    emulate("global memory")
-    for width in (12, 20, 12, 40, 12, 100, 20, 12, 100, 40):
-        close(cases.CKA, *cases.Case("", 12, width, 9).features(torch.float32))
+@every_gpu
+def test_no_memory_outlives_a_call(gpu, emulate) -> None:
+    emulate(gpu)
+    memory.assert_none_outlives(lambda: cases.CKA(*cases.pair(12, 100)))
 
 
 @pytest.mark.parametrize("processors", [5, 9, 14])

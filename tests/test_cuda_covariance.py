@@ -10,7 +10,7 @@ import torch
 
 import rift_kernels as rk
 from rift_kernels.backends import cuda
-from tests import cases, emulated
+from tests import cases, emulated, memory
 from tests.emulated import close
 
 SHAPES = [(40, 8, 8), (100, 24, 40), (130, 56, 24), (150, 136, 136), (300, 72, 200)]
@@ -208,12 +208,14 @@ def test_features_changed_in_place_raise() -> None:
         value.backward()
 
 
-def test_an_empty_batch() -> None:
-    x = torch.zeros(0, 20, 8, dtype=torch.bfloat16, requires_grad=True)
-    values = rk.linear_cka(x, x.detach())
-    values.sum().backward()
-    assert values.shape == (0,)
-    assert x.grad.shape == x.shape
+@cases.by_name([cases.CKA, cases.CKA_BIASED])
+@pytest.mark.parametrize("batch", cases.EMPTY_BATCHES, ids=str)
+def test_an_empty_batch(measure, batch) -> None:
+    cases.assert_empty(measure, batch, False, torch.bfloat16)
+
+
+def test_no_memory_outlives_a_call() -> None:
+    memory.assert_none_outlives(lambda: cases.CKA(*cases.pair(60, 16, torch.bfloat16)))
 
 
 def test_compiles_whole() -> None:

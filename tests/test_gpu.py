@@ -64,6 +64,17 @@ def test_graph_replays(rows, device) -> None:
         assert torch.equal(got, wanted)
 
 
+@pytest.mark.parametrize("rows", [40, 140, 400])
+def test_reduce_overhead(rows, device) -> None:
+    """torch.compile captures a graph by itself, and refuses memory of its pool that others keep."""
+    x, y = pair(rows, 600, device)
+    expected = cases.value_and_gradients(rk.linear_cka, x, y)
+    compiled = torch.compile(rk.linear_cka, fullgraph=True, mode="reduce-overhead")
+    for _ in range(5):
+        actual = cases.value_and_gradients(compiled, x, y)
+        assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
+
+
 @pytest.mark.parametrize("rows", [40, 400])
 def test_two_streams_at_once(rows, device) -> None:
     pairs = [pair(rows, 64, device), pair(rows, 64, device, torch.float32)]

@@ -29,7 +29,7 @@ MAX_LAYERS = 24
 _LARGEST_CLUSTER = 8
 _LARGEST_GROUP = 16
 _TILE = 16
-# Arrival counters of one stream, as csrc/cka_small_layout.h counts them.
+# Arrival counters of one call, as csrc/cka_small_layout.h counts them.
 _COUNTERS = 5 * 256
 # Bytes that a block may have, by compute capability.
 _SHARED = {
@@ -105,19 +105,6 @@ def _plan(_device: int, rows: int, width: int) -> Any:
 
 def _stream(device: torch.device) -> int:
     return torch.cuda.current_stream(device).cuda_stream
-
-
-_zeros: dict[tuple[torch.device, int], Tensor] = {}
-
-
-def _counters(device: torch.device) -> Tensor:
-    """Counters that only count on: of a stream, and fresh ones inside a CUDA graph."""
-    if torch.cuda.is_current_stream_capturing():
-        return torch.zeros(_COUNTERS, dtype=torch.int32, device=device)
-    key = device, _stream(device)
-    if key not in _zeros:
-        _zeros[key] = torch.zeros(_COUNTERS, dtype=torch.int32, device=device)
-    return _zeros[key]
 
 
 def _flat(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
@@ -200,7 +187,9 @@ def _launch(
         # Kept until the launch is made; on one stream nobody else gets it before that has run.
         floats = min(plan.entries, entries) * plan.workspace
         memory = torch.empty(floats, dtype=torch.float32, device=device)
-        arrivals = _counters(device)
+        # Fresh ones, too: kept between calls, they would have to be one set a stream, and memory
+        # that a CUDA graph does not know of.
+        arrivals = torch.zeros(_COUNTERS, dtype=torch.int32, device=device)
         workspace, counters = memory.data_ptr(), arrivals.data_ptr()
     extension().cka_small(
         plan, layers, batch, _TYPES[x[0].dtype], rows, entries, debiased, distance,

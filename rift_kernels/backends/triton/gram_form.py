@@ -64,29 +64,17 @@ def _small_gram(
     share = round_up(-(-widest // programs), config.small_k)
     rows = max(16, power_of_two(layers.max_rows))
     workspace = layers.empty(layers.entries * programs * (2 * rows * rows + 2))
+    # Fresh ones, at the price of one small launch: memory kept between calls would have to be one a
+    # stream, and inside CUDA graphs it would belong to nobody.
+    counters = None
+    if programs > 1:
+        counters = torch.zeros(layers.entries, dtype=torch.int32, device=layers.device)
     small_gram.small_gram_kernel[(programs, layers.entries)](
-        *layers.shape, workspace, _counters(layers), values, kept, layers.max_rows, share,
+        *layers.shape, workspace, counters, values, kept, layers.max_rows, share,
         **layers.options, DEBIASED=debiased, DISTANCE=distance, STORE=store,
         ROWS=rows, BLOCK_K=config.small_k, PROGRAMS=programs,
         num_warps=8 if rows > 64 else 4, num_stages=2,
     )  # fmt: skip
-
-
-_zeros: dict[tuple[torch.device, int], Tensor] = {}
-
-
-def _counters(layers: Layers) -> Tensor:
-    """Zeros that the kernel leaves as zeros: one buffer a stream, fresh ones inside a CUDA graph.
-
-    A graph may be replayed on any stream beside any other, so it gets its own, zeroed at replay.
-    """
-    device, entries = layers.device, layers.entries
-    if device.type == "cpu" or torch.cuda.is_current_stream_capturing():
-        return torch.zeros(entries, dtype=torch.int32, device=device)
-    key = device, torch.cuda.current_stream(device).cuda_stream
-    if key not in _zeros or _zeros[key].numel() < entries:
-        _zeros[key] = torch.zeros(power_of_two(max(entries, 64)), dtype=torch.int32, device=device)
-    return _zeros[key]
 
 
 def cka_bwd(
@@ -98,10 +86,10 @@ def cka_bwd(
     own = layers.x if side == 0 else layers.y
     entries, max_rows, max_width = layers.entries, layers.max_rows, max(own.widths)
     small = max_rows <= SMALL_ROWS
-    width = sums.numel() // (entries * 2)
     grads, stride_gb = gradients(own, layers, dtype)
     if layers.idle:
         return grads
+    width = sums.numel() // (entries * 2)
     block_m, block_n, block_k = config.gram_backward
     if small:
         # The mean of a column is that of its one block.

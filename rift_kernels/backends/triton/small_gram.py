@@ -150,9 +150,6 @@ def small_gram_kernel(
         last = arrive(counters_ptr + entry, PROGRAMS)
     if last:
         tl.debug_barrier()
-        if PROGRAMS > 1:
-            # Ready for the next call.
-            tl.store(counters_ptr + entry, 0)
         diagonal_x, sums_x, pivot_x = _add_up(workspace_ptr, mine, 0, PROGRAMS, ROWS, STRIP)
         diagonal_y, sums_y, pivot_y = _add_up(workspace_ptr, mine, 1, PROGRAMS, ROWS, STRIP)
         energy_x, energy_y = tl.sum(diagonal_x, 0), tl.sum(diagonal_y, 0)
