@@ -4,7 +4,15 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint bench report gpu-check clean
+# The oldest versions that pyproject.toml allows, and the newest NumPy that this triton's
+# interpreter takes; all else as in constraints.txt.
+OLDEST := torch==2.11.0 triton==3.6.0 numpy==2.3.5 setuptools==81.0.0
+OLDEST_VENV := .venv-oldest
+# A pyenv's python3.12 may be on PATH and refuse to run.
+PYTHON_OLDEST ?= $(firstword $(shell for python in python3.12 ~/.pyenv/versions/3.12.*/bin/python3 \
+	$(PYTHON); do $$python -c "" 2> /dev/null && echo $$python; done))
+
+.PHONY: demo test test-oldest lint bench report gpu-check clean
 
 demo: $(VENV)/ready
 	$(BIN)/python -m examples.finetune_digits $(ARGS)
@@ -13,6 +21,10 @@ demo: $(VENV)/ready
 test: $(VENV)/ready
 	$(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n auto $(ARGS)
+
+test-oldest: $(OLDEST_VENV)/ready
+	$(OLDEST_VENV)/bin/python -m pytest -n auto --dist loadfile $(ARGS)
+	TRITON_INTERPRET=1 $(OLDEST_VENV)/bin/python -m pytest -n auto $(ARGS)
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .
@@ -34,7 +46,7 @@ gpu-check:
 	$(PYTHON) -m benchmarks.gpu_check
 
 clean:
-	rm -rf $(VENV) build rift_kernels/_C*.so *.egg-info demo ablations continual \
+	rm -rf $(VENV) $(OLDEST_VENV) build rift_kernels/_C*.so *.egg-info demo ablations continual \
 		.pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	find . -name __pycache__ -type d -exec rm -rf {} +
 
@@ -42,4 +54,15 @@ $(VENV)/ready: pyproject.toml constraints.txt setup.py $(wildcard csrc/*)
 	@echo "Installing into $(VENV): about 2.5 GB, some minutes"
 	$(PYTHON) -m venv $(VENV)
 	RIFT_KERNELS_STRICT=1 $(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	touch $@
+
+# Without the CUDA kernels, which know neither torch nor triton.
+$(OLDEST_VENV)/ready: pyproject.toml constraints.txt setup.py Makefile
+	@$(PYTHON_OLDEST) -c "import sys; print('Installing $(OLDEST) for Python', \
+		sys.version.split()[0], 'into $(OLDEST_VENV): about 5.5 GB, some minutes')"
+	$(PYTHON_OLDEST) -m venv $(OLDEST_VENV)
+	sed $(foreach pin,$(OLDEST),-e 's/^$(firstword $(subst =, ,$(pin)))==.*/$(pin)/') \
+		constraints.txt > $(OLDEST_VENV)/constraints.txt
+	RIFT_KERNELS_CUDA=0 $(OLDEST_VENV)/bin/python -m pip install --quiet \
+		--constraint $(OLDEST_VENV)/constraints.txt --editable ".[dev]"
 	touch $@

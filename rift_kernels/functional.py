@@ -308,7 +308,7 @@ def _measure(
     gram = tuple(ranks is None and dispatch.use_gram(name, *shape) for shape in shapes)
     rows, width = max(n for n, _, _ in shapes), max(max(d1, d2) for _, d1, d2 in shapes)
     kind = name if ranks is None else "moments"
-    problem = dispatch.Problem(kind, gram, rows, width, bool(given.masks))
+    problem = dispatch.Problem(kind, gram, rows, width, len(given.masks) > 0)
     backend = dispatch.choose_backend(backend, teachers[0].device, given.dtypes, problem)
     if matrices:
         teachers = _rotate(given, matrices, precision)

@@ -2,6 +2,7 @@
 
 import ast
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -256,3 +257,13 @@ def test_what_an_extension_was_compiled_for(architectures, runs, not_on, monkeyp
     assert not any(cuda.compiled_for(capability) for capability in not_on)
     assert cuda.compiled_for((9, 0), True) == ("90a" in architectures)
     assert not cuda.compiled_for((10, 0), True)
+
+
+def test_the_oldest_versions_tested_are_those_declared() -> None:
+    root = PACKAGE.parent
+    declared = dict(re.findall(r'"(torch|triton)>=([\d.]+)', (root / "pyproject.toml").read_text()))
+    (pins,) = re.findall(r"^OLDEST := (.*)$", (root / "Makefile").read_text(), re.MULTILINE)
+    tested = dict(pin.split("==") for pin in pins.split())
+    assert {name: f"{version}.0" for name, version in declared.items()} == {
+        name: tested[name] for name in ("torch", "triton")
+    }
