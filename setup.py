@@ -2,11 +2,13 @@
 
 Everything else is declared in pyproject.toml. Environment variables:
 
-- ``RIFT_KERNELS_CUDA``: 1 builds the extension or fails, 0 leaves it out; unset, it is built where
-  there is an nvcc.
-- ``RIFT_KERNELS_CUDA_ARCHS``: the architectures, as nvcc's ``sm_90a`` has them; "80;90a;100a".
+- ``RIFT_KERNELS_CUDA``: 1 builds the extension or fails, 0 leaves it out; unset, it is built on
+  Linux where there is an nvcc that can.
+- ``RIFT_KERNELS_CUDA_ARCHS``: the architectures, as nvcc's ``sm_90a`` has them, all of which nvcc
+  must know; unset, those of "80;90a;100a" that it knows.
 - ``RIFT_KERNELS_STRICT``: 1 makes every warning an error.
-- ``NVCC``: the compiler, if not the nvcc on PATH.
+- ``NVCC``: the compiler; else that of ``CUDA_HOME``, else of ``CUDA_PATH``, else the one on PATH.
+- ``MAX_JOBS``: how many compilers run at once; unset, as many as there are processors.
 """
 
 from __future__ import annotations
@@ -16,9 +18,11 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 import sysconfig
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
@@ -28,43 +32,142 @@ ARCHITECTURES = "80;90a;100a"
 FLAGS = shlex.split("-std=c++17 -O3 -Xcompiler -fPIC,-Wall,-Wextra,-fvisibility=hidden")
 # A newer compiler warns of more, which is no reason for an installation to fail.
 STRICT_FLAGS = shlex.split("-Xcompiler -Werror -Werror all-warnings")
-# A spilled register is a warning; a thread an architecture.
-KERNEL_FLAGS = shlex.split("-Xptxas -warn-spills --threads 0")
+# A spilled register is a warning.
+KERNEL_FLAGS = shlex.split("-Xptxas -warn-spills")
+# Clusters can be launched from here on.
+OLDEST = (11, 8)
+# What the list of a compiler does not tell: since when it knows Hopper's own instructions.
+OLDEST_90A = (12, 0)
 
 
-def find_nvcc(environment: Mapping[str, str]) -> str | None:
-    """The nvcc to build with, None to leave the extension out; SystemExit where neither goes."""
+class Compiler(NamedTuple):
+    """An nvcc, and what it says of itself."""
+
+    path: str
+    release: tuple[int, int]
+    architectures: list[str]  # their numbers
+
+    def __str__(self) -> str:
+        """As messages name it."""
+        return "nvcc {}.{} ({})".format(*self.release, self.path)
+
+    def knows(self, name: str) -> bool:
+        """Whether it compiles for an architecture such as 90a."""
+        since = OLDEST_90A if name == "90a" else OLDEST
+        return name.rstrip("af") in self.architectures and self.release >= since
+
+
+class Plan(NamedTuple):
+    """What will be built, and a line for the user where that is less than all."""
+
+    nvcc: str | None
+    architectures: list[str]
+    note: str
+
+
+def plan(environment: Mapping[str, str], platform: str = sys.platform) -> Plan:
+    """What to build with these settings; SystemExit where they ask for what cannot be built."""
     choice = environment.get("RIFT_KERNELS_CUDA", "")
     if choice not in ("", "0", "1"):
         raise SystemExit(
             "RIFT_KERNELS_CUDA must be 1 (build the CUDA kernels), 0 (leave them out) or unset "
-            f"(build them where there is an nvcc); got {choice!r}"
+            f"(build them where there is an nvcc that can); got {choice!r}"
         )
     if choice == "0":
-        return None
-    named = environment.get("NVCC")
-    nvcc = shutil.which(named or "nvcc", path=environment.get("PATH", ""))
-    if named and nvcc is None:
-        raise SystemExit(f"NVCC must be an nvcc that can be run, or unset; got {named!r}")
-    if choice == "1" and nvcc is None:
+        return _left_out("RIFT_KERNELS_CUDA=0")
+    reason = f"they are for Linux, and this is {platform}"
+    if platform == "linux":
+        nvcc = find_nvcc(environment)
+        compiler, reason = inspected(nvcc) if nvcc else (None, _searched(environment))
+        if compiler is not None:
+            return Plan(compiler.path, *parse_architectures(environment, compiler))
+    if choice == "1" or (platform == "linux" and environment.get("NVCC")):
+        cause = "RIFT_KERNELS_CUDA=1" if choice == "1" else f"NVCC={environment['NVCC']}"
         raise SystemExit(
-            "RIFT_KERNELS_CUDA=1 needs nvcc, and PATH has none: install the CUDA toolkit and put "
-            "nvcc on PATH, or set RIFT_KERNELS_CUDA=0 to leave the CUDA kernels out"
+            f"{cause} asks for the CUDA kernels, and they cannot be built: {reason}. "
+            "RIFT_KERNELS_CUDA=0 leaves them out"
         )
-    return nvcc
+    return _left_out(reason)
 
 
-def parse_architectures(environment: Mapping[str, str]) -> list[str]:
-    """What to compile for, ["80", "90a", "100a"]; SystemExit where the text is no such list."""
-    text = environment.get("RIFT_KERNELS_CUDA_ARCHS") or ARCHITECTURES
-    names = [name.strip() for name in re.split("[;,]", text)]
+def _left_out(reason: str) -> Plan:
+    return Plan(None, [], f"the CUDA kernels are left out ({reason}), the rest is installed")
+
+
+HOMES = ("CUDA_HOME", "CUDA_PATH")
+
+
+def find_nvcc(environment: Mapping[str, str]) -> str | None:
+    """That of NVCC, which is then the only one; else the first in CUDA_HOME, CUDA_PATH and PATH."""
+    path = environment.get("PATH", "")
+    if named := environment.get("NVCC"):
+        return shutil.which(named, path=path)
+    folders = [f"{environment[home]}/bin" for home in HOMES if environment.get(home)]
+    return shutil.which("nvcc", path=os.pathsep.join([*folders, path]))
+
+
+def _searched(environment: Mapping[str, str]) -> str:
+    if named := environment.get("NVCC"):
+        return f"NVCC must be an nvcc that can be run, or unset; got {named!r}"
+    homes = [f"{home}/bin ({environment[home]}/bin)" for home in HOMES if environment.get(home)]
+    places = " and none in ".join([*homes, "PATH"])
+    return (
+        f"there is no nvcc in {places}; install the CUDA toolkit, or set CUDA_HOME to where it is"
+    )
+
+
+def inspected(nvcc: str) -> tuple[Compiler | None, str]:
+    """The compiler, or why nothing can be compiled with it."""
+    try:
+        version, listed = _ask(nvcc, "--version"), _ask(nvcc, "--list-gpu-arch")
+    except (OSError, subprocess.SubprocessError) as error:
+        return None, f"{nvcc} cannot be run: {error}"
+    found = re.search(r"release (\d+)\.(\d+)", version)
+    if found is None:
+        return None, f"{nvcc} --version names no release: {version.strip()!r}"
+    compiler = Compiler(nvcc, (int(found[1]), int(found[2])), re.findall(r"compute_(\d+)", listed))
+    if compiler.release < OLDEST:
+        return None, f"{compiler} is too old: {OLDEST[0]}.{OLDEST[1]} is the oldest that will do"
+    return compiler, ""
+
+
+def _ask(nvcc: str, question: str) -> str:
+    done = subprocess.run([nvcc, question], capture_output=True, text=True, check=False)
+    if done.returncode and question == "--version":
+        text = (done.stderr or done.stdout).strip() or f"exit status {done.returncode}"
+        raise subprocess.SubprocessError(text)
+    return done.stdout
+
+
+def parse_architectures(
+    environment: Mapping[str, str], compiler: Compiler
+) -> tuple[list[str], str]:
+    """What to compile for, ["80", "90a", "100a"], and a line if that is not all of the default.
+
+    SystemExit where the text is no such list, or has what the compiler does not know.
+    """
+    given = environment.get("RIFT_KERNELS_CUDA_ARCHS")
+    text = given or ARCHITECTURES
+    names = list(dict.fromkeys(name.strip() for name in re.split("[;,]", text)))
     for name in names:
         if not re.fullmatch(r"[1-9]\d{1,2}[af]?", name):
             raise SystemExit(
                 f'RIFT_KERNELS_CUDA_ARCHS must be architectures as in "{ARCHITECTURES}", with ; '
                 f"or , between them; got {name!r} in {text!r}"
             )
-    return list(dict.fromkeys(names))
+    known = [name for name in names if compiler.knows(name)]
+    missing = ", ".join(name for name in names if name not in known)
+    if not missing:
+        return known, ""
+    if given or not known:
+        raise SystemExit(
+            f"RIFT_KERNELS_CUDA_ARCHS must be architectures that {compiler} knows, which are "
+            f"{', '.join(compiler.architectures) or 'none'}; got {missing} in {text!r}"
+        )
+    return known, (
+        f"the CUDA kernels are compiled for {';'.join(known)} and not for {missing}, "
+        f"which {compiler} does not know; GPUs newer than {known[-1]} compile them when they load"
+    )
 
 
 def gencode(architectures: Sequence[str]) -> list[str]:
@@ -90,17 +193,28 @@ def flags_of(environment: Mapping[str, str]) -> list[str]:
     return [*FLAGS, *(STRICT_FLAGS if environment.get("RIFT_KERNELS_STRICT") == "1" else [])]
 
 
+def jobs_of(environment: Mapping[str, str]) -> tuple[list[str], list[str]]:
+    """ninja's flags, and nvcc's, for so many compilers at once."""
+    jobs = environment.get("MAX_JOBS")
+    if not jobs:
+        return [], ["--threads", "0"]  # one an architecture
+    if not re.fullmatch(r"[1-9]\d*", jobs):
+        raise SystemExit(f"MAX_JOBS must be a number of compilers, or unset; got {jobs!r}")
+    return ["-j", jobs], ["--threads", "1"]
+
+
 def build_ninja(
     compiler: list[str],
     architectures: Sequence[str],
     sources: list[Path],
     includes: list[str],
     target: Path,
+    threads: Sequence[str] = (),
 ) -> str:
     """The text of a build.ninja that compiles ``sources`` and links ``target``, all absolute."""
     own = f'-DRIFT_ARCHS="{";".join(architectures)}"'
     flags = {
-        ".cu": [*KERNEL_FLAGS, *gencode(architectures)],
+        ".cu": [*KERNEL_FLAGS, *threads, *gencode(architectures)],
         # -isystem: Python's and pybind11's headers may warn.
         ".cpp": [own, *(word for folder in includes for word in ("-isystem", folder))],
     }
@@ -138,15 +252,19 @@ class BuildExtension(build_ext):
         target.parent.mkdir(parents=True, exist_ok=True)
         sources = [Path(source).absolute() for source in ext.sources]
         includes = [sysconfig.get_path("include"), pybind11.get_include()]
-        nvcc, architectures = find_nvcc(os.environ), parse_architectures(os.environ)
-        compiler = [nvcc, *flags_of(os.environ)]
-        text = build_ninja(compiler, architectures, sources, includes, target)
+        nvcc, architectures, note = plan(os.environ)
+        jobs, threads = jobs_of(os.environ)
+        if note:
+            print(f"rift_kernels: {note}", flush=True)
+        compiler = [str(nvcc), *flags_of(os.environ)]
+        text = build_ninja(compiler, architectures, sources, includes, target, threads)
         (folder / "build.ninja").write_text(text)
-        run = subprocess.run([Path(ninja.BIN_DIR, "ninja"), "-C", folder], check=False)
+        run = subprocess.run([Path(ninja.BIN_DIR, "ninja"), *jobs, "-C", folder], check=False)
         if run.returncode:
             raise SystemExit(
-                "The CUDA kernels do not compile, see above. RIFT_KERNELS_CUDA_ARCHS "
-                f'("{ARCHITECTURES}") names the architectures, NVCC another nvcc; '
+                f"The CUDA kernels do not compile with {nvcc}, see above. NVCC or CUDA_HOME names "
+                "another nvcc, NVCC_PREPEND_FLAGS='-ccbin g++-12' a C++ compiler that it takes, "
+                f'RIFT_KERNELS_CUDA_ARCHS ("{ARCHITECTURES}") the architectures; '
                 "RIFT_KERNELS_CUDA=0 leaves the CUDA kernels out"
             )
 
@@ -156,17 +274,15 @@ class LeaveOut(build_py):
 
     def run(self) -> None:
         """Also removes what an earlier editable build left: it would be imported."""
-        off = os.environ.get("RIFT_KERNELS_CUDA") == "0"
-        reason = "RIFT_KERNELS_CUDA=0" if off else "there is no nvcc on PATH"
-        print(f"rift_kernels: the CUDA kernels are left out ({reason}), the rest is installed")
+        print(f"rift_kernels: {plan(os.environ).note}")
         for stale in Path("rift_kernels").glob("_C*.so") if self.editable_mode else ():
             stale.unlink()
         super().run()
 
 
 if __name__ == "__main__":
-    if find_nvcc(os.environ):
-        parse_architectures(os.environ)  # now rather than after pip has fetched torch
+    if plan(os.environ).nvcc:  # asked now rather than after pip has fetched torch
+        jobs_of(os.environ)
         sources = [*map(str, sorted(Path("csrc").glob("*.cu"))), "csrc/bindings.cpp"]
         setup(
             ext_modules=[Extension("rift_kernels._C", sources)],

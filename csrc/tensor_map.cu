@@ -1,5 +1,14 @@
 #include "tensor_map.h"
 
+#include <cuda_runtime.h>
+
+#if CUDART_VERSION < 12000
+
+// No such maps yet, and no kernels that take them: sm_90a came with 12.0, too.
+cudaError_t rift::encode(const Matrix&, int, TensorMap*) { return cudaErrorNotSupported; }
+
+#else
+
 #include <cudaTypedefs.h>
 
 #include "moments_layout.h"
@@ -50,3 +59,5 @@ cudaError_t encode(const Matrix& matrix, int box_rows, TensorMap* map) {
 }
 
 }  // namespace rift
+
+#endif
