@@ -132,6 +132,15 @@ def _backend_from_the_call_alone(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(dispatch, "_warned", True)
 
 
+@pytest.fixture(autouse=INTERPRETED, scope="session")
+def _one_writer() -> Iterator[None]:
+    """No two programs, and no two threads of one, write the same element."""
+    from tests import one_writer
+
+    with one_writer.watched():
+        yield
+
+
 @pytest.fixture
 def force_form(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     """Make every call take the "gram" or the "covariance" form, whatever costs less."""

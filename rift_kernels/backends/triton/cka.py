@@ -277,12 +277,14 @@ def cka_kernel(
                     sums = tl.where(field == SQUARE_B, square, sums)
                     if TEACHER:
                         store_halves(planes_y_ptr, plane, direct, tile)
-                        store_halves(planes_y_ptr, plane, turned, tile)
+                        if block_i != block_j:
+                            store_halves(planes_y_ptr, plane, turned, tile)
                 else:
                     sums = tl.where(field == SQUARE_A, square, sums)
                     if STUDENT:
                         store_halves(planes_x_ptr, plane, direct, tile)
-                        store_halves(planes_x_ptr, plane, turned, tile)
+                        if block_i != block_j:
+                            store_halves(planes_x_ptr, plane, turned, tile)
             else:
                 sums = tl.where(field == SQUARE_C, square, sums)
                 lower = block_i > block_j

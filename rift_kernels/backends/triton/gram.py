@@ -258,9 +258,10 @@ def gram_kernel(
         )  # fmt: skip
         if STORE:
             tl.store(grams_ptr + direct, kx, mask=bounds)
-            tl.store(grams_ptr + turned, kx, mask=bounds)
             tl.store(grams_ptr + plane + direct, ky, mask=bounds)
-            tl.store(grams_ptr + plane + turned, ky, mask=bounds)
+            if block_i != block_j:
+                tl.store(grams_ptr + turned, kx, mask=bounds)
+                tl.store(grams_ptr + plane + turned, ky, mask=bounds)
         twice = tl.where(block_i == block_j, 1.0, 2.0)
         sums = pack_sums(
             twice * inner_product(kx, kx),
