@@ -3,12 +3,13 @@
 // One block a processor owns a run of the schedule, of single tiles. All its threads fetch chunks of columns ahead, by
 // cp.async into a ring of stages, across the ends of tiles; both operands have their inner dimension
 // as rows, which ldmatrix turns over. A step's fragments are loaded while the step before multiplies,
-// so that one barrier a chunk is all that anybody waits for.
+// so that one barrier a chunk is all that anybody waits for. Long sums are made of runs (runs.cuh).
 //
 // Bytes: as moments_sm90.
 #pragma once
 
 #include "moments_layout.h"
+#include "runs.cuh"
 #include "tiles_sm80.cuh"
 
 namespace rift {
@@ -69,7 +70,16 @@ struct MomentRing {
   }
 };
 
-__device__ inline void store_tile(float* tile, const float (&c)[4][4][4]) {
+__device__ inline void end_run(float (&c)[4][4][4], Totals<4> (&totals)[4][4], int done, int next) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+#pragma unroll
+    for (int j = 0; j < 4; ++j) totals[i][j].end_run(c[i][j], done, next);
+  }
+}
+
+__device__ inline void store_tile(float* tile, const float (&c)[4][4][4],
+                                  const Totals<4> (&totals)[4][4]) {
   const int lane = threadIdx.x % 32;
   float* out = tile + (warp_row() + lane / 4) * TILE + warp_column() + lane % 4 * 2;
 #pragma unroll
@@ -77,8 +87,10 @@ __device__ inline void store_tile(float* tile, const float (&c)[4][4][4]) {
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
       float* at = out + 16 * i * TILE + 8 * j;
-      *reinterpret_cast<Vector<float, 2>*>(at) = {c[i][j][0], c[i][j][1]};
-      *reinterpret_cast<Vector<float, 2>*>(at + 8 * TILE) = {c[i][j][2], c[i][j][3]};
+      const Totals<4>& own = totals[i][j];
+      *reinterpret_cast<Vector<float, 2>*>(at) = {own.sum(c[i][j], 0), own.sum(c[i][j], 1)};
+      *reinterpret_cast<Vector<float, 2>*>(at + 8 * TILE) = {own.sum(c[i][j], 2),
+                                                             own.sum(c[i][j], 3)};
     }
   }
 }
@@ -100,7 +112,10 @@ __global__ void __launch_bounds__(TILE_THREADS, 1)
   int stage = 0;
   for (int index = 0; piece.first < piece.last; piece = schedule.piece(program, ++index)) {
     float c[4][4][4] = {};
-    for (int chunk = piece.first; chunk < piece.last; ++chunk) {
+    Totals<4> totals[4][4];
+    const int count = piece.last - piece.first;
+    for (int done = 0, end = 0; done < count;) {
+      if (done == end) end += next_run(done, count - done);
 #pragma unroll
       for (int step = 0; step < STEPS; ++step) {
         if (step < STEPS - 1) {
@@ -117,8 +132,9 @@ __global__ void __launch_bounds__(TILE_THREADS, 1)
         }
         multiply_add(c, fragments[step % 2]);
       }
+      if (++done == end) end_run(c, totals, done, next_run(done, count - done));
     }
-    store_tile(arguments.part_of(pair_at(piece.square), piece.square, piece.part), c);
+    store_tile(arguments.part_of(pair_at(piece.square), piece.square, piece.part), c, totals);
   }
   wait_copies<0>();
 }

@@ -5,13 +5,15 @@
 // of them a block. One thread of a block's first warpgroup fetches chunks of columns by the copy
 // engine, as they lie: the block's own left operand, and half of the right one, for both blocks. The
 // two other warpgroups multiply 64 x 256 each: both operands have their inner dimension as rows,
-// which the tensor cores take. Means come off later: products of bfloat16 are exact in float32.
+// which the tensor cores take. Means come off later: products of bfloat16 are exact in float32, and
+// sums of runs nearly so (runs.cuh).
 //
 // Bytes: from the L2 cache 32 KiB a block and chunk for 128 x 256 sums of 64 products, half of it on
 // the diagonal; 64 KiB for each part of a tile.
 #pragma once
 
 #include "moments_layout.h"
+#include "runs.cuh"
 #include "sm90.cuh"
 #include "turn.h"
 #include "types.cuh"
@@ -76,40 +78,54 @@ struct Moments {
 
   // `half`: which 64 rows of its block this warpgroup has.
   __device__ void multiply(int half) const {
-    const int lane = threadIdx.x % 32;
     Turn<MOMENT_STAGES> turn;
     for (int index = 0;; ++index) {
       const Piece piece = arguments.schedule.piece(program, index);
       if (piece.first == piece.last) return;
       const Pair tile = first_tile(piece.square);
       float c[128] = {};
-      int before = -1;
-      for (int chunk = piece.first; chunk < piece.last; ++chunk, turn.next()) {
-        wait_barrier(pipeline.full + turn.stage, turn.parity);
-        const unsigned char* right = pipeline.right(turn.stage);
-        const unsigned char* left =
-            tile.i == tile.j ? right + rank * OPERAND_BYTES : pipeline.left(turn.stage);
-        const uint64_t a = describe(left + half * BOX_BYTES, BOX_BYTES);
-        const uint64_t b = describe(right, BOX_BYTES);
-        begin_products();
-#pragma unroll
-        for (int step = 0; step < MOMENT_CHUNK / 16; ++step) {
-          // 16 rows of 128 bytes further, in the descriptor's units of 16 bytes.
-          multiply_add(c, a + step * (16 * 128 / 16), b + step * (16 * 128 / 16));
-        }
-        commit_products();
-        // The chunk before is through; this one goes on while the next is waited for.
-        wait_products<1>();
-        if (before >= 0 && lane < PAIR) arrive_at(pipeline.empty + before, lane);
-        before = turn.stage;
+      Totals<128> totals;
+      const int count = piece.last - piece.first;
+      for (int done = 0; done < count;) {
+        const int run = next_run(done, count - done);
+        multiply_run(c, run, tile, half, turn);
+        done += run;
+        totals.end_run(c, done, next_run(done, count - done));
       }
-      wait_products<0>();
-      if (lane < PAIR) arrive_at(pipeline.empty + before, lane);
-      store(c, {tile.i + rank, tile.j}, piece, half);
+      store(c, totals, {tile.i + rank, tile.j}, piece, half);
     }
   }
 
-  __device__ void store(const float (&c)[128], Pair tile, const Piece& piece, int half) const {
+  // Some chunks, with nothing under way before and behind.
+  __device__ void multiply_run(float (&c)[128], int chunks, Pair tile, int half,
+                               Turn<MOMENT_STAGES>& turn) const {
+    const int lane = threadIdx.x % 32;
+    int before = -1;
+    for (int chunk = 0; chunk < chunks; ++chunk, turn.next()) {
+      wait_barrier(pipeline.full + turn.stage, turn.parity);
+      const unsigned char* right = pipeline.right(turn.stage);
+      const unsigned char* left =
+          tile.i == tile.j ? right + rank * OPERAND_BYTES : pipeline.left(turn.stage);
+      const uint64_t a = describe(left + half * BOX_BYTES, BOX_BYTES);
+      const uint64_t b = describe(right, BOX_BYTES);
+      begin_products();
+#pragma unroll
+      for (int step = 0; step < MOMENT_CHUNK / 16; ++step) {
+        // 16 rows of 128 bytes further, in the descriptor's units of 16 bytes.
+        multiply_add(c, a + step * (16 * 128 / 16), b + step * (16 * 128 / 16));
+      }
+      commit_products();
+      // The chunk before is through; this one goes on while the next is waited for.
+      wait_products<1>();
+      if (before >= 0 && lane < PAIR) arrive_at(pipeline.empty + before, lane);
+      before = turn.stage;
+    }
+    wait_products<0>();
+    if (lane < PAIR) arrive_at(pipeline.empty + before, lane);
+  }
+
+  __device__ void store(const float (&c)[128], const Totals<128>& totals, Pair tile,
+                        const Piece& piece, int half) const {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
 #pragma unroll
     for (int across = 0; across < PAIR; ++across) {
@@ -120,9 +136,11 @@ struct Moments {
       out += (half * 64 + warp * 16 + lane / 4) * MOMENT_BLOCK + lane % 4 * 2;
 #pragma unroll
       for (int n = 0; n < 16; ++n) {
-        const float* from = c + 4 * (16 * across + n);
-        *reinterpret_cast<Vector<float, 2>*>(out + 8 * n) = {from[0], from[1]};
-        *reinterpret_cast<Vector<float, 2>*>(out + 8 * MOMENT_BLOCK + 8 * n) = {from[2], from[3]};
+        const int from = 4 * (16 * across + n);
+        *reinterpret_cast<Vector<float, 2>*>(out + 8 * n) = {totals.sum(c, from),
+                                                             totals.sum(c, from + 1)};
+        *reinterpret_cast<Vector<float, 2>*>(out + 8 * MOMENT_BLOCK + 8 * n) = {
+            totals.sum(c, from + 2), totals.sum(c, from + 3)};
       }
     }
   }

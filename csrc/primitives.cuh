@@ -28,6 +28,13 @@ __device__ inline uint16_t round_to_bf16(float x) {
   return bits;
 }
 
+// Two at once, the first one in the low bits.
+__device__ inline uint32_t round_to_bf16_pair(float first, float second) {
+  uint32_t bits;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(second), "f"(first));
+  return bits;
+}
+
 __device__ inline uint16_t round_to_half(float x) {
   uint16_t bits;
   asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(x));

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from benchmarks import moments
 from rift_kernels.backends import cuda
+from tests import cases
 
 BLOCK, CHUNK = 128, 64
 # As csrc/schedule.h has it.
@@ -139,6 +140,22 @@ def test_moments(
         tile = launch.schedule.tile(slot)
         expected = padded[tile.left_is_y][tile.i].T @ padded[tile.right_is_y][tile.j]
         torch.testing.assert_close(total, expected, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("hopper", [True, False])
+@pytest.mark.parametrize(("mean", "tolerance"), [(0.0, 3e-6), (3.0, 1e-5)])
+def test_long_sums(emulated_extension, monkeypatch, mean, tolerance, hopper) -> None:
+    """What tensor cores cut off grows with the accumulator, and with the mean that is taken off."""
+    monkeypatch.setattr(cuda, "extension", lambda: emulated_extension)
+    generator = torch.Generator().manual_seed(0)
+    x = (torch.randn(4096, 8, generator=generator, dtype=torch.float64) + mean).bfloat16()
+    launch = moments.Moments(x, x, 2, hopper)
+    launch(0)
+    exact = x.double()
+    means = exact.mean(0)
+    expected = (exact - means).T @ (exact - means)
+    actual = launch.cross().double() - 4096 * means[:, None] * means
+    assert cases.relative_error(actual, expected) <= tolerance
 
 
 def test_the_benchmark_adds_up_the_parts(emulated_extension, monkeypatch) -> None:

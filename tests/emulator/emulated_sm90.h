@@ -153,12 +153,11 @@ void multiply_now(float* c, Left left, uint64_t b) {
   for (int half = 0; half < 2; ++half) {
     for (int n = 0; n < 32; ++n) {
       for (int i = 0; i < 2; ++i) {
-        double sum = c[4 * n + 2 * half + i];
-        for (int k = 0; k < 16; ++k) {
-          sum += static_cast<double>(left(half, k)) *
+        float& sum = c[4 * n + 2 * half + i];
+        sum = emulator::add_products<16>(sum, [&](int k) {
+          return static_cast<double>(left(half, k)) *
                  static_cast<double>(operand(b, k, 8 * n + lane % 4 * 2 + i));
-        }
-        c[4 * n + 2 * half + i] = static_cast<float>(sum);
+        });
       }
     }
   }

@@ -21,6 +21,8 @@
 #include <string>
 #include <vector>
 
+#include "tensor_cores.h"
+
 #define __device__
 #define __global__
 #define __grid_constant__
@@ -312,6 +314,10 @@ inline uint16_t round_to_bf16(float x) {
   return static_cast<uint16_t>((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
 }
 
+inline uint32_t round_to_bf16_pair(float first, float second) {
+  return round_to_bf16(first) | uint32_t{round_to_bf16(second)} << 16;
+}
+
 inline uint16_t round_to_half(float x) { return bits_as<uint16_t>(static_cast<_Float16>(x)); }
 inline float half_to_float(uint16_t bits) { return static_cast<float>(bits_as<_Float16>(bits)); }
 
@@ -378,14 +384,13 @@ inline void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uin
   emulator::wait(warp.barrier);
   for (unsigned part = 0; part < 4; ++part) {
     const unsigned g = lane / 4, row = g + part / 2 * 8, column = 2 * (lane % 4) + part % 2;
-    double sum = c[part];
-    for (unsigned k = 0; k < 16; ++k) {
+    c[part] = emulator::add_products<8>(c[part], [&](int product) {
       // Who holds a(row, k) and b(k, column).
+      const auto k = static_cast<unsigned>(product);
       const uint32_t left = warp.a[row % 8 * 4 + k % 8 / 2][row / 8 + k / 8 * 2];
       const uint32_t right = warp.b[column * 4 + k % 8 / 2][k / 8];
-      sum += static_cast<double>(half_of(left, k % 2)) * static_cast<double>(half_of(right, k % 2));
-    }
-    c[part] = static_cast<float>(sum);
+      return static_cast<double>(half_of(left, k % 2)) * static_cast<double>(half_of(right, k % 2));
+    });
   }
   emulator::wait(warp.barrier);
 }
