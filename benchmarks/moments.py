@@ -40,7 +40,8 @@ class Moments:
     def __call__(self, stream: int) -> None:
         sides = [(t.data_ptr(), t.stride(0), t.shape[1]) for t in (self.x, self.y)]
         addresses = self.tiles.data_ptr(), self.spill.data_ptr()
-        cuda.extension().moments(*sides, self.x.shape[0], *self.machine, *addresses, stream)
+        place = cuda._device(self.x), stream
+        cuda.extension().moments(*sides, self.x.shape[0], *self.machine, *addresses, *place)
 
     def totals(self) -> Tensor:
         """Tiles of the last launch, all parts added up: (slot, row, column)."""

@@ -1,5 +1,6 @@
-// The launchers as Python functions of addresses, on the current device. It imports without a
-// driver; what a launcher answers becomes a RuntimeError that names it.
+// The launchers as Python functions of addresses, on a device that is named: each makes it this
+// thread's first. It imports without a driver; a call that fails becomes a RuntimeError that names the
+// kernel, the call and its error.
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -13,6 +14,8 @@
 
 #include "cka_small.h"
 #include "covariance.h"
+#include "driver.h"
+#include "launch.h"
 #include "moments.h"
 #include "scale.h"
 
@@ -21,12 +24,6 @@ namespace py = pybind11;
 namespace {
 
 using Address = unsigned long long;
-
-void check(cudaError_t error, const char* launcher) {
-  if (error == cudaSuccess) return;
-  throw std::runtime_error(std::string(launcher) + ": " + cudaGetErrorName(error) + ": " +
-                           cudaGetErrorString(error));
-}
 
 rift::Type type_of(const char* name, int value) {
   if (value >= 0 && value <= 2) return static_cast<rift::Type>(value);
@@ -72,12 +69,13 @@ rift::CkaSmallLayer layer_of(const Layer& v, int rows, int width) {
   return layer;
 }
 
-rift::CkaSmallPlan cka_small_plan(int rows, int width) {
+rift::CkaSmallPlan cka_small_plan(int device, int rows, int width) {
   within("rows", rows, rift::MAX_ROWS);
   // Far more than fits, and its bytes still an int.
   within("width", width, 1 << 20);
-  rift::CkaSmallPlan plan;
-  check(rift::cka_small_plan(rows, width, &plan), "cka_small_plan");
+  const rift::OnDevice here(device);
+  rift::CkaSmallPlan plan = rift::cka_small_plan(rows, width);
+  plan.device = device;
   return plan;
 }
 
@@ -106,6 +104,9 @@ void cka_small(const rift::CkaSmallPlan& plan, const std::vector<Layer>& layers,
   const rift::Type type = type_of("type", type_number);
   if (plan.blocks == 0) throw py::value_error("plan must be one that fits; got one of no blocks");
   within("rows", rows, rift::MAX_ROWS);
+  if (entries < 0) {
+    throw py::value_error("entries must not be negative; got " + std::to_string(entries));
+  }
   const int width = plan.share * plan.blocks;
   if (batch ? layers.size() != 1 : static_cast<int>(layers.size()) != entries) {
     throw py::value_error("layers must be one for each entry, or one for a batch; got " +
@@ -128,6 +129,7 @@ void cka_small(const rift::CkaSmallPlan& plan, const std::vector<Layer>& layers,
     arguments.workspace = there<float>("workspace", workspace);
     arguments.counters = there<unsigned>("counters", counters);
   }
+  const rift::OnDevice here(plan.device);
   const int most = batch ? plan.entries : std::min(plan.entries, rift::MAX_LAYERS);
   for (int begin = 0; begin < entries; begin += most) {
     const int count = std::min(most, entries - begin);
@@ -136,8 +138,7 @@ void cka_small(const rift::CkaSmallPlan& plan, const std::vector<Layer>& layers,
     }
     if (batch && begin > 0) advance(arguments.layers[0], *batch, most, type);
     arguments.values = there<float>("values", values) + begin;
-    check(rift::cka_small(arguments, plan, type, rows, count, reinterpret_cast<cudaStream_t>(stream)),
-          "cka_small");
+    rift::cka_small(arguments, plan, type, rows, count, reinterpret_cast<cudaStream_t>(stream));
   }
 }
 
@@ -150,6 +151,11 @@ rift::CovarianceSide side_of(const char* name, const Features& v) {
                           std::to_string(v[0]) + " with a stride of " + std::to_string(v[1]) +
                           " elements");
   }
+  if (v[1] < v[2]) {
+    throw py::value_error(std::string(name) + " must have rows that do not overlap; got " +
+                          std::to_string(v[2]) + " columns with a stride of " +
+                          std::to_string(v[1]));
+  }
   return {there<const void>(name, static_cast<Address>(v[0])), v[1],
           within("width", v[2], 1 << 15)};
 }
@@ -160,8 +166,19 @@ rift::Schedule moments_schedule(int rows, int width_x, int width_y, int processo
                                 within("processors", processors, 1 << 16), pairs);
 }
 
+// Hopper's own kernels are empty but in machine code of "90a", which runs on Hopper alone.
+void check_hopper(const char* kernel) {
+  const int number = 10 * rift::device_attribute(cudaDevAttrComputeCapabilityMajor) +
+                     rift::device_attribute(cudaDevAttrComputeCapabilityMinor);
+  const std::string built = ";" + std::string(RIFT_ARCHS) + ";";
+  if (number == 90 && built.find(";90a;") != std::string::npos) return;
+  throw std::runtime_error(std::string(kernel) + ": needs RIFT_KERNELS_CUDA_ARCHS with 90a and a GPU of " +
+                           "compute capability 9.0; got " + RIFT_ARCHS + " and " +
+                           std::to_string(number / 10) + "." + std::to_string(number % 10));
+}
+
 void moments(const Features& x, const Features& y, int rows, int processors, bool pairs,
-             Address tiles, Address spill, Address stream) {
+             Address tiles, Address spill, int device, Address stream) {
   const auto matrix = [&](const char* name, const Features& v) {
     const rift::CovarianceSide side = side_of(name, v);
     return rift::Matrix{side.features, side.stride, rows, side.width};
@@ -171,9 +188,11 @@ void moments(const Features& x, const Features& y, int rows, int processors, boo
       moments_schedule(rows, static_cast<int>(x[2]), static_cast<int>(y[2]), processors, pairs);
   arguments.tiles = there<float>("tiles", tiles);
   if (rift::spill_floats(arguments.schedule) > 0) arguments.spill = there<float>("spill", spill);
+  const rift::Matrix left = matrix("x", x), right = matrix("y", y);
+  const rift::OnDevice here(device);
+  if (pairs) check_hopper("moments_sm90");
   const auto launcher = pairs ? rift::moments_sm90 : rift::moments_sm80;
-  check(launcher(arguments, matrix("x", x), matrix("y", y), reinterpret_cast<cudaStream_t>(stream)),
-        pairs ? "moments_sm90" : "moments_sm80");
+  launcher(arguments, left, right, reinterpret_cast<cudaStream_t>(stream));
 }
 
 rift::CovarianceCall covariance_call(const Features& x, const Features& y, int rows, bool student,
@@ -190,27 +209,19 @@ std::array<long long, 2> covariance_memory(const rift::CovarianceCall& call) {
   return {memory.scratch_bytes, memory.saved_bytes};
 }
 
-// Without Hopper's own instructions, which only "90a" has, its kernels are empty.
-void check_hopper() {
-  if (std::string(RIFT_ARCHS).find("90a") == std::string::npos) {
-    throw std::runtime_error("covariance_forward: needs RIFT_KERNELS_CUDA_ARCHS with 90a; got " +
-                             std::string(RIFT_ARCHS));
-  }
-}
-
 void covariance_forward(const rift::CovarianceCall& call, Address scratch, Address saved,
-                        Address value, Address stream) {
-  if (call.hopper) check_hopper();
+                        Address value, int device, Address stream) {
   rift::CovarianceMemory memory{there<unsigned char>("scratch", scratch),
                                 there<unsigned char>("saved", saved), 0, 0};
   rift::CovarianceArguments arguments = rift::covariance_arguments(call, memory);
   arguments.value = there<float>("value", value);
-  check(rift::covariance_forward(arguments, reinterpret_cast<cudaStream_t>(stream)),
-        "covariance_forward");
+  const rift::OnDevice here(device);
+  if (call.hopper) check_hopper("moments_sm90");
+  rift::covariance_forward(arguments, reinterpret_cast<cudaStream_t>(stream));
 }
 
 void covariance_backward(const rift::CovarianceCall& call, int side, Address saved,
-                         Address incoming, Address grad, Address stream) {
+                         Address incoming, Address grad, int device, Address stream) {
   if (side != 0 && side != 1) {
     throw py::value_error("side must be 0 (student) or 1 (teacher); got " + std::to_string(side));
   }
@@ -220,17 +231,25 @@ void covariance_backward(const rift::CovarianceCall& call, int side, Address sav
     throw py::value_error("side must be one whose gradient the forward was asked for; got " +
                           std::to_string(side));
   }
-  check(rift::covariance_backward(arguments, side, there<const float>("incoming", incoming),
-                                  there<void>("grad", grad),
-                                  reinterpret_cast<cudaStream_t>(stream)),
-        "covariance_backward");
+  const auto* from = there<const float>("incoming", incoming);
+  void* to = there<void>("grad", grad);
+  const rift::OnDevice here(device);
+  if (call.hopper) check_hopper("backward_sm90");
+  rift::covariance_backward(arguments, side, from, to, reinterpret_cast<cudaStream_t>(stream));
 }
 
 // unit, out, count, entries, incoming
 using Tensor = std::array<long long, 5>;
 
-void scale(const std::vector<Tensor>& tensors, int unit, int out, Address stream) {
+void scale(const std::vector<Tensor>& tensors, int unit, int out, int device, Address stream) {
   const rift::Type unit_type = type_of("unit", unit), out_type = type_of("out", out);
+  if (unit_type == rift::Type::fp16 ||
+      (unit_type == rift::Type::bf16 && out_type != rift::Type::bf16)) {
+    throw py::value_error("unit must be 2 (float32), or 0 (bfloat16) as out is; got " +
+                          std::to_string(unit) + " and " + std::to_string(out));
+  }
+  if (tensors.empty()) return;
+  const rift::OnDevice here(device);
   rift::ScaledTensors all;
   for (size_t begin = 0; begin < tensors.size(); begin += rift::MAX_TENSORS) {
     all.size = static_cast<int>(std::min<size_t>(rift::MAX_TENSORS, tensors.size() - begin));
@@ -245,8 +264,7 @@ void scale(const std::vector<Tensor>& tensors, int unit, int out, Address stream
                         empty ? nullptr : there<void>("out", v[1]),
                         empty ? nullptr : there<const float>("incoming", v[4]), v[2], v[3]};
     }
-    check(rift::scale(all, unit_type, out_type, reinterpret_cast<cudaStream_t>(stream)),
-          "scale");
+    rift::scale(all, unit_type, out_type, reinterpret_cast<cudaStream_t>(stream));
   }
 }
 
@@ -264,7 +282,7 @@ PYBIND11_MODULE(_C, module) {
       .def_readonly("shared_bytes", &rift::CkaSmallPlan::shared_bytes)
       .def_readonly("entries", &rift::CkaSmallPlan::entries)
       .def_readonly("workspace", &rift::CkaSmallPlan::workspace);
-  module.def("cka_small_plan", &cka_small_plan, "How the current device runs layers of a size.");
+  module.def("cka_small_plan", &cka_small_plan, "How a device runs layers of a size.");
   module.def("cka_small", &cka_small, "Values and gradients; see csrc/cka_small.h.");
   py::class_<rift::MomentTile>(module, "MomentTile", py::module_local())
       .def_readonly("left_is_y", &rift::MomentTile::left_is_y)

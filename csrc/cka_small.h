@@ -9,11 +9,11 @@
 namespace rift {
 
 // The plan of cka_small_layout.h for the current device.
-cudaError_t cka_small_plan(int rows, int width, CkaSmallPlan* plan);
+CkaSmallPlan cka_small_plan(int rows, int width);
 
 // Up to MAX_LAYERS layers, or a batch, of up to `rows` rows: `entries` <= plan.entries of them.
 // Gradients are for a loss whose own gradient is 1, in bfloat16 for bfloat16 features, else float32.
-cudaError_t cka_small(const CkaSmallArguments& arguments, const CkaSmallPlan& plan, Type type,
-                      int rows, int entries, cudaStream_t stream);
+void cka_small(const CkaSmallArguments& arguments, const CkaSmallPlan& plan, Type type, int rows,
+               int entries, cudaStream_t stream);
 
 }  // namespace rift

@@ -103,9 +103,9 @@ struct CkaSmallPlan {
   int blocks;        // of one layer; 0: the shared memory of so many does not hold it
   int share;         // columns of a block
   int shared_bytes;  // of a block
-  int shared_most;   // that a block may have on this GPU
   int entries;       // that one launch may have
   int workspace;     // floats that an entry needs in global memory
+  int device;        // whose plan this is
 };
 
 // `major`: of the compute capability; `shared`: bytes that a block may have at most.
@@ -121,10 +121,10 @@ RIFT_BOTH constexpr CkaSmallPlan cka_small_plan(int rows, int width, int major, 
         blocks < LARGEST_CLUSTER && 2 * blocks <= most && width > blocks * TILE_ROWS;
     const int share = share_of(width, blocks), bytes = cka_small_layout(padded, share, blocks).bytes;
     if (splits || bytes > shared) continue;
-    if (major >= 9) return {true, blocks, share, bytes, shared, 65535, 0};
+    if (major >= 9) return {true, blocks, share, bytes, 65535, 0, 0};
     const int entries = processors / blocks;
-    return {false, blocks, share, bytes, shared, entries < COUNTED_ENTRIES ? entries : COUNTED_ENTRIES,
-            exchange_floats(padded, blocks) * blocks};
+    return {false, blocks, share, bytes, entries < COUNTED_ENTRIES ? entries : COUNTED_ENTRIES,
+            exchange_floats(padded, blocks) * blocks, 0};
   }
   return {};
 }

@@ -7,10 +7,10 @@
 
 namespace rift {
 
-cudaError_t covariance_forward(const CovarianceArguments& arguments, cudaStream_t stream);
+void covariance_forward(const CovarianceArguments& arguments, cudaStream_t stream);
 
 // Of side 0, the student, or 1.
-cudaError_t covariance_backward(const CovarianceArguments& arguments, int side,
-                                const float* incoming, void* grad, cudaStream_t stream);
+void covariance_backward(const CovarianceArguments& arguments, int side, const float* incoming,
+                         void* grad, cudaStream_t stream);
 
 }  // namespace rift

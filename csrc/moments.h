@@ -9,11 +9,11 @@
 namespace rift {
 
 // A schedule of single tiles; see moments_sm80.cuh.
-cudaError_t moments_sm80(const MomentsArguments& arguments, const Matrix& x, const Matrix& y,
-                         cudaStream_t stream);
+void moments_sm80(const MomentsArguments& arguments, const Matrix& x, const Matrix& y,
+                  cudaStream_t stream);
 
 // A schedule of pairs; see moments_sm90.cuh.
-cudaError_t moments_sm90(const MomentsArguments& arguments, const Matrix& x, const Matrix& y,
-                         cudaStream_t stream);
+void moments_sm90(const MomentsArguments& arguments, const Matrix& x, const Matrix& y,
+                  cudaStream_t stream);
 
 }  // namespace rift

@@ -1,5 +1,9 @@
 #include "scale.cuh"
 
+#include <algorithm>
+
+#include "launch.h"
+
 namespace rift {
 namespace {
 
@@ -7,32 +11,27 @@ namespace {
 constexpr long long MOST_BLOCKS = 1024;
 
 template <typename Unit, typename Out>
-cudaError_t launch(const ScaledTensors& all, cudaStream_t stream) {
+void scale(const ScaledTensors& all, cudaStream_t stream) {
   long long largest = 0;
   for (int i = 0; i < all.size; ++i) {
-    const long long size = all.tensors[i].count * all.tensors[i].entries;
-    largest = size > largest ? size : largest;
+    largest = std::max(largest, all.tensors[i].count * all.tensors[i].entries);
   }
-  if (largest == 0) return cudaSuccess;
+  if (largest == 0) return;
   constexpr long long STEP = SCALE_THREADS * vector_size<Unit, Out>();
-  const long long blocks = (largest + STEP - 1) / STEP;
-  const dim3 grid(static_cast<unsigned>(blocks < MOST_BLOCKS ? blocks : MOST_BLOCKS),
-                  static_cast<unsigned>(all.size));
-  scale_kernel<Unit, Out><<<grid, SCALE_THREADS, 0, stream>>>(all);
-  return cudaGetLastError();
+  const long long blocks = std::min((largest + STEP - 1) / STEP, MOST_BLOCKS);
+  Launch how{"scale", static_cast<int>(blocks), SCALE_THREADS};
+  how.entries = all.size;
+  launch(how, stream, scale_kernel<Unit, Out>, all);
 }
 
 }  // namespace
 
-cudaError_t scale(const ScaledTensors& all, Type unit, Type out, cudaStream_t stream) {
-  if (unit == Type::bf16) {
-    return out == Type::bf16 ? launch<Bf16, Bf16>(all, stream) : cudaErrorInvalidValue;
-  }
-  if (unit == Type::fp16) return cudaErrorInvalidValue;
+void scale(const ScaledTensors& all, Type unit, Type out, cudaStream_t stream) {
+  if (unit == Type::bf16) return scale<Bf16, Bf16>(all, stream);
   switch (out) {
-    case Type::bf16: return launch<float, Bf16>(all, stream);
-    case Type::fp16: return launch<float, Half>(all, stream);
-    default: return launch<float, float>(all, stream);
+    case Type::bf16: return scale<float, Bf16>(all, stream);
+    case Type::fp16: return scale<float, Half>(all, stream);
+    default: return scale<float, float>(all, stream);
   }
 }
 

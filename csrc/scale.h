@@ -24,6 +24,6 @@ struct ScaledTensors {
 };
 
 // From bfloat16 to bfloat16, from float32 to any type.
-cudaError_t scale(const ScaledTensors& all, Type unit, Type out, cudaStream_t stream);
+void scale(const ScaledTensors& all, Type unit, Type out, cudaStream_t stream);
 
 }  // namespace rift

@@ -15,6 +15,7 @@ struct Matrix {
   int columns;
 };
 
-cudaError_t encode(const Matrix& matrix, int box_rows, TensorMap* map);
+// For a kernel of this name. The thread must have a context.
+TensorMap encode(const Matrix& matrix, int box_rows, const char* kernel);
 
 }  // namespace rift

@@ -79,6 +79,18 @@ def _interleave(x: Tensor) -> Tensor:
     return view
 
 
+def overlapping(kind: str, rows: int, width: int, dtype: torch.dtype) -> Tensor:
+    """Features whose rows share memory: "windows" 8 elements apart, or 1, or "expanded" columns."""
+    generator = torch.Generator().manual_seed(0)
+    if kind == "expanded":
+        return torch.randn(rows, 1, generator=generator).to(dtype).expand(rows, width)
+    step = {"windows": 8, "close windows": 1}[kind]
+    room = torch.randn(step * (rows - 1) + width, generator=generator).to(dtype)
+    return room.as_strided((rows, width), (step, 1))
+
+
+OVERLAPS = ("windows", "close windows", "expanded")
+
 CASES = (
     Case("tall", 70, 12, 12),
     Case("wide", 9, 40, 40),

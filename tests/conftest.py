@@ -101,6 +101,8 @@ def emulate(monkeypatch: pytest.MonkeyPatch, emulated_extension: ModuleType):
         monkeypatch.setenv("RIFT_EMULATED_THREADS", str(threads))
         name = "sm90" if gpu == "clusters" else "sm80"
         as_gpu.patch_cuda(monkeypatch, name, emulated_extension, 3, form)
+        # CPU tensors have none; the emulator has two.
+        monkeypatch.setattr(cuda, "_device", lambda _: 0)
 
     yield start
     cuda._plan.cache_clear()

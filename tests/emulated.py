@@ -18,7 +18,11 @@ from tests import cases
 TESTS = Path(__file__).parent
 # Before sm_90, blocks have no clusters to meet in, and less memory.
 GPUS = {"clusters": ("9", str(227 * 1024)), "global memory": ("8", str(163 * 1024))}
-SOURCES = (TESTS.parent / "csrc" / "bindings.cpp", TESTS / "emulator" / "launchers.cpp")
+SOURCES = (
+    TESTS.parent / "csrc" / "bindings.cpp",
+    TESTS / "emulator" / "launchers.cpp",
+    TESTS / "emulator" / "runtime.cpp",
+)
 
 
 def build(folder: Path) -> ModuleType:
@@ -29,10 +33,11 @@ def build(folder: Path) -> ModuleType:
     target = folder / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
     command = [
         *("g++", "-std=c++17", "-O2", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"),
-        *("-fPIC", "-shared", "-fvisibility=hidden", '-DRIFT_ARCHS="80;90a"'),
+        *("-fPIC", "-shared", "-fvisibility=hidden"),
+        *("-DRIFT_EMULATOR", "-DRIFT_ARCHS=emulated_architectures()"),
         # It would take a jump from one fiber's stack to another's for an error.
         "-U_FORTIFY_SOURCE",
-        # Its cuda_runtime.h, not CUDA's.
+        # Its runtime and driver, not CUDA's.
         *("-I", str(TESTS / "emulator"), "-I", str(TESTS.parent / "csrc")),
         *("-isystem", pybind11.get_include(), "-isystem", sysconfig.get_path("include")),
         *(*map(str, SOURCES), "-o", str(target)),

@@ -321,15 +321,14 @@ def test_warnings_are_errors_where_asked_for() -> None:
 def test_extension(extension) -> None:
     assert re.fullmatch(r"(\d+[af]?;)*\d+[af]?", extension.architectures)
     # Nothing to do needs no GPU.
-    extension.scale([], 2, 2, 0)
+    extension.scale([], 2, 2, 0, 0)
 
 
 @pytest.mark.usefixtures("extension")
 @pytest.mark.parametrize(
-    ("call", "launcher"),
-    [("scale([(16, 16, 1, 1, 16)], 2, 2, 0)", "scale"), ("cka_small_plan(4, 4)", "cka_small_plan")],
+    "call", ["scale([(16, 16, 1, 1, 16)], 2, 2, 0, 0)", "cka_small_plan(0, 4, 4)"]
 )
-def test_launch_without_a_gpu(call, launcher) -> None:
+def test_launch_without_a_gpu(call) -> None:
     code = (
         "import rift_kernels._C as extension\n"
         f"try: extension.{call}\n"
@@ -340,10 +339,9 @@ def test_launch_without_a_gpu(call, launcher) -> None:
     environment = {**os.environ, "PYTHONPATH": str(parent), "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, "-c", code]
     result = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
-    name, error, text = result.stdout.strip().split(": ", 2)
-    assert name == launcher
-    assert error in ("cudaErrorInsufficientDriver", "cudaErrorNoDevice")
-    assert "CUDA" in text
+    _, function, error = result.stdout.strip().split(": ", 2)
+    assert function.startswith("cu")
+    assert re.match("cudaErrorInsufficientDriver|cudaErrorNoDevice|CUDA_ERROR_NO_DEVICE", error)
 
 
 @pytest.fixture(scope="session")

@@ -230,6 +230,16 @@ def test_one_entry_for_a_batch(emulate) -> None:
 
 
 @every_gpu
+@pytest.mark.parametrize("kind", cases.OVERLAPS)
+def test_rows_that_overlap(kind, gpu, emulate) -> None:
+    emulate(gpu)
+    x, y, _ = cases.Case("", 12, 24, 24, batch=(3,)).features(torch.bfloat16)
+    close(cases.CKA, cases.overlapping(kind, 12, 24, torch.bfloat16), y[0])
+    windows = cases.overlapping("windows", 24, 24, torch.bfloat16)
+    close(cases.CKA, x, windows.as_strided((3, 12, 24), (40, 8, 1)))
+
+
+@every_gpu
 @cases.by_name(MEASURES)
 @cases.every_empty_batch
 def test_an_empty_batch(measure, batch, masked, gpu, emulate) -> None:
@@ -274,7 +284,7 @@ def test_python_foresees_the_plan(
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: gpu_is)
     for rows in (2, 16, 17, 64, 65, 128):
         for width in (1, 16, 17, 300, 768, 1024, 3000, 20000):
-            plan = emulated_extension.cka_small_plan(rows, width)
+            plan = emulated_extension.cka_small_plan(0, rows, width)
             assert (plan.blocks > 0) == cuda.fits(torch.device("cuda"), rows, width)
             if plan.blocks:
                 assert plan.entries > 0
@@ -289,7 +299,7 @@ def test_python_foresees_the_plan(
 
 def test_wrong_arguments(emulate, emulated_extension) -> None:
     emulate()
-    plan = emulated_extension.cka_small_plan(8, 8)
+    plan = emulated_extension.cka_small_plan(0, 8, 8)
     layer = (16, 16, 0, 0, 0, 8, 1, 8, 1, 8, 8, 8)
     rest = (None, 2, 8, 1, True, False, 16, 0, 0, 0)
     for text, arguments in {
@@ -299,22 +309,27 @@ def test_wrong_arguments(emulate, emulated_extension) -> None:
         "type must be 0 .*; got 3": ([layer], None, 3, *rest[2:]),
         "layers must be one for each entry.*; got 2 for 1": ([layer] * 2, *rest),
         "values must be an address; got 0": ([layer], *rest[:6], 0, 0, 0, 0),
+        "entries must not be negative; got -1": ([layer], (0,) * 5, 2, 8, -1, *rest[4:]),
     }.items():
         with pytest.raises(ValueError, match=text):
             emulated_extension.cka_small(plan, *arguments)
     with pytest.raises(ValueError, match="plan must be one that fits"):
-        emulated_extension.cka_small(emulated_extension.cka_small_plan(128, 100000), [layer], *rest)
+        emulated_extension.cka_small(
+            emulated_extension.cka_small_plan(0, 128, 100000), [layer], *rest
+        )
     with pytest.raises(ValueError, match="rows must be 1 to 128; got 129"):
-        emulated_extension.cka_small_plan(129, 8)
+        emulated_extension.cka_small_plan(0, 129, 8)
     with pytest.raises(ValueError, match="width must be 1 to 1048576; got 16777216"):
-        emulated_extension.cka_small_plan(128, 1 << 24)
+        emulated_extension.cka_small_plan(0, 128, 1 << 24)
     emulate("global memory")
     with pytest.raises(ValueError, match="workspace must be an address; got 0"):
-        emulated_extension.cka_small(emulated_extension.cka_small_plan(8, 8), [layer], *rest)
+        emulated_extension.cka_small(emulated_extension.cka_small_plan(0, 8, 8), [layer], *rest)
     with pytest.raises(ValueError, match="count and entries must not be negative; got -1 and 2"):
-        emulated_extension.scale([(16, 16, -1, 2, 16)], 2, 2, 0)
+        emulated_extension.scale([(16, 16, -1, 2, 16)], 2, 2, 0, 0)
+    with pytest.raises(ValueError, match=r"unit must be 2 \(float32\), .*; got 0 and 2"):
+        emulated_extension.scale([(16, 16, 1, 2, 16)], 0, 2, 0, 0)
     with pytest.raises(ValueError, match="incoming must be an address; got 0"):
-        emulated_extension.scale([(16, 16, 1, 2, 0)], 2, 2, 0)
+        emulated_extension.scale([(16, 16, 1, 2, 0)], 2, 2, 0, 0)
 
 
 @pytest.mark.parametrize(
@@ -335,7 +350,7 @@ def test_scale(unit, out, emulated_extension) -> None:
         tensors.append((from_, to, incoming))
         jobs.append((from_.data_ptr(), to.data_ptr(), count, entries, incoming.data_ptr()))
         expected.append((from_.float().view(entries, count) * incoming[:, None]).flatten().to(out))
-    emulated_extension.scale(jobs, cuda._TYPES[unit], cuda._TYPES[out], 0)
+    emulated_extension.scale(jobs, cuda._TYPES[unit], cuda._TYPES[out], 0, 0)
     for (_, got, _), wanted in zip(tensors, expected, strict=True):
         assert torch.equal(got, wanted)
 

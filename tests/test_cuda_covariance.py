@@ -103,6 +103,26 @@ def test_what_the_copy_engine_cannot_take_is_copied() -> None:
     close(cases.CKA, *cases.Case("", 60, 12, 12, strided=True).features(torch.bfloat16)[:2])
 
 
+@pytest.mark.parametrize("kind", cases.OVERLAPS)
+def test_rows_that_overlap_are_copied(kind) -> None:
+    """Their stride is less than their width, or 0."""
+    x, y, _ = cases.Case("", 60, 24, 24).features(torch.bfloat16)
+    close(cases.CKA, cases.overlapping(kind, 60, 24, torch.bfloat16), y)
+    close(cases.CKA, x, cases.overlapping(kind, 60, 24, torch.bfloat16))
+
+
+def test_expanded_rows_and_entries() -> None:
+    x, y, _ = cases.Case("", 40, 16, 16, batch=(3,)).features(torch.bfloat16)
+    value, *grads = cases.value_and_gradients(rk.linear_cka, x[0, :1].expand(40, 16), y[0])
+    assert value == 0
+    assert not any(grad.any() for grad in grads)
+    close(cases.CKA, x[:1].expand(3, 40, 16), y)
+    windows = cases.overlapping("windows", 60, 16, torch.bfloat16).as_strided(
+        (3, 40, 16), (80, 8, 1)
+    )
+    close(cases.CKA, windows, y)
+
+
 def test_batches_and_lists() -> None:
     x, y, _ = cases.Case("", 40, 16, 16, batch=(3,)).features(torch.bfloat16)
     close(cases.CKA, x, y)

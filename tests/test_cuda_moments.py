@@ -123,6 +123,7 @@ def test_moments(
 ) -> None:
     """The parts of every tile, added up in order, are X^T X, Y^T Y and X^T Y."""
     monkeypatch.setattr(cuda, "extension", lambda: emulated_extension)
+    monkeypatch.setattr(cuda, "_device", lambda _: 0)
     generator = torch.Generator().manual_seed(0)
     x, y = (
         torch.randn(rows, width, generator=generator).bfloat16() for width in (width_x, width_y)
@@ -160,6 +161,7 @@ def test_long_sums(emulated_extension, monkeypatch, mean, tolerance, hopper) -> 
 
 def test_the_benchmark_adds_up_the_parts(emulated_extension, monkeypatch) -> None:
     monkeypatch.setattr(cuda, "extension", lambda: emulated_extension)
+    monkeypatch.setattr(cuda, "_device", lambda _: 0)
     x, y = torch.randn(2, 200, 136).bfloat16()
     launch = moments.Moments(x, y, 5, True)
     launch(0)
@@ -168,10 +170,16 @@ def test_the_benchmark_adds_up_the_parts(emulated_extension, monkeypatch) -> Non
 
 def test_wrong_arguments(emulated_extension) -> None:
     for text, x, tiles in (
+        (
+            "x must have rows that do not overlap; got 24 columns with a stride of 8",
+            (32, 8, 24),
+            16,
+        ),
+        ("x must have rows that do not overlap; got 8 columns with a stride of 0", (32, 0, 8), 16),
         ("x must have rows at multiples of 16 bytes; got 32 with a stride of 9", (32, 9, 8), 16),
         ("x must have rows at multiples of 16 bytes; got 36", (36, 8, 8), 16),
         ("tiles must be an address; got 0", (32, 8, 8), 0),
         ("width_x must be 1 to", (32, 8, 0), 16),
     ):
         with pytest.raises(ValueError, match=text):
-            emulated_extension.moments(x, (32, 8, 8), 4, 1, True, tiles, 16, 0)
+            emulated_extension.moments(x, (32, 8, 8), 4, 1, True, tiles, 16, 0, 0)

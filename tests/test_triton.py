@@ -185,7 +185,24 @@ def test_descriptors_load_what_pointers_load(gram, monkeypatch, device) -> None:
         assert torch.equal(got, wanted)
 
 
-@pytest.mark.parametrize("change", ["width", "offset", "mask", "dtype", "stride"])
+@pytest.mark.parametrize("gram", [False, True])
+@pytest.mark.parametrize("kind", cases.OVERLAPS)
+def test_rows_that_overlap(kind, gram, monkeypatch, device) -> None:
+    """Their stride is less than their width, which the copy engine does not take."""
+    monkeypatch.setattr(dispatch, "use_gram", lambda *_: gram)
+    monkeypatch.setattr(launch, "_descriptor_rows", lambda _: 1)
+    _, y = pair(140, 40, device)
+    x = cases.overlapping(kind, 140, 40, BFLOAT16)
+    x = x._base.to(device).as_strided(x.shape, x.stride())
+    assert (
+        launch.descriptors_of(layers.pack([x], [y], []), (layers.pack([x], [y], []).x,), (32, 32))
+        is None
+    )
+    backends_agree(rk.linear_cka, x, y)
+    backends_agree(rk.linear_cka, y, x)
+
+
+@pytest.mark.parametrize("change", ["width", "offset", "mask", "dtype", "stride", "rows"])
 def test_descriptors_only_where_the_copy_engine_can(change, monkeypatch, device) -> None:
     monkeypatch.setattr(launch, "_descriptor_rows", lambda _: 1)
     x = torch.zeros(40, 64, dtype=BFLOAT16, device=device)
@@ -198,6 +215,8 @@ def test_descriptors_only_where_the_copy_engine_can(change, monkeypatch, device)
         masks = [torch.ones(40, dtype=torch.bool, device=device)]
     elif change == "dtype":
         x = x.float()
+    elif change == "rows":
+        x = x[:1].expand(40, 64)
     else:
         x = torch.zeros(64, 40, dtype=BFLOAT16, device=device).T
     packed = layers.pack([x], [x], masks)

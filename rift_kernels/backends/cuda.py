@@ -97,10 +97,14 @@ def shared_bytes(rows: int, width: int, blocks: int) -> int:
     return planes + grams + 16 + 192 + 2 * 4 * padded + padded
 
 
+def _device(tensor: Tensor) -> int:
+    """Whose memory it is; -1: the host's, on which emulators run."""
+    return tensor.get_device()
+
+
 @cache
-def _plan(_device: int, rows: int, width: int) -> Any:
-    """Of the current device, which is the one named."""
-    return extension().cka_small_plan(rows, width)
+def _plan(device: int, rows: int, width: int) -> Any:
+    return extension().cka_small_plan(device, rows, width)
 
 
 def _stream(device: torch.device) -> int:
@@ -166,7 +170,7 @@ def _launch(
     device = values.device
     rows = max(t.shape[-2] for t in x)
     width = max(t.shape[-1] for t in (*x, *y))
-    plan = _plan(device.index, rows, width)
+    plan = _plan(_device(values), rows, width)
     layers = [
         (
             a.data_ptr(), b.data_ptr(),
@@ -206,11 +210,12 @@ def _is_hopper(device: torch.device) -> bool:
 
 
 def _aligned(features: Tensor) -> Tensor:
-    """Rows contiguous and at multiples of 16 bytes, as they are fetched."""
-    stride_n, stride_d = features.stride()
-    if stride_d == 1 and stride_n % 8 == 0 and features.data_ptr() % 16 == 0:
-        return features
+    """Rows contiguous, at multiples of 16 bytes, and one behind the other, as they are fetched."""
     rows, width = features.shape
+    stride_n, stride_d = features.stride()
+    apart = stride_n >= width and stride_n % 8 == 0
+    if apart and stride_d == 1 and features.data_ptr() % 16 == 0:
+        return features
     room = features.new_empty(rows, -(-width // 8) * 8)
     room[:, :width] = features
     return room[:, :width]
@@ -232,7 +237,7 @@ def _call(x: Tensor, y: Tensor, settings: tuple[bool, ...]) -> Any:
 
 def _sizes(x: Tensor, y: Tensor, settings: tuple[bool, ...]) -> tuple[int, int]:
     """Bytes of scratch memory, and of what is saved: known from shapes alone."""
-    sides = [(16, 8, int(t.shape[1])) for t in (x, y)]
+    sides = [(16, -(-int(t.shape[1]) // 8) * 8, int(t.shape[1])) for t in (x, y)]
     machine = _processors(x.device), _is_hopper(x.device)
     call = extension().CovarianceCall(*sides, int(x.shape[0]), *settings, *machine)
     scratch, saved = extension().covariance_memory(call)
@@ -262,7 +267,7 @@ def _covariance_fwd(
             address = values.data_ptr() + 4 * i
             extension().covariance_forward(
                 _call(x, y, settings), scratch.data_ptr(), saved.data_ptr(), address,
-                _stream(x.device),
+                _device(x), _stream(x.device),
             )  # fmt: skip
     return values, memory
 
@@ -296,7 +301,7 @@ def _covariance_bwd(
             for out, side in zip(outs, [i for i in (0, 1) if wanted[i]], strict=True):
                 extension().covariance_backward(
                     call, side, saved[i].data_ptr(), incoming.data_ptr() + 4 * i,
-                    out[i].data_ptr(), _stream(x.device),
+                    out[i].data_ptr(), _device(x), _stream(x.device),
                 )  # fmt: skip
     return grads
 
@@ -335,5 +340,6 @@ def fused_bwd(
                 )
                 for i in range(side * count, (side + 1) * count)
             ]  # fmt: skip
-            extension().scale(tensors, _TYPES[saved[0].dtype], _TYPES[dtype], stream)
+            types = _TYPES[saved[0].dtype], _TYPES[dtype]
+            extension().scale(tensors, *types, _device(incoming), stream)
     return grads

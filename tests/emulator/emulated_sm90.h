@@ -8,11 +8,12 @@
 
 namespace rift {
 
-// A row-major matrix of 16-bit elements, where a GPU has 128 bytes that only its driver knows.
-struct TensorMap {
+// A row-major matrix of 16-bit elements, in the 128 bytes that on a GPU only its driver knows.
+struct alignas(64) TensorMap {
   const uint16_t* elements;
   long long stride;
   int rows, columns, box_rows;
+  unsigned char nothing[100];
 };
 
 inline uint32_t shared_address(const void* pointer) {

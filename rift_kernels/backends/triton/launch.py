@@ -65,8 +65,8 @@ def descriptors_of(
 ) -> list[TensorDescriptor] | None:
     """Of the sides' features for the copy engine of sm_90 and later, or None where it cannot.
 
-    It takes one bfloat16 matrix without mask, rows aligned to 16 bytes. Small ones are not worth
-    the microseconds that making a descriptor costs.
+    It takes one bfloat16 matrix without mask, rows aligned to 16 bytes and one behind the other.
+    Small ones are not worth the microseconds that making a descriptor costs.
     """
     tensors = [side.tensors[0].squeeze(0) for side in sides]
     fits = layers.entries == 1 and not layers.exact and not layers.masks
@@ -74,7 +74,8 @@ def descriptors_of(
         return None
     for tensor in tensors:
         stride_n, stride_d = tensor.stride()
-        if stride_d != 1 or stride_n % 8 or tensor.data_ptr() % 16:
+        apart = stride_n >= tensor.shape[1] and stride_n % 8 == 0
+        if not apart or stride_d != 1 or tensor.data_ptr() % 16:
             return None
     return [TensorDescriptor.from_tensor(tensor, list(block)) for tensor in tensors]
 

@@ -1,0 +1,244 @@
+// A CUDA runtime and driver that launch on the GPU of emulator.h, and what they say of a wrong call.
+// The environment says which GPU this is:
+//   RIFT_EMULATED_MAJOR    of the compute capability: 8 has no clusters
+//   RIFT_EMULATED_SHARED   bytes of shared memory that a block may have
+//   RIFT_EMULATED_PROCESSORS
+//   RIFT_EMULATED_THREADS  of a block, where the kernel takes any number
+//   RIFT_EMULATED_SEED     of the order in which threads run
+//   RIFT_EMULATED_FAILS    a function of the runtime that answers with an error
+//   RIFT_EMULATED_ARCHS    that the extension was compiled for
+#include <cuda.h>
+#include <cuda_runtime.h>
+
+#include <map>
+
+#include "emulated_sm90.h"
+
+namespace {
+
+constexpr int DEVICES = 2;
+constexpr int SHARED_UNASKED = 48 * 1024;
+
+// As on a GPU, a thread's: the context that is current, and the last error till it is asked for.
+thread_local std::vector<CUcontext> contexts;
+thread_local cudaError_t last = cudaSuccess;
+thread_local std::string cause;
+int launched_on = -1;
+
+int setting(const char* name, int otherwise) {
+  const char* text = std::getenv(name);
+  return text ? std::atoi(text) : otherwise;
+}
+
+cudaError_t answer(cudaError_t error, const std::string& why) {
+  last = error;
+  cause = why;
+  return error;
+}
+
+bool fails(const char* function) {
+  const char* name = std::getenv("RIFT_EMULATED_FAILS");
+  return name && std::strcmp(name, function) == 0;
+}
+
+CUcontext primary_context(int device) {
+  return reinterpret_cast<CUcontext>(static_cast<intptr_t>(device + 1));
+}
+
+// Of each kernel, what it may have since it was asked for.
+std::map<const void*, int>& allowed() {
+  static std::map<const void*, int> all;
+  return all;
+}
+
+// What a launch runs for; 0: it has no clusters.
+unsigned cluster_of(const cudaLaunchConfig_t& config) {
+  for (unsigned i = 0; i < config.numAttrs; ++i) {
+    const cudaLaunchAttribute& attribute = config.attrs[i];
+    if (attribute.id == cudaLaunchAttributeClusterDimension) return attribute.val.clusterDim.x;
+  }
+  return 0;
+}
+
+bool cooperative(const cudaLaunchConfig_t& config) {
+  for (unsigned i = 0; i < config.numAttrs; ++i) {
+    if (config.attrs[i].id == cudaLaunchAttributeCooperative) return config.attrs[i].val.cooperative;
+  }
+  return false;
+}
+
+}  // namespace
+
+// What tests ask and do.
+#define FOR_TESTS extern "C" __attribute__((visibility("default")))
+
+// The device of this thread, -1 for none.
+FOR_TESTS int emulated_device() {
+  return contexts.empty() ? -1 : static_cast<int>(reinterpret_cast<intptr_t>(contexts.back())) - 1;
+}
+FOR_TESTS void emulated_enter(int device) { contexts.push_back(primary_context(device)); }
+FOR_TESTS int emulated_device_of_last_launch() { return launched_on; }
+FOR_TESTS int emulated_last_error() { return last; }
+// What any kernel that asked for more shared memory may have, the least.
+FOR_TESTS int emulated_least_allowed() {
+  int least = 1 << 30;
+  for (const auto& [kernel, bytes] : allowed()) least = std::min(least, bytes);
+  allowed().clear();
+  return least;
+}
+
+namespace emulator {
+
+cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, bool any_threads,
+                   std::function<void()> run_kernel) {
+  if (fails("cudaLaunchKernelEx")) return answer(cudaErrorLaunchOutOfResources, "it was told to fail");
+  const dim3& grid = config.gridDim;
+  const unsigned cluster = cluster_of(config);
+  if (grid.x == 0 || grid.y == 0 || grid.y > 65535 || config.blockDim.x == 0 ||
+      config.blockDim.x > 1024 || (cluster > 0 && grid.x % cluster != 0)) {
+    return answer(cudaErrorInvalidConfiguration, "no such grid");
+  }
+  if (cluster > 0 && (setting("RIFT_EMULATED_MAJOR", 9) < 9 || cluster > 8)) {
+    return answer(cudaErrorInvalidValue, "no such clusters");
+  }
+  const auto found = allowed().find(kernel);
+  const int most = found == allowed().end() ? SHARED_UNASKED : found->second;
+  if (static_cast<int>(config.dynamicSmemBytes) > most) {
+    return answer(cudaErrorInvalidValue, "more shared memory than was asked for");
+  }
+  if (cooperative(config) &&
+      grid.x * grid.y > static_cast<unsigned>(setting("RIFT_EMULATED_PROCESSORS", 132))) {
+    return answer(cudaErrorCooperativeLaunchTooLarge, "more blocks than run at once");
+  }
+  // Whoever launches has a context from then on.
+  if (contexts.empty()) contexts.push_back(primary_context(0));
+  launched_on = emulated_device();
+  try {
+    const int threads = any_threads ? setting("RIFT_EMULATED_THREADS", 64)
+                                    : static_cast<int>(config.blockDim.x);
+    run(std::move(run_kernel), grid.x, grid.y, static_cast<unsigned>(threads),
+        config.dynamicSmemBytes, static_cast<unsigned>(setting("RIFT_EMULATED_SEED", 0)), cluster);
+  } catch (const std::exception& error) {
+    return answer(cudaErrorLaunchFailure, error.what());
+  }
+  return cudaSuccess;
+}
+
+}  // namespace emulator
+
+const char* emulated_architectures() {
+  const char* text = std::getenv("RIFT_EMULATED_ARCHS");
+  return text ? text : "80;90a";
+}
+
+const char* cudaGetErrorName(cudaError_t error) {
+  switch (error) {
+    case cudaSuccess: return "cudaSuccess";
+    case cudaErrorInvalidValue: return "cudaErrorInvalidValue";
+    case cudaErrorInvalidConfiguration: return "cudaErrorInvalidConfiguration";
+    case cudaErrorLaunchOutOfResources: return "cudaErrorLaunchOutOfResources";
+    case cudaErrorCooperativeLaunchTooLarge: return "cudaErrorCooperativeLaunchTooLarge";
+    default: return "cudaErrorLaunchFailure";
+  }
+}
+
+const char* cudaGetErrorString(cudaError_t) { return cause.c_str(); }
+
+cudaError_t cudaGetLastError() {
+  const cudaError_t error = last;
+  last = cudaSuccess;
+  return error;
+}
+
+cudaError_t cudaGetDevice(int* device) {
+  *device = std::max(emulated_device(), 0);
+  return cudaSuccess;
+}
+
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  switch (attribute) {
+    case cudaDevAttrMultiProcessorCount: *value = setting("RIFT_EMULATED_PROCESSORS", 132); break;
+    case cudaDevAttrComputeCapabilityMajor: *value = setting("RIFT_EMULATED_MAJOR", 9); break;
+    case cudaDevAttrComputeCapabilityMinor: *value = 0; break;
+    default: *value = setting("RIFT_EMULATED_SHARED", 227 * 1024);
+  }
+  return cudaSuccess;
+}
+
+cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute, int value) {
+  if (fails("cudaFuncSetAttribute")) return answer(cudaErrorInvalidValue, "it was told to fail");
+  if (value > setting("RIFT_EMULATED_SHARED", 227 * 1024)) {
+    return answer(cudaErrorInvalidValue, "more shared memory than a block may have");
+  }
+  allowed()[kernel] = value;
+  return cudaSuccess;
+}
+
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void*) {
+  if (fails("cudaFuncGetAttributes")) return answer(cudaErrorInvalidValue, "it was told to fail");
+  attributes->ptxVersion = 10 * setting("RIFT_EMULATED_MAJOR", 9);
+  return cudaSuccess;
+}
+
+cudaError_t cudaGetDriverEntryPointByVersion(const char* name, void** function, unsigned,
+                                             unsigned long long, void*) {
+  static const std::map<std::string, void*> all{
+      {"cuInit", reinterpret_cast<void*>(&cuInit)},
+      {"cuDeviceGet", reinterpret_cast<void*>(&cuDeviceGet)},
+      {"cuDevicePrimaryCtxRetain", reinterpret_cast<void*>(&cuDevicePrimaryCtxRetain)},
+      {"cuCtxPushCurrent", reinterpret_cast<void*>(&cuCtxPushCurrent)},
+      {"cuCtxPopCurrent", reinterpret_cast<void*>(&cuCtxPopCurrent)},
+      {"cuGetErrorName", reinterpret_cast<void*>(&cuGetErrorName)},
+      {"cuTensorMapEncodeTiled", reinterpret_cast<void*>(&cuTensorMapEncodeTiled)},
+  };
+  const auto found = all.find(name);
+  *function = found == all.end() ? nullptr : found->second;
+  return cudaSuccess;
+}
+
+CUresult cuInit(unsigned) { return CUDA_SUCCESS; }
+
+CUresult cuDeviceGet(CUdevice* device, int ordinal) {
+  *device = ordinal;
+  return ordinal < DEVICES ? CUDA_SUCCESS : CUDA_ERROR_INVALID_VALUE;
+}
+
+CUresult cuDevicePrimaryCtxRetain(CUcontext* context, CUdevice device) {
+  *context = primary_context(device);
+  return CUDA_SUCCESS;
+}
+
+CUresult cuCtxPushCurrent(CUcontext context) {
+  contexts.push_back(context);
+  return CUDA_SUCCESS;
+}
+
+CUresult cuCtxPopCurrent(CUcontext* context) {
+  if (contexts.empty()) return CUDA_ERROR_INVALID_CONTEXT;
+  *context = contexts.back();
+  contexts.pop_back();
+  return CUDA_SUCCESS;
+}
+
+CUresult cuGetErrorName(CUresult error, const char** name) {
+  *name = error == CUDA_ERROR_INVALID_CONTEXT ? "CUDA_ERROR_INVALID_CONTEXT"
+                                              : "CUDA_ERROR_INVALID_VALUE";
+  return CUDA_SUCCESS;
+}
+
+CUresult cuTensorMapEncodeTiled(CUtensorMap* map, CUtensorMapDataType, cuuint32_t rank,
+                                void* address, const cuuint64_t* size, const cuuint64_t* stride,
+                                const cuuint32_t* box, const cuuint32_t*, CUtensorMapInterleave,
+                                CUtensorMapSwizzle, CUtensorMapL2promotion,
+                                CUtensorMapFloatOOBfill) {
+  if (contexts.empty()) return CUDA_ERROR_INVALID_CONTEXT;
+  const bool fits = reinterpret_cast<uintptr_t>(address) % 16 == 0 && stride[0] % 16 == 0 &&
+                    stride[0] >= 2 * size[0] && stride[0] < 1ull << 40;
+  if (rank != 2 || !fits || size[0] == 0 || size[1] == 0 || box[0] != 64 || box[1] > 256) {
+    return CUDA_ERROR_INVALID_VALUE;
+  }
+  new (map) rift::TensorMap{static_cast<const uint16_t*>(address),
+                            static_cast<long long>(stride[0] / 2), static_cast<int>(size[1]),
+                            static_cast<int>(size[0]), static_cast<int>(box[1]), {}};
+  return CUDA_SUCCESS;
+}
