@@ -105,8 +105,9 @@ __device__ CkaSums finish_grams(float* gram, const unsigned char* valid, int cou
       const auto total = static_cast<float>(unit < ROWS ? totals[0] : totals[1]);
       offsets[unit] = u_center_offset(offsets[unit], total, static_cast<float>(count));
     }
-    __syncthreads();
   }
+  // All have read the diagonals, which are overwritten now; and the offsets are there.
+  __syncthreads();
   // <Kx, Kx>, <Ky, Ky>, <Kx, Ky>
   double products[3] = {};
   for (int index = threadIdx.x; index < PAIRS * TILE_ROWS * TILE_ROWS; index += threads) {

@@ -284,13 +284,16 @@ __global__ void __launch_bounds__(HEAD_THREADS)
     }
     arguments.weights[at] = total;
   }
-  // The last block to come here sees what all have left.
-  __threadfence();
+  // The last block to come here sees what all have left: a fence covers what others of its block have
+  // written only behind the barrier that tells of it.
   __syncthreads();
-  if (threadIdx.x == 0) scratch.last = atomicAdd(arguments.counter, 1u) + 1 == gridDim.x;
+  if (threadIdx.x == 0) {
+    __threadfence();
+    scratch.last = atomicAdd(arguments.counter, 1u) + 1 == gridDim.x;
+    __threadfence();
+  }
   __syncthreads();
   if (!scratch.last) return;
-  __threadfence();
   finish(arguments, scales, statistics, scratch);
 }
 

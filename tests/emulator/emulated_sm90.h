@@ -151,14 +151,16 @@ inline float operand(uint64_t descriptor, int inner, int column) {
 template <typename Left>
 void multiply_now(float* c, Left left, uint64_t b) {
   const int lane = threadIdx.x % 32;
+  double rows[2][16], column[16];
   for (int half = 0; half < 2; ++half) {
-    for (int n = 0; n < 32; ++n) {
-      for (int i = 0; i < 2; ++i) {
+    for (int k = 0; k < 16; ++k) rows[half][k] = left(half, k);
+  }
+  for (int n = 0; n < 32; ++n) {
+    for (int i = 0; i < 2; ++i) {
+      for (int k = 0; k < 16; ++k) column[k] = operand(b, k, 8 * n + lane % 4 * 2 + i);
+      for (int half = 0; half < 2; ++half) {
         float& sum = c[4 * n + 2 * half + i];
-        sum = emulator::add_products<16>(sum, [&](int k) {
-          return static_cast<double>(left(half, k)) *
-                 static_cast<double>(operand(b, k, 8 * n + lane % 4 * 2 + i));
-        });
+        sum = emulator::add_products<16>(sum, [&](int k) { return rows[half][k] * column[k]; });
       }
     }
   }

@@ -1,7 +1,8 @@
 // A GPU for csrc on a CPU: every thread of a grid is a fiber, and the instructions of
-// csrc/primitives.cuh do what the PTX manual says. Fibers run until they wait for one another, in an
-// order drawn anew each round, and by the seed a block or a warp runs only while all others wait: so a
-// missing barrier shows.
+// csrc/primitives.cuh do what the PTX manual says. Warps run one after another, in an order drawn anew
+// each round, for a while that is drawn, too: some instructions, or until they wait for another warp.
+// Nothing that the threads of a warp do together keeps warps in step; and by the seed a block or a warp
+// runs only while all others wait. So a missing barrier shows.
 #pragma once
 
 #include <csetjmp>
@@ -15,7 +16,6 @@
 #include <functional>
 #include <memory>
 #include <new>
-#include <numeric>
 #include <random>
 #include <stdexcept>
 #include <string>
@@ -95,6 +95,11 @@ struct Fiber {
   std::unique_ptr<char[]> stack;
   Index thread, block;
   bool done = false;
+  // What it waits for, and since when; none where it asks again and again.
+  const Barrier* barrier = nullptr;
+  int generation = 0;
+
+  bool may_run() const { return !done && !(barrier && barrier->generation == generation); }
 };
 
 constexpr size_t STACK = 96 * 1024;
@@ -163,7 +168,10 @@ inline void wait(Barrier& barrier) {
     ++grid->progress;
     return;
   }
-  while (barrier.generation == generation) yield();
+  grid->current->barrier = &barrier;
+  grid->current->generation = generation;
+  yield();
+  grid->current->barrier = nullptr;
 }
 
 inline void enter() {
@@ -220,8 +228,9 @@ inline void run(std::function<void()> kernel, unsigned blocks, unsigned entries,
     fiber.start.uc_link = nullptr;
     makecontext(&fiber.start, enter, 0);
   }
-  std::vector<size_t> order(all.fibers.size());
-  std::iota(order.begin(), order.end(), 0);
+  // The first thread of each warp.
+  std::vector<size_t> warps(all.fibers.size() / 32);
+  for (size_t i = 0; i < warps.size(); ++i) warps[i] = 32 * i;
   std::mt19937 random(seed);
   // Of three seeds, the second starves a block of each entry, the third a warp of each block.
   const unsigned victim = seed / 3;
@@ -229,7 +238,23 @@ inline void run(std::function<void()> kernel, unsigned blocks, unsigned entries,
     return (seed % 3 == 1 && fiber.block.x == victim % blocks) ||
            (seed % 3 == 2 && fiber.thread.x / 32 == victim % (threads / 32));
   };
-  size_t left = order.size();
+  size_t left = all.fibers.size();
+  // Runs each thread of a warp once, from any of them on; whether that was of any use.
+  const auto step = [&](size_t warp) {
+    const long long since = all.progress;
+    const size_t from = random() % 32;
+    for (size_t i = 0; i < 32; ++i) {
+      Fiber& fiber = all.fibers[warp + (from + i) % 32];
+      if (!fiber.may_run()) continue;
+      all.current = &fiber;
+      threadIdx = fiber.thread;
+      blockIdx = fiber.block;
+      resume(fiber);
+      left -= fiber.done;
+      if (!all.error.empty()) throw std::runtime_error(all.error);
+    }
+    return all.progress != since;
+  };
   long long before = -1;
   int idle = 0;
   while (left > 0) {
@@ -238,22 +263,18 @@ inline void run(std::function<void()> kernel, unsigned blocks, unsigned entries,
     idle = moving ? 0 : idle + 1;
     if (idle > 1000) throw std::runtime_error("the fibers wait for ever");
     before = all.progress;
-    std::shuffle(order.begin(), order.end(), random);
+    std::shuffle(warps.begin(), warps.end(), random);
     std::shuffle(all.copies.begin(), all.copies.end(), random);
     for (size_t some = all.copies.size() - all.copies.size() / 2; some > 0; --some) {
       all.copies.back()();
       all.copies.pop_back();
       ++all.progress;
     }
-    for (size_t i : order) {
-      Fiber& fiber = all.fibers[i];
-      if (fiber.done || (moving && starves(fiber))) continue;
-      all.current = &fiber;
-      threadIdx = fiber.thread;
-      blockIdx = fiber.block;
-      resume(fiber);
-      left -= fiber.done;
-      if (!all.error.empty()) throw std::runtime_error(all.error);
+    for (size_t warp : warps) {
+      if (moving && starves(all.fibers[warp])) continue;
+      // 1 to 2048 steps, as often few as many.
+      int steps = 1 << random() % 12;
+      while (steps > 0 && step(warp)) --steps;
     }
   }
   if (!all.copies.empty()) throw std::runtime_error("a copy was not waited for");
