@@ -19,6 +19,12 @@ BLOCK, CHUNK = 128, 64
 PIECE_COST = 4
 
 
+@pytest.fixture(autouse=True)
+def _first_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CPU tensors have none; the emulator has two."""
+    monkeypatch.setattr(cuda, "_device", lambda _: 0)
+
+
 def pieces(schedule) -> list[tuple[int, int, int, int, int]]:
     """(program, square, part, first, last) of everything that is done."""
     found = []
@@ -123,7 +129,6 @@ def test_moments(
 ) -> None:
     """The parts of every tile, added up in order, are X^T X, Y^T Y and X^T Y."""
     monkeypatch.setattr(cuda, "extension", lambda: emulated_extension)
-    monkeypatch.setattr(cuda, "_device", lambda _: 0)
     generator = torch.Generator().manual_seed(0)
     x, y = (
         torch.randn(rows, width, generator=generator).bfloat16() for width in (width_x, width_y)
@@ -161,7 +166,6 @@ def test_long_sums(emulated_extension, monkeypatch, mean, tolerance, hopper) -> 
 
 def test_the_benchmark_adds_up_the_parts(emulated_extension, monkeypatch) -> None:
     monkeypatch.setattr(cuda, "extension", lambda: emulated_extension)
-    monkeypatch.setattr(cuda, "_device", lambda _: 0)
     x, y = torch.randn(2, 200, 136).bfloat16()
     launch = moments.Moments(x, y, 5, True)
     launch(0)
