@@ -1,13 +1,16 @@
 // One side's gradient of linear CKA in covariance form: what its kernels share.
 //
-//   grad = g * (scale * (W P + Other R) + w * own),    W = c own + c' other
+//   grad = g * (scale * (W P + Other R) [+ w * own + V long rows - mean]),    W = c own + c' other
 //
 // `own` and `other` centered, P and R given as two bfloat16 each (the planes of covariance_head). W is
 // formed in float32; `other` is multiplied as it is, and what its means add to every row comes off at
-// the end. The low halves are multiplied where the scalars say so.
+// the end. The low halves are multiplied where the scalars say so. Debiased, a row has its weight w,
+// 0 for a long one, and its V: what U-centering leaves of alpha K + beta L in the columns of the long
+// rows, itself left out; the mean is of the rows but the long ones, weighted with what U-centering
+// takes off each.
 #pragma once
 
-#include "covariance_layout.h"
+#include "longest.cuh"
 #include "types.cuh"
 
 namespace rift {
@@ -28,6 +31,11 @@ struct BackwardArguments {
 
   __device__ float scalar(Scalar which) const { return forward.scalars[side * SCALARS + which]; }
   __device__ bool full() const { return scalar(FULL) != 0; }
+  // What U-centering of alpha K + beta L takes off a row, of both sums.
+  __device__ float taken_off(float own_sum, float other_sum) const {
+    return (scalar(ROW_OWN) * own_sum + scalar(ROW_OTHER) * other_sum) /
+           static_cast<float>(forward.rows - 2);
+  }
   __device__ const float* means_of_own() const { return forward.means + side * forward.width; }
   __device__ const float* means_of_other() const {
     return forward.means + (1 - side) * forward.width;
@@ -67,9 +75,10 @@ __device__ inline BackwardSteps backward_steps(const BackwardArguments& argument
           full ? 2 : 1};
 }
 
-// Per column, for the end: the means' share, and the rows' weighted sums.
+// Per column, for the end: the means' share, the rows' weighted sums, and the long rows.
 struct BackwardColumn {
   float shift, weights;
+  uint16_t longest[LONGEST];
 };
 
 __device__ inline BackwardColumn backward_column(const BackwardArguments& arguments, int column) {
@@ -85,28 +94,56 @@ __device__ inline BackwardColumn backward_column(const BackwardArguments& argume
     result.shift += shift[part * width];
     if (arguments.full()) result.shift += shift[low + part * width];
   }
-  if (forward.debiased) {
-    const float* sums = forward.weights + 2 * arguments.side * width + column;
-    result.weights =
-        arguments.scalar(ROW_OWN) * sums[0] + arguments.scalar(ROW_OTHER) * sums[width];
+  if (!forward.debiased) return result;
+  const float* sums = forward.weights + 2 * arguments.side * width + column;
+  result.weights = arguments.taken_off(sums[0], sums[width]);
+  const CovarianceSide& own = arguments.own();
+  const auto* features = static_cast<const Bf16*>(own.features);
+  for (int s = 0; s < LONGEST; ++s) {
+    const int row = forward.longest[s];
+    if (row >= 0 && column < own.width) result.longest[s] = features[row * own.stride + column].bits;
   }
   return result;
 }
 
-// The w of a row.
-__device__ inline float backward_weight(const BackwardArguments& arguments, int row) {
+struct BackwardRow {
+  float weight, longest[LONGEST];
+};
+
+// The w and the V of a row.
+__device__ inline BackwardRow backward_row(const BackwardArguments& arguments,
+                                           const Longest& longest, int row) {
+  BackwardRow result = {};
   const CovarianceArguments& forward = arguments.forward;
-  if (!forward.debiased) return 0;
-  const float* own = forward.energies + arguments.side * forward.rows;
-  const float* other = forward.energies + (1 - arguments.side) * forward.rows;
-  return arguments.scalar(ROW) + arguments.scalar(ROW_OWN) * own[row] +
-         arguments.scalar(ROW_OTHER) * other[row];
+  if (!forward.debiased) return result;
+  const float alpha = arguments.scalar(ROW_OWN), beta = arguments.scalar(ROW_OTHER);
+  const int side = arguments.side;
+  const auto term = [&](int kind, int of) {
+    return forward.row_terms[kind * static_cast<long long>(forward.rows) + of];
+  };
+  const auto taken_off = [&](int of) {
+    return arguments.taken_off(term(ROW_SUM + side, of), term(ROW_SUM + 1 - side, of));
+  };
+  const float from_row = taken_off(row), back = arguments.scalar(ROW);
+  if (!longest.has(row)) {
+    const float energy = alpha * term(ENERGY + side, row) + beta * term(ENERGY + 1 - side, row);
+    result.weight = 2 * from_row - energy - back;
+  }
+#pragma unroll
+  for (int s = 0; s < LONGEST; ++s) {
+    if (s >= longest.count || longest.rows[s] == row) continue;
+    const float own = term(ROW_PRODUCTS + side * LONGEST + s, row);
+    const float other = term(ROW_PRODUCTS + (1 - side) * LONGEST + s, row);
+    result.longest[s] =
+        alpha * own + beta * other - from_row - taken_off(longest.rows[s]) + back;
+  }
+  return result;
 }
 
 // Writes an element of the gradient, of which `sum` has come from products.
 __device__ inline void store_gradient(const BackwardArguments& arguments, float g, int row,
-                                      int column, float sum, float weight,
-                                      const BackwardColumn& of_column) {
+                                      int column, float sum, const BackwardRow& of_row,
+                                      int longest, const BackwardColumn& of_column) {
   const CovarianceSide& own = arguments.own();
   if (column >= own.width) return;
   const float inverse = arguments.scalar(INVERSE_OWN);
@@ -114,10 +151,17 @@ __device__ inline void store_gradient(const BackwardArguments& arguments, float 
                 arguments.scalar(INVERSE_OTHER);
   if (arguments.forward.debiased) {
     const auto* features = static_cast<const Bf16*>(own.features);
-    const float x =
-        to_float(features[row * own.stride + column]) - arguments.means_of_own()[column];
-    const float mean = of_column.weights * inverse / static_cast<float>(arguments.forward.rows);
-    value += (weight * inverse * x - mean) * inverse;
+    const float mean = arguments.means_of_own()[column];
+    const float x = to_float(features[row * own.stride + column]) - mean;
+    float more = of_row.weight * (inverse * x) - of_column.weights * inverse;
+    if (longest > 0) {
+#pragma unroll
+      for (int s = 0; s < LONGEST; ++s) {
+        const float p = (bf16_to_float(of_column.longest[s]) - mean) * inverse;
+        if (s < longest) more += of_row.longest[s] * p;
+      }
+    }
+    value += more * inverse;
   }
   arguments.grad[static_cast<long long>(row) * own.width + column] = round_to_bf16(value * g);
 }

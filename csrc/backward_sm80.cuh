@@ -120,16 +120,17 @@ struct BackwardRing {
   __device__ void store(const float (&c)[4][4][4]) const {
     const float g = *arguments.incoming;
     const int lane = threadIdx.x % 32;
+    const Longest longest = read_longest(arguments.forward);
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
       const int at = row + warp_row() + 8 * i + lane / 4;
       if (at >= arguments.forward.rows) continue;
-      const float weight = backward_weight(arguments, at);
+      const BackwardRow of_row = backward_row(arguments, longest, at);
 #pragma unroll
       for (int j = 0; j < 8; ++j) {
         const int within = warp_column() + 8 * (j / 2) + lane % 4 * 2 + j % 2;
-        store_gradient(arguments, g, at, column + within, c[i / 2][j / 2][i % 2 * 2 + j % 2], weight,
-                       columns()[within]);
+        store_gradient(arguments, g, at, column + within, c[i / 2][j / 2][i % 2 * 2 + j % 2], of_row,
+                       longest.count, columns()[within]);
       }
     }
   }

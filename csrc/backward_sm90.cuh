@@ -211,16 +211,17 @@ struct Backward {
 
   __device__ void store(const float (&c)[128]) const {
     const float g = *arguments.incoming;
+    const Longest longest = read_longest(arguments.forward);
 #pragma unroll
     for (int below = 0; below < 2; ++below) {
       const int row = block.row + first_row() + 8 * below;
       if (row >= arguments.forward.rows) continue;
-      const float weight = backward_weight(arguments, row);
+      const BackwardRow of_row = backward_row(arguments, longest, row);
 #pragma unroll
       for (int n = 0; n < 64; ++n) {
         const int within = n / 2 * 8 + threadIdx.x % 4 * 2 + n % 2;
         store_gradient(arguments, g, row, block.column + within, c[n / 2 * 4 + 2 * below + n % 2],
-                       weight, block.scratch->columns[within]);
+                       of_row, longest.count, block.scratch->columns[within]);
       }
     }
   }

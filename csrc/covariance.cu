@@ -5,7 +5,7 @@
 #include "covariance_head.cuh"
 #include "launch.h"
 #include "moments.h"
-#include "statistics.cuh"
+#include "rows.cuh"
 
 namespace rift {
 namespace {
@@ -20,13 +20,17 @@ void covariance_forward(const CovarianceArguments& arguments, cudaStream_t strea
   launch({"statistics", arguments.statistics_programs(), STATISTICS_THREADS,
           sizeof(StatisticsScratch)},
          stream, statistics_kernel, arguments);
-  const MomentsArguments moments{arguments.schedule, arguments.tiles, arguments.spill};
-  const Matrix x = matrix_of(arguments.x, arguments.rows), y = matrix_of(arguments.y, arguments.rows);
-  (arguments.hopper ? moments_sm90 : moments_sm80)(moments, x, y, stream);
   if (arguments.debiased) {
-    launch({"rows", arguments.row_programs, STATISTICS_THREADS, rows_shared(arguments.width)},
+    launch({"longest", arguments.row_programs, STATISTICS_THREADS, longest_shared(arguments.width)},
+           stream, longest_kernel, arguments);
+    launch({"rows", arguments.row_programs + arguments.patch_programs(), STATISTICS_THREADS,
+            rows_shared(arguments.width)},
            stream, rows_kernel, arguments);
   }
+  const MomentsArguments moments{arguments.schedule, arguments.tiles,   arguments.spill,
+                                 arguments.longest,  arguments.patches, arguments.width};
+  const Matrix x = matrix_of(arguments.x, arguments.rows), y = matrix_of(arguments.y, arguments.rows);
+  (arguments.hopper ? moments_sm90 : moments_sm80)(moments, x, y, stream);
   launch({"covariance_head", arguments.head_programs(), HEAD_THREADS, sizeof(HeadScratch)}, stream,
          covariance_head_kernel, arguments);
 }

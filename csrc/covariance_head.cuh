@@ -2,14 +2,14 @@
 //
 // A block owns 32 rows of a tile of A, B or C: adds up the parts of the tile in their order, takes the
 // means off, scales to features of unit norm; leaves what the backward multiplies in two bfloat16
-// each, A above F = C^T - t A, and B above F = C - t B, and sums of squares. Blocks behind them add
-// up the rows' weighted sums; the last of all to finish has the head.
+// each, A above F = C^T - t A, and B above F = C - t B, and sums of squares, and of products with the
+// long rows. Blocks behind them add up the rows' weighted sums; the last of all to finish has the head.
 //
 // Bytes: the tiles once, those of A and B once more for F; 4 for each element of A and F.
 #pragma once
 
 #include "covariance_head.h"
-#include "statistics.cuh"
+#include "longest.cuh"
 
 namespace rift {
 
@@ -18,9 +18,13 @@ constexpr int HEAD_THREADS = 256;
 constexpr int HEAD_ROWS = STRIP * MOMENT_BLOCK / HEAD_THREADS;
 constexpr int STRIP_PITCH = MOMENT_BLOCK + 1;
 
+static_assert(static_cast<int>(ROW_SUMS) >= static_cast<int>(HEAD_SUMS));
+
 struct HeadScratch {
   float strip[STRIP * STRIP_PITCH];
   float mean_i[STRIP], mean_j[MOMENT_BLOCK];
+  float long_i[LONGEST][STRIP], long_j[LONGEST][MOMENT_BLOCK];
+  // Of rows or of the head itself, of which there are fewer.
   double sums[ROW_SUMS * HEAD_THREADS / 32];
   int last;
 };
@@ -29,7 +33,8 @@ struct HeadScratch {
 // tile's transpose.
 __device__ inline void read_strip(const CovarianceArguments& arguments, Pair tile, int part,
                                   bool flipped, float (&x)[HEAD_ROWS], HeadScratch& scratch) {
-  const MomentsArguments moments{arguments.schedule, arguments.tiles, arguments.spill};
+  const MomentsArguments moments{arguments.schedule, arguments.tiles, arguments.spill,
+                                 nullptr, nullptr, 0};
   const int square = arguments.schedule.square_of(tile);
   const int parts = arguments.schedule.parts(square);
   const float* first = moments.part_of(tile, square, 0);
@@ -149,8 +154,40 @@ __device__ inline double squares(const float (&x)[HEAD_ROWS]) {
   return sum;
 }
 
+// Some columns of the long rows, centered and scaled; called by all threads.
+template <int COLUMNS>
+__device__ inline void read_long_rows(const CovarianceArguments& arguments, const Longest& longest,
+                                      bool is_y, int first, const float (&means)[COLUMNS],
+                                      float scale, float (&out)[LONGEST][COLUMNS]) {
+  const CovarianceSide& side = is_y ? arguments.y : arguments.x;
+  const auto* features = static_cast<const Bf16*>(side.features);
+#pragma unroll
+  for (int s = 0; s < LONGEST; ++s) {
+    const int column = threadIdx.x;
+    if (s >= longest.count || column >= COLUMNS) continue;
+    const bool inside = first + column < side.width;
+    const float x = inside ? to_float(features[longest.rows[s] * side.stride + first + column]) : 0;
+    out[s][column] = inside ? (x - means[column]) * scale : 0;
+  }
+}
+
+// The sum over long rows x^T M y, of this thread's elements of a strip M.
+__device__ inline double long_products(const Longest& longest, const float (&x)[HEAD_ROWS],
+                                       const HeadScratch& scratch) {
+  const int row = threadIdx.x / MOMENT_BLOCK * HEAD_ROWS, column = threadIdx.x % MOMENT_BLOCK;
+  double sum = 0;
+  for (int s = 0; s < longest.count; ++s) {
+    float down = 0;
+#pragma unroll
+    for (int k = 0; k < HEAD_ROWS; ++k) down += scratch.long_i[s][row + k] * x[k];
+    sum += static_cast<double>(down) * static_cast<double>(scratch.long_j[s][column]);
+  }
+  return sum;
+}
+
 // A strip of C less t times the same of A or B, of unit norm.
-__device__ inline void subtract_own(const CovarianceArguments& arguments, const UnitScales& scales,
+__device__ inline void subtract_own(const CovarianceArguments& arguments, const Longest& longest,
+                                    const UnitScales& scales,
                                     const MomentTile& tile, int part, bool is_y,
                                     const float (&cross)[HEAD_ROWS], float (&rest)[HEAD_ROWS],
                                     HeadScratch& scratch) {
@@ -159,11 +196,12 @@ __device__ inline void subtract_own(const CovarianceArguments& arguments, const 
   const int i = tile.i * MOMENT_BLOCK + part * STRIP, j = tile.j * MOMENT_BLOCK;
   read_strip(arguments, own, part, tile.i > tile.j, rest, scratch);
   const int row = threadIdx.x / MOMENT_BLOCK * HEAD_ROWS, column = threadIdx.x % MOMENT_BLOCK;
-  const float scale = is_y ? scales.y : scales.x, n = static_cast<float>(arguments.rows);
-  const float mean_j = column_mean(arguments, is_y, j + column);
+  const float scale = is_y ? scales.y : scales.x;
+  const auto n = static_cast<float>(rest_of(arguments, longest));
+  const float mean_j = column_mean(arguments, longest, is_y, j + column);
 #pragma unroll
   for (int k = 0; k < HEAD_ROWS; ++k) {
-    const float mean_i = column_mean(arguments, is_y, i + row + k);
+    const float mean_i = column_mean(arguments, longest, is_y, i + row + k);
     rest[k] = cross[k] - scales.t * ((rest[k] - n * mean_i * mean_j) * scale * scale);
   }
 }
@@ -174,25 +212,34 @@ __device__ inline void strip_of_tile(const CovarianceArguments& arguments, const
   const MomentTile tile = arguments.schedule.tile(slot);
   const int i = tile.i * MOMENT_BLOCK + part * STRIP, j = tile.j * MOMENT_BLOCK;
   const int row = threadIdx.x / MOMENT_BLOCK * HEAD_ROWS, column = threadIdx.x % MOMENT_BLOCK;
+  const Longest longest = read_longest(arguments);
   if (threadIdx.x < STRIP) {
-    scratch.mean_i[threadIdx.x] = column_mean(arguments, tile.left_is_y, i + threadIdx.x);
+    scratch.mean_i[threadIdx.x] = column_mean(arguments, longest, tile.left_is_y, i + threadIdx.x);
   }
   if (threadIdx.x < MOMENT_BLOCK) {
-    scratch.mean_j[threadIdx.x] = column_mean(arguments, tile.right_is_y, j + threadIdx.x);
+    scratch.mean_j[threadIdx.x] = column_mean(arguments, longest, tile.right_is_y, j + threadIdx.x);
   }
   __syncthreads();
   float x[HEAD_ROWS];
   read_strip(arguments, pair_at(slot), part, false, x, scratch);
   const float scale_i = tile.left_is_y ? scales.y : scales.x;
   const float scale_j = tile.right_is_y ? scales.y : scales.x;
+  const auto n = static_cast<float>(rest_of(arguments, longest));
 #pragma unroll
   for (int k = 0; k < HEAD_ROWS; ++k) {
-    const float outer = static_cast<float>(arguments.rows) * scratch.mean_i[row + k];
+    const float outer = n * scratch.mean_i[row + k];
     x[k] = (x[k] - outer * scratch.mean_j[column]) * scale_i * scale_j;
   }
-  double square = squares(x);
+  double square = squares(x), products = 0;
+  if (longest.count > 0) {
+    read_long_rows(arguments, longest, tile.left_is_y, i, scratch.mean_i, scale_i, scratch.long_i);
+    read_long_rows(arguments, longest, tile.right_is_y, j, scratch.mean_j, scale_j, scratch.long_j);
+    __syncthreads();
+    products = long_products(longest, x, scratch);
+  }
   if (tile.left_is_y == tile.right_is_y) {
     square *= tile.i == tile.j ? 1 : 2;
+    products *= tile.i == tile.j ? 1 : 2;
     if (tile.i == tile.j && threadIdx.x < STRIP) {
       arguments.means[tile.left_is_y * arguments.width + i + threadIdx.x] =
           scratch.mean_i[threadIdx.x];
@@ -200,6 +247,8 @@ __device__ inline void strip_of_tile(const CovarianceArguments& arguments, const
     unsigned short* plane = tile.left_is_y ? arguments.planes_y : arguments.planes_x;
     sums[SQUARE_A] = tile.left_is_y ? 0 : square;
     sums[SQUARE_B] = tile.left_is_y ? square : 0;
+    sums[LONG_A] = tile.left_is_y ? 0 : products;
+    sums[LONG_B] = tile.left_is_y ? products : 0;
     if (plane) {
       store_direct(arguments, plane, i, j, x);
       // The tile's mirror image; on the diagonal the tile holds it itself.
@@ -208,19 +257,20 @@ __device__ inline void strip_of_tile(const CovarianceArguments& arguments, const
     return;
   }
   sums[SQUARE_C] = square;
+  sums[LONG_C] = products;
   const bool near = arguments.x.width == arguments.y.width;
   const long long below = static_cast<long long>(arguments.width) * arguments.width;
   float rest[HEAD_ROWS];
 #pragma unroll
   for (int k = 0; k < HEAD_ROWS; ++k) rest[k] = x[k];
   if (arguments.planes_x) {
-    if (near) subtract_own(arguments, scales, tile, part, false, x, rest, scratch);
+    if (near) subtract_own(arguments, longest, scales, tile, part, false, x, rest, scratch);
     sums[SQUARE_FX] = squares(rest);
     store_turned(arguments, arguments.planes_x + below, i, j, rest, scratch);
     store_shift_along(arguments, tile.j, i, scratch);
   }
   if (arguments.planes_y) {
-    if (near) subtract_own(arguments, scales, tile, part, true, x, rest, scratch);
+    if (near) subtract_own(arguments, longest, scales, tile, part, true, x, rest, scratch);
     sums[SQUARE_FY] = squares(rest);
     store_direct(arguments, arguments.planes_y + below, i, j, rest);
     store_shift_down(arguments, tile.i * STRIPS + part, j, rest, scratch);
@@ -248,6 +298,7 @@ __device__ inline void finish(const CovarianceArguments& arguments, const UnitSc
   }
   sums.varies_x = statistics[PIVOT_X];
   sums.varies_y = statistics[PIVOT_Y];
+  sums.longest = read_longest(arguments).count;
   if (threadIdx.x == 0) {
     *arguments.value =
         covariance_head(sums, arguments.rows, scales.x, scales.y, scales.t, arguments.debiased,
@@ -289,7 +340,7 @@ __global__ void __launch_bounds__(HEAD_THREADS)
   __syncthreads();
   if (threadIdx.x == 0) {
     __threadfence();
-    scratch.last = atomicAdd(arguments.counter, 1u) + 1 == gridDim.x;
+    scratch.last = atomicAdd(arguments.counters, 1u) + 1 == gridDim.x;
     __threadfence();
   }
   __syncthreads();

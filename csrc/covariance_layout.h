@@ -1,6 +1,6 @@
 // Arguments of the launches that make linear CKA in covariance form:
 //
-//   statistics, moments_sm80 or _sm90, [rows], covariance_head, backward_sm80 or _sm90
+//   statistics, [longest, rows], moments_sm80 or _sm90, covariance_head, backward_sm80 or _sm90
 #pragma once
 
 #include "moments_layout.h"
@@ -21,10 +21,20 @@ enum Statistic { PIVOT_X, PIVOT_Y, ENERGY_X, ENERGY_Y, ENERGY_XY, STATISTICS };
 // Rows of a tile that a block of `covariance_head` owns.
 constexpr int STRIP = 32;
 constexpr int STRIPS = MOMENT_BLOCK / STRIP;
-// What blocks of `covariance_head` leave to the last one.
-enum HeadSum { SQUARE_A, SQUARE_B, SQUARE_C, SQUARE_FX, SQUARE_FY, HEAD_SUMS };
-// What blocks of `rows` leave to it.
-enum RowSum { SUM_R, SUM_Q, SQUARE_R, SQUARE_Q, PRODUCT_RQ, ROW_SUMS };
+// Debiased, a row with more than LONG_SHARE times the mean energy is kept apart, and of few rows any;
+// see longest.cuh.
+constexpr float LONG_SHARE = 4;
+constexpr int FEW_ROWS = 64;
+// What blocks of `covariance_head` leave to the last one: LONG_C is the sum over long rows x^T C y.
+enum HeadSum { SQUARE_A, SQUARE_B, SQUARE_C, LONG_A, LONG_B, LONG_C, SQUARE_FX, SQUARE_FY, HEAD_SUMS };
+// What blocks of `rows` leave to it. K and L are the rows' sums of their products with all other rows;
+// PAIRS_XY sums the products of X and Y over pairs of long rows, less r q of all other rows.
+enum RowSum {
+  SUM_K, SUM_L, SQUARE_K, SQUARE_L, PRODUCT_KL, PAIRS_XX, PAIRS_YY, PAIRS_XY,
+  REST_X, REST_Y, MEAN_X, MEAN_Y, ROW_SUMS
+};
+// What `rows` keeps of each row: its energies r and q, k and l, its products with the long rows.
+enum RowTerm { ENERGY, ROW_SUM = 2, ROW_PRODUCTS = 4, ROW_TERMS = 4 + 2 * LONGEST };
 // A side's scalars for the backward.
 enum Scalar { SCALE, OWN, OTHER, FULL, ROW, ROW_OWN, ROW_OTHER, INVERSE_OWN, INVERSE_OTHER, SCALARS = 16 };
 
@@ -42,12 +52,16 @@ struct CovarianceArguments {
   float* tiles;       // see MomentsArguments
   float* spill;
   float* means;       // [2][width]
-  float* energies;    // [2][rows]: of scaled, centered rows
+  float* shares;      // [rows], of all energy: the larger one of both sides
+  unsigned long long* candidates;  // [row_programs][LONGEST]
+  int* longest;                    // [LONGEST], rows or -1
+  unsigned short* patches;  // [2][PATCH_ROWS][width]: the chunks of long rows, without these
+  float* row_terms;         // [ROW_TERMS][rows]: of scaled, centered rows
   double* row_sums;   // [row_programs][ROW_SUMS]
   float* weighted;    // [row_programs][4][width]: X by r, X by q, Y by q, Y by r
   float* weights;     // [4][width]: their sums
   double* head_sums;  // [head_programs()][HEAD_SUMS]
-  unsigned* counter;
+  unsigned* counters;  // [2]
   // Each [2 halves][2 width][width]: A above F^T, B above F; null where no gradient is wanted.
   unsigned short *planes_x, *planes_y;
   float *shift_x, *shift_y;  // [2 halves][width / STRIP][width]
@@ -58,6 +72,8 @@ struct CovarianceArguments {
     return width / STATISTICS_COLUMNS * segments;
   }
   RIFT_BOTH constexpr int strip_programs() const { return schedule.tiles() * STRIPS; }
+  // Blocks of `rows` behind those of rows make patches, 128 columns each.
+  RIFT_BOTH constexpr int patch_programs() const { return 2 * LONGEST * (width / MOMENT_BLOCK); }
   // Blocks behind those of strips add up `weighted`.
   RIFT_BOTH constexpr int head_programs() const {
     return strip_programs() + (debiased ? 4 * width / 256 : 0);
@@ -121,13 +137,18 @@ RIFT_BOTH constexpr CovarianceArguments covariance_arguments(const CovarianceCal
   all.row_sums = memory.take<double>(false, call.debiased * 1LL * all.row_programs * ROW_SUMS);
   all.weighted = memory.take<float>(false, call.debiased * 4LL * all.row_programs * width);
   all.head_sums = memory.take<double>(false, 1LL * all.strip_programs() * HEAD_SUMS);
-  all.counter = memory.take<unsigned>(false, 1);
+  all.counters = memory.take<unsigned>(false, 2);
+  all.shares = memory.take<float>(false, call.debiased * 1LL * call.rows);
+  all.candidates =
+      memory.take<unsigned long long>(false, call.debiased * 1LL * all.row_programs * LONGEST);
+  all.patches = memory.take<unsigned short>(false, call.debiased * 2LL * PATCH_ROWS * width);
   all.planes_x = memory.take<unsigned short>(true, call.student * plane);
   all.planes_y = memory.take<unsigned short>(true, call.teacher * plane);
   all.shift_x = memory.take<float>(true, call.student * shift);
   all.shift_y = memory.take<float>(true, call.teacher * shift);
   all.means = memory.take<float>(true, 2LL * width);
-  all.energies = memory.take<float>(true, call.debiased * 2LL * call.rows);
+  all.longest = memory.take<int>(true, call.debiased * 1LL * LONGEST);
+  all.row_terms = memory.take<float>(true, call.debiased * 1LL * ROW_TERMS * call.rows);
   all.weights = memory.take<float>(true, call.debiased * 4LL * width);
   all.scalars = memory.take<float>(true, 2LL * SCALARS);
   return all;

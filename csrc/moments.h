@@ -8,6 +8,12 @@
 
 namespace rift {
 
+// The patches of a side as a matrix.
+inline Matrix patches_of(const MomentsArguments& arguments, const Matrix& side, bool is_y) {
+  const long long before = is_y ? 1LL * PATCH_ROWS * arguments.patch_width : 0;
+  return {arguments.patches + before, arguments.patch_width, PATCH_ROWS, side.columns};
+}
+
 // A schedule of single tiles; see moments_sm80.cuh.
 void moments_sm80(const MomentsArguments& arguments, const Matrix& x, const Matrix& y,
                   cudaStream_t stream);

@@ -23,10 +23,27 @@ constexpr int STAGE_BYTES = (1 + PAIR) * OPERAND_BYTES;
 // Stages, two barriers for each, and room to begin at a multiple of 1024.
 constexpr int MOMENT_SHARED = 1024 + MOMENT_STAGES * (STAGE_BYTES + 2 * 8);
 
+// Rows that may be left out, and rows of the chunks that have them.
+constexpr int LONGEST = 8;
+constexpr int PATCH_ROWS = LONGEST * MOMENT_CHUNK;
+
 struct MomentsArguments {
   Schedule schedule;
   float* tiles;  // MOMENT_TILE for each tile: its part that begins with the first chunk
   float* spill;  // side x side x MOMENT_TILE for each place in spill: see Schedule
+  // Rows to leave out, or -1, and the chunk of each without them, X before Y; null: none.
+  const int* longest;
+  const unsigned short* patches;
+  int patch_width;
+
+  // The patch that takes the place of a chunk, or -1.
+  RIFT_BOTH int patch_of(int chunk) const {
+    int patch = -1;
+    for (int s = LONGEST - 1; longest && s >= 0; --s) {
+      if (longest[s] >= 0 && longest[s] / MOMENT_CHUNK == chunk) patch = s;
+    }
+    return patch;
+  }
 
   // Where a part of a tile goes, by its blocks of columns.
   RIFT_BOTH constexpr float* part_of(Pair tile, int square, int part) const {

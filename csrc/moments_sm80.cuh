@@ -20,10 +20,14 @@ constexpr int MOMENT_RING_OPERAND = MOMENT_CHUNK * TILE * 2;
 constexpr int MOMENT_RING_SHARED = MOMENT_RING_STAGES * 2 * MOMENT_RING_OPERAND;
 static_assert(TILE == MOMENT_BLOCK);
 
+struct MomentMatrices {
+  Matrix x, y, patch_x, patch_y;
+};
+
 // The chunks that a program fetches, one after another.
 struct MomentRing {
-  const Schedule& schedule;
-  const Matrix &x, &y;
+  const MomentsArguments& arguments;
+  const MomentMatrices& matrices;
   unsigned char* memory;
   int program, index;
   Piece piece;
@@ -39,10 +43,14 @@ struct MomentRing {
     return left_operand(stage) + (once >> stage & 1 ? 0 : MOMENT_RING_OPERAND);
   }
 
-  __device__ void fetch_block(unsigned char* to, int block) const {
-    const bool is_y = block >= schedule.blocks_x;
-    fetch_tile<MOMENT_CHUNK, TILE>(to, is_y ? y : x, chunk * MOMENT_CHUNK,
-                                   (is_y ? block - schedule.blocks_x : block) * TILE);
+  __device__ void fetch_block(unsigned char* to, int block, int patch) const {
+    const int blocks_x = arguments.schedule.blocks_x;
+    const bool is_y = block >= blocks_x;
+    const Matrix& all = is_y ? matrices.y : matrices.x;
+    const Matrix& patches = is_y ? matrices.patch_y : matrices.patch_x;
+    fetch_tile<MOMENT_CHUNK, TILE>(to, patch < 0 ? all : patches,
+                                   (patch < 0 ? chunk : patch) * MOMENT_CHUNK,
+                                   (is_y ? block - blocks_x : block) * TILE);
   }
 
   // The next one into this stage; also where there is none, it is a group of its own.
@@ -51,10 +59,11 @@ struct MomentRing {
       const Pair tile = pair_at(piece.square);
       const bool diagonal = tile.i == tile.j;
       once = (once & ~(1u << stage)) | static_cast<unsigned>(diagonal) << stage;
-      fetch_block(left_operand(stage), tile.i);
-      if (!diagonal) fetch_block(right_operand(stage), tile.j);
+      const int patch = arguments.patch_of(chunk);
+      fetch_block(left_operand(stage), tile.i, patch);
+      if (!diagonal) fetch_block(right_operand(stage), tile.j, patch);
       if (++chunk == piece.last) {
-        piece = schedule.piece(program, ++index);
+        piece = arguments.schedule.piece(program, ++index);
         chunk = piece.first;
       }
     }
@@ -97,12 +106,12 @@ __device__ inline void store_tile(float* tile, const float (&c)[4][4][4],
 
 __global__ void __launch_bounds__(TILE_THREADS, 1)
     moments_sm80_kernel(const __grid_constant__ MomentsArguments arguments,
-                        const __grid_constant__ Matrix x, const __grid_constant__ Matrix y) {
+                        const __grid_constant__ MomentMatrices matrices) {
   constexpr int STEPS = MOMENT_CHUNK / 16, STAGES = MOMENT_RING_STAGES;
   const Schedule& schedule = arguments.schedule;
   const int program = blockIdx.x;
   Piece piece = schedule.piece(program, 0);
-  MomentRing ring{schedule, x, y, shared_memory(), program, 0, piece, piece.first, 0};
+  MomentRing ring{arguments, matrices, shared_memory(), program, 0, piece, piece.first, 0};
 #pragma unroll
   for (int stage = 0; stage < STAGES; ++stage) ring.fetch(stage);
   wait_copies<STAGES - 1>();

@@ -34,25 +34,31 @@ __device__ inline Pair first_tile(int square) {
   return {pair.i * PAIR, pair.j * PAIR};
 }
 
+struct MomentMaps {
+  TensorMap x, y, patch_x, patch_y;
+};
+
 struct Moments {
   const MomentsArguments& arguments;
-  const TensorMap *x, *y;
+  const MomentMaps& maps;
   Pipeline pipeline;
   int program, rank;
 
   // 128 columns of a chunk; beyond the last ones, zeros.
-  __device__ void fetch_block(unsigned char* to, int block, int chunk, bool for_both,
+  __device__ void fetch_block(unsigned char* to, int block, int chunk, int patch, bool for_both,
                               Mbarrier* full) const {
     const bool is_y = block >= arguments.schedule.blocks_x;
-    const TensorMap* map = is_y ? y : x;
+    const TensorMap* map = is_y ? &maps.y : &maps.x;
+    if (patch >= 0) map = is_y ? &maps.patch_y : &maps.patch_x;
+    const int row = (patch < 0 ? chunk : patch) * MOMENT_CHUNK;
     const int column = (is_y ? block - arguments.schedule.blocks_x : block) * MOMENT_BLOCK;
 #pragma unroll
     for (int box = 0; box < MOMENT_BLOCK / BOX_COLUMNS; ++box) {
       unsigned char* at = to + box * BOX_BYTES;
       if (for_both) {
-        copy_box_to_pair(at, map, column + box * BOX_COLUMNS, chunk * MOMENT_CHUNK, full);
+        copy_box_to_pair(at, map, column + box * BOX_COLUMNS, row, full);
       } else {
-        copy_box(at, map, column + box * BOX_COLUMNS, chunk * MOMENT_CHUNK, full);
+        copy_box(at, map, column + box * BOX_COLUMNS, row, full);
       }
     }
   }
@@ -69,9 +75,12 @@ struct Moments {
         wait_barrier(pipeline.empty + turn.stage, turn.parity ^ 1);
         Mbarrier* full = pipeline.full + turn.stage;
         arrive_and_expect(full, diagonal ? PAIR * OPERAND_BYTES : STAGE_BYTES);
-        fetch_block(pipeline.right(turn.stage) + rank * OPERAND_BYTES, tile.j + rank, chunk, true,
-                    full);
-        if (!diagonal) fetch_block(pipeline.left(turn.stage), tile.i + rank, chunk, false, full);
+        const int patch = arguments.patch_of(chunk);
+        fetch_block(pipeline.right(turn.stage) + rank * OPERAND_BYTES, tile.j + rank, chunk, patch,
+                    true, full);
+        if (!diagonal) {
+          fetch_block(pipeline.left(turn.stage), tile.i + rank, chunk, patch, false, full);
+        }
       }
     }
   }
@@ -146,16 +155,15 @@ struct Moments {
   }
 };
 
-__device__ inline void run_moments(const MomentsArguments& arguments, const TensorMap* x,
-                                   const TensorMap* y) {
+__device__ inline void run_moments(const MomentsArguments& arguments, const MomentMaps& maps) {
   // Swizzled boxes begin at multiples of 1024 bytes, of both blocks at the same ones.
   unsigned char* memory = shared_memory();
   memory += (1024 - shared_address(memory) % 1024) % 1024;
   auto* barriers = reinterpret_cast<Mbarrier*>(memory + MOMENT_STAGES * STAGE_BYTES);
   const Pipeline pipeline{memory, barriers, barriers + MOMENT_STAGES};
   if (threadIdx.x == 0) {
-    prefetch(x);
-    prefetch(y);
+    prefetch(&maps.x);
+    prefetch(&maps.y);
     for (int stage = 0; stage < MOMENT_STAGES; ++stage) {
       init_barrier(pipeline.full + stage, 1);
       // A thread of each warp that multiplies, of both blocks.
@@ -166,7 +174,7 @@ __device__ inline void run_moments(const MomentsArguments& arguments, const Tens
   __syncwarp();
   cluster_barrier();
   const int group = threadIdx.x / 128;
-  const Moments moments{arguments, x, y, pipeline, static_cast<int>(blockIdx.x) / PAIR,
+  const Moments moments{arguments, maps, pipeline, static_cast<int>(blockIdx.x) / PAIR,
                         static_cast<int>(blockIdx.x) % PAIR};
   if (group == 0) {
     fewer_registers();
@@ -183,9 +191,9 @@ __device__ inline void run_moments(const MomentsArguments& arguments, const Tens
 // Clusters of PAIR blocks.
 __global__ void __launch_bounds__(MOMENT_THREADS, 1)
     moments_sm90_kernel(const __grid_constant__ MomentsArguments arguments,
-                        const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap y) {
+                        const __grid_constant__ MomentMaps maps) {
 #if defined(RIFT_EMULATOR) || __CUDA_ARCH_FEAT_SM90_ALL
-  run_moments(arguments, &x, &y);
+  run_moments(arguments, maps);
 #endif
 }
 

@@ -1,7 +1,6 @@
-// Sums and energies of columns, and energies of rows: what linear CKA in covariance form needs beside
-// its second moments.
+// Sums and energies of columns: what linear CKA in covariance form needs beside its second moments.
 //
-// Bytes: the features once for the columns; debiased, twice more for the rows.
+// Bytes: the features once.
 #pragma once
 
 #include "covariance_layout.h"
@@ -25,7 +24,7 @@ __global__ void __launch_bounds__(STATISTICS_THREADS)
   const int blocks = arguments.width / COLUMNS;
   const int block = blockIdx.x % blocks, segment = blockIdx.x / blocks;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  if (blockIdx.x == 0 && threadIdx.x == 0) *arguments.counter = 0;
+  if (blockIdx.x == 0 && threadIdx.x < 2) arguments.counters[threadIdx.x] = 0;
   const int length = (arguments.rows + arguments.segments - 1) / arguments.segments;
   const int begin = min(segment * length, arguments.rows);
   const int end = min(begin + length, arguments.rows);
@@ -104,88 +103,24 @@ __device__ inline float inverse_scale(double energy, double pivot) {
   return e == 0 ? 1 : static_cast<float>(1 / sqrt(e));
 }
 
-__device__ inline float column_mean(const CovarianceArguments& arguments, bool is_y, int column) {
+__device__ inline double column_sum(const CovarianceArguments& arguments, bool is_y, int column) {
   const float* sums = arguments.sums + (is_y ? arguments.segments * arguments.width : 0) + column;
-  float total = 0;
+  double total = 0;
   for (int segment = 0; segment < arguments.segments; ++segment) {
-    total += sums[segment * arguments.width];
+    total += static_cast<double>(sums[segment * arguments.width]);
   }
-  return total / static_cast<float>(arguments.rows);
+  return total;
 }
 
-// Of rows_kernel: sums over warps, and the means of both sides.
-RIFT_BOTH constexpr int rows_shared(int width) {
-  return ROW_SUMS * STATISTICS_THREADS / 32 * 8 + 2 * width * 4;
-}
+// The rows of a block, where these are dealt out.
+struct RowRun {
+  int begin, end;
+};
 
-// A block owns a run of rows: their energies, the sums of these, and columns weighted with them.
-__global__ void __launch_bounds__(STATISTICS_THREADS)
-    rows_kernel(const __grid_constant__ CovarianceArguments arguments) {
-  constexpr int WARPS = STATISTICS_THREADS / 32;
-  auto* scratch = reinterpret_cast<double*>(shared_memory());
-  // The means of X and of Y.
-  auto* means = reinterpret_cast<float*>(scratch + ROW_SUMS * WARPS);
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, width = arguments.width;
+__device__ inline RowRun row_run(const CovarianceArguments& arguments) {
   const int length = (arguments.rows + arguments.row_programs - 1) / arguments.row_programs;
   const int begin = min(static_cast<int>(blockIdx.x) * length, arguments.rows);
-  const int end = min(begin + length, arguments.rows);
-  for (int i = threadIdx.x; i < 2 * width; i += blockDim.x) {
-    means[i] = column_mean(arguments, i >= width, i >= width ? i - width : i);
-  }
-  double statistics[STATISTICS];
-  read_statistics(arguments, statistics, scratch);
-  const float inverse[2] = {inverse_scale(statistics[ENERGY_X], statistics[PIVOT_X]),
-                            inverse_scale(statistics[ENERGY_Y], statistics[PIVOT_Y])};
-  const CovarianceSide sides[2] = {arguments.x, arguments.y};
-  double totals[ROW_SUMS] = {};
-  for (int row = begin + warp; row < end; row += WARPS) {
-    float energy[2];
-#pragma unroll
-    for (int side = 0; side < 2; ++side) {
-      const auto* features = static_cast<const Bf16*>(sides[side].features) + row * sides[side].stride;
-      float sum = 0;
-      for (int column = lane; column < sides[side].width; column += 32) {
-        const float x = (to_float(features[column]) - means[side * width + column]) * inverse[side];
-        sum += x * x;
-      }
-      energy[side] = lane_sum(sum);
-      if (lane == 0) arguments.energies[side * arguments.rows + row] = energy[side];
-    }
-    if (lane == 0) {
-      const double r = energy[0], q = energy[1];
-      totals[SUM_R] += r;
-      totals[SUM_Q] += q;
-      totals[SQUARE_R] += r * r;
-      totals[SQUARE_Q] += q * q;
-      totals[PRODUCT_RQ] += r * q;
-    }
-  }
-  block_sums(totals, scratch);
-  if (threadIdx.x == 0) {
-#pragma unroll
-    for (int kind = 0; kind < ROW_SUMS; ++kind) {
-      arguments.row_sums[blockIdx.x * ROW_SUMS + kind] = totals[kind];
-    }
-  }
-  // block_sums has met since the energies were stored.
-  float* weighted = arguments.weighted + static_cast<long long>(blockIdx.x) * 4 * width;
-#pragma unroll
-  for (int side = 0; side < 2; ++side) {
-    const auto* features = static_cast<const Bf16*>(sides[side].features);
-    const float* own = arguments.energies + side * arguments.rows;
-    const float* other = arguments.energies + (1 - side) * arguments.rows;
-    for (int column = threadIdx.x; column < width; column += blockDim.x) {
-      float by_own = 0, by_other = 0;
-      for (int row = begin; row < end && column < sides[side].width; ++row) {
-        const float x =
-            to_float(features[row * sides[side].stride + column]) - means[side * width + column];
-        by_own += own[row] * x;
-        by_other += other[row] * x;
-      }
-      weighted[2 * side * width + column] = by_own;
-      weighted[(2 * side + 1) * width + column] = by_other;
-    }
-  }
+  return {begin, min(begin + length, arguments.rows)};
 }
 
 }  // namespace rift

@@ -79,6 +79,62 @@ def test_one_row_that_differs() -> None:
         assert not any(grad.any() for grad in grads)
 
 
+def with_long_rows(
+    case: cases.Case, rows: tuple[int, ...], factor: float = 3000.0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of different lengths, other ones in the teacher."""
+    x, y, _ = case.features(torch.float64)
+    for i, row in enumerate(rows):
+        x[row] *= factor / (1 + i)
+        y[row] *= factor / (1 + 0.7 * i)
+    return x.bfloat16(), y.bfloat16()
+
+
+@pytest.mark.parametrize(
+    ("shape", "offset", "rows"),
+    [
+        # The shortest ones are the last rows of their chunks, or two of one.
+        ((200, 24, 24), 0.0, (127,)),
+        ((200, 24, 24), 3.0, (7, 70, 71)),
+        ((200, 72, 136), 0.0, (0, 1, 2, 63, 64, 128, 198, 199)),
+        ((10, 4, 4), 0.0, (7, 2)),
+    ],
+    ids=str,
+)
+def test_long_rows(shape, offset, rows) -> None:
+    """Debiased, nearly all that moments of such rows add would be taken off again."""
+    x, y = with_long_rows(cases.Case("", *shape, offset=offset), rows)
+    close(cases.CKA, x, y)
+    # All other rows on their own: beside the long ones' gradients theirs may be small.
+    grads = cases.value_and_gradients(rk.linear_cka, x, y)[1:]
+    exact = (t.double() - t.double().mean(0) for t in (x, y))
+    expected = cases.value_and_gradients(cases.CKA.reference, *exact)[1:]
+    rest = torch.ones(len(x), dtype=torch.bool)
+    rest[list(rows)] = False
+    for got, wanted in zip(grads, expected, strict=True):
+        assert cases.relative_error(got[rest], wanted[rest]) <= 4e-3
+
+
+def test_long_rows_close_to_the_teacher() -> None:
+    x, _ = with_long_rows(cases.Case("", 200, 24, 24), (7, 70))
+    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(3))
+    close(cases.CKA, x, (x.float() * (1 + 1e-2 * noise)).bfloat16())
+
+
+@pytest.mark.parametrize("rows", [4, 5, 8, 9, 12])
+def test_few_rows(rows) -> None:
+    """All of them may be kept apart, and nothing be left."""
+    close(cases.CKA, *cases.Case("", rows, 1, 2).features(torch.bfloat16)[:2])
+
+
+def test_a_long_row_that_is_not_finite_is_nan() -> None:
+    x, y = with_long_rows(cases.Case("", 60, 16, 16), (5,))
+    x[5, 3] = float("nan")
+    value, grad_x, _ = cases.value_and_gradients(rk.linear_cka, x, y)
+    assert value.isnan()
+    assert grad_x.isnan().all()
+
+
 def test_several_tiles_close_to_the_teacher() -> None:
     """Below the diagonal of C, what is taken off is a tile of A turned over."""
     y = torch.randn(220, 200, generator=torch.Generator().manual_seed(0))

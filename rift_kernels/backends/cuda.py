@@ -7,7 +7,7 @@ Of few rows (Gram form), value and gradients in one launch for all layers; no fe
 
 Of many bfloat16 rows (covariance form), one layer after another, on Hopper its own kernels:
 
-    cka_fwd      statistics, moments_sm80 or _sm90, rows (debiased), covariance_head
+    cka_fwd      statistics, longest and rows (debiased), moments_sm80 or _sm90, covariance_head
     fused_bwd    backward_sm80 or _sm90
 """
 
@@ -37,8 +37,8 @@ _SHARED = {
     **dict.fromkeys(((9, 0), (10, 0), (10, 3)), 227 * 1024),
 }
 _LEAST_SHARED = 99 * 1024
-# Of csrc/statistics.cuh: bytes of the sums of a block's warps, and columns in a strip.
-_ROW_SUMS, _STRIP = 320, 256
+# Of csrc/rows.cuh: bytes of the sums of a block's warps, and columns in a strip.
+_ROW_SUMS, _STRIP = 768, 256
 _TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 
 
@@ -81,7 +81,7 @@ def fits(device: torch.device, rows: int, width: int) -> bool:
 
 def most_columns(device: torch.device) -> int:
     """Of a layer of many rows: the means of both sides lie in a block's shared memory, as
-    csrc/statistics.cuh has it."""
+    csrc/rows.cuh has it."""
     limit = _SHARED.get(torch.cuda.get_device_capability(device), _LEAST_SHARED)
     return (limit - _ROW_SUMS) // 8 // _STRIP * _STRIP
 
