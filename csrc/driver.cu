@@ -1,8 +1,8 @@
 #include "driver.h"
 
-#include <map>
 #include <mutex>
 #include <stdexcept>
+#include <vector>
 
 #include "launch.h"
 
@@ -12,10 +12,10 @@ namespace {
 // What the runtime works in, and everybody who shares its memory; kept from the first call on.
 CUcontext primary_context(int device) {
   static std::mutex mutex;
-  static std::map<int, CUcontext> contexts;
+  static std::vector<CUcontext> contexts;
   const std::lock_guard<std::mutex> lock(mutex);
-  CUcontext& context = contexts[device];
-  if (context) return context;
+  const auto known = static_cast<int>(contexts.size());
+  if (device < known && contexts[device]) return contexts[device];
   const std::string whose = "device " + std::to_string(device);
   CUdevice handle = 0;
   check_driver(driver_function<decltype(&cuInit)>("cuInit")(0), whose, "cuInit");
@@ -23,7 +23,10 @@ CUcontext primary_context(int device) {
                "cuDeviceGet");
   const auto retain =
       driver_function<decltype(&cuDevicePrimaryCtxRetain)>("cuDevicePrimaryCtxRetain");
+  CUcontext context = nullptr;
   check_driver(retain(&context, handle), whose, "cuDevicePrimaryCtxRetain");
+  if (device >= known) contexts.resize(device + 1);
+  contexts[device] = context;
   return context;
 }
 
