@@ -98,6 +98,8 @@ struct Fiber {
   // What it waits for, and since when; none where it asks again and again.
   const Barrier* barrier = nullptr;
   int generation = 0;
+  // Whether a fence stands behind its last barrier; whether none does yet behind its last atomic.
+  bool fenced = false, told = false;
 
   bool may_run() const { return !done && !(barrier && barrier->generation == generation); }
 };
@@ -288,9 +290,19 @@ inline void run(std::function<void()> kernel, unsigned blocks, unsigned entries,
 
 }  // namespace emulator
 
-inline void __syncthreads() { emulator::wait(emulator::grid->block().barrier); }
+// What one thread tells another block of its own block's writes, and what it is told for its block:
+// by the letter of PTX's memory model, fences stand between the barrier and the atomic, on either side.
+inline void __syncthreads() {
+  emulator::Fiber& fiber = *emulator::grid->current;
+  if (fiber.told) throw std::runtime_error("no fence between an atomic and the barrier behind it");
+  fiber.fenced = false;
+  emulator::wait(emulator::grid->block().barrier);
+}
 inline void __syncwarp() { emulator::wait(emulator::grid->warp().barrier); }
-inline void __threadfence() {}
+inline void __threadfence() {
+  emulator::grid->current->fenced = true;
+  emulator::grid->current->told = false;
+}
 
 template <typename T>
 T __shfl_xor_sync(unsigned, T x, int lane_mask) {
@@ -303,6 +315,9 @@ T __shfl_xor_sync(unsigned, T x, int lane_mask) {
 }
 
 inline unsigned atomicAdd(unsigned* counter, unsigned more) {
+  emulator::Fiber& fiber = *emulator::grid->current;
+  if (!fiber.fenced) throw std::runtime_error("no fence between an atomic and the barrier before it");
+  fiber.told = true;
   const unsigned before = *counter;
   *counter += more;
   return before;
