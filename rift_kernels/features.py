@@ -1,8 +1,9 @@
 """What is done to features on any backend: centering before a measure, the gradient after it.
 
-    center, center_over_ranks, row_energy    before the blocks of second moments
-    features_bwd          grad_X = Xc P + Yc R^T + w * Xc + b from blocks of coefficients,
-                          or M Xc + ... + b in Gram form
+    center, row_energy           before the blocks of second moments
+    mean_over_ranks, subtract    the former where ranks share the rows
+    features_bwd                 grad_X = Xc P + Yc R^T + w * Xc + b + U V from blocks of
+                                 coefficients, or M Xc + ... in Gram form
 
 All take any leading axes, and compute in float32 or float64.
 """
@@ -43,39 +44,39 @@ def center(x: Tensor, mask: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, 
     return centered, (mean + rest).squeeze(-2), count
 
 
-def center_over_ranks(
-    student: Tensor,
-    teacher: Tensor,
+def mean_over_ranks(
+    sides: list[Tensor],
     mask: Tensor | None,
-    dtype: torch.dtype,
     total: Callable[..., Callable[[], tuple[Any, ...]]],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """:func:`center` about the means of all ranks' rows, of which this rank may have none.
+    *more: Tensor,
+) -> tuple[list[Tensor], Tensor, list[Tensor]]:
+    """Means (..., D) of all ranks' rows, of which this rank may have none; in float64.
 
-    Sums are in float64: a constant column becomes exactly 0 here, too, in one message.
+    Args:
+        total: sums over ranks.
+        more: what is summed with the same message.
 
     Returns:
-        Centered student and teacher, their means, and the count of all ranks.
+        A mean a side, the count of all ranks, and the sums of ``more``.
     """
-    sides = [student.to(dtype), teacher.to(dtype)]
     if mask is None:
-        masked = None
-        count = torch.full(
-            student.shape[:-2], student.shape[-2], dtype=torch.float64, device=student.device
-        )
+        shape, device = sides[0].shape[:-1], sides[0].device
+        count = torch.full(shape[:-1], shape[-1], dtype=torch.float64, device=device)
     else:
-        masked = ~mask.unsqueeze(-1)
         count = mask.sum(-1, dtype=torch.float64)
-        sides = [side.masked_fill(masked, 0.0) for side in sides]
-    count, *sums = total(count, *(side.sum(-2, dtype=torch.float64) for side in sides))()
-    means = [of_side / count.unsqueeze(-1) for of_side in sums]
-    for i, mean in enumerate(means):
-        # In two parts, so that a mean far from 0 is taken off to more digits than dtype has.
-        high = mean.to(dtype)
-        low = (mean - high).to(dtype)
-        centered = sides[i] - high.unsqueeze(-2) - low.unsqueeze(-2)
-        sides[i] = centered if masked is None else centered.masked_fill_(masked, 0.0)
-    return sides[0], sides[1], means[0].to(dtype), means[1].to(dtype), count
+        sides = [side.masked_fill(~mask.unsqueeze(-1), 0.0) for side in sides]
+    count, *sums = total(count, *(side.sum(-2, dtype=torch.float64) for side in sides), *more)()
+    means = [of_side / count.unsqueeze(-1) for of_side in sums[: len(sides)]]
+    return means, count, sums[len(sides) :]
+
+
+def subtract(side: Tensor, mean: Tensor, mask: Tensor | None) -> Tensor:
+    """Valid rows about a float64 mean, 0 elsewhere; a constant column becomes exactly 0."""
+    # In two parts, so that a mean far from 0 is taken off to more digits than the dtype has.
+    high = mean.to(side.dtype)
+    low = (mean - high).to(side.dtype)
+    centered = side - high.unsqueeze(-2) - low.unsqueeze(-2)
+    return centered if mask is None else centered.masked_fill_(~mask.unsqueeze(-1), 0.0)
 
 
 def row_energy(centered: Tensor) -> Tensor:
@@ -93,14 +94,16 @@ def features_bwd(
     cross_block: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
+    left: Tensor | None,
+    right: Tensor | None,
     gram: bool,
     dtype: torch.dtype,
 ) -> Tensor:
     """The gradient of a value with respect to one side's features.
 
-    ``scale * (own P + other R^T + w * own + bias)``, and 0 in masked rows; in Gram form the blocks
-    multiply from the left. Nothing is left to be centered: products with centered features are, and
-    what unequal weights move is part of the bias.
+    ``scale * (own P + other R^T + w * own + bias + left right)``, and 0 in masked rows; in Gram
+    form the blocks multiply from the left. Nothing is left to be centered: what these terms move
+    together is part of the bias, or of the product of low rank.
 
     Args:
         backend: multiplies.
@@ -110,6 +113,7 @@ def features_bwd(
         cross_block: R (D, D_other), or in Gram form (N, N).
         weight: w, one number (..., 1) or one per row (..., N).
         bias: a constant added to every valid row, (..., D).
+        left, right: factors of a product of low rank, (..., N, k) and (..., k, D).
         dtype: of the result.
     """
     if own_block is not None and own_block.dtype != own.dtype:
@@ -136,6 +140,9 @@ def features_bwd(
         grad.addcmul_(own, weight.unsqueeze(-1))
     if bias is not None:
         grad += (bias * scale_rows).unsqueeze(-2)
+    if left is not None and right is not None:
+        right = right * scale_blocks
+        grad = grad.addmm_(left, right) if grad.dim() == 2 else grad.add_(left @ right)
     if mask is not None:
         # Last, so that it is 0 whatever comes in.
         grad.masked_fill_(~mask.unsqueeze(-1), 0.0)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from . import checks, distributed, moments, ops
+from . import checks, dispatch, distributed, moments, ops
 from .checks import Features, Mask
 from .distributed import Group, Ranks
 from .features import center
@@ -65,17 +65,15 @@ def covariance_distance(
         values = _distances_of_spectra(given, ranks, stored, scale, precision, backend)
     else:
         turned = checks.rotations(matrices, given, [one.width for one in stored])
-        found = moments.of_layers(given, ranks, "xx", precision, backend)
         values = []
-        for i, (own, one) in enumerate(zip(found, stored, strict=True)):
-            teachers = _stored(one, own.student.dtype)
+        for i, one in enumerate(stored):
+            student, unbiased = (_debiased if debiased else _biased)(
+                given, i, ranks, precision, backend
+            )
+            teachers = _stored(one, student.covariance.dtype)
             q = turned[i] if turned else None
-            excess = None
-            if debiased:
-                energies = ops.squared_energies(given.students[i], given.mask(i), ranks)
-                excess = _excess(own, energies)
             how = (scale, mean_weight, precision)
-            values.append(_distance(_students(own), teachers, q, *how, excess))
+            values.append(_distance(student, teachers, q, *how, unbiased))
     return torch.stack(values) if given.is_list else values[0]
 
 
@@ -172,16 +170,34 @@ def _stored(one: TeacherStatistics, dtype: torch.dtype) -> Gaussian:
     return Gaussian(one.mean.to(dtype), one.covariance().to(dtype))
 
 
-def _excess(own: moments.SecondMoments, energies: Tensor) -> tuple[Tensor, Tensor]:
-    """By how much a few rows make ``||S||^2`` and ``||mean||^2`` larger than those of the data.
+class _Unbiased(NamedTuple):
+    """What is unbiased of a few rows, while their covariance's norm and their mean's are not."""
 
-    ``||S||^2`` less the unbiased estimator of ``||Sigma||^2``, which is HSIC_1 of the rows with
-    themselves (see :func:`rift_kernels.linear_cka`), and ``tr(S) / n``.
-    """
-    n = own.count.masked_fill(own.count < 4, float("nan"))
-    norm, trace = _square(own.student), own.student.diagonal(dim1=-2, dim2=-1).double().sum(-1)
-    unbiased = norm - n / (n - 2) * energies + trace.square() / ((n - 1) * (n - 2))
-    return norm / (n - 1).square() - unbiased / (n * (n - 3)), trace / (n * (n - 1))
+    square: Tensor  # of ||Sigma||^2: HSIC_1 of the rows with themselves
+    excess: Tensor  # by how much ||mean||^2 is larger than that of the data: tr(S) / n
+
+
+Student = tuple[Gaussian, _Unbiased | None]
+
+
+def _biased(given: checks.Layers, i: int, ranks: Ranks | None, *how: str) -> Student:
+    layer = given._replace(
+        students=given.students[i : i + 1], teachers=given.teachers[i : i + 1], masks=given.mask(i)
+    )
+    (own,) = moments.of_layers(layer, ranks, "xx", *how)
+    return _students(own), None
+
+
+def _debiased(given: checks.Layers, i: int, ranks: Ranks | None, *how: str) -> Student:
+    precision, backend = how
+    x = given.students[i]
+    problem = dispatch.Problem("moments", (), *x.shape[-2:])
+    backend = dispatch.choose_backend(backend, x.device, given.dtypes, problem)
+    mean, count, block, square = ops.own_moments(x, given.mask(i), ranks, precision, backend)
+    n = count.masked_fill(count < 4, float("nan"))
+    covariance = block / _degrees(n, block.dtype)
+    trace = covariance.diagonal(dim1=-2, dim2=-1).double().sum(-1)
+    return Gaussian(mean, covariance), _Unbiased(square / (n * (n - 3)), trace / n)
 
 
 def _square(block: Tensor, axes: tuple[int, ...] = (-2, -1)) -> Tensor:
@@ -204,7 +220,7 @@ def _distance(
     scale: str,
     mean_weight: float,
     precision: str,
-    excess: tuple[Tensor, Tensor] | None = None,
+    unbiased: _Unbiased | None = None,
 ) -> Tensor:
     mean, covariance = teacher
     dtype = student.covariance.dtype
@@ -216,10 +232,14 @@ def _distance(
             covariance = ops.rotate(covariance, left, right, precision)
             mean = ops.rotate(mean, mean.unsqueeze(-2), q, precision).squeeze(-2)
         unit = _unit(_square(covariance), covariance.shape[-1], scale)
-        value = _square(student.covariance - covariance)
         means = _square(student.mean - mean, (-1,))
-        if excess is not None:
-            value, means = value - excess[0], means - excess[1]
+        if unbiased is None:
+            value = _square(student.covariance - covariance)
+        else:
+            # Without ||S_s||^2, which one long row can make so large that nothing else is left.
+            cross = (student.covariance.double() * covariance.double()).sum((-2, -1))
+            value = unbiased.square - 2 * cross + _square(covariance)
+            means = means - unbiased.excess
         value = value * unit
         if mean_weight:
             value = value + mean_weight * means

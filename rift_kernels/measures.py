@@ -2,9 +2,9 @@
 
 Every gradient has one form (``n`` valid rows, ``Xc`` and ``Yc`` centered):
 
-    covariance form   grad_X = Xc xx + Yc xy^T + wx * Xc + bx     xx (D1, D1), xy (D1, D2)
-                      grad_Y = Yc yy + Xc xy   + wy * Yc + by     yy (D2, D2)
-    Gram form         grad_X = xx Xc + xy   Yc + wx * Xc + bx     all blocks (N, N)
+    covariance form   grad_X = Xc xx + Yc xy^T + wx * Xc + bx + left_x right_x
+                      grad_Y = Yc yy + Xc xy   + wy * Yc + by + left_y right_y
+    Gram form         grad_X = xx Xc + xy   Yc + wx * Xc + bx
                       grad_Y = yy Yc + xy^T Xc + wy * Yc + by
 
 so a measure is one function here, which asks the backend for the blocks it needs, once per form,
@@ -25,8 +25,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import matrix_functions
+from . import hsic, matrix_functions
 from .features import row_energy
+from .long_rows import LongRows
 
 
 class Alone:
@@ -50,6 +51,8 @@ class Centered(NamedTuple):
     count: Tensor  # type: ignore[assignment]  # (...), float64: the number of valid rows
     mask: Tensor | None  # (..., N), True = valid
     ranks: Any = Alone  # who has the other rows
+    # Where debiasing would cancel: x and y are about the mean of the others, and 0 in these.
+    long: LongRows | None = None
 
 
 class Coefficients(NamedTuple):
@@ -62,6 +65,10 @@ class Coefficients(NamedTuple):
     wy: Tensor | None = None
     bx: Tensor | None = None  # (..., D1)
     by: Tensor | None = None  # (..., D2)
+    left_x: Tensor | None = None  # (..., N, k), and
+    right_x: Tensor | None = None  # (..., k, D1), whose product is another term
+    left_y: Tensor | None = None
+    right_y: Tensor | None = None
 
 
 class Wanted(NamedTuple):
@@ -74,12 +81,13 @@ class Wanted(NamedTuple):
 Head = tuple[Tensor, Coefficients]
 
 
-def _safe_inverse(x: Tensor) -> Tensor:
+def safe_inverse(x: Tensor) -> Tensor:
     """1 / x, and 0 at 0: what has no variance contributes nothing. NaN and overflow give NaN."""
     return (x.reciprocal() + (x - x)).masked_fill_(x == 0, 0.0)
 
 
-def _norm(matrix: Tensor) -> Tensor:
+def norm(matrix: Tensor) -> Tensor:
+    """Frobenius norms, float64."""
     return torch.linalg.vector_norm(matrix, dim=(-2, -1), dtype=torch.float64)
 
 
@@ -95,13 +103,13 @@ def _for_blocks(factor: Tensor, block: Tensor) -> Tensor:
     return factor[..., None, None] if factor.dim() else factor
 
 
-def _times(block: Tensor, factor: Tensor) -> Tensor:
+def times(block: Tensor, factor: Tensor) -> Tensor:
     """A block times one number per layer, in the block's dtype."""
     return block * _for_blocks(factor, block)
 
 
 def _scale_(block: Tensor, *factors: Tensor) -> Tensor:
-    """:func:`_times` for each factor, in place."""
+    """:func:`times` for each factor, in place."""
     for factor in factors:
         block.mul_(_for_blocks(factor, block))
     return block
@@ -138,15 +146,14 @@ def _cka_gram(
     """``<Kx, Ky>`` of Gram matrices of unit norm; debiased, of U-centered ones."""
     # Stacked, because a small call costs what its operations cost.
     k = torch.stack(backend.moments(f.x, f.y, True, "xx yy")[::2], -3)
-    norm = _u_center_(k, f) if debiased else _norm(k)
-    inverse = _safe_inverse(norm)
+    inverse = safe_inverse(_u_center_(k, f) if debiased else norm(k))
     xx, yy = _scale_(k, inverse).unbind(-3)
     value = _nan_below(_inner(xx, yy), f.count, 4 if debiased else 2)
     result, sign = _similarity(value, distance)
     slope_x, slope_y = (2 * sign * inverse).unbind(-1)
     return result, Coefficients(
-        xx=_scale_(yy - _times(xx, value), slope_x) if want.student else None,
-        yy=_scale_(xx - _times(yy, value), slope_y) if want.teacher else None,
+        xx=_scale_(yy - times(xx, value), slope_x) if want.student else None,
+        yy=_scale_(xx - times(yy, value), slope_y) if want.teacher else None,
     )
 
 
@@ -172,76 +179,94 @@ def _u_center_(k: Tensor, f: Centered) -> Tensor:
     if f.mask is not None:
         masked = ~f.mask.unsqueeze(-2)
         k.masked_fill_(masked.unsqueeze(-1), 0.0).masked_fill_(masked.unsqueeze(-2), 0.0)
-    norm = _norm(k)
+    size = norm(k)
     # NaN where k had overflowed.
-    return norm.masked_fill(norm <= noise, 0.0) + (noise - noise)
+    return size.masked_fill(size <= noise, 0.0) + (noise - noise)
 
 
 def _cka_covariance(
     f: Centered, backend: ModuleType, want: Wanted, debiased: bool, distance: bool
 ) -> Head:
-    """``||C||^2`` of unit-norm A and B; debiased, less what the rows' energies explain.
-
-    That correction loses digits where a single row holds nearly all of ``||A||^2``. ``h`` is
-    H(X, X), H(Y, Y), and ``r`` holds the energies of both; the factors ``a`` and ``b`` are those of
-    :func:`rift_kernels.linear_cka`.
-    """
-    blocks = f.ranks.blocks(*backend.moments(f.x, f.y, False, "xx xy yy"))
-    r = torch.stack([row_energy(f.x), row_energy(f.y)], -2) if debiased else None
-    xx, xy, yy = blocks()
-    norms = torch.stack([_norm(xx), _norm(yy)], -1)
-    inverse = _safe_inverse(norms)
-    inverse_x, inverse_y = inverse.unbind(-1)
-    cross_scale = inverse.sqrt().prod(-1)
-    cross = (_norm(xy) * cross_scale).square()
+    """``||C||^2`` of unit-norm A and B; debiased, the unbiased HSIC of :mod:`.hsic`."""
+    pending = f.ranks.blocks(*backend.moments(f.x, f.y, False, "xx xy yy"))
+    if debiased:
+        return _cka_debiased(f, pending, want, distance)
+    xx, xy, yy = pending()
+    norms = torch.stack([norm(xx), norm(yy)], -1)
+    inverse = safe_inverse(norms)
+    cross = (norm(xy) * inverse.sqrt().prod(-1)).square()
     # 1, or 0 where there is no variance, or NaN.
     h = norms * inverse
-    if r is not None:
-        n = f.count[..., None, None]
-        a, b = n / (n - 2), ((n - 1) * (n - 2)).reciprocal()
-        r = r * inverse.unsqueeze(-1)
-        total, squares = f.ranks.total(r.sum(-1, keepdim=True), r @ r.mT)()
-        correction = b * (total @ total.mT) - a * squares
-        h = h + correction.diagonal(dim1=-2, dim2=-1)
-        cross = cross + correction[..., 0, 1]
-    # Relative to 1, the squared norm of a unit block: what is left of it by less than this is made
-    # of rounding, and counts as nothing.
-    inverse_h = h.reciprocal().masked_fill_(h <= 16 * torch.finfo(xx.dtype).eps, 0.0)
+    value = _nan_below(cross * h.prod(-1), f.count, 2)
+    result, sign = _similarity(value, distance)
+    alpha, beta = -2 * sign * value.unsqueeze(-1) * h, 2 * sign * h.prod(-1)
+    return result, _cka_blocks(xx, xy, yy, inverse, alpha, beta, want)
+
+
+def _cka_debiased(
+    f: Centered, blocks: Callable[[], tuple[Any, ...]], want: Wanted, distance: bool
+) -> Head:
+    """From second moments without the long rows."""
+    long = f.long
+    assert long is not None
+    sides = [f.x, f.y]
+    inverse = safe_inverse(long.energy)
+    pairs = hsic.pairs(sides, long, inverse)
+    root = inverse.sqrt()
+    xx, xy, yy = blocks()
+    norms = torch.stack([norm(block) for block in (xx, xy, xy, yy)], -1).unflatten(-1, (2, 2))
+    squares = (norms * (root.unsqueeze(-1) * root.unsqueeze(-2))).square()
+    h, size, total = hsic.estimate(pairs, squares, f.count, f.ranks)
+    own = h.diagonal(dim1=-2, dim2=-1)
+    # What is left of the sums by less than this is made of rounding, and counts as nothing.
+    inverse_h = own.reciprocal().masked_fill_(own <= 16 * torch.finfo(xx.dtype).eps * size, 0.0)
     inverse_root = inverse_h.prod(-1).sqrt()
-    value = _nan_below(cross * inverse_root, f.count, 4 if debiased else 2)
+    value = _nan_below(h[..., 0, 1] * inverse_root, f.count, 4)
     result, sign = _similarity(value, distance)
     if not any(want):
         return result, Coefficients()
-    beta = 2 * sign * inverse_root
-    alpha = -2 * sign * value.unsqueeze(-1) * inverse_h
+    alpha, beta = -2 * sign * value.unsqueeze(-1) * inverse_h, 2 * sign * inverse_root
     alpha_x, alpha_y = alpha.unbind(-1)
-    wx = wy = bx = by = None
-    if r is not None:
-        u = b * total - a * r
-        w = alpha.unsqueeze(-1) * u + beta[..., None, None] * u.flip(-2)
-        # Copies, because an operator must not return two views of one tensor.
-        wx, wy = (row.to(xx.dtype, copy=True) for row in (w * inverse.unsqueeze(-1)).unbind(-2))
-        # Unequal weights move the mean, which no other term does: taken out again.
-        bx, by = f.ranks.total(
-            _weighted_sum(wx, f.x) if want.student else None,
-            _weighted_sum(wy, f.y) if want.teacher else None,
-        )()
-        per_row = (-1 / f.count).to(xx.dtype).unsqueeze(-1)
-        bx, by = (None if side is None else side * per_row for side in (bx, by))
-    return result, Coefficients(
+    factors = torch.stack([alpha_x, beta, beta, alpha_y], -1).unflatten(-1, (2, 2))
+    slopes = [
+        hsic.slope(pairs, total, f.count, factors[..., i, :], i, sides[i], long, root, f.ranks)
+        if wanted
+        else hsic.NO_SLOPE
+        for i, wanted in enumerate(want)
+    ]
+    # Products with blocks are those of long rows, too.
+    for side, rows in zip(sides, long.sides, strict=True):
+        long.put_(side, rows)
+    student, teacher = slopes
+    return result, _cka_blocks(xx, xy, yy, inverse, alpha, beta, want)._replace(
+        wx=student.weight,
+        wy=teacher.weight,
+        left_x=student.left,
+        left_y=teacher.left,
+        right_x=student.right,
+        right_y=teacher.right,
+    )
+
+
+def _cka_blocks(
+    xx: Tensor,
+    xy: Tensor,
+    yy: Tensor,
+    inverse: Tensor,
+    alpha: Tensor,
+    beta: Tensor,
+    want: Wanted,
+) -> Coefficients:
+    """Both factors of A, C and B, for those in units of which ``inverse`` (..., 2) is one over."""
+    inverse_x, inverse_y = inverse.unbind(-1)
+    alpha_x, alpha_y = alpha.unbind(-1)
+    cross_scale = inverse.sqrt().prod(-1)
+    return Coefficients(
         # Two factors each, because their product may not be a float32.
         xx=_scale_(xx, inverse_x, alpha_x * inverse_x) if want.student else None,
         xy=_scale_(xy, cross_scale, beta * cross_scale),
         yy=_scale_(yy, inverse_y, alpha_y * inverse_y) if want.teacher else None,
-        wx=wx,
-        wy=wy,
-        bx=bx,
-        by=by,
     )
-
-
-def _weighted_sum(weight: Tensor, rows: Tensor) -> Tensor:
-    return (weight.unsqueeze(-2) @ rows).squeeze(-2)
 
 
 def procrustes(
@@ -253,7 +278,7 @@ def procrustes(
     """
     exact = method == "svd"
     energy_x, energy_y = f.ranks.total(row_energy(f.x).sum(-1), row_energy(f.y).sum(-1))()
-    inverse_x, inverse_y = _safe_inverse(energy_x), _safe_inverse(energy_y)
+    inverse_x, inverse_y = safe_inverse(energy_x), safe_inverse(energy_y)
     scale = inverse_x.sqrt() * inverse_y.sqrt()
     if gram:
         forth, back, nuclear = _transport(f, backend, gram, exact)
@@ -270,7 +295,7 @@ def procrustes(
             yy=_plus_diagonal_(_scale_(back, scale), own_y) if want.teacher else None,
         )
     return result, Coefficients(
-        xy=_times(factor, scale).to(f.x.dtype),
+        xy=times(factor, scale).to(f.x.dtype),
         wx=own_x.to(f.x.dtype).unsqueeze(-1),
         wy=own_y.to(f.x.dtype).unsqueeze(-1),
     )
@@ -328,14 +353,14 @@ def bures(
     outer = torch.ones_like(value)
     if not squared:
         value = value.sqrt()
-        outer = 0.5 * _safe_inverse(value)
+        outer = 0.5 * safe_inverse(value)
     scale = 2 * outer * inverse_n
     dtype = f.x.dtype
     if bias is not None:
         bias = bias * outer.unsqueeze(-1).to(dtype)
     if gram:
         weight = scale.to(dtype).unsqueeze(-1)
-        blocks = Coefficients(xy=_times(factor, -scale).to(dtype), wx=weight, wy=weight.clone())
+        blocks = Coefficients(xy=times(factor, -scale).to(dtype), wx=weight, wy=weight.clone())
     else:
         blocks = Coefficients(
             xx=_scale_(_plus_diagonal_(forth, -1.0), -scale) if want.student else None,
@@ -358,40 +383,40 @@ def covariance(
         uu, uv, vv = backend.moments(f.x - f.y, f.x + f.y, gram, "xx xy yy")
         both = uv + uv.mT
         yy = (uu + vv - both) / 4
-        norm_y = _norm(yy)
+        norm_y = norm(yy)
     else:
         xx, _, yy = f.ranks.blocks(*backend.moments(f.x, f.y, gram, "xx yy"))()
         difference = xx - yy
-        norm_y = _norm(yy)
+        norm_y = norm(yy)
     if scale == "relative":
-        inverse_unit = _safe_inverse(norm_y)
+        inverse_unit = safe_inverse(norm_y)
     else:
         unit = 2 * f.x.shape[-1] if scale == "coral" else 1
         inverse_unit = inverse_n / unit
     if gram:
-        uu, vv, uv = (_times(block, inverse_unit) for block in (uu, vv, uv))
+        uu, vv, uv = (times(block, inverse_unit) for block in (uu, vv, uv))
         value = (0.5 * (_inner(uu, vv) + _inner(uv, uv.mT))).clamp(min=0)
     else:
-        difference = _times(difference, inverse_unit)
-        value = _norm(difference).square()
+        difference = times(difference, inverse_unit)
+        value = norm(difference).square()
     mean_value, bias = _mean_term(f, mean_weight)
     # What the teacher's own norm in the denominator adds to its gradient.
     denominator = value if scale == "relative" else torch.zeros_like(value)
     outer = _nan_below(4 * inverse_unit, f.count, 2)
     value = _nan_below(value + mean_value, f.count, 2)
-    yy = _times(yy, inverse_unit)
+    yy = times(yy, inverse_unit)
     if gram:
         both = uv + uv.mT
         coefficients = Coefficients(
-            xx=_times((uu + vv + both) / 4, outer) if want.student else None,
+            xx=times((uu + vv + both) / 4, outer) if want.student else None,
             # - Xc Yc^T
-            xy=_times((uu - vv - uv + uv.mT) / 4, outer),
-            yy=_times(yy, outer * (1 - denominator)) if want.teacher else None,
+            xy=times((uu - vv - uv + uv.mT) / 4, outer),
+            yy=times(yy, outer * (1 - denominator)) if want.teacher else None,
         )
     else:
         coefficients = Coefficients(
-            xx=_times(difference, outer) if want.student else None,
-            yy=-_times(difference + _times(yy, denominator), outer) if want.teacher else None,
+            xx=times(difference, outer) if want.student else None,
+            yy=-times(difference + times(yy, denominator), outer) if want.teacher else None,
         )
     return value, coefficients._replace(bx=bias, by=None if bias is None else -bias)
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import features, measures
+from . import features, hsic, long_rows, measures
 from .backends import eager
 from .distributed import Ranks
 from .precision import full_precision
@@ -76,16 +76,37 @@ def _register(schema: str, implementation: Callable[..., Any]) -> None:
 
 
 def center(
-    student: Tensor, teacher: Tensor, mask: Tensor | None, ranks: Ranks | None = None
+    student: Tensor,
+    teacher: Tensor,
+    mask: Tensor | None,
+    ranks: Ranks | None = None,
+    without_long_rows: bool = False,
 ) -> measures.Centered:
     """Both sides about their means, of all ranks that share the rows."""
     dtype = compute_dtype(student, teacher)
+    if without_long_rows:
+        (x, y), (mean_x, mean_y), count, long = _center_without_long_rows(
+            [student, teacher], mask, ranks
+        )
+        who = ranks or measures.Alone
+        return measures.Centered(x, y, mean_x, mean_y, count, mask, who, long)
     if ranks is not None:
-        centered = features.center_over_ranks(student, teacher, mask, dtype, ranks.total)
-        return measures.Centered(*centered, mask, ranks)
+        sides = [student.to(dtype), teacher.to(dtype)]
+        means, count, _ = features.mean_over_ranks(sides, mask, ranks.total)
+        x, y = (features.subtract(*side, mask) for side in zip(sides, means, strict=True))
+        mean_x, mean_y = (mean.to(dtype) for mean in means)
+        return measures.Centered(x, y, mean_x, mean_y, count, mask, ranks)
     x, mean_x, count = features.center(student, mask, dtype)
     y, mean_y, _ = features.center(teacher, mask, dtype)
     return measures.Centered(x, y, mean_x, mean_y, count, mask)
+
+
+def _center_without_long_rows(
+    sides: list[Tensor], mask: Tensor | None, ranks: Ranks | None
+) -> tuple[list[Tensor], list[Tensor], Tensor, long_rows.LongRows]:
+    """Sides about the means of all rows but the longest, which are kept apart."""
+    how = (sides, mask, compute_dtype(*sides))
+    return long_rows.center(*how) if ranks is None else long_rows.center_over_ranks(*how, ranks)
 
 
 def tensors_of(optional: Iterable[Tensor | None], like: Tensor) -> list[Tensor]:
@@ -101,7 +122,7 @@ def _mask_of_each(masks: Sequence[Tensor], layers: int) -> Sequence[Tensor | Non
 
 
 def measure_fwd(
-    head: Callable[..., measures.Head],
+    head: partial[measures.Head],
     students: list[Tensor],
     teachers: list[Tensor],
     masks: list[Tensor],
@@ -114,12 +135,13 @@ def measure_fwd(
 ) -> tuple[Tensor, list[Tensor]]:
     """Values, and per layer the centered features and the coefficients (empty where absent)."""
     want = measures.Wanted(student_grad, teacher_grad)
+    debiased = head.keywords.get("debiased", False)
     values, saved = [], []
     with full_precision(students[0].device, precision):
         for x, y, mask, use_gram in zip(
             students, teachers, _mask_of_each(masks, len(students)), gram, strict=True
         ):
-            f = center(x, y, mask, ranks)
+            f = center(x, y, mask, ranks, debiased and not use_gram)
             value, coefficients = head(f, _primitives(backend, x), use_gram, want)
             values.append(value.to(f.x.dtype))
             if any(want):
@@ -130,7 +152,7 @@ def measure_fwd(
     return values[0] if len(values) == 1 else torch.stack(values), saved
 
 
-def head(measure: str, settings: Sequence[Any]) -> Callable[..., measures.Head]:
+def head(measure: str, settings: Sequence[Any]) -> partial[measures.Head]:
     """The measure of measures.py with its settings."""
     named = dict(zip(_SETTINGS[measure], settings, strict=True))
     return partial(getattr(measures, measure), **named)
@@ -179,12 +201,12 @@ def _features_bwd(
             cross = None if c.xy is None else c.xy.mT
             primitives = _primitives(backend, x if x.dim() > 1 else y)
             if student_grad:
-                side = (scale, x, y, mask, c.xx, c.xy, c.wx, c.bx)
+                side = (scale, x, y, mask, c.xx, c.xy, c.wx, c.bx, c.left_x, c.right_x)
                 grad_students.append(
                     features.features_bwd(primitives, *side, gram[i], student_dtype)
                 )
             if teacher_grad:
-                side = (scale, y, x, mask, c.yy, cross, c.wy, c.by)
+                side = (scale, y, x, mask, c.yy, cross, c.wy, c.by, c.left_y, c.right_y)
                 grad_teachers.append(
                     features.features_bwd(primitives, *side, gram[i], teacher_dtype)
                 )
@@ -205,6 +227,45 @@ def moments_fwd(
         f = center(student, teacher, masks[0] if masks else None, ranks)
         blocks = f.ranks.blocks(*_primitives(backend, student).moments(f.x, f.y, False, wanted))()
     return [f.x, f.y, f.mean_x, f.mean_y, f.count, *tensors_of(blocks, f.x)]
+
+
+def own_moments_fwd(
+    student: Tensor,
+    masks: list[Tensor],
+    precision: str,
+    backend: str,
+    ranks: Ranks | None = None,
+) -> list[Tensor]:
+    """Mean, count, second moments and HSIC_1 times ``n (n-3)`` of one side with itself.
+
+    And what their gradients are made of: the rows about the mean of those that are not long, what
+    is missing there to the mean of all, the second moments of those that are not long, one over the
+    energy, and :class:`.hsic.Slope`.
+    """
+    mask = masks[0] if masks else None
+    how = ([student], mask, compute_dtype(student))
+    with full_precision(student.device, precision):
+        found = (
+            long_rows.center(*how) if ranks is None else long_rows.center_over_ranks(*how, ranks)
+        )
+        (x,), (mean,), count, long = found
+        who = measures.Alone if ranks is None else ranks
+        pending = who.total(_primitives(backend, student).moments(x, x, False, "xx")[0])
+        inverse = measures.safe_inverse(long.energy)
+        pairs = hsic.pairs([x], long, inverse)
+        (xx,) = pending()
+        square = (measures.norm(xx) * inverse[..., 0]).square()[..., None, None]
+        h, _, total = hsic.estimate(pairs, square, count, who)
+        one = torch.ones_like(inverse)
+        slope = hsic.slope(pairs, total, count, one, 0, x, long, inverse.sqrt(), who)
+        (rows,) = long.sides
+        long.put_(x, rows)
+        moved = rows.sum(-2) / count.unsqueeze(-1)
+        outer = rows.mT @ rows - count[..., None, None] * moved.unsqueeze(-1) * moved.unsqueeze(-2)
+        mean = (mean + moved).to(x.dtype)
+        value = h[..., 0, 0] * long.energy[..., 0].square()
+        rest = (moved.to(x.dtype), xx, inverse[..., 0].clone(), *slope)
+        return [mean, count, xx + outer.to(x.dtype), value, x, *tensors_of(rest, x)]
 
 
 def _matmul(a: Tensor, b: Tensor, precision: str) -> Tensor:
@@ -228,5 +289,9 @@ _register(
     "moments_fwd(Tensor student, Tensor teacher, Tensor[] masks, str wanted, str precision,"
     " str backend) -> Tensor[]",
     moments_fwd,
+)
+_register(
+    "own_moments_fwd(Tensor student, Tensor[] masks, str precision, str backend) -> Tensor[]",
+    own_moments_fwd,
 )
 _register("matmul(Tensor a, Tensor b, str precision) -> Tensor", _matmul)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import features, measures, operators
+from . import measures, operators
 from .distributed import Ranks
 
 
@@ -238,30 +238,59 @@ def rotate(student: Tensor, teacher: Tensor, rotation: Tensor, precision: str) -
     return _Rotate.apply(precision, dtype, teacher, rotation)
 
 
-class _SquaredEnergies(torch.autograd.Function):
+class _OwnMoments(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, ranks: Ranks | None, x: Tensor, *masks: Tensor) -> Tensor:
-        f = operators.center(x, x[..., :1], masks[0] if masks else None, ranks)
-        energies = features.row_energy(f.x)
-        # Far rows have energies whose products with features leave float32.
-        weighted = (energies.unsqueeze(-2) @ f.x.double()).squeeze(-2)
-        total, moved = f.ranks.total(energies.square().sum(-1), weighted)()
-        ctx.save_for_backward(f.x, energies, moved / f.count.unsqueeze(-1), *map(_savable, masks))
-        ctx.size, ctx.dtype = 1 if ranks is None else ranks.size, x.dtype
-        return total
+    def forward(
+        ctx: Any, precision: str, backend: str, ranks: Ranks | None, x: Tensor, *masks: Tensor
+    ) -> tuple[Tensor, ...]:
+        how = (x, list(masks), precision, backend)
+        if ranks is None:
+            mean, count, *rest = torch.ops.rift_kernels.own_moments_fwd(*how)
+        else:
+            mean, count, *rest = operators.own_moments_fwd(*how, ranks)
+        block, square, *saved = rest
+        ctx.save_for_backward(count, *saved, *map(_savable, masks))
+        ctx.ranks = 1 if ranks is None else ranks.size
+        ctx.how = (True, False, precision, backend, x.dtype, x.dtype)
+        ctx.mark_non_differentiable(count)
+        return mean, count, block, square
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         _refuse_double_backward()
-        x, energies, moved, *masks = ctx.saved_tensors
-        factor = (4 * ctx.size * grad).unsqueeze(-1)
-        grad_x = (factor * energies).to(x.dtype).unsqueeze(-1) * x
-        grad_x -= (factor * moved).to(x.dtype).unsqueeze(-2)
-        for mask in masks:
-            grad_x.masked_fill_(~mask.unsqueeze(-1), 0.0)
-        return None, grad_x.to(ctx.dtype), *([None] * len(masks))
+        count, x, moved, block, inverse, weight, left, right, *masks = ctx.saved_tensors
+        grad_mean, _, grad_block, grad_square = grads
+        # H(X, X) has X in four places, and half of one is what the coefficients are of. Theirs are
+        # in units of the energy, of which H is the square.
+        factor = 4 * grad_square * measures.safe_inverse(inverse)
+        own = grad_block + grad_block.mT
+        per_row = (1 / count).to(x.dtype).unsqueeze(-1)
+        coefficients = measures.Coefficients(
+            # In the sum the features of one half are about another mean than those of the other.
+            xx=own + measures.times(measures.times(block, inverse), factor),
+            bx=grad_mean * per_row - (moved.unsqueeze(-2) @ own).squeeze(-2),
+            wx=(weight * (factor * measures.safe_inverse(inverse)).unsqueeze(-1)).to(x.dtype),
+            left_x=left,
+            right_x=measures.times(right, factor * measures.safe_inverse(inverse)),
+        )
+        (grad,) = torch.ops.rift_kernels.features_bwd(
+            torch.full_like(count, ctx.ranks),
+            [],
+            [],
+            [x, *operators.tensors_of((None, *coefficients), x)],
+            masks,
+            [False],
+            *ctx.how,
+            "moments",
+        )
+        return None, None, None, grad, *([None] * len(masks))
 
 
-def squared_energies(student: Tensor, masks: list[Tensor], ranks: Ranks | None) -> Tensor:
-    """``sum_i ||x_i - mean||^4`` over all ranks (...), float64, differentiable once."""
-    return _SquaredEnergies.apply(ranks, student, *masks)
+def own_moments(
+    student: Tensor, masks: list[Tensor], ranks: Ranks | None, precision: str, backend: str
+) -> tuple[Tensor, ...]:
+    """Mean, count, ``Xc^T Xc`` and ``n (n-3)`` HSIC_1 of X with itself, float64.
+
+    All but the count are differentiable once. See :func:`rift_kernels.linear_cka` of HSIC_1.
+    """
+    return _OwnMoments.apply(precision, backend, ranks, student, *masks)

@@ -63,6 +63,14 @@ def batch(dtype: torch.dtype = torch.float64, axes: tuple[int, ...] = ()) -> tup
     return x, y
 
 
+def long(features: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """With rows far longer than the others, of different ranks."""
+    for side in features:
+        for row, factor in ((0, 3000), (1, -2000), (18, 50), (21, 3000), (39, 1000)):
+            side[row] *= factor
+    return features
+
+
 def valid() -> Tensor:
     return torch.rand(ROWS, generator=torch.Generator().manual_seed(3)) < 0.7
 
@@ -84,6 +92,11 @@ def outcomes(rank: int, splits: dict[str, tuple[int, ...]] | None) -> Iterator[C
             yield f"{name}, cka, {dtype}", partial(of_rows, cases.CKA, batch(dtype))
         far = tuple(side + 3e3 for side in batch(torch.float32))
         yield f"{name}, cka, far from 0", partial(of_rows, cases.CKA, far)
+        yield f"{name}, cka, long rows", partial(of_rows, cases.CKA, long(batch()))
+        yield (
+            f"{name}, cka, long rows, float32",
+            partial(of_rows, cases.CKA, long(batch(torch.float32)), mask=valid()),
+        )
         # Rounding of a mean must not look like variance.
         constant = (torch.full((ROWS, WIDTH), 0.1), batch(torch.float32)[1])
         yield f"{name}, cka, no variance", partial(of_rows, cases.CKA, constant)

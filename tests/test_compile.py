@@ -105,6 +105,8 @@ def operator_calls() -> Iterator[tuple[str, tuple]]:
             yield "features_bwd", (torch.randn(2), *inputs, saved, *rest)
     yield "moments_fwd", (x, y, [mask], "xx xy yy", "high", BACKEND)
     yield "moments_fwd", (x, y, [], "xy", "high", BACKEND)
+    for masks in ([], [mask]):
+        yield "own_moments_fwd", (x, masks, "high", BACKEND)
     yield "matmul", (x, y.T.contiguous(), "high")
 
 

@@ -179,6 +179,24 @@ def test_debiased_from_its_definition(shape, dtype, device) -> None:
     assert error < cases.GRADIENT_TOLERANCE[dtype]
 
 
+@pytest.mark.parametrize("row", [1, 3000])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_debiased_beside_long_rows(dtype, row, device) -> None:
+    """Whose ``||x_i||^4`` would be nearly all of what is added up."""
+    x, y = (t.detach().clone() for t in pair(200, 24))
+    x[3] *= row
+    x[7] *= -row / 2
+    x, y = (t.to(device, dtype) for t in (x, y))
+    x.requires_grad_()
+    value = rk.covariance_distance(x, of(y), mean_weight=0.3)
+    wide = [t.detach().cpu().double().requires_grad_() for t in (x, y)]
+    expected = debiased(*wide, 0.3)
+    scale = max(1.0, float(expected.detach()))
+    assert float(value.detach()) == pytest.approx(float(expected.detach()), abs=2e-6 * scale)
+    error = cases.relative_error(gradient(value, x), gradient(expected, wide[0]))
+    assert error < cases.GRADIENT_TOLERANCE[dtype]
+
+
 def test_debiased_is_0_on_average_for_the_teacher_itself() -> None:
     """And the biased one is not: few rows scatter."""
     data = torch.randn(100_000, 8, dtype=torch.float64, generator=seeded())
