@@ -20,6 +20,7 @@ if not INTERPRETED and not torch.cuda.is_available():
         "needs a GPU, or TRITON_INTERPRET=1 for Triton's interpreter", allow_module_level=True
     )
 
+from rift_kernels.backends import triton as kernels  # noqa: E402
 from rift_kernels.backends.triton import (  # noqa: E402
     backward,
     blocks,
@@ -147,6 +148,26 @@ def test_layers_of_different_shapes(debiased, masked, device) -> None:
         assert float(values[i]) == pytest.approx(float(expected), abs=1e-5)
         assert cases.relative_error(x.grad, a.grad) <= 4e-3
         assert cases.relative_error(y.grad, b.grad) <= 4e-3
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_more_layers_than_a_launch_takes(masked, launches, monkeypatch, device) -> None:
+    """In as many launches as it takes, each with an even share of them, of either form."""
+    monkeypatch.setattr(kernels, "MAX_LAYERS", 2)
+    shapes = [(20, 6, 6), (7, 8, 8), (12, 9, 16), (16, 3, 3), (8, 24, 24)]
+    pairs = [cases.Case("", *s, masked=True).features(BFLOAT16, i) for i, s in enumerate(shapes)]
+    students, teachers, masks = ([t.to(device) for t in side] for side in zip(*pairs, strict=True))
+    xs = [x.requires_grad_() for x in students]
+    values = rk.linear_cka(xs, teachers, mask=masks if masked else None)
+    grads = torch.autograd.grad(values.sum(), xs)
+    assert launches.count("small_gram") == 2
+    assert launches.count("cka") == 1
+    monkeypatch.setattr(kernels, "MAX_LAYERS", 24)
+    together = rk.linear_cka(xs, teachers, mask=masks if masked else None)
+    assert torch.equal(values, together)
+    expected = torch.autograd.grad(together.sum(), xs)
+    for got, wanted in zip(grads, expected, strict=True):
+        assert torch.equal(got, wanted)
 
 
 @pytest.mark.parametrize("form", cases.FORMS)

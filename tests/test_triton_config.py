@@ -13,6 +13,7 @@ from rift_kernels.backends.triton.config import CLASSES, ConfigError
 from rift_kernels.backends.triton.layers import pack
 
 LARGE = "covariance large bf16"
+SMALL = "covariance small bf16"
 GRAM = "gram small exact"
 
 
@@ -66,12 +67,23 @@ def test_unknown_architectures_take_the_closest(arch: str, like: str) -> None:
     ],
 )
 def test_class_of_a_call(form, rows, width, dtype, shapes, monkeypatch) -> None:
-    asked = []
-    monkeypatch.setattr(config, "lookup", lambda *call: asked.append(call))
+    asked, found = [], config.lookup("sm90", shapes)
+    monkeypatch.setattr(config, "lookup", lambda *call: (asked.append(call), found)[1])
     x = torch.zeros(rows, width, dtype=dtype)
     layers = pack([x[:2, :2], x], [x, x[:2, :2]], [])
     config.configuration(layers, form)
     assert asked == [("cpu", shapes)]
+
+
+@pytest.mark.parametrize(("width", "step"), [(64, 1), (72, 1), (63, 1), (64, 2)])
+def test_rows_without_alignment_take_half_as_much_at_a_time(width, step) -> None:
+    """Registers hold an address for every element of theirs."""
+    x = torch.zeros(8, width * step, dtype=torch.bfloat16)[:, ::step]
+    layers = pack([x], [x], [])
+    usual = config.lookup("cpu", "covariance medium bf16" if width > 64 else SMALL)
+    is_aligned = width % 8 == 0 and step == 1
+    assert layers.vector == (8 if is_aligned else 2 - step)
+    assert config.configuration(layers, "covariance").block_k == usual.block_k // (2 - is_aligned)
 
 
 def test_found_once(monkeypatch: pytest.MonkeyPatch) -> None:

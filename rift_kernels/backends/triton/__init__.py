@@ -1,6 +1,6 @@
 """Triton kernels for NVIDIA GPUs from sm_80 on (and AMD's, compiled but never run).
 
-Fused measures, from features to values and back, any number of layers in one launch a pass:
+Fused measures, from features to values and back, up to 24 layers in one launch a pass:
 
     cka_fwd, covariance_fwd, fused_bwd      covariance_form.py, gram_form.py
 
@@ -12,27 +12,58 @@ and the primitives that the others are made of, as in ``backends/eager.py``:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from . import covariance_form, gram_form, interpreter, launch, products
-from .layers import pack
+from .layers import MAX_LAYERS, Layers, pack
 
 if interpreter.is_active():
     interpreter.mend()
 
 
+def _slots(gram: Sequence[bool]) -> int:
+    """Layers that a launch of this call has room for: the same of all, whatever their form is."""
+    launches = -(-len(gram) // MAX_LAYERS)
+    return -(-len(gram) // launches)
+
+
 def _groups(gram: Sequence[bool]) -> list[tuple[bool, list[int]]]:
-    """The layers of either form: one launch takes those of one form."""
-    groups = ((form, [i for i, g in enumerate(gram) if g == form]) for form in (False, True))
-    return [(form, indices) for form, indices in groups if indices]
+    """The layers of each launch, which are of one form."""
+    slots, groups = _slots(gram), []
+    for form in (False, True):
+        indices = [i for i, g in enumerate(gram) if g == form]
+        groups += [(form, indices[at : at + slots]) for at in range(0, len(indices), slots)]
+    return groups
 
 
 def _some(tensors: Sequence[Tensor], indices: list[int]) -> list[Tensor]:
     """The tensors of these layers; a mask may be one for all."""
     return [tensors[i] for i in indices] if len(tensors) > 1 else list(tensors)
+
+
+def _forward(
+    students: list[Tensor],
+    teachers: list[Tensor],
+    masks: list[Tensor],
+    gram: list[bool],
+    measure: Callable[[Layers, bool], tuple[Tensor, list[Tensor]]],
+) -> tuple[Tensor, list[Tensor]]:
+    """Values, and what the backward needs beside the features, group after group."""
+    values: list[Tensor] = [students[0]] * len(gram)
+    saved, slots = [], _slots(gram)
+    with torch.cuda.device_of(students[0]):
+        for form, indices in _groups(gram):
+            x, y, valid = (_some(tensors, indices) for tensors in (students, teachers, masks))
+            value, kept = measure(pack(x, y, valid, slots), form)
+            if len(indices) == len(gram):
+                return value, kept
+            for i, one in zip(indices, value.unbind(), strict=True):
+                values[i] = one
+            saved += kept
+    return torch.stack(values), saved
 
 
 def cka_fwd(
@@ -46,33 +77,22 @@ def cka_fwd(
     debiased: bool,
     distance: bool,
 ) -> tuple[Tensor, list[Tensor]]:
-    """Values, and what the backward needs beside the features, group after group."""
-    values: list[Tensor] = [students[0]] * len(gram)
-    saved = []
-    with torch.cuda.device_of(students[0]):
-        for form, indices in _groups(gram):
-            layers = pack(_some(students, indices), _some(teachers, indices), _some(masks, indices))
-            if form:
-                value, kept = gram_form.cka_fwd(
-                    layers, debiased, distance, student_grad or teacher_grad
-                )
-            else:
-                value, kept = covariance_form.cka_fwd(
-                    layers, debiased, distance, student_grad, teacher_grad, precision == "high"
-                )
-            if len(indices) == len(gram):
-                return value, kept
-            for i, one in zip(indices, value.reshape(-1).unbind(), strict=True):
-                values[i] = one
-            saved += kept
-    return torch.stack(values), saved
+    """Values, and what the backward needs beside the features."""
+    sides = (student_grad, teacher_grad)
+
+    def measure(layers: Layers, form: bool) -> tuple[Tensor, list[Tensor]]:
+        if form:
+            return gram_form.cka_fwd(layers, debiased, distance, any(sides))
+        return covariance_form.cka_fwd(layers, debiased, distance, *sides, precision == "high")
+
+    return _forward(students, teachers, masks, gram, measure)
 
 
 def covariance_fwd(
     students: list[Tensor],
     teachers: list[Tensor],
     masks: list[Tensor],
-    _gram: list[bool],
+    gram: list[bool],
     student_grad: bool,
     teacher_grad: bool,
     _precision: str,
@@ -80,10 +100,12 @@ def covariance_fwd(
     mean_weight: float,
 ) -> tuple[Tensor, list[Tensor]]:
     """Values, and what the backward needs beside the features."""
-    with torch.cuda.device_of(students[0]):
-        layers = pack(students, teachers, masks)
+
+    def measure(layers: Layers, _form: bool) -> tuple[Tensor, list[Tensor]]:
         sides = (student_grad, teacher_grad)
         return covariance_form.covariance_fwd(layers, scale, mean_weight, *sides)
+
+    return _forward(students, teachers, masks, gram, measure)
 
 
 def fused_bwd(
@@ -102,11 +124,12 @@ def fused_bwd(
     students, teachers = students or teachers, teachers or students
     grads: list[Tensor] = [grad_values] * (2 * count)
     incoming = grad_values.reshape(-1).contiguous()
-    groups = _groups(gram)
+    groups, slots = _groups(gram), _slots(gram)
     at = 0
     with torch.cuda.device_of(grad_values):
         for form, indices in groups:
-            layers = pack(_some(students, indices), _some(teachers, indices), _some(masks, indices))
+            x, y, valid = (_some(tensors, indices) for tensors in (students, teachers, masks))
+            layers = pack(x, y, valid, slots)
             kept = saved[at : at + (gram_form.SAVED if form else covariance_form.SAVED)]
             at += len(kept)
             mine = incoming

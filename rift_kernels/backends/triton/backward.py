@@ -30,7 +30,17 @@ from .cka import (
     ROWS,
     SCALE,
 )
-from .device import batch_of, features_of, layer_of, mask_of, pick, size, split, valid_rows
+from .device import (
+    batch_of,
+    features_of,
+    layer_of,
+    mask_of,
+    multiple,
+    pick,
+    size,
+    split,
+    valid_rows,
+)
 
 
 @triton.jit
@@ -58,7 +68,12 @@ def _matrix(ptr, descriptor, first_row, row, first, column, width, DESCRIPTORS: 
     return tile
 
 
-@triton.jit(do_not_specialize=["parts", "max_rows", "row_programs"])
+@triton.jit(
+    do_not_specialize=[
+        *("stride_own_b", "stride_other_b", "stride_mb", "stride_grad_b", "incoming_ptr"),
+        *("parts", "max_rows", "row_programs"),
+    ]
+)
 def backward_kernel(
     owns, others, masks, grads, rows, widths_own, widths_other,
     strides_own_n, strides_own_d, strides_other_n, strides_other_d,
@@ -66,8 +81,8 @@ def backward_kernel(
     own_descriptor, other_descriptor, planes_descriptor,
     incoming_ptr, planes_ptr, scalars_ptr, shift_ptr, means_ptr, energies_ptr, weighted_ptr,
     width, parts, max_rows, row_programs,
-    LAYERS: tl.constexpr, HAS_MASK: tl.constexpr, SIDE: tl.constexpr,
-
+    LAYERS: tl.constexpr, HAS_MASK: tl.constexpr, DTYPE: tl.constexpr, VECTOR: tl.constexpr,
+    SIDE: tl.constexpr,
     OWN_BLOCK: tl.constexpr, NEAR: tl.constexpr, DEBIASED: tl.constexpr, BIAS: tl.constexpr,
     EXACT: tl.constexpr, DESCRIPTORS: tl.constexpr, SHIFT_STEP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -75,18 +90,19 @@ def backward_kernel(
     """One program owns a tile (BLOCK_M rows, BLOCK_N columns) of one layer's gradient."""
     entry = tl.program_id(1)
     layer, batch = layer_of(entry, LAYERS), batch_of(entry, LAYERS)
-    n, d_own, d_other = size(rows, layer), size(widths_own, layer), size(widths_other, layer)
+    n = size(rows, layer)
+    d_own, d_other = size(widths_own, layer, VECTOR), size(widths_other, layer, VECTOR)
     # Programs that share rows run together, and find them in the L2 cache.
     blocks_n = tl.cdiv(width, BLOCK_N)
     block_m, block_n = tl.program_id(0) // blocks_n, tl.program_id(0) % blocks_n
     if (block_m * BLOCK_M < n) & (block_n * BLOCK_N < d_own):
         own_ptr, own_n, own_d = features_of(
-            owns, strides_own_n, strides_own_d, stride_own_b, layer, batch
+            owns, strides_own_n, strides_own_d, stride_own_b, layer, batch, DTYPE, VECTOR
         )
         other_ptr, other_n, other_d = features_of(
-            others, strides_other_n, strides_other_d, stride_other_b, layer, batch
+            others, strides_other_n, strides_other_d, stride_other_b, layer, batch, DTYPE, VECTOR
         )
-        grad_ptr = pick(grads, layer) + batch * stride_grad_b
+        grad_ptr = pick(grads, layer) + batch * multiple(stride_grad_b, VECTOR)
         mask_ptr = mask_of(masks, stride_mb, layer, batch, own_ptr, HAS_MASK)
         mean_own_ptr = means_ptr + (entry * 2 + SIDE) * width
         mean_other_ptr = means_ptr + (entry * 2 + 1 - SIDE) * width

@@ -14,7 +14,7 @@ from .device import sum_partials
 from .tiles import tile_of
 
 
-@triton.jit(do_not_specialize=["n", "tile_programs", "slots", "spills"])
+@triton.jit(do_not_specialize=["n", "d1", "d2", "tile_programs", "slots", "spills"])
 def blocks_kernel(
     n, d1, d2, tiles_ptr, spill_ptr, xx_ptr, xy_ptr, yy_ptr, tile_programs, slots, spills,
     XX: tl.constexpr, YY: tl.constexpr,

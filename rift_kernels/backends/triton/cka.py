@@ -183,6 +183,9 @@ def _head(
 
 @triton.jit(
     do_not_specialize=[
+        "stride_xb",
+        "stride_yb",
+        "stride_mb",
         "tile_programs",
         "column_programs",
         "segments",
@@ -199,7 +202,7 @@ def cka_kernel(
     values_ptr, scalars_ptr, planes_x_ptr, planes_y_ptr, shift_x_ptr, shift_y_ptr,
     means_ptr, energies_ptr, weighted_ptr, partial_ptr,
     tile_programs, column_programs, segments, width, slots, spills, max_rows, row_programs,
-    LAYERS: tl.constexpr, PROGRAMS: tl.constexpr, HAS_MASK: tl.constexpr,
+    LAYERS: tl.constexpr, HAS_MASK: tl.constexpr, DTYPE: tl.constexpr, VECTOR: tl.constexpr,
     SPLIT: tl.constexpr, NEAR: tl.constexpr, SHIFT: tl.constexpr,
     DEBIASED: tl.constexpr, DISTANCE: tl.constexpr,
     STUDENT: tl.constexpr, TEACHER: tl.constexpr, HIGH: tl.constexpr,
@@ -210,23 +213,23 @@ def cka_kernel(
     entry = tl.program_id(1)
     programs = tl.num_programs(0)
     layer, batch = layer_of(entry, LAYERS), batch_of(entry, LAYERS)
-    n, d1, d2 = size(rows, layer), size(widths_x, layer), size(widths_y, layer)
+    n, d1, d2 = size(rows, layer), size(widths_x, layer, VECTOR), size(widths_y, layer, VECTOR)
     SIZE: tl.constexpr = BLOCK * BLOCK
     PARTS: tl.constexpr = BLOCK // SUB
     sums_x = sums_ptr + entry.to(tl.int64) * (2 * segments * width)
     sums_y = sums_x + segments * width
-    statistics_ptr += entry * 6 * PROGRAMS
+    statistics_ptr += entry * 6 * column_programs
     tiles_ptr += entry.to(tl.int64) * slots * SIZE
     spill_ptr += entry.to(tl.int64) * spills * SIZE
     scalars_ptr += entry * 32
     partial_ptr += entry.to(tl.int64) * programs * FIELDS
-    count = statistic(statistics_ptr, COUNT, column_programs, PROGRAMS)
-    inverse_x = inverse_scale(statistics_ptr, PIVOT_X, ENERGY_X, column_programs, PROGRAMS)
-    inverse_y = inverse_scale(statistics_ptr, PIVOT_Y, ENERGY_Y, column_programs, PROGRAMS)
+    count = statistic(statistics_ptr, COUNT, column_programs)
+    inverse_x = inverse_scale(statistics_ptr, PIVOT_X, ENERGY_X, column_programs)
+    inverse_y = inverse_scale(statistics_ptr, PIVOT_Y, ENERGY_Y, column_programs)
     t_x, t_y = inverse_x * 0.0, inverse_y * 0.0
     if NEAR:
         # Regression coefficients of features of unit norm are one number both ways.
-        both = statistic(statistics_ptr, ENERGY_XY, column_programs, PROGRAMS)
+        both = statistic(statistics_ptr, ENERGY_XY, column_programs)
         t_x = (both * inverse_x * inverse_y).to(tl.float32)
         t_y = t_x
     n_float = count.to(tl.float32)
@@ -328,10 +331,10 @@ def cka_kernel(
         length = tl.cdiv(tl.cdiv(n, row_programs), BLOCK_R) * BLOCK_R
         begin, end = run * length, tl.minimum(n, (run + 1) * length)
         x_ptr, stride_xn, stride_xd = features_of(
-            xs, strides_xn, strides_xd, stride_xb, layer, batch
+            xs, strides_xn, strides_xd, stride_xb, layer, batch, DTYPE, VECTOR
         )
         y_ptr, stride_yn, stride_yd = features_of(
-            ys, strides_yn, strides_yd, stride_yb, layer, batch
+            ys, strides_yn, strides_yd, stride_yb, layer, batch, DTYPE, VECTOR
         )
         mask_ptr = mask_of(masks, stride_mb, layer, batch, x_ptr, HAS_MASK)
         r_ptr = energies_ptr + entry.to(tl.int64) * 2 * max_rows
@@ -374,8 +377,8 @@ def cka_kernel(
     if arrive(counters_ptr + entry, programs):
         tl.debug_barrier()
         total, _ = over_programs(partial_ptr, programs, FIELDS)
-        pivot_x = statistic(statistics_ptr, PIVOT_X, column_programs, PROGRAMS)
-        pivot_y = statistic(statistics_ptr, PIVOT_Y, column_programs, PROGRAMS)
+        pivot_x = statistic(statistics_ptr, PIVOT_X, column_programs)
+        pivot_y = statistic(statistics_ptr, PIVOT_Y, column_programs)
         rounding = count * 0 + ROUNDING
         if SPLIT:
             narrow = tl.minimum(d1, d2).to(tl.float64)

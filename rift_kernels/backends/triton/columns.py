@@ -34,7 +34,7 @@ def load_features(ptr, stride_n, stride_d, rows, valid, columns, width, mean, CE
 @triton.jit
 def column_statistics(
     x_ptr, y_ptr, mask_ptr, n, d1, d2, stride_xn, stride_xd, stride_yn, stride_yd,
-    sums_ptr, statistics_ptr, program, segments, blocks, width, PROGRAMS: tl.constexpr,
+    sums_ptr, statistics_ptr, program, segments, blocks, width,
     HAS_MASK: tl.constexpr, BLOCK: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """Column sums of one block of columns over one segment of rows, and its energies.
@@ -79,10 +79,11 @@ def column_statistics(
     tl.store(sums_ptr + segment * width + columns, sum_y, mask=columns < width)
     rows_here = tl.sum(count, 0)
     share = tl.where(rows_here > 0, 1 / rows_here, 0.0)
+    programs = blocks * segments
     out = statistics_ptr + program
-    tl.store(out + COUNT * PROGRAMS, tl.where(block == 0, rows_here, 0.0))
-    tl.store(out + PIVOT_X * PROGRAMS, tl.sum(square_x, 0))
-    tl.store(out + PIVOT_Y * PROGRAMS, tl.sum(square_y, 0))
-    tl.store(out + ENERGY_X * PROGRAMS, tl.sum(square_x - shifted_x * shifted_x * share, 0))
-    tl.store(out + ENERGY_Y * PROGRAMS, tl.sum(square_y - shifted_y * shifted_y * share, 0))
-    tl.store(out + ENERGY_XY * PROGRAMS, tl.sum(product - shifted_x * shifted_y * share, 0))
+    tl.store(out + COUNT * programs, tl.where(block == 0, rows_here, 0.0))
+    tl.store(out + PIVOT_X * programs, tl.sum(square_x, 0))
+    tl.store(out + PIVOT_Y * programs, tl.sum(square_y, 0))
+    tl.store(out + ENERGY_X * programs, tl.sum(square_x - shifted_x * shifted_x * share, 0))
+    tl.store(out + ENERGY_Y * programs, tl.sum(square_y - shifted_y * shifted_y * share, 0))
+    tl.store(out + ENERGY_XY * programs, tl.sum(product - shifted_x * shifted_y * share, 0))

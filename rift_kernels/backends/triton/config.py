@@ -64,13 +64,27 @@ def configuration(layers: Layers, form: str) -> Config:
     """The entry for these layers. Every call of a loss comes here, so the way is short."""
     side = layers.max_rows if form == "gram" else max(*layers.x.widths, *layers.y.widths)
     size = 0 if side <= 64 else 1 if side <= 128 else 2
-    key = layers.device, layers.exact, form, size
+    is_aligned = layers.vector > 1
+    key = layers.device, layers.exact, form, size, is_aligned
     found = _found.get(key)
     if found is None:
         kind = "exact" if layers.exact else "bf16"
         found = lookup(architecture(layers.device), f"{form} {SIZES[size]} {kind}")
+        if not is_aligned:
+            found = _narrowed(found)
         _found[key] = found
     return found
+
+
+def _narrowed(config: Config) -> Config:
+    """For features that are loaded an element at a time: registers hold the addresses of fewer."""
+    rows, columns, depth = config.backward
+    gram_rows, gram_columns, gram_depth = config.gram_backward
+    return config._replace(
+        block_k=max(config.block_k // 2, 16),
+        backward=(rows, min(columns, 64), max(depth // 2, 16)),
+        gram_backward=(gram_rows, gram_columns // 2, gram_depth),
+    )
 
 
 def architecture(device: torch.device) -> str:

@@ -107,7 +107,7 @@ def covariance_kernel(
     values_ptr, scalars_ptr, planes_x_ptr, planes_y_ptr, shift_x_ptr, shift_y_ptr, means_ptr,
     partial_ptr,
     mean_weight, tile_programs, column_programs, segments, width, slots, spills,
-    LAYERS: tl.constexpr, PROGRAMS: tl.constexpr, SPLIT: tl.constexpr, SHIFT: tl.constexpr,
+    LAYERS: tl.constexpr, SPLIT: tl.constexpr, SHIFT: tl.constexpr,
     KIND: tl.constexpr, STUDENT: tl.constexpr, TEACHER: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, SUB: tl.constexpr,
 ):  # fmt: skip
@@ -121,7 +121,7 @@ def covariance_kernel(
     PARTS: tl.constexpr = BLOCK // SUB
     sums_x = sums_ptr + entry.to(tl.int64) * (2 * segments * width)
     sums_y = sums_x + segments * width
-    statistics_ptr += entry * 6 * PROGRAMS
+    statistics_ptr += entry * 6 * column_programs
     tiles_ptr += entry.to(tl.int64) * slots * SIZE
     spill_ptr += entry.to(tl.int64) * spills * SIZE
     partial_ptr += entry.to(tl.int64) * programs * FIELDS
@@ -133,7 +133,7 @@ def covariance_kernel(
     half = (width // BLOCK) * PARTS * width
     shift_x_ptr += entry.to(tl.int64) * 2 * half
     shift_y_ptr += entry.to(tl.int64) * 2 * half
-    count = statistic(statistics_ptr, COUNT, column_programs, PROGRAMS)
+    count = statistic(statistics_ptr, COUNT, column_programs)
     n_float = count.to(tl.float32)
     blocks = tl.cdiv(d, BLOCK)
     tiles = blocks * (blocks + 1) // 2
@@ -193,8 +193,8 @@ def covariance_kernel(
     if arrive(counters_ptr + entry, programs):
         tl.debug_barrier()
         total, _ = over_programs(partial_ptr, programs, FIELDS)
-        pivot_x = statistic(statistics_ptr, PIVOT_X, column_programs, PROGRAMS)
-        pivot_y = statistic(statistics_ptr, PIVOT_Y, column_programs, PROGRAMS)
+        pivot_x = statistic(statistics_ptr, PIVOT_X, column_programs)
+        pivot_y = statistic(statistics_ptr, PIVOT_Y, column_programs)
         _head(
             values_ptr + entry, scalars_ptr + entry * 32, total, count, d.to(tl.float64),
             mean_weight, pivot_x, pivot_y, KIND,

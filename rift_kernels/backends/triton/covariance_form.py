@@ -1,6 +1,6 @@
 """Launches in covariance form: linear CKA, the covariance distance, and the gradients of both.
 
-    moments, cka, backward            three for any number of layers
+    moments, cka, backward            three for up to 24 layers
     moments, covariance, backward
 
 float32 and float16 features take one more, for their means come first.
@@ -83,7 +83,7 @@ def cka_fwd(
         values, *saved, partial,
         raw.tile_programs, raw.column_programs, raw.segments, raw.width, raw.slots,
         raw.tile_programs, layers.max_rows, row_programs,
-        **layers.options, PROGRAMS=raw.programs,
+        **layers.feature_options,
         SPLIT=layers.exact, NEAR=layers.x.widths == layers.y.widths,
         SHIFT=not layers.exact, DEBIASED=debiased, DISTANCE=distance,
         STUDENT=student, TEACHER=teacher, HIGH=high,
@@ -110,13 +110,13 @@ def covariance_fwd(
     programs = raw.slots // (2 if relative else 1) * (config.block // config.sub)
     partial = layers.empty(layers.entries * programs * 4, dtype=torch.float64)
     covariance.covariance_kernel[(programs, layers.entries)](
-        layers.rows, layers.x.widths,
+        layers.row_numbers, layers.x.columns,
         raw.tiles, raw.spill, raw.sums, raw.statistics, raw.counters,
         values, saved.scalars, saved.planes_x, saved.planes_y, saved.shift_x, saved.shift_y,
         saved.means, partial,
         mean_weight, raw.tile_programs, raw.column_programs, raw.segments, raw.width, raw.slots,
         raw.tile_programs,
-        LAYERS=len(layers.rows), PROGRAMS=raw.programs, SPLIT=layers.exact,
+        LAYERS=len(layers.rows), SPLIT=layers.exact,
         SHIFT=not layers.exact, KIND=covariance.KINDS[scale], STUDENT=student,
         TEACHER=teacher,
         BLOCK=config.block, BLOCK_K=config.block_k, SUB=config.sub,
@@ -154,13 +154,14 @@ def bwd(
         matrix = planes.view(-1, width)
         descriptors.append(TensorDescriptor.from_tensor(matrix, [block_k, block_n]))
     backward.backward_kernel[grid](
-        own.tensors, cross.tensors, layers.masks, grads, layers.rows, own.widths, cross.widths,
+        own.addresses, cross.addresses, layers.mask_numbers, layers.filled(grads),
+        layers.row_numbers, own.columns, cross.columns,
         own.strides_n, own.strides_d, cross.strides_n, cross.strides_d,
         own.stride_b, cross.stride_b, layers.stride_mb, stride_gb,
         *(descriptors or (None, None, None)), incoming, planes, kept.scalars, shift, kept.means,
         kept.energies, kept.weighted,
         width, width // config.sub, layers.max_rows, _row_programs(layers, debiased),
-        **layers.options, SIDE=side, OWN_BLOCK=two,
+        **layers.feature_options, SIDE=side, OWN_BLOCK=two,
         NEAR=is_cka and own.widths == other.widths, DEBIASED=debiased, BIAS=not is_cka,
         EXACT=exact, DESCRIPTORS=descriptors is not None, SHIFT_STEP=step,
         BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k,

@@ -1,8 +1,8 @@
 """What the kernels share: picking a layer, splitting float32, triangles, partial sums.
 
-Layers come as tuples of pointers and sizes, passed by value: no copy of the features, no table to
+Layers come as tuples of addresses and sizes, passed by value: no copy of the features, no table to
 upload, nothing that a CUDA graph could not replay. A batch ``(B, N, D)`` is one layer with a batch
-stride.
+stride. What they are multiples of is in ``VECTOR`` alone, see layers.py.
 """
 
 from __future__ import annotations
@@ -30,9 +30,17 @@ def pick(values, index):
 
 
 @triton.jit
-def size(values, index):
-    """:func:`pick` of sizes, whose 1 is a constant to triton, and has no ``.to``, otherwise."""
-    return pick(values, index) + index * 0
+def multiple(value, of: tl.constexpr):
+    """The same number, which triton may take for a multiple of another."""
+    if of > 1:
+        value = value // of * of
+    return value
+
+
+@triton.jit
+def size(values, index, VECTOR: tl.constexpr = 1):
+    """:func:`pick` of what :func:`layers.numbers` has made of sizes, strides and addresses."""
+    return multiple((pick(values, index) >> 1) - 1, VECTOR)
 
 
 @triton.jit
@@ -56,16 +64,28 @@ def batch_of(entry, LAYERS: tl.constexpr):
 
 
 @triton.jit
-def features_of(tensors, strides_n, strides_d, stride_b, layer, batch):
+def features_of(
+    addresses, strides_n, strides_d, stride_b, layer, batch,
+    DTYPE: tl.constexpr, VECTOR: tl.constexpr,
+):  # fmt: skip
     """Where a side's features of one layer begin, and their strides."""
-    return pick(tensors, layer) + batch * stride_b, pick(strides_n, layer), pick(strides_d, layer)
+    ptr = size(addresses, layer).to(tl.int64).to(tl.pointer_type(DTYPE))
+    if VECTOR > 1:
+        ptr = tl.multiple_of(ptr, 16)
+    ptr += batch * multiple(stride_b, VECTOR)
+    if VECTOR > 0:
+        stride_d = 1
+    else:
+        stride_d = size(strides_d, layer)
+    return ptr, size(strides_n, layer, VECTOR), stride_d
 
 
 @triton.jit
 def mask_of(masks, stride_b, layer, batch, otherwise, HAS_MASK: tl.constexpr):
     """Where the mask of one layer begins; ``otherwise``, never read, where there is none."""
     if HAS_MASK:
-        mask_ptr = pick(masks, layer) + batch * stride_b
+        address = size(masks, layer).to(tl.int64)
+        mask_ptr = address.to(tl.pointer_type(tl.uint8)) + batch * stride_b
     else:
         mask_ptr = otherwise
     return mask_ptr
@@ -134,18 +154,22 @@ def sum_partials(tiles_ptr, spill_ptr, slot, chunks, share, offsets, SIZE: tl.co
 
 
 @triton.jit
-def statistic(statistics_ptr, field, programs, PROGRAMS: tl.constexpr):
+def statistic(statistics_ptr, field, programs):
     """The sum of one field over the column programs, in float64."""
-    i = tl.arange(0, PROGRAMS)
-    parts = tl.load(statistics_ptr + field * PROGRAMS + i, mask=i < programs, other=0.0)
-    return tl.sum(parts.to(tl.float64), 0)
+    several = tl.arange(0, 256)
+    total = tl.zeros([256], tl.float64)
+    for first in range(0, programs, 256):
+        i = first + several
+        parts = tl.load(statistics_ptr + field * programs + i, mask=i < programs, other=0.0)
+        total += parts.to(tl.float64)
+    return tl.sum(total, 0)
 
 
 @triton.jit
-def inverse_scale(statistics_ptr, pivot_field, field, programs, PROGRAMS: tl.constexpr):
+def inverse_scale(statistics_ptr, pivot_field, field, programs):
     """About 1 / the norm of the centered features, so that all blocks are of the size of 1."""
-    energy = statistic(statistics_ptr, field, programs, PROGRAMS)
-    pivot = statistic(statistics_ptr, pivot_field, programs, PROGRAMS)
+    energy = statistic(statistics_ptr, field, programs)
+    pivot = statistic(statistics_ptr, pivot_field, programs)
     energy = tl.where(energy > 0, energy, pivot)
     return tl.where(energy == 0, 1.0, 1.0 / tl.sqrt(energy)).to(tl.float32)
 

@@ -91,6 +91,12 @@ def grams_of(kept_ptr, entry, plane):
 
 
 @triton.jit
+def edge_of(n):
+    """Where what is stored of a matrix ends: zeros up to a multiple of 16, for whole vectors."""
+    return tl.cdiv(n, 16) * 16
+
+
+@triton.jit
 def gram_head(
     value_ptr, scalars_ptr, sums, n, pivot_x, pivot_y, inverse_x, inverse_y,
     DEBIASED: tl.constexpr, DISTANCE: tl.constexpr,
@@ -193,13 +199,13 @@ def _centered_tile(
     return tl.where(kept, k * scale, 0.0), peak
 
 
-@triton.jit(do_not_specialize=["tile_programs", "column_programs", "slots", "spills"])
+@triton.jit(do_not_specialize=["stride_mb", "tile_programs", "column_programs", "slots", "spills"])
 def gram_kernel(
     masks, rows, widths_x, widths_y, stride_mb,
     tiles_ptr, spill_ptr, row_sums_ptr, statistics_ptr, counters_ptr,
     values_ptr, kept_ptr, partial_ptr,
-    tile_programs, column_programs, slots, spills, max_rows,
-    LAYERS: tl.constexpr, PROGRAMS: tl.constexpr, HAS_MASK: tl.constexpr,
+    tile_programs, column_programs, slots, spills, stride,
+    LAYERS: tl.constexpr, HAS_MASK: tl.constexpr,
     DEBIASED: tl.constexpr, DISTANCE: tl.constexpr, STORE: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, SUB: tl.constexpr,
 ):  # fmt: skip
@@ -211,16 +217,16 @@ def gram_kernel(
     n = size(rows, layer)
     SIZE: tl.constexpr = BLOCK * BLOCK
     PARTS: tl.constexpr = BLOCK // SUB
-    statistics_ptr += entry * 6 * PROGRAMS
+    statistics_ptr += entry * 6 * column_programs
     tiles_ptr += entry.to(tl.int64) * slots * SIZE
     spill_ptr += entry.to(tl.int64) * spills * SIZE
     row_sums_ptr += entry.to(tl.int64) * (slots + spills) * (2 * BLOCK + 1)
     totals_ptr = row_sums_ptr + (slots + spills) * (2 * BLOCK)
     partial_ptr += entry.to(tl.int64) * programs * FIELDS
     mask_ptr = mask_of(masks, stride_mb, layer, batch, statistics_ptr, HAS_MASK)
-    count = statistic(statistics_ptr, COUNT, column_programs, PROGRAMS)
-    inverse_x = inverse_scale(statistics_ptr, PIVOT_X, ENERGY_X, column_programs, PROGRAMS)
-    inverse_y = inverse_scale(statistics_ptr, PIVOT_Y, ENERGY_Y, column_programs, PROGRAMS)
+    count = statistic(statistics_ptr, COUNT, column_programs)
+    inverse_x = inverse_scale(statistics_ptr, PIVOT_X, ENERGY_X, column_programs)
+    inverse_y = inverse_scale(statistics_ptr, PIVOT_Y, ENERGY_Y, column_programs)
     n_float = count.to(tl.float32)
     blocks = tl.cdiv(n, BLOCK)
     tiles = blocks * (blocks + 1) // 2
@@ -240,11 +246,12 @@ def gram_kernel(
         kept = inside
         if DEBIASED:
             kept = inside & (i[:, None] != j[None, :])
-        plane = max_rows.to(tl.int64) * max_rows
+        plane = stride.to(tl.int64) * stride
         grams_ptr = grams_of(kept_ptr, entry, plane)
-        direct = i.to(tl.int64)[:, None] * max_rows + j[None, :]
-        turned = j.to(tl.int64)[None, :] * max_rows + i[:, None]
-        bounds = (i < n)[:, None] & (j < n)[None, :]
+        direct = i.to(tl.int64)[:, None] * stride + j[None, :]
+        turned = j.to(tl.int64)[None, :] * stride + i[:, None]
+        edge = edge_of(n)
+        bounds = (i < edge)[:, None] & (j < edge)[None, :]
         scale_x, scale_y = inverse_x * inverse_x, inverse_y * inverse_y
         kx, peak_x = _centered_tile(
             tiles_ptr, spill_ptr, row_sums_ptr, totals_ptr, 0, pair, block_i, block_j,
@@ -276,8 +283,8 @@ def gram_kernel(
         tl.debug_barrier()
         total, peak = over_programs(partial_ptr, programs, FIELDS)
         total = tl.where((field == PEAK_X) | (field == PEAK_Y), peak, total)
-        pivot_x = statistic(statistics_ptr, PIVOT_X, column_programs, PROGRAMS)
-        pivot_y = statistic(statistics_ptr, PIVOT_Y, column_programs, PROGRAMS)
+        pivot_x = statistic(statistics_ptr, PIVOT_X, column_programs)
+        pivot_y = statistic(statistics_ptr, PIVOT_Y, column_programs)
         gram_head(
             values_ptr + entry, kept_ptr + entry * SCALARS, total, count, pivot_x, pivot_y,
             inverse_x, inverse_y, DEBIASED, DISTANCE,

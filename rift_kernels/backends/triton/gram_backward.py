@@ -13,33 +13,51 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .device import batch_of, features_of, layer_of, mask_of, pick, size, split, valid_rows
-from .gram import INVERSE, OTHER, OWN, ROWS, SCALARS, grams_of
+from .device import (
+    batch_of,
+    features_of,
+    layer_of,
+    mask_of,
+    multiple,
+    pick,
+    size,
+    split,
+    valid_rows,
+)
+from .gram import INVERSE, OTHER, OWN, ROWS, SCALARS, edge_of, grams_of
 
 
-@triton.jit(do_not_specialize=["max_width"])
+@triton.jit(
+    do_not_specialize=[
+        *("stride_b", "stride_mb", "stride_gb", "incoming_ptr", "max_width"),
+    ]
+)
 def gram_backward_kernel(
     owns, masks, grads, rows, widths, strides_n, strides_d, stride_b, stride_mb, stride_gb,
-    incoming_ptr, kept_ptr, sums_ptr, width, max_rows, max_width,
-    LAYERS: tl.constexpr, HAS_MASK: tl.constexpr, SIDE: tl.constexpr,
+    incoming_ptr, kept_ptr, sums_ptr, width, stride, max_width,
+    LAYERS: tl.constexpr, HAS_MASK: tl.constexpr, DTYPE: tl.constexpr, VECTOR: tl.constexpr,
+    SIDE: tl.constexpr,
     SMALL: tl.constexpr, EXACT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """One program owns a tile of ``grad = g M X``; the rows of M sum to 0, so X may have a mean."""
     entry = tl.program_id(1)
     layer, batch = layer_of(entry, LAYERS), batch_of(entry, LAYERS)
-    n, d = size(rows, layer), size(widths, layer)
+    n, d = size(rows, layer), size(widths, layer, VECTOR)
     blocks_n = tl.cdiv(max_width, BLOCK_N)
     block_m, block_n = tl.program_id(0) // blocks_n, tl.program_id(0) % blocks_n
     if (block_m * BLOCK_M < n) & (block_n * BLOCK_N < d):
-        x_ptr, stride_n, stride_d = features_of(owns, strides_n, strides_d, stride_b, layer, batch)
-        grad_ptr = pick(grads, layer) + batch * stride_gb
+        x_ptr, stride_n, stride_d = features_of(
+            owns, strides_n, strides_d, stride_b, layer, batch, DTYPE, VECTOR
+        )
+        grad_ptr = pick(grads, layer) + batch * multiple(stride_gb, VECTOR)
         mask_ptr = mask_of(masks, stride_mb, layer, batch, x_ptr, HAS_MASK)
         scalars_ptr = kept_ptr + entry * SCALARS + SIDE * 4
         incoming = tl.load(incoming_ptr + entry).to(tl.float32)
         c_own = tl.load(scalars_ptr + OWN)
         c_other = tl.load(scalars_ptr + OTHER)
-        plane = max_rows.to(tl.int64) * max_rows
+        plane = stride.to(tl.int64) * stride
+        edge = edge_of(n)
         grams_ptr = grams_of(kept_ptr, entry, plane)
         own_ptr = grams_ptr + SIDE * plane
         other_ptr = grams_ptr + (1 - SIDE) * plane
@@ -54,8 +72,8 @@ def gram_backward_kernel(
         acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         for start in range(0, n, BLOCK_K):
             k = start + tl.arange(0, BLOCK_K)
-            at = row.to(tl.int64)[:, None] * max_rows + k[None, :]
-            inside = (row < n)[:, None] & (k < n)[None, :]
+            at = row.to(tl.int64)[:, None] * stride + k[None, :]
+            inside = (row < edge)[:, None] & (k < edge)[None, :]
             own = tl.load(own_ptr + at, mask=inside, other=0.0)
             other = tl.load(other_ptr + at, mask=inside, other=0.0)
             high, low = split(c_own * own + c_other * other)

@@ -1,6 +1,6 @@
 """Launches in Gram form: linear CKA and its gradient.
 
-small_gram, gram_backward         two for any number of layers of up to 128 rows
+small_gram, gram_backward         two for up to 24 layers of up to 128 rows
 moments, gram, gram_backward      three beyond; one more for float32 and float16
 """
 
@@ -26,7 +26,8 @@ def cka_fwd(
     entries, max_rows = layers.entries, layers.max_rows
     values = layers.values()
     # The scalars of all entries, then both matrices of each: one allocation for both.
-    kept = layers.empty(entries * (gram.SCALARS.value + store * 2 * max_rows * max_rows))
+    stride = round_up(max_rows, 16)
+    kept = layers.empty(entries * (gram.SCALARS.value + store * 2 * stride * stride))
     # For where rows do not fit into one block, and features are not multiplied as they are.
     needed = layers.exact and max_rows > SMALL_ROWS
     sums = layers.empty(entries * 2 * padded_width(layers, config) if needed else 0)
@@ -34,20 +35,26 @@ def cka_fwd(
     if layers.idle:
         return values, saved
     if max_rows <= SMALL_ROWS:
-        _small_gram(layers, config, values, kept, debiased, distance, store)
+        _small_gram(layers, config, values, kept, stride, debiased, distance, store)
         return values, saved
     raw = raw_moments(layers, config, "gram", "xx yy", off_diagonal=debiased)
     programs = raw.slots // 2 * (config.block // config.sub)
     partial = layers.empty(entries * programs * 8, dtype=torch.float64)
     gram.gram_kernel[(programs, entries)](
-        layers.masks, layers.rows, layers.x.widths, layers.y.widths, layers.stride_mb,
+        layers.mask_numbers, layers.row_numbers, layers.x.columns, layers.y.columns,
+        layers.stride_mb,
         raw.tiles, raw.spill, raw.row_sums, raw.statistics, raw.counters,
         values, kept, partial,
-        raw.tile_programs, raw.column_programs, raw.slots, raw.tile_programs, max_rows,
-        **layers.options, PROGRAMS=raw.programs, DEBIASED=debiased, DISTANCE=distance, STORE=store,
+        raw.tile_programs, raw.column_programs, raw.slots, raw.tile_programs, stride,
+        **layers.options, DEBIASED=debiased, DISTANCE=distance, STORE=store,
         BLOCK=config.block, BLOCK_K=config.block_k, SUB=config.sub, num_warps=config.head_warps,
     )  # fmt: skip
     return values, [kept, raw.sums if layers.exact else sums]
+
+
+def small_rows(layers: Layers) -> int:
+    """Of the kernels for few rows: two sizes, those of the configurations' classes."""
+    return 64 if layers.max_rows <= 64 else SMALL_ROWS
 
 
 def _small_gram(
@@ -55,6 +62,7 @@ def _small_gram(
     config: Config,
     values: Tensor,
     kept: Tensor,
+    stride: int,
     debiased: bool,
     distance: bool,
     store: bool,
@@ -62,16 +70,16 @@ def _small_gram(
     widest = max(*layers.x.widths, *layers.y.widths)
     programs = power_of_two(-(-widest // config.small_share))
     share = round_up(-(-widest // programs), config.small_k)
-    rows = max(16, power_of_two(layers.max_rows))
-    workspace = layers.empty(layers.entries * programs * (2 * rows * rows + 2))
+    rows = small_rows(layers)
+    workspace = layers.empty(layers.entries * programs * (2 * rows * rows + 4))
     # Fresh ones, at the price of one small launch: memory kept between calls would have to be one a
     # stream, and inside CUDA graphs it would belong to nobody.
     counters = None
     if programs > 1:
         counters = torch.zeros(layers.entries, dtype=torch.int32, device=layers.device)
     small_gram.small_gram_kernel[(programs, layers.entries)](
-        *layers.shape, workspace, counters, values, kept, layers.max_rows, share,
-        **layers.options, DEBIASED=debiased, DISTANCE=distance, STORE=store,
+        *layers.shape, workspace, counters, values, kept, stride, share,
+        **layers.feature_options, DEBIASED=debiased, DISTANCE=distance, STORE=store,
         ROWS=rows, BLOCK_K=config.small_k, PROGRAMS=programs,
         num_warps=8 if rows > 64 else 4, num_stages=2,
     )  # fmt: skip
@@ -93,13 +101,13 @@ def cka_bwd(
     block_m, block_n, block_k = config.gram_backward
     if small:
         # The mean of a column is that of its one block.
-        block_m = block_k = max(16, power_of_two(max_rows))
+        block_m = block_k = small_rows(layers)
     grid = (-(-max_rows // block_m) * -(-max_width // block_n), entries)
     gram_backward.gram_backward_kernel[grid](
-        own.tensors, layers.masks, grads, layers.rows, own.widths, own.strides_n, own.strides_d,
-        own.stride_b, layers.stride_mb, stride_gb,
-        incoming, kept, sums, width, max_rows, max_width,
-        **layers.options, SIDE=side,
+        own.addresses, layers.mask_numbers, layers.filled(grads), layers.row_numbers, own.columns,
+        own.strides_n, own.strides_d, own.stride_b, layers.stride_mb, stride_gb,
+        incoming, kept, sums, width, round_up(max_rows, 16), max_width,
+        **layers.feature_options, SIDE=side,
         SMALL=small, EXACT=layers.exact or sums.numel() > 0,
         BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k,
         num_warps=config.gram_backward_warps, num_stages=config.gram_backward_stages,

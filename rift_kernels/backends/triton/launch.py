@@ -30,7 +30,6 @@ class Raw(NamedTuple):
     segments: int
     width: int
     slots: int
-    programs: int  # column_programs, as a power of two
 
 
 @cache
@@ -69,7 +68,7 @@ def descriptors_of(
     Small ones are not worth the microseconds that making a descriptor costs.
     """
     tensors = [side.tensors[0].squeeze(0) for side in sides]
-    fits = layers.entries == 1 and not layers.exact and not layers.masks
+    fits = layers.entries == len(layers.rows) == 1 and not layers.exact and not layers.masks
     if not fits or layers.max_rows < _descriptor_rows(layers.device):
         return None
     for tensor in tensors:
@@ -122,21 +121,19 @@ def raw_moments(
     if not (is_gram and layers.exact):
         segments = max(1, min(-(-layers.max_rows // (4 * config.block_r)), -(-available // blocks)))
     column_programs = blocks * segments
-    programs = power_of_two(column_programs)
     parts = entries * (slots + tile_programs) if is_gram else 0
     raw = Raw(
         layers.empty(entries * slots * size),
         layers.empty(entries * tile_programs * size),
         layers.empty(parts * (2 * block + 1)),
         layers.empty(entries * 2 * segments * width),
-        layers.empty(entries * STATISTICS * programs),
+        layers.empty(entries * STATISTICS * column_programs),
         layers.empty(entries, dtype=torch.int32),
         tile_programs,
         column_programs,
         segments,
         width,
         slots,
-        programs,
     )
     launches = [(tile_programs, column_programs)]
     if layers.exact:
@@ -149,7 +146,7 @@ def raw_moments(
             *layers.shape, *(descriptors or (None, None)),
             raw.tiles, raw.spill, raw.row_sums, raw.sums, raw.statistics, raw.counters,
             some, column_programs, columns, segments, blocks, width, slots, tile_programs,
-            **layers.options, PROGRAMS=programs, GRAM=is_gram,
+            **layers.feature_options, GRAM=is_gram,
             XX="xx" in wanted, YY="yy" in wanted, XY="xy" in wanted,
             DIFFERENCE=difference, SPLIT=layers.exact, OFF_DIAGONAL=off_diagonal,
             DESCRIPTORS=descriptors is not None,
@@ -161,7 +158,8 @@ def raw_moments(
 
 def gradients(side: Side, layers: Layers, dtype: torch.dtype) -> tuple[tuple[Tensor, ...], int]:
     """Empty gradients of a side, and the stride of their batch."""
-    grads = tuple(torch.empty(t.shape, dtype=dtype, device=layers.device) for t in side.tensors)
+    own = side.tensors[: layers.given]
+    grads = tuple(torch.empty(t.shape, dtype=dtype, device=layers.device) for t in own)
     return grads, grads[0].shape[-2] * grads[0].shape[-1] if grads[0].dim() == 3 else 0
 
 

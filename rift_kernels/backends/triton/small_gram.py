@@ -22,7 +22,7 @@ from .device import (
     split,
     valid_rows,
 )
-from .gram import SCALARS, center_offset, gram_head, grams_of, inner_product, pack_sums
+from .gram import SCALARS, center_offset, edge_of, gram_head, grams_of, inner_product, pack_sums
 
 
 @triton.jit
@@ -71,7 +71,7 @@ def _add_up(
     Returns its diagonal, the sums of its columns without the diagonal, and the energy about the
     first row.
     """
-    PART: tl.constexpr = 2 * ROWS * ROWS + 2
+    PART: tl.constexpr = 2 * ROWS * ROWS + 4
     column = tl.arange(0, ROWS)
     diagonal = tl.zeros([ROWS], tl.float32)
     sums = tl.zeros([ROWS], tl.float32)
@@ -105,12 +105,12 @@ def _centered_rows(k_ptr, at, kept, inverse, sums, n, DEBIASED: tl.constexpr):
     return tl.where(kept, k, 0.0)
 
 
-@triton.jit(do_not_specialize=["share"])
+@triton.jit(do_not_specialize=["stride_xb", "stride_yb", "stride_mb", "share"])
 def small_gram_kernel(
     xs, ys, masks, rows, widths_x, widths_y, strides_xn, strides_xd, strides_yn, strides_yd,
     stride_xb, stride_yb, stride_mb,
-    workspace_ptr, counters_ptr, values_ptr, kept_ptr, max_rows, share,
-    LAYERS: tl.constexpr, HAS_MASK: tl.constexpr,
+    workspace_ptr, counters_ptr, values_ptr, kept_ptr, stride, share,
+    LAYERS: tl.constexpr, HAS_MASK: tl.constexpr, DTYPE: tl.constexpr, VECTOR: tl.constexpr,
     DEBIASED: tl.constexpr, DISTANCE: tl.constexpr, STORE: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_K: tl.constexpr, PROGRAMS: tl.constexpr,
 ):  # fmt: skip
@@ -118,9 +118,13 @@ def small_gram_kernel(
     program = tl.program_id(0)
     entry = tl.program_id(1)
     layer, batch = layer_of(entry, LAYERS), batch_of(entry, LAYERS)
-    n, d1, d2 = size(rows, layer), size(widths_x, layer), size(widths_y, layer)
-    x_ptr, stride_xn, stride_xd = features_of(xs, strides_xn, strides_xd, stride_xb, layer, batch)
-    y_ptr, stride_yn, stride_yd = features_of(ys, strides_yn, strides_yd, stride_yb, layer, batch)
+    n, d1, d2 = size(rows, layer), size(widths_x, layer, VECTOR), size(widths_y, layer, VECTOR)
+    x_ptr, stride_xn, stride_xd = features_of(
+        xs, strides_xn, strides_xd, stride_xb, layer, batch, DTYPE, VECTOR
+    )
+    y_ptr, stride_yn, stride_yd = features_of(
+        ys, strides_yn, strides_yd, stride_yb, layer, batch, DTYPE, VECTOR
+    )
     mask_ptr = mask_of(masks, stride_mb, layer, batch, x_ptr, HAS_MASK)
     row = tl.arange(0, ROWS)
     valid = valid_rows(mask_ptr, row, n, HAS_MASK)
@@ -132,8 +136,8 @@ def small_gram_kernel(
     end = tl.minimum(begin + share, tl.maximum(d1, d2))
     SIZE: tl.constexpr = ROWS * ROWS
     STRIP: tl.constexpr = 32 if ROWS > 32 else ROWS
-    workspace_ptr += entry.to(tl.int64) * PROGRAMS * (2 * SIZE + 2)
-    mine = workspace_ptr + program * (2 * SIZE + 2)
+    workspace_ptr += entry.to(tl.int64) * PROGRAMS * (2 * SIZE + 4)
+    mine = workspace_ptr + program * (2 * SIZE + 4)
     # One after the other, because registers hold one accumulator of 128 rows.
     _gram_of_columns(
         x_ptr, stride_xn, stride_xd, row, valid, first, begin, end, d1, count,
@@ -156,7 +160,8 @@ def small_gram_kernel(
         inverse_x = tl.where(energy_x == 0, 1.0, 1 / tl.sqrt(energy_x))
         inverse_y = tl.where(energy_y == 0, 1.0, 1 / tl.sqrt(energy_y))
         sums_x, sums_y = sums_x * inverse_x * inverse_x, sums_y * inverse_y * inverse_y
-        plane = max_rows.to(tl.int64) * max_rows
+        plane = stride.to(tl.int64) * stride
+        edge = edge_of(n)
         grams_ptr = grams_of(kept_ptr, entry, plane)
         square_x = count.to(tl.float64) * 0
         square_y, product = square_x, square_x
@@ -174,8 +179,8 @@ def small_gram_kernel(
             square_y += inner_product(ky, ky)
             product += inner_product(kx, ky)
             if STORE:
-                out = grams_ptr + i[:, None] * max_rows + row[None, :]
-                inside = (i < n)[:, None] & (row < n)[None, :]
+                out = grams_ptr + i[:, None] * stride + row[None, :]
+                inside = (i < edge)[:, None] & (row < edge)[None, :]
                 tl.store(out, kx, mask=inside)
                 tl.store(out + plane, ky, mask=inside)
         peak_x = tl.max(diagonal_x, 0) * inverse_x * inverse_x

@@ -148,6 +148,7 @@ def _accumulate(
 
 @triton.jit(
     do_not_specialize=[
+        *("stride_xb", "stride_yb", "stride_mb"),
         *("tile_programs", "column_programs", "columns_here", "segments", "blocks", "slots"),
         *("spills",),
     ]
@@ -157,7 +158,7 @@ def moments_kernel(
     stride_xb, stride_yb, stride_mb, x_descriptor, y_descriptor,
     tiles_ptr, spill_ptr, row_sums_ptr, sums_ptr, statistics_ptr, counters_ptr,
     tile_programs, column_programs, columns_here, segments, blocks, width, slots, spills,
-    LAYERS: tl.constexpr, PROGRAMS: tl.constexpr, HAS_MASK: tl.constexpr,
+    LAYERS: tl.constexpr, HAS_MASK: tl.constexpr, DTYPE: tl.constexpr, VECTOR: tl.constexpr,
     GRAM: tl.constexpr, XX: tl.constexpr, YY: tl.constexpr, XY: tl.constexpr,
     DIFFERENCE: tl.constexpr, SPLIT: tl.constexpr, OFF_DIAGONAL: tl.constexpr,
     DESCRIPTORS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
@@ -166,12 +167,16 @@ def moments_kernel(
     program = tl.program_id(0)
     entry = tl.program_id(1)
     layer, batch = layer_of(entry, LAYERS), batch_of(entry, LAYERS)
-    n, d1, d2 = size(rows, layer), size(widths_x, layer), size(widths_y, layer)
-    x_ptr, stride_xn, stride_xd = features_of(xs, strides_xn, strides_xd, stride_xb, layer, batch)
-    y_ptr, stride_yn, stride_yd = features_of(ys, strides_yn, strides_yd, stride_yb, layer, batch)
+    n, d1, d2 = size(rows, layer), size(widths_x, layer, VECTOR), size(widths_y, layer, VECTOR)
+    x_ptr, stride_xn, stride_xd = features_of(
+        xs, strides_xn, strides_xd, stride_xb, layer, batch, DTYPE, VECTOR
+    )
+    y_ptr, stride_yn, stride_yd = features_of(
+        ys, strides_yn, strides_yd, stride_yb, layer, batch, DTYPE, VECTOR
+    )
     mask_ptr = mask_of(masks, stride_mb, layer, batch, x_ptr, HAS_MASK)
     sums_ptr += entry.to(tl.int64) * (2 * segments * width)
-    statistics_ptr += entry * 6 * PROGRAMS
+    statistics_ptr += entry * 6 * column_programs
     if program == 0:
         # The next launch counts arrivals.
         tl.store(counters_ptr + entry, 0)
@@ -180,7 +185,7 @@ def moments_kernel(
         column_statistics(
             x_ptr, y_ptr, mask_ptr, n, d1, d2, stride_xn, stride_xd, stride_yn, stride_yd,
             sums_ptr, statistics_ptr, program, segments, blocks, width,
-            PROGRAMS, HAS_MASK, BLOCK, BLOCK_R,
+            HAS_MASK, BLOCK, BLOCK_R,
         )  # fmt: skip
     else:
         program -= columns_here
@@ -205,7 +210,7 @@ def moments_kernel(
         local = tl.arange(0, BLOCK)
         count = n.to(tl.float32)
         if SPLIT:
-            count = statistic(statistics_ptr, COUNT, column_programs, PROGRAMS).to(tl.float32)
+            count = statistic(statistics_ptr, COUNT, column_programs).to(tl.float32)
         while at < end:
             slot = at // chunks
             first = at - slot * chunks
