@@ -6,15 +6,19 @@ import importlib.util
 import os
 import platform
 import warnings
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, TypeVar
 
 import torch
 
+from . import failures, known_answers, self_test, trust, verdicts
 from ._version import __version__
 
 BACKENDS = ("eager", "triton", "cuda")
 ENVIRONMENT_VARIABLE = "RIFT_KERNELS_BACKEND"
+# In Gram form other kernels take more.
+SMALL_ROWS = 128
+Result = TypeVar("Result")
 
 
 class Problem(NamedTuple):
@@ -149,10 +153,10 @@ def choose_backend(
     """The backend for this problem on features of these dtypes on ``device``.
 
     An explicit choice, by argument or by ``RIFT_KERNELS_BACKEND``, is kept or refused, never
-    replaced.
+    replaced. ``auto`` takes kernels that were seen to work here; see :mod:`.self_test`.
 
     Raises:
-        ValueError: ``backend`` (or the environment variable) is not a known name.
+        ValueError: ``backend`` (or an environment variable) has no known value.
         RuntimeError: the backend named cannot run; the message says why.
     """
     source = "backend"
@@ -176,10 +180,71 @@ def choose_backend(
         if preferred == "cuda" and not (problem and all(problem.gram)):
             continue
         reason = reason_against(preferred, device, dtypes, problem)
-        if reason is None:
+        if reason is None and _is_trusted(kind_of(preferred, device, dtypes, problem)):
             return preferred
-    _warn_eager_on_gpu(str(reason))
+    if reason is not None:
+        _warn_eager_on_gpu(reason)
     return "eager"
+
+
+def kind_of(
+    backend: str, device: torch.device, dtypes: Sequence[torch.dtype], problem: Problem | None
+) -> trust.Kind:
+    """Calls that run the same kernels, or nearly."""
+    if problem is not None:
+        gram = problem.gram
+        if problem.measure == "cka":
+            few = "" if not any(gram) else "small" if problem.rows <= SMALL_ROWS else "gram"
+            return backend, "cka", gram, few, tuple(dtypes), device
+        if problem.measure == "covariance" and not any(gram):
+            return backend, "distance", (), "", tuple(dtypes), device
+    return backend, "products", (), "", tuple(dtypes), device
+
+
+def _is_trusted(kind: trust.Kind) -> bool:
+    if torch.compiler.is_compiling():
+        # Not before it is needed: it imports Dynamo.
+        from . import traced
+
+        # A constant is asked for: of sizes that may change, a form is a branch.
+        backend, measure, gram, *rest = kind
+        return traced.is_trusted(backend, measure, tuple(1 if form else 0 for form in gram), *rest)
+    return trust.is_trusted(kind)
+
+
+def run(
+    function: Callable[[str], Result],
+    backend: str,
+    device: torch.device,
+    dtypes: Sequence[torch.dtype],
+    problem: Problem,
+    repeatable: bool = True,
+) -> Result:
+    """``function`` of the backend chosen; where a GPU refuses a launch of it, ``auto`` goes on.
+
+    ``repeatable``: it may be called once more. Inside a compiled graph nothing can be replaced.
+    """
+    chosen = choose_backend(backend, device, dtypes, problem)
+    while repeatable and chosen != "eager" and not torch.compiler.is_compiling():
+        try:
+            return function(chosen)
+        except Exception as error:
+            if not gives_way(error, backend, kind_of(chosen, device, dtypes, problem)):
+                raise
+            following = choose_backend(backend, device, dtypes, problem)
+            if following == chosen:
+                raise
+            chosen = following
+    return function(chosen)
+
+
+def gives_way(error: Exception, backend: str, kind: trust.Kind) -> bool:
+    """Whether ``auto`` does without these kernels from now on, because of how a launch failed."""
+    automatic = backend == "auto" and not os.environ.get(ENVIRONMENT_VARIABLE)
+    if not automatic or not failures.is_refusal(error):
+        return False
+    trust.withdraw(kind, f"a launch failed: {failures.first_line(error)}")
+    return True
 
 
 def _has_kernels(device: torch.device) -> bool:
@@ -244,8 +309,24 @@ def backend_report() -> str:
     for backend in BACKENDS:
         reason = reason_against(backend)
         lines.append(f"  {backend:<8} {'ready' if reason is None else 'no: ' + reason}")
-    lines.append("on a GPU, the first that can run")
+    lines.append("on a GPU, the first that can run and was seen to work")
     lines += [
         f"  {backend:<8} {what}" for backend, what in (*PREFERRED, ("eager", "what neither takes"))
     ]
+    lines += _verdict_lines()
     return "\n".join(lines)
+
+
+def _verdict_lines() -> list[str]:
+    """What is known of the kernels that could run on this GPU."""
+    able = [name for name, _ in PREFERRED if reason_against(name) is None]
+    device = torch.device("cuda", torch.cuda.current_device() if torch.cuda.is_available() else 0)
+    if not able or not torch.cuda.is_available():
+        return []
+    lines = [f"tested on this GPU ({self_test.ENVIRONMENT_VARIABLE}={self_test.setting()})"]
+    for one in known_answers.ALL:
+        if one.backend in able:
+            verdict = verdicts.read(verdicts.identity(one.backend, device), one)
+            state = "not yet" if verdict is None else "works" if verdict.good else verdict.seen
+            lines.append(f"  {one!s:<26} {state}")
+    return lines

@@ -311,11 +311,16 @@ def _measure(
     rows, width = max(n for n, _, _ in shapes), max(max(d1, d2) for _, d1, d2 in shapes)
     kind = name if ranks is None else "moments"
     problem = dispatch.Problem(kind, gram, rows, width, len(given.masks) > 0)
-    backend = dispatch.choose_backend(backend, teachers[0].device, given.dtypes, problem)
     if matrices:
         teachers = _rotate(given, matrices, precision)
-    call = ops.Call(name, settings, gram, precision, backend, ranks)
-    values = ops.measure(call, given.students, teachers, given.masks)
+
+    def values_by(chosen: str) -> Tensor:
+        call = ops.Call(name, settings, gram, precision, chosen, ranks, backend)
+        return ops.measure(call, given.students, teachers, given.masks)
+
+    device, alone = teachers[0].device, ranks is None
+    # Of ranks that talk to one another, none can do so once more by itself.
+    values = dispatch.run(values_by, backend, device, given.dtypes, problem, repeatable=alone)
     return values.unsqueeze(0) if given.is_list and len(teachers) == 1 else values
 
 

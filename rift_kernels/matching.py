@@ -192,8 +192,13 @@ def _debiased(given: checks.Layers, i: int, ranks: Ranks | None, *how: str) -> S
     precision, backend = how
     x = given.students[i]
     problem = dispatch.Problem("moments", (), *x.shape[-2:])
-    backend = dispatch.choose_backend(backend, x.device, given.dtypes, problem)
-    mean, count, block, square = ops.own_moments(x, given.mask(i), ranks, precision, backend)
+
+    def by(chosen: str) -> tuple[Tensor, ...]:
+        return ops.own_moments(x, given.mask(i), ranks, precision, chosen)
+
+    alone = ranks is None
+    found = dispatch.run(by, backend, x.device, given.dtypes, problem, repeatable=alone)
+    mean, count, block, square = found
     n = count.masked_fill(count < 4, float("nan"))
     covariance = block / _degrees(n, block.dtype)
     trace = covariance.diagonal(dim1=-2, dim2=-1).double().sum(-1)

@@ -167,10 +167,15 @@ def of_layers(
     """The moments of checked layers; blocks that are not ``wanted`` are empty."""
     rows, width = given.students[0].shape[-2:]
     problem = dispatch.Problem("moments", (), rows, width)
-    backend = dispatch.choose_backend(backend, given.teachers[0].device, given.dtypes, problem)
-    results = []
-    for i, (x, y) in enumerate(given.pairs):
-        how = (given.mask(i), wanted, precision, backend, ranks)
-        mean_x, mean_y, count, *blocks = ops.moments(x, y, *how)
-        results.append(SecondMoments(count, mean_x, mean_y, *blocks))
-    return results
+
+    def by(chosen: str) -> list[SecondMoments]:
+        results = []
+        for i, (x, y) in enumerate(given.pairs):
+            how = (given.mask(i), wanted, precision, chosen, ranks, backend)
+            mean_x, mean_y, count, *blocks = ops.moments(x, y, *how)
+            results.append(SecondMoments(count, mean_x, mean_y, *blocks))
+        return results
+
+    device, alone = given.teachers[0].device, ranks is None
+    # Of ranks that talk to one another, none can do so once more by itself.
+    return dispatch.run(by, backend, device, given.dtypes, problem, repeatable=alone)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import features, hsic, long_rows, measures
+from . import failures, features, hsic, long_rows, measures
 from .backends import eager
 from .distributed import Ranks
 from .precision import full_precision
@@ -68,9 +68,16 @@ def compute_dtype(*tensors: Tensor) -> torch.dtype:
 
 
 def _register(schema: str, implementation: Callable[..., Any]) -> None:
+    def explained(*arguments: Any) -> Any:
+        try:
+            return implementation(*arguments)
+        except Exception as error:
+            failures.explain(error)
+            raise
+
     name = schema.split("(")[0]
     _LIBRARY.define(schema)
-    _LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
+    _LIBRARY.impl(name, explained, "CompositeExplicitAutograd")
     # The implementations are shape-agnostic PyTorch, so they are their own fakes.
     torch.library.register_fake(f"{NAMESPACE}::{name}", implementation, lib=_LIBRARY)
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import measures, operators
+from . import dispatch, measures, operators
 from .distributed import Ranks
 
 
@@ -21,6 +21,7 @@ class Call(NamedTuple):
     precision: str
     backend: str
     ranks: Ranks | None = None  # with whom moments are summed
+    asked: str = "eager"  # for which backend, "auto" for whichever runs
 
 
 def _refuse_double_backward() -> None:
@@ -66,24 +67,51 @@ class _Measure(torch.autograd.Function):
         # Read once: activation checkpointing recomputes at the first look and forbids a second.
         tensors = list(ctx.saved_tensors)
         masks, own, other = ctx.kept
-        grads = torch.ops.rift_kernels.features_bwd(
-            grad_values,
-            tensors[masks : masks + own],
-            tensors[masks + own : masks + own + other],
-            tensors[masks + own + other :],
-            tensors[:masks],
-            call.gram,
-            student_grad,
-            teacher_grad,
-            call.precision,
-            call.backend,
-            *ctx.dtypes,
-            "" if call.ranks else call.measure,
-        )
+        how = (tensors[masks : masks + own], tensors[masks + own : masks + own + other])
+        kept = tensors[masks + own + other :], tensors[:masks]
+        grads = _gradients(call, ctx.sides, ctx.dtypes, grad_values, *how, *kept)
         missing = [None] * layers
         grad_students = grads[:layers] if student_grad else missing
         grad_teachers = grads[-layers:] if teacher_grad else missing
         return (None, None, *grad_students, *grad_teachers, *([None] * masks))
+
+
+def _gradients(
+    call: Call,
+    sides: tuple[bool, bool],
+    dtypes: tuple[torch.dtype, torch.dtype],
+    grad_values: Tensor,
+    students: list[Tensor],
+    teachers: list[Tensor],
+    saved: list[Tensor],
+    masks: list[Tensor],
+) -> list[Tensor]:
+    """The wanted ones; of the eager backend where a GPU refuses a launch that ``auto`` chose.
+
+    That needs all features of fused measures, which may not be there any more.
+    """
+    measure = "" if call.ranks else call.measure
+    operator = torch.ops.rift_kernels.features_bwd
+
+    def by(backend: str, *features_and_saved: list[Tensor]) -> list[Tensor]:
+        how = (masks, call.gram, *sides, call.precision, backend, *dtypes, measure)
+        return operator(grad_values, *features_and_saved, *how)
+
+    if call.asked != "auto" or torch.compiler.is_compiling():
+        return by(call.backend, students, teachers, saved)
+    try:
+        return by(call.backend, students, teachers, saved)
+    except Exception as error:
+        fused = operators.is_fused(measure, call.backend, call.gram)
+        rows = max((t.shape[-2] for t in students or teachers), default=0)
+        problem = dispatch.Problem(measure, call.gram, rows, 0)
+        kind = dispatch.kind_of(call.backend, grad_values.device, dtypes, problem)
+        lost = fused and not (students and teachers)
+        if not dispatch.gives_way(error, call.asked, kind) or lost:
+            raise
+    if fused:
+        _, saved = _forward(call._replace(backend="eager"), sides, students, teachers, masks)
+    return by("eager", [], [], saved)
 
 
 def _inputs(
@@ -146,6 +174,7 @@ class _Moments(torch.autograd.Function):
         precision: str,
         backend: str,
         ranks: Ranks | None,
+        asked: str,
         x: Tensor,
         y: Tensor,
         *masks: Tensor,
@@ -158,7 +187,8 @@ class _Moments(torch.autograd.Function):
         ctx.ranks = 1 if ranks is None else ranks.size
         mean_x, mean_y, count, *blocks = rest
         ctx.save_for_backward(centered_x, centered_y, count, *map(_savable, masks))
-        ctx.how = (*ctx.needs_input_grad[4:6], precision, backend, x.dtype, y.dtype)
+        ctx.sides, ctx.dtypes = ctx.needs_input_grad[5:7], (x.dtype, y.dtype)
+        ctx.call = Call("moments", (), (False,), precision, backend, None, asked)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(count)
         return mean_x, mean_y, count, *blocks
@@ -179,20 +209,13 @@ class _Moments(torch.autograd.Function):
             bx=None if grad_mean_x is None else grad_mean_x * per_row,
             by=None if grad_mean_y is None else grad_mean_y * per_row,
         )
-        grads = torch.ops.rift_kernels.features_bwd(
-            torch.full_like(count, ctx.ranks),
-            [],
-            [],
-            [centered_x, centered_y, *operators.tensors_of(coefficients, centered_x)],
-            masks,
-            [False],
-            *ctx.how,
-            "moments",
-        )
-        student_grad, teacher_grad = ctx.how[:2]
-        grad_x = grads[0] if student_grad else None
-        grad_y = grads[-1] if teacher_grad else None
-        return (None, None, None, None, grad_x, grad_y, *([None] * len(masks)))
+        saved = [centered_x, centered_y, *operators.tensors_of(coefficients, centered_x)]
+        incoming = torch.full_like(count, ctx.ranks)
+        found = _gradients(ctx.call, ctx.sides, ctx.dtypes, incoming, [], [], saved, masks)
+        student_grad, teacher_grad = ctx.sides
+        grad_x = found[0] if student_grad else None
+        grad_y = found[-1] if teacher_grad else None
+        return (None, None, None, None, None, grad_x, grad_y, *([None] * len(masks)))
 
 
 def moments(
@@ -203,9 +226,10 @@ def moments(
     precision: str,
     backend: str,
     ranks: Ranks | None,
+    asked: str,
 ) -> tuple[Tensor, ...]:
     """``mean_x, mean_y, count, xx, xy, yy``, differentiable once; blocks not wanted are empty."""
-    return _Moments.apply(wanted, precision, backend, ranks, student, teacher, *masks)
+    return _Moments.apply(wanted, precision, backend, ranks, asked, student, teacher, *masks)
 
 
 class _Rotate(torch.autograd.Function):

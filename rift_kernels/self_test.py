@@ -34,7 +34,9 @@ SETTINGS = {
     "1": "test kernels once (the default)",
     "always": "test kernels once a process",
 }
-# Seconds: of a process without a word, in which it compiles and runs a case; of waiting for others.
+# Seconds: until a process has torch and a GPU; without a word from then on, which is to compile and
+# run a case; of waiting for other processes.
+START = 120.0
 LIMIT = 300.0
 WAIT = 900.0
 REPORT = "python -m rift_kernels check"
@@ -76,7 +78,7 @@ class Examination:
     Args:
         tasks: kernels and the key of a case.
         device: the GPU.
-        limit: seconds that a process may go without a word.
+        limit: seconds that a process may go without a word, once it has begun.
         seconds: for all of them; what is left then could not be tried.
     """
 
@@ -107,7 +109,7 @@ class Examination:
         started, current, count = False, False, len(self._waiting)
         with process:
             while self._waiting:
-                left = min(self._limit, self._end - time.monotonic())
+                left = min(self._limit if started else START, self._end - time.monotonic())
                 event = process.event(left)
                 if event is None:
                     break
@@ -259,7 +261,7 @@ def reason_against(
                 "they have not been tested on this GPU yet, which cannot be done while "
                 f"{'torch.compile traces' if tracing else 'a CUDA graph is captured'}"
             )
-            _say_once((missing[0], device, "untested"), missing, reason, "call it once before, or ")
+            say_once((missing[0], device, "untested"), missing, reason, "call it once before, or ")
             return reason, False
         if missing:
             _try(missing, device, mode)
@@ -268,7 +270,7 @@ def reason_against(
             if not good:
                 reason = seen if good is False else f"they could not be tested ({seen})"
                 advice = "to report it: " if good is False else "to test them when it is free: "
-                _say_once((one, device), [one], reason, advice)
+                say_once((one, device), [one], reason, advice)
                 return reason, True
     return None, True
 
@@ -313,14 +315,17 @@ def _is_capturing(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
-def _say_once(key: object, kernels: Sequence[Kernels], reason: str, advice: str) -> None:
+def say_once(
+    key: object, kernels: Sequence[Kernels], reason: str, advice: str = "to report it: "
+) -> None:
+    """Warn that ``auto`` does without some kernels."""
     if key in _said:
         return
     _said.add(key)
     warnings.warn(
-        f"rift_kernels: backend='auto' does without the kernels {', '.join(map(str, kernels))} "
-        f"and takes the next backend: {reason} ({advice}`{REPORT}`; {ENVIRONMENT_VARIABLE}=0 uses "
-        "them untested)",
+        f"rift_kernels: backend='auto' does without the kernels {', '.join(map(str, kernels))} and "
+        f"takes the next backend: {reason} ({advice}`{REPORT}`; {ENVIRONMENT_VARIABLE}=0 uses "
+        "kernels untested)",
         stacklevel=2,
     )
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import distributed
 
-from rift_kernels import dispatch
+from rift_kernels import dispatch, self_test, trust
 from rift_kernels.backends import cuda
 from tests import as_gpu, emulated
 
@@ -127,8 +127,13 @@ def _poisoned_memory() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def _backend_from_the_call_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In Triton's interpreter, CPU tensors take the kernels as those on a GPU do."""
+    """In Triton's interpreter, CPU tensors take the kernels as those on a GPU do.
+
+    Untested: what is wrong with them is to show here, and not to be avoided.
+    """
     monkeypatch.delenv(dispatch.ENVIRONMENT_VARIABLE, raising=False)
+    monkeypatch.setenv(self_test.ENVIRONMENT_VARIABLE, "0")
+    trust.forget()
     if INTERPRETED:
         monkeypatch.setattr(dispatch, "_has_kernels", lambda _: True)
         monkeypatch.setattr(dispatch, "_warned", True)
