@@ -15,7 +15,7 @@ import pytest
 from triton.runtime.interpreter import GridExecutor, InterpreterBuilder
 
 
-class TwoWriters(AssertionError):
+class TwoWritersError(AssertionError):
     """Which kernel, and how many of its elements."""
 
 
@@ -54,7 +54,7 @@ class _Stores:
 
 @contextmanager
 def watched() -> Iterator[None]:
-    """Inside, a launch in which two write one element raises TwoWriters."""
+    """Inside, a launch in which two write one element raises TwoWritersError."""
     stores = _Stores()
     launch, store = GridExecutor.__call__, InterpreterBuilder.create_masked_store
     barrier, begin = InterpreterBuilder.create_barrier, InterpreterBuilder.set_grid_idx
@@ -64,7 +64,7 @@ def watched() -> Iterator[None]:
         launch(self, *arguments, **options)
         count = stores.written_twice()
         if count:
-            raise TwoWriters(f"{self.fn.__name__} writes {count} elements twice")
+            raise TwoWritersError(f"{self.fn.__name__} writes {count} elements twice")
 
     def watched_store(self: Any, pointers: Any, value: Any, mask: Any, *how: Any) -> Any:
         stores.add(pointers.data[np.broadcast_to(mask.data, pointers.data.shape)].ravel())
