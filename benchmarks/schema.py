@@ -20,6 +20,9 @@ A step has the model, and the ways of finetuning it: each with a ``reason`` wher
 measured, else with seconds and bytes as above, and the error of its loss's gradient. ``left_out``
 says which losses were never tried, and why.
 
+A check is no measurement: which kernels agree with known answers, None where that could not be
+tried, and every case of them. ``python -m rift_kernels check`` writes it, case by case.
+
 A lora has ways of finetuning with adapters: what they add to the plain step's time, bytes of
 weights, and bytes at the peak of a step. The loss by itself is in ``losses``.
 """
@@ -35,6 +38,7 @@ SCALING = "rift_kernels scaling 1"
 FRONTIER = "rift_kernels frontier 1"
 STEP = "rift_kernels step 1"
 LORA = "rift_kernels lora 1"
+CHECK = "rift_kernels check 1"
 
 _NUMBER = (int, float)
 _OPTIONAL_NUMBER = (int, float, type(None))
@@ -182,12 +186,33 @@ _LORA = {
     ],
 }
 
+_KERNELS = dict.fromkeys(("backend", "family", "dtype"), str)
+_STATE = {"good": (bool, type(None)), "seen": str}
+_CHECK = {
+    **_HEADER,
+    "seconds": _NUMBER,
+    "complete": bool,
+    "backends": _PROVIDERS,
+    "kernels": [{**_KERNELS, **_STATE}],
+    "cases": [
+        {
+            **_KERNELS,
+            **_STATE,
+            "case": str,
+            "value_error": _OPTIONAL_NUMBER,
+            "gradient_error": _OPTIONAL_NUMBER,
+            "seconds": _OPTIONAL_NUMBER,
+        }
+    ],
+}
+
 _FORMS: dict[str, Any] = {
     BENCHMARK: _BENCHMARK,
     SCALING: _SCALING,
     FRONTIER: _FRONTIER,
     STEP: _STEP,
     LORA: _LORA,
+    CHECK: _CHECK,
 }
 
 
@@ -204,7 +229,7 @@ def validate(result: Any) -> None:
     if schema == FRONTIER:
         _validate_results(result, "curves", _ERRORS, _NO_ERRORS)
         _validate_lengths(result)
-    elif schema not in (STEP, LORA):
+    elif schema not in (STEP, LORA, CHECK):
         _validate_results(result, "workloads", _MEASURED, _NOT_MEASURED)
     if schema == SCALING:
         _validate_places(result)

@@ -18,6 +18,7 @@ SECTIONS = {
     schema.FRONTIER: ("Every result", "Frontier"),
     schema.STEP: ("Every result", "Step"),
     schema.LORA: ("Every result", "LoRA"),
+    schema.CHECK: ("Every result", "Check"),
 }
 RESULTS = {
     schema.BENCHMARK: schema._MEASURED,

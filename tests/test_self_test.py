@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +18,7 @@ from rift_kernels import dispatch, known_answers, self_test, trial, trust, verdi
 from rift_kernels.backends import cuda
 from rift_kernels.self_test import Examination, Report
 from rift_kernels.verdicts import Kernels, Verdict
-from tests import cases, emulated
+from tests import cases
 
 pytest.importorskip("triton", reason="needs triton")
 
@@ -376,10 +379,8 @@ def here(tasks, device) -> list[Report]:
 def emulated_choice(monkeypatch, emulate) -> Callable[..., str]:
     """What `auto` takes where the CUDA kernels are the emulator's."""
 
-    def make(gpu: str, extension=None, seed: int = 0) -> str:
-        emulate(gpu, seed)
-        if extension is not None:
-            monkeypatch.setattr(cuda, "extension", lambda: extension)
+    def make(gpu: str) -> str:
+        emulate(gpu)
         only(monkeypatch, "cuda")
         monkeypatch.setattr(self_test, "examine", here)
         monkeypatch.setattr(trial, "REPEATS", 1)
@@ -401,8 +402,8 @@ def test_a_launch_that_fails_in_cuda(emulated_choice, monkeypatch) -> None:
         assert emulated_choice("clusters") == "eager"
 
 
-def test_a_missing_barrier(emulated_choice, tmp_path, monkeypatch) -> None:
-    """Offsets of U-centering are read by threads that run ahead of those that write them."""
+def test_a_missing_barrier(tmp_path, monkeypatch) -> None:
+    """Of cka_small: diagonals are overwritten, and offsets read, by threads that run ahead."""
     for name in ("csrc", "tests/emulator"):
         shutil.copytree(PACKAGE.parent / name, tmp_path / name)
     path = tmp_path / "csrc" / "cka_small.cuh"
@@ -411,12 +412,43 @@ def test_a_missing_barrier(emulated_choice, tmp_path, monkeypatch) -> None:
     head, tail = text[:written], text[written:]
     assert "__syncthreads();" in tail
     path.write_text(head + tail.replace("__syncthreads();", "", 1))
-    sources = tuple(tmp_path / source.relative_to(PACKAGE.parent) for source in emulated.SOURCES)
-    monkeypatch.setattr(emulated, "TESTS", tmp_path / "tests")
-    monkeypatch.setattr(emulated, "SOURCES", sources)
-    broken = emulated.build(tmp_path)
+    # In a process of its own, as an extension is never alone with its name in another's.
+    done = subprocess.run(
+        [sys.executable, "-c", _BROKEN, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONPATH": str(PACKAGE.parent), "RIFT_EMULATED_THREADS": "64"},
+    )
+    assert done.returncode == 0, done.stderr
+    found = [(Kernels(*kernels), *rest) for kernels, *rest in json.loads(done.stdout)]
+    only(monkeypatch, "cuda")
+    monkeypatch.setattr(self_test, "examine", lambda *_: [Report(*one) for one in found])
     with pytest.warns(UserWarning, match="off by"):
-        assert emulated_choice("clusters", broken) == "eager"
+        assert choose() == "eager"
+
+
+# Compiles what lies in a folder, and tries it.
+_BROKEN = """
+import json, os, sys
+from pathlib import Path
+import torch
+from rift_kernels import known_answers, trial
+from rift_kernels.verdicts import Kernels
+from tests import as_gpu, emulated
+
+folder = Path(sys.argv[1])
+sources = [folder / s.relative_to(emulated.TESTS.parent) for s in emulated.SOURCES]
+emulated.TESTS, emulated.SOURCES = folder / "tests", sources
+major, shared = emulated.GPUS["clusters"]
+os.environ.update(RIFT_EMULATED_MAJOR=major, RIFT_EMULATED_SHARED=shared, RIFT_EMULATED_SEED="0")
+trial.REPEATS = 1
+kernels = Kernels("cuda", "small", "bfloat16")
+with as_gpu.cuda("sm90", emulated.build(folder), 3, "gram"):
+    cases = known_answers.cases_of(kernels, False)
+    found = [(kernels, c.name, *trial.attempt(kernels, c, torch.device("cpu"))) for c in cases]
+print(json.dumps(found))
+"""
 
 
 def test_every_family_of_cuda(emulate, monkeypatch) -> None:
