@@ -17,7 +17,10 @@ from tests import as_gpu, emulated
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # What concerns the kernels, and what of it their interpreter, thousands of times slower than a GPU,
 # goes through: the dtypes that make a difference to a measure, and not every distance.
-KERNEL_TESTS = {"test_triton", "test_measures", "test_numerics", "test_autograd", "test_compile"}
+KERNEL_TESTS = {
+    *("test_triton", "test_tensor_cores", "test_measures", "test_numerics", "test_autograd"),
+    "test_compile",
+}
 BOTH = {torch.bfloat16, torch.float32}
 FUSED = {"cka": {*BOTH, torch.float16}, "cka biased": BOTH, "covariance": BOTH}
 INTERPRETED_DTYPES = {

@@ -139,9 +139,6 @@ def covariance_kernel(
     tiles = blocks * (blocks + 1) // 2
     chunks = tl.cdiv(n, BLOCK_K)
     share = tl.cdiv(2 * tiles * chunks, tile_programs)
-    if KIND != 0:
-        # A and B were accumulated in one tile, one after the other.
-        chunks = 2 * chunks
     field = tl.arange(0, FIELDS)
     sums = tl.zeros([FIELDS], tl.float64)
     slot, part = program // PARTS, program % PARTS
@@ -152,9 +149,7 @@ def covariance_kernel(
         offsets = local[:, None] * BLOCK + across[None, :]
         i, j = block_i * BLOCK + local, block_j * BLOCK + across
         a = sum_partials(tiles_ptr, spill_ptr, slot, chunks, share, offsets, SIZE)
-        b = a * 0.0
-        if KIND == 0:
-            b = sum_partials(tiles_ptr, spill_ptr, tiles + slot, chunks, share, offsets, SIZE)
+        b = sum_partials(tiles_ptr, spill_ptr, tiles + slot, chunks, share, offsets, SIZE)
         x_i = column_mean(sums_x, i, segments, width, n_float, i < width, SUB)
         y_i = column_mean(sums_y, i, segments, width, n_float, i < width, SUB)
         x_j = column_mean(sums_x, j, segments, width, n_float, j < width, BLOCK)

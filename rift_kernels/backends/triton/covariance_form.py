@@ -103,11 +103,8 @@ def covariance_fwd(
     saved = _saved(layers, config, (int(student), teacher * (2 if scale == "relative" else 1)))
     if layers.idle:
         return values, list(saved)
-    # Only the relative distance needs the teacher's own norm.
-    relative = scale == "relative"
-    wanted = "xx yy" if relative else "xx"
-    raw = raw_moments(layers, config, "covariance", wanted, difference=not relative)
-    programs = raw.slots // (2 if relative else 1) * (config.block // config.sub)
+    raw = raw_moments(layers, config, "covariance", "xx yy")
+    programs = raw.slots // 2 * (config.block // config.sub)
     partial = layers.empty(layers.entries * programs * 4, dtype=torch.float64)
     covariance.covariance_kernel[(programs, layers.entries)](
         layers.row_numbers, layers.x.columns,

@@ -99,12 +99,11 @@ def raw_moments(
     form: str,
     wanted: str,
     *,
-    difference: bool = False,
     off_diagonal: bool = False,
 ) -> Raw:
     """Launch moments_kernel: partial products of the wanted blocks, column sums, statistics.
 
-    ``difference``: of ``wanted="xx"``, xx less yy. ``off_diagonal``: row sums without the diagonal.
+    ``off_diagonal``: row sums without the diagonal.
     """
     is_gram, block = form == "gram", config.block
     width, entries, size = padded_width(layers, config), layers.entries, block * block
@@ -112,9 +111,10 @@ def raw_moments(
     sizes = [(n, n) if is_gram else (d1, d2) for n, d1, d2 in triples]
     slots = max(_tiles(-(-first // block), -(-second // block), wanted) for first, second in sizes)
     steps = max(-(-(max(d1, d2) if is_gram else n) // config.block_k) for n, d1, d2 in triples)
-    steps *= 2 if difference else 1
     available = processors(layers.device)
     tile_programs = max(1, min(-(-available // entries), slots * steps))
+    if layers.exact and layers.vector <= 1 and not is_gram:
+        tile_programs = max(tile_programs, -(-slots * steps // (tiles.RUN.value // config.block_k)))
     blocks = width // block
     # float32 features in Gram form: their means are read in the inner loop, which wants no other.
     segments = 1
@@ -148,7 +148,7 @@ def raw_moments(
             some, column_programs, columns, segments, blocks, width, slots, tile_programs,
             **layers.feature_options, GRAM=is_gram,
             XX="xx" in wanted, YY="yy" in wanted, XY="xy" in wanted,
-            DIFFERENCE=difference, SPLIT=layers.exact, OFF_DIAGONAL=off_diagonal,
+            SPLIT=layers.exact, OFF_DIAGONAL=off_diagonal,
             DESCRIPTORS=descriptors is not None,
             BLOCK=block, BLOCK_K=config.block_k, BLOCK_R=config.block_r,
             num_warps=config.warps, num_stages=config.stages,

@@ -1,7 +1,6 @@
 """Raw second moments of [X | Y] and its column sums: the one kernel that reads features forward.
 
     covariance form   Z^T Z of the virtual concatenation Z = [X | Y], contracted over the rows
-    difference        X^T X - Y^T Y in one accumulator
     Gram form         X X^T and Y Y^T (or X Y^T), contracted over the columns
 
 Only tiles that are wanted and on or above the diagonal exist. Their (tile, chunk) pairs are dealt
@@ -35,6 +34,18 @@ from .device import (
     triangle,
     valid_rows,
 )
+
+# Tensor cores cut off what lies two bits below a float32 sum, and then the sum itself, so that a
+# sum of N terms of one sign lacks about N 2^-24 of itself, of which the mean's share is larger than
+# what is left without the mean. So tiles are summed in runs of rows. A run begins at minus half of
+# what it is expected to add, from what the tile has of earlier rows: it ends at plus half, and what
+# is cut off towards zero on either side is alike. In a run of 2048 rows the sum is at most 1024
+# terms, and products of bfloat16 of this size end above the bits that are cut off. In Gram form
+# the terms are few, and what all sums lack alike is centered away. Centered features that are
+# loaded an element at a time have more programs instead, of a run's rows at most.
+RUN = tl.constexpr(2048)
+# A run may be this many times longer than all before it; few rows may be unlike the others.
+GROWTH = tl.constexpr(8)
 
 
 @triton.jit
@@ -146,6 +157,16 @@ def _accumulate(
     return acc
 
 
+@triton.jit
+def _rows(mask_ptr, begin, end, n, HAS_MASK: tl.constexpr):
+    """How many of up to RUN rows there are, as a float32."""
+    end = tl.minimum(end, n)
+    rows = (end - begin).to(tl.float32)
+    if HAS_MASK:
+        rows = tl.sum(valid_rows(mask_ptr, begin + tl.arange(0, RUN), end, True).to(tl.float32), 0)
+    return rows
+
+
 @triton.jit(
     do_not_specialize=[
         *("stride_xb", "stride_yb", "stride_mb"),
@@ -160,7 +181,7 @@ def moments_kernel(
     tile_programs, column_programs, columns_here, segments, blocks, width, slots, spills,
     LAYERS: tl.constexpr, HAS_MASK: tl.constexpr, DTYPE: tl.constexpr, VECTOR: tl.constexpr,
     GRAM: tl.constexpr, XX: tl.constexpr, YY: tl.constexpr, XY: tl.constexpr,
-    DIFFERENCE: tl.constexpr, SPLIT: tl.constexpr, OFF_DIAGONAL: tl.constexpr,
+    SPLIT: tl.constexpr, OFF_DIAGONAL: tl.constexpr,
     DESCRIPTORS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """Tile programs own a run of (tile, chunk) pairs, column programs a block of columns."""
@@ -202,8 +223,6 @@ def moments_kernel(
         if XY:
             tiles += blocks_x * blocks_y
         chunks = tl.cdiv(tl.maximum(d1, d2) if GRAM else n, BLOCK_K)
-        if DIFFERENCE:
-            chunks = 2 * chunks
         share = tl.cdiv(tiles * chunks, tile_programs)
         at = program * share
         end = tl.minimum(at + share, tiles * chunks)
@@ -218,24 +237,34 @@ def moments_kernel(
             a_is_y, a_block, b_is_y, b_block = tile_of(slot, blocks_x, blocks_y, XX, YY)
             a_side, b_side = a_block * BLOCK + local, b_block * BLOCK + local
             acc = tl.zeros([BLOCK, BLOCK], tl.float32)
-            if DIFFERENCE:
-                # The tile's first chunks are those of X, its last those of Y.
-                for side in tl.static_range(2):
-                    begin, stop = side * chunks // 2, (side + 1) * chunks // 2
-                    acc = -_accumulate(
-                        acc, x_ptr, y_ptr, x_descriptor, y_descriptor, mask_ptr, n, d1, d2,
-                        stride_xn, stride_xd, stride_yn, stride_yd, sums_ptr, segments, width,
-                        count, side == 1, a_block, side == 1, b_block,
-                        tl.maximum(first, begin) - begin, tl.minimum(last, stop) - begin,
-                        HAS_MASK, GRAM, SPLIT, DESCRIPTORS, BLOCK, BLOCK_K,
-                    )  # fmt: skip
-            else:
+            # Nor do registers hold a sum of runs beside addresses of single elements and halves.
+            if GRAM or (SPLIT and VECTOR <= 1):
                 acc = _accumulate(
                     acc, x_ptr, y_ptr, x_descriptor, y_descriptor, mask_ptr, n, d1, d2,
                     stride_xn, stride_xd, stride_yn, stride_yd, sums_ptr, segments, width,
                     count, a_is_y, a_block, b_is_y, b_block, first, last,
                     HAS_MASK, GRAM, SPLIT, DESCRIPTORS, BLOCK, BLOCK_K,
                 )  # fmt: skip
+            else:
+                # In runs, see RUN.
+                added = (n * 0).to(tl.float32)
+                done = first
+                while done < last:
+                    known = (added * (GROWTH / BLOCK_K)).to(tl.int32)
+                    stop = done + tl.minimum(tl.maximum(known, 1), RUN // BLOCK_K)
+                    stop = tl.minimum(stop, last)
+                    here = _rows(mask_ptr, done * BLOCK_K, stop * BLOCK_K, n, HAS_MASK)
+                    # Of few digits, so that 1 more is exact; at first it has nothing to weigh.
+                    weight = (here / (2 * tl.maximum(added, 1))).to(tl.bfloat16).to(tl.float32)
+                    acc = (1 + weight) * acc + _accumulate(
+                        -weight * acc, x_ptr, y_ptr, x_descriptor, y_descriptor, mask_ptr,
+                        n, d1, d2,
+                        stride_xn, stride_xd, stride_yn, stride_yd, sums_ptr, segments, width,
+                        count, a_is_y, a_block, b_is_y, b_block, done, stop,
+                        HAS_MASK, GRAM, SPLIT, DESCRIPTORS, BLOCK, BLOCK_K,
+                    )  # fmt: skip
+                    added += here
+                    done = stop
             offsets = local[:, None] * BLOCK + local[None, :]
             if first == 0:
                 out = tiles_ptr + slot.to(tl.int64) * (BLOCK * BLOCK)
