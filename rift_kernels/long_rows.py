@@ -27,7 +27,8 @@ class LongRows(NamedTuple):
 
     sides: list[Tensor]  # (..., k, D), float64, about the mean of the others; 0 in an empty slot
     candidates: Tensor  # (..., c): the longest rows of this process
-    place: Tensor  # (..., c, k), float64: 1 where a candidate is in a slot
+    # (..., c, k), float64: 1 where a candidate is in a slot; None where each is in its own.
+    place: Tensor | None
     energy: Tensor  # (..., sides), float64: of all rows about the mean of all
 
     def put_(self, rows: Tensor, values: Tensor | None = None) -> Tensor:
@@ -39,13 +40,19 @@ def _gather(rows: Tensor, index: Tensor) -> Tensor:
     return rows.gather(-2, index.unsqueeze(-1).expand(*index.shape, rows.shape[-1]))
 
 
-def _put_(rows: Tensor, index: Tensor, place: Tensor, values: Tensor | None = None) -> Tensor:
-    old, chosen = _gather(rows, index), place.sum(-1, keepdim=True) > 0
-    if values is None:
-        new = old.masked_fill(chosen, 0.0)
+def _put_(
+    rows: Tensor, index: Tensor, place: Tensor | None, values: Tensor | None = None
+) -> Tensor:
+    where = index.unsqueeze(-1).expand(*index.shape, rows.shape[-1])
+    if place is None and values is None:
+        return rows.scatter_(-2, where, 0.0)
+    if place is None or values is None:
+        new = torch.zeros_like(where, dtype=rows.dtype) if values is None else values
     else:
-        new = torch.where(chosen, (place @ values).to(rows.dtype), old)
-    return rows.scatter_(-2, index.unsqueeze(-1).expand(new.shape), new)
+        new = place @ values
+    if place is not None:
+        new = torch.where(place.sum(-1, keepdim=True) > 0, new, rows.gather(-2, where))
+    return rows.scatter_(-2, where, new.to(rows.dtype))
 
 
 def _longest(energies: Tensor, energy: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -90,16 +97,23 @@ def center(
     energies = torch.stack([row_energy(side) for side in centered], -2)
     energy = energies.sum(-1)
     _, index = _longest(energies, energy, mask)
-    place = torch.diag_embed(_filled(count, index.shape[-1]).double())
-    others = (count - place.sum((-2, -1))).clamp_(min=1)[..., None, None]
+    place = None
+    others: Tensor | float = float(shape[-1] - MOST)
+    # Of enough rows that are all valid, all slots are filled.
+    if mask is not None or shape[-1] < 2 * MOST:
+        place = torch.diag_embed(_filled(count, index.shape[-1]).double())
+        others = (count - place.sum((-2, -1))).clamp_(min=1)[..., None, None]
     long, middles = [], []
     for side, total, own in zip(sides, sums, centered, strict=True):
-        rows = place @ _gather(side, index).double()
+        rows = _gather(side, index).double()
+        if place is not None:
+            rows = place @ rows
         middle = ((total - rows.sum(-2, keepdim=True)) / others).to(dtype)
         _put_(without(side, middle, own), index, place)
         rest = (own.sum(-2, keepdim=True) / others).to(dtype)
         _put_(without(own, rest, own), index, place)
-        long.append(rows - place @ (middle + rest.double()).expand_as(rows))
+        moved = (middle + rest.double()).expand_as(rows)
+        long.append(rows - (moved if place is None else place @ moved))
         middles.append((middle + rest).squeeze(-2))
     return centered, middles, count, LongRows(long, index, place, energy)
 

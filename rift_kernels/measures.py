@@ -80,6 +80,10 @@ class Wanted(NamedTuple):
 
 Head = tuple[Tensor, Coefficients]
 
+# Of so few, centered rows have inner products of about -D / n, which U-centering takes off, and
+# independent ones leave sqrt(D): float32 would lose sqrt(D) / n times its rounding.
+_FEW_ROWS = 16
+
 
 def safe_inverse(x: Tensor) -> Tensor:
     """1 / x, and 0 at 0: what has no variance contributes nothing. NaN and overflow give NaN."""
@@ -144,16 +148,19 @@ def _cka_gram(
     f: Centered, backend: ModuleType, want: Wanted, debiased: bool, distance: bool
 ) -> Head:
     """``<Kx, Ky>`` of Gram matrices of unit norm; debiased, of U-centered ones."""
+    x, y = f.x, f.y
+    if debiased and x.shape[-2] <= _FEW_ROWS:
+        x, y = x.double(), y.double()
     # Stacked, because a small call costs what its operations cost.
-    k = torch.stack(backend.moments(f.x, f.y, True, "xx yy")[::2], -3)
+    k = torch.stack(backend.moments(x, y, True, "xx yy")[::2], -3)
     inverse = safe_inverse(_u_center_(k, f) if debiased else norm(k))
     xx, yy = _scale_(k, inverse).unbind(-3)
     value = _nan_below(_inner(xx, yy), f.count, 4 if debiased else 2)
     result, sign = _similarity(value, distance)
     slope_x, slope_y = (2 * sign * inverse).unbind(-1)
     return result, Coefficients(
-        xx=_scale_(yy - times(xx, value), slope_x) if want.student else None,
-        yy=_scale_(xx - times(yy, value), slope_y) if want.teacher else None,
+        xx=_scale_(yy - times(xx, value), slope_x).to(f.x.dtype) if want.student else None,
+        yy=_scale_(xx - times(yy, value), slope_y).to(f.x.dtype) if want.teacher else None,
     )
 
 
@@ -169,7 +176,7 @@ def _u_center_(k: Tensor, f: Centered) -> Tensor:
     """
     n = f.count[..., None, None]
     diagonal = k.diagonal(dim1=-2, dim2=-1)
-    noise = 4 * torch.finfo(k.dtype).eps * diagonal.amax(-1)
+    noise = 4 * torch.finfo(f.x.dtype).eps * diagonal.amax(-1)
     diagonal.zero_()
     rows = k.sum(-1).double()
     shift = (rows - rows.sum(-1, keepdim=True) / (2 * (n - 1))) / (n - 2)
