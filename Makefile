@@ -12,7 +12,7 @@ OLDEST_VENV := .venv-oldest
 PYTHON_OLDEST ?= $(firstword $(shell for python in python3.12 ~/.pyenv/versions/3.12.*/bin/python3 \
 	$(PYTHON); do $$python -c "" 2> /dev/null && echo $$python; done))
 
-.PHONY: demo test test-oldest lint bench report gpu-check clean
+.PHONY: demo test test-oldest test-isa lint bench report gpu-check clean
 
 demo: $(VENV)/ready
 	$(BIN)/python -m examples.finetune_digits $(ARGS)
@@ -25,6 +25,17 @@ test: $(VENV)/ready
 test-oldest: $(OLDEST_VENV)/ready
 	$(OLDEST_VENV)/bin/python -m pytest -n auto --dist loadfile $(ARGS)
 	TRITON_INTERPRET=1 $(OLDEST_VENV)/bin/python -m pytest -n auto $(ARGS)
+
+# What is computed, with other instructions and other sums than this processor's own: of SSE, of
+# AVX2, and of two threads.
+NUMERICS := $(addprefix tests/test_,autograd.py golden.py inputs.py matching.py matrix_functions.py \
+	measures.py numerics.py precision.py properties.py statistics.py)
+test-isa: $(VENV)/ready
+	ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_CBWR=COMPATIBLE \
+		$(BIN)/python -m pytest -n auto $(NUMERICS) $(ARGS)
+	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 \
+		$(BIN)/python -m pytest -n auto $(NUMERICS) $(ARGS)
+	RIFT_TEST_THREADS=2 $(BIN)/python -m pytest $(NUMERICS) $(ARGS)
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .

@@ -112,10 +112,13 @@ def emulate(monkeypatch: pytest.MonkeyPatch, emulated_extension: ModuleType):
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _one_thread() -> Iterator[None]:
-    """So small products gain nothing from more, and lose much where another job runs."""
+def _threads() -> Iterator[None]:
+    """RIFT_TEST_THREADS, which change sums; one by default.
+
+    So small products gain nothing from more, and lose much where another job runs.
+    """
     before = torch.get_num_threads()
-    torch.set_num_threads(1)
+    torch.set_num_threads(int(os.environ.get("RIFT_TEST_THREADS", "1")))
     yield
     torch.set_num_threads(before)
 

@@ -438,6 +438,7 @@ def test_all_true_mask_is_no_mask(measure, device) -> None:
 @cases.by_name(cases.MEASURES)
 def test_repeats_are_bitwise_equal(measure, threads, device) -> None:
     x, y = (t.to(device, torch.bfloat16) for t in pair(rows=300, width=130))
+    before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
         first = cases.value_and_gradients(measure, x, y)
@@ -445,7 +446,7 @@ def test_repeats_are_bitwise_equal(measure, threads, device) -> None:
             for got, wanted in zip(cases.value_and_gradients(measure, x, y), first, strict=True):
                 assert torch.equal(got, wanted)
     finally:
-        torch.set_num_threads(1)
+        torch.set_num_threads(before)
 
 
 @pytest.mark.eager_only
