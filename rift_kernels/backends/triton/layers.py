@@ -109,24 +109,23 @@ def _side(tensors: Sequence[Tensor], dtype: torch.dtype, idle: bool) -> Side:
         flat = tuple(t.to(dtype) for t in flat)
     if flat[0].dim() > 3:
         flat = tuple(t.flatten(0, -3) for t in flat)
-    widths = tuple([t.shape[-1] for t in flat])
     stride_b = flat[0].stride(0) if flat[0].dim() == 3 else 0
     if idle:
-        return Side(flat, widths, stride_b, 0, (), (), (), ())
-    addresses = [t.data_ptr() for t in flat]
-    strides_n, strides_d = [t.stride(-2) for t in flat], [t.stride(-1) for t in flat]
+        return Side(flat, tuple([t.shape[-1] for t in flat]), stride_b, 0, (), (), (), ())
     size = flat[0].element_size()
     vector = 16 // size
     # The last bits are 0 where they are of all.
     bits = stride_b * size
-    for address, width, stride_n, stride_d in zip(
-        addresses, widths, strides_n, strides_d, strict=True
-    ):
-        bits |= address | (width | stride_n) * size
-        if stride_d != 1 and width > 1:
+    sizes = []
+    for t in flat:
+        width, strides, address = t.shape[-1], t.stride(), t.data_ptr()
+        bits |= address | (width | strides[-2]) * size
+        if strides[-1] != 1 and width > 1:
             vector = 0
+        sizes.append((width, address, strides[-2], strides[-1]))
     if bits % 16:
         vector = min(vector, 1)
+    widths, addresses, strides_n, strides_d = zip(*sizes, strict=True)
     return Side(
         flat,
         widths,
