@@ -6,7 +6,9 @@ compared with the eager backend's in float64.
 
 from __future__ import annotations
 
+import argparse
 import sys
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from unittest import mock
 
@@ -29,6 +31,11 @@ MEASURES = {
     "bures_distance": {},
 }
 
+# Small and general Gram form, covariance form with pointers and with descriptors.
+SHAPES = ((32, 72), (160, 136), (300, 64), (1100, 72))
+FEW_SHAPES = ((32, 72), (160, 136), (1100, 72))
+FEW_MEASURES = ("linear_cka", "covariance_distance")
+
 
 def _without_hopper() -> AbstractContextManager[object]:
     return mock.patch.object(cuda, "_is_hopper", return_value=False)
@@ -46,38 +53,47 @@ def _value_and_gradient(
     return torch.cat([value.detach().double().reshape(1), (grad.double() / scale).flatten()])
 
 
-def main() -> int:
-    if not torch.cuda.is_available():
-        print("exercise needs a GPU that torch can use, and this machine has none.")
-        return 2
+def compare(device: torch.device, few: bool = False) -> int:
+    """How often kernels disagree; ``few``: one of each kind, which a slow tool has time for."""
     failures = 0
-    # Small and general Gram form, covariance form with pointers and with descriptors.
     has_cuda = dispatch.reason_against("cuda") is None
     if not has_cuda:
         print(f"without the CUDA kernels: {dispatch.reason_against('cuda')}")
-    for rows, width in ((32, 72), (160, 136), (300, 64), (1100, 72)):
-        for dtype in (torch.bfloat16, torch.float32):
-            generator = torch.Generator("cuda").manual_seed(0)
-            y = torch.randn(rows, width, device="cuda", generator=generator).to(dtype)
-            noise = torch.randn(rows, width, device="cuda", generator=generator)
+    for rows, width in FEW_SHAPES if few else SHAPES:
+        for dtype in (torch.bfloat16,) if few else (torch.bfloat16, torch.float32):
+            generator = torch.Generator(device).manual_seed(0)
+            y = torch.randn(rows, width, device=device, generator=generator).to(dtype)
+            noise = torch.randn(rows, width, device=device, generator=generator)
             x = (y.float() + 0.3 * noise).to(dtype)
-            for mask in (None, torch.rand(rows, device="cuda", generator=generator) < 0.8):
-                for name in MEASURES:
-                    wide = (x.double(), y.double(), mask)
+            mask = torch.rand(rows, device=device, generator=generator) < 0.8
+            for valid in (None,) if few else (None, mask):
+                for name in FEW_MEASURES if few else MEASURES:
+                    wide = (x.double(), y.double(), valid)
                     expected = _value_and_gradient(name, *wide, "eager")
                     backends = ["triton"]
-                    many_rows = rows > 2 * width and dtype == torch.bfloat16 and mask is None
+                    many_rows = rows > 2 * width and dtype == torch.bfloat16 and valid is None
                     if has_cuda and name.startswith("linear_cka") and (rows <= 128 or many_rows):
                         backends += ["cuda", GENERAL] if many_rows else ["cuda"]
                     for backend in backends:
                         with _without_hopper() if backend == GENERAL else nullcontext():
-                            actual = _value_and_gradient(name, x, y, mask, backend.split()[0])
+                            actual = _value_and_gradient(name, x, y, valid, backend.split()[0])
                         error = float((actual - expected).norm())
                         if not error <= TOLERANCE:
                             failures += 1
-                            masked = "" if mask is None else ", masked"
+                            masked = "" if valid is None else ", masked"
                             what = f"{backend}: {name}, {rows} x {width} {dtype}{masked}"
-                            print(f"{what}: off by {error:.1e}")
+                            print(f"{what}: off by {error:.1e}", flush=True)
+    return failures
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.exercise", description=__doc__)
+    parser.add_argument("--few", action="store_true", help="a kernel of each kind")
+    options = parser.parse_args(arguments)
+    if not torch.cuda.is_available():
+        print("exercise needs a GPU that torch can use, and this machine has none.")
+        return 2
+    failures = compare(torch.device("cuda"), options.few)
     print(f"exercise: {failures} failures")
     return 1 if failures else 0
 

@@ -112,6 +112,15 @@ _GPU = (
     Workload("cka_debiased", 12608, 768, BFLOAT16),
 )
 
+# Those by which a GPU is judged first: pooled features, class tokens of all layers, tokens.
+_HEADLINE = (
+    Workload("cka_debiased", 64, 768, BFLOAT16),
+    Workload("cka_debiased", 256, 768, BFLOAT16, layers=12),
+    Workload("cka_debiased", 12608, 768, BFLOAT16),
+    *_TOKENS[:2],
+    Workload("covariance", 12608, 768, BFLOAT16),
+)
+
 _FULL = (
     *(
         Workload("cka_debiased", rows, width, BFLOAT16)
@@ -131,7 +140,9 @@ _FULL = (
 
 PROFILES = {
     "cpu": Profile(_CPU, budget=90, probe=2048, max_rounds=40),
-    # What gpu-check has time for.
+    # With what gpu-check begins: no compiler beside ours, and no step takes a minute.
+    "headline": Profile(_HEADLINE, budget=50, probe=8192, compiled=()),
+    # And what it measures where there is time.
     "gpu": Profile(_GPU, budget=140, probe=8192, compiled=(COMPILED,)),
     "full": Profile(_FULL, budget=500, probe=8192, compiled=(COMPILED, AUTOTUNED)),
     "smoke": Profile(

@@ -62,6 +62,10 @@ class Generator(torch.Generator):
         return super().__new__(cls)
 
 
+def _is_on_gpu(place: object) -> bool:
+    return isinstance(place, str | torch.device) and torch.device(place).type == "cuda"
+
+
 class OnCPU(TorchFunctionMode):
     """What is made on the GPU is made on the CPU."""
 
@@ -69,6 +73,8 @@ class OnCPU(TorchFunctionMode):
         kwargs = dict(kwargs or {})
         if "device" in kwargs and torch.device(kwargs["device"] or "cpu").type == "cuda":
             kwargs["device"] = torch.device("cpu")
+        if function is torch.Tensor.to:
+            args = tuple("cpu" if _is_on_gpu(arg) else arg for arg in args)
         return function(*args, **kwargs)
 
 
@@ -134,7 +140,11 @@ def install(put: Set = setattr) -> None:
     put(environment, "shutil", has)
     for module in (workloads, step, frontier):
         profiles: dict[str, Any] = getattr(module, "PROFILES")  # noqa: B009
-        put(module, "PROFILES", {**profiles, "gpu": profiles["smoke"], "full": profiles["smoke"]})
+        put(
+            module,
+            "PROFILES",
+            {**profiles, **dict.fromkeys(("headline", "gpu", "full"), profiles["smoke"])},
+        )
     put(host, "SECONDS", 0.01)
 
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from benchmarks import flops, gpu_check, measure, oracle, side_by_side, tables, traffic
+from benchmarks import flops, measure, oracle, side_by_side, tables, traffic
 from benchmarks.providers import NAIVE, Provider, providers
 from benchmarks.workloads import Workload
 
@@ -145,28 +144,6 @@ def test_a_row_of_the_table() -> None:
     # Of our fastest backend that is right.
     assert cells["memory"] == "50%"
     assert cells["roofline"] == "25%"
-
-
-def test_gpu_check_runs_the_suite_on_the_gpu(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    seen: dict[str, str] = {}
-
-    def process(*_: Any, **variables: str) -> dict[str, Any]:
-        seen.update(variables)
-        return {"ok": True, "note": ""}
-
-    monkeypatch.setattr(gpu_check, "_process", process)
-    outcome = gpu_check.tests(tmp_path, tmp_path / "tests.txt")
-    assert seen == {"RIFT_TEST_DEVICE": "cuda"}
-    assert not outcome["ok"]
-    assert outcome["note"] == "no test ran"
-
-
-def test_an_error_in_a_test_is_a_failure(tmp_path: Path) -> None:
-    report = tmp_path / "tests.xml"
-    report.write_text('<s><testcase classname="t" name="x"><error/></testcase></s>')
-    assert gpu_check.read_junit(report)["failures"] == ["t::x"]
 
 
 def test_traffic_of_many_ranks() -> None:

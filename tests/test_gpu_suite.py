@@ -6,7 +6,6 @@ import importlib
 import json
 import os
 import re
-import shlex
 import shutil
 import subprocess
 import sys
@@ -17,9 +16,20 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import environment, files, gpu_check, run, schema, tables, workloads
+from benchmarks import (
+    environment,
+    exercise,
+    files,
+    gpu_check,
+    gpu_tests,
+    run,
+    schema,
+    tables,
+    workloads,
+)
 from benchmarks.measure import CLOCKS
 from benchmarks.providers import NAIVE, TF32
+from rift_kernels import dispatch
 from tests import stand_in_gpu
 
 GPU = torch.device("cuda")
@@ -29,7 +39,7 @@ GPU = torch.device("cuda")
 def _gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     stand_in_gpu.install(monkeypatch.setattr)
     monkeypatch.setattr(run, "PROFILES", workloads.PROFILES)
-    monkeypatch.delenv("PART", raising=False)
+    monkeypatch.delenv("OUT", raising=False)
     with stand_in_gpu.OnCPU():
         yield
 
@@ -102,94 +112,92 @@ def test_inputs_are_larger_than_the_cache(_gpu, monkeypatch) -> None:  # noqa: P
     assert len(calls) == 16
 
 
-class Parts:
-    """What gpu-check starts; what takes minutes, and is the same without a GPU, is not done."""
-
-    def __init__(
-        self, monkeypatch: pytest.MonkeyPatch, folder: Path, real: tuple[str, ...]
-    ) -> None:
-        self.started: dict[str, list[str]] = {}
-        self.out, self._process, self._real = folder / "out", gpu_check._process, real
-        monkeypatch.setattr(gpu_check, "_process", self._start)
-        monkeypatch.setattr(gpu_check.shutil, "which", lambda _: None)
-        monkeypatch.setenv("OUT", str(self.out))
-
-    def _start(self, part: str, line: list[str], log: Path, **how: Any) -> dict[str, Any]:
-        self.started[part] = line
-        if part not in self._real:
-            if part == "tests":
-                log.with_suffix(".xml").write_text('<s><testcase classname="t" name="x"/></s>')
-            # Without this GPU, which takes seconds.
-            line = [sys.executable, "-S", "-c", f"print({part!r})"]
-        # Seconds in a process of its own, for which nothing makes it smaller.
-        line = [word.replace(f"{sys.executable} -m benchmarks.host && ", "") for word in line]
-        return self._process(part, line, log, **how)
-
-
-@pytest.mark.usefixtures("_gpu")
-def test_gpu_check_measures_in_processes(monkeypatch, tmp_path) -> None:
-    """As it does on a GPU, in each of them this one."""
+@pytest.fixture
+def check(_gpu: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """The folder of gpu-check's results, whose processes have this GPU, too."""
     for name, value in stand_in_gpu.environment(tmp_path).items():
         monkeypatch.setenv(name, value)
-    parts = Parts(monkeypatch, tmp_path, real=("bench",))
-    # As after long tests: the comparison alone.
-    monkeypatch.setattr(gpu_check, "START", -1e9)
-    monkeypatch.setenv("PART", "bench")
-    assert gpu_check.main() == 0, (parts.out / "logs" / "bench.txt").read_text()
-    (path,) = parts.out.glob("stand-in-gpu-*.json")
-    assert files.read(path)["environment"]["gpu"] == stand_in_gpu.NAME
-    assert "moments is not done" in (parts.out / "logs" / "bench.txt").read_text()
+    monkeypatch.setattr(gpu_check, "WORK", tmp_path / "work")
+    # A machine that does much else has all the time that it takes.
+    patient = tuple(step._replace(most=1200.0) for step in gpu_check.STEPS)
+    monkeypatch.setattr(gpu_check, "STEPS", patient)
+    return tmp_path / "work"
+
+
+def test_gpu_check_measures_in_processes(check: Path, monkeypatch, tmp_path) -> None:
+    monkeypatch.setenv("OUT", str(tmp_path / "copies"))
+    assert gpu_check.main(["--minutes", "60", "--only", "bench headline", "bench moments"]) == 0, (
+        check / "gpu-check.log"
+    ).read_text()
+    (path,) = check.glob("stand-in-gpu-*.json")
+    result = files.read(path)
+    assert result["environment"]["gpu"] == stand_in_gpu.NAME
+    assert result["profile"] == "headline"
+    assert "moments is not done" in (check / "gpu-check.log").read_text()
+    summary = json.loads((tmp_path / "copies" / "gpu-check.json").read_text())
+    assert summary["environment"]["device"] == stand_in_gpu.NAME
+    assert files.read(tmp_path / "copies" / path.name) == result
+
+
+def test_gpu_check_tests_the_stand_in(check: Path, monkeypatch) -> None:
+    """As the tests do on a GPU; some of them, on tensors of the CPU."""
+    tests = next(step for step in gpu_check.STEPS if step.name == "tests")
+    few = tests._replace(command=tests.command + "/test_golden.py -k values")
+    monkeypatch.setattr(gpu_check, "STEPS", (few,))
+    monkeypatch.setattr(gpu_check, "SPARE", ())
+    status = gpu_check.main(["--minutes", "60", "--jobs", "1"])
+    outcome = json.loads((check / "gpu-check.json").read_text())["steps"]["tests"]
+    assert outcome["finished"], outcome
+    assert outcome["passed"] > 0
+    assert status == (1 if outcome["failed"] else 0)
+    assert len(gpu_tests.read(check / "tests.jsonl")) == sum(
+        outcome[kind] for kind in ("passed", "failed", "skipped")
+    )
 
 
 @pytest.mark.usefixtures("_gpu")
-def test_all_that_gpu_check_measures(monkeypatch, tmp_path) -> None:
-    """If there is time for all of it: the commands, with their arguments."""
-    parts = Parts(monkeypatch, tmp_path, real=())
-    monkeypatch.setattr(gpu_check, "START", gpu_check.time.monotonic())
-    monkeypatch.setenv("PART", "bench")
-    assert gpu_check.main() == 0
-    shell, option, lines = parts.started["bench"]
-    assert (shell, option) == ("bash", "-c")
+def test_all_that_gpu_check_measures(tmp_path) -> None:
+    """The commands, with their arguments."""
+    check = gpu_check.Check(tmp_path, None, 0.0, 2)
     kinds = []
-    for line in lines.split(" && "):
-        python, flag, module, *arguments = shlex.split(line)
+    for step in (*gpu_check.STEPS, *gpu_check.SPARE):
+        python, flag, module, *arguments = check._words(step, 60.0)
+        if not step.name.startswith("bench"):
+            continue
         assert (python, flag) == (sys.executable, "-m")
         command = importlib.import_module(module)
         assert command.main(arguments) == 0 if arguments else command.main() == 0
         kinds.append(module.removeprefix("benchmarks."))
-    assert kinds == ["moments", "host", "run", "step", "frontier"]
-    results = [files.read(path) for path in parts.out.glob("stand-in-gpu-*.json")]
+    assert kinds == ["run", "host", "moments", "run", "step", "frontier"]
+    results = [files.read(path) for path in tmp_path.glob("stand-in-gpu-*.json")]
     assert {r["schema"] for r in results} == {schema.BENCHMARK, schema.STEP, schema.FRONTIER}
-    for one in results:
-        assert one["environment"]["gpu"] == stand_in_gpu.NAME
-        assert one["profile"] == "gpu"
+    assert [r["environment"]["gpu"] for r in results] == [stand_in_gpu.NAME] * 4
     (step,) = (r for r in results if r["schema"] == schema.STEP)
     assert all(set(way["seconds"]) == set(CLOCKS) for way in step["ways"] if not way["reason"])
     assert any(not way["reason"] for way in step["ways"])
 
 
-@pytest.mark.usefixtures("_gpu")
-def test_parts_of_gpu_check(monkeypatch, tmp_path, capsys) -> None:
-    """All of them in order, or one; again, whatever an earlier run has left."""
-    Parts(monkeypatch, tmp_path, real=())
-    for part, expected in (
-        (None, ["build", "tests", "sanitize", "bench"]),
-        ("tests", ["build", "tests"]),
-        ("sanitize", ["build", "sanitize"]),
-        ("bench", ["build", "bench"]),
-        ("bench", ["build", "bench"]),
-    ):
-        if part:
-            monkeypatch.setenv("PART", part)
-        assert gpu_check.main() == 0
-        text = capsys.readouterr().out
-        assert [line.split()[0] for line in text.splitlines() if line.endswith(" ...")] == expected
-        path = Path(text.split("wrote ")[-1].strip())
-        summary = json.loads(path.read_text())
-        assert list(summary["parts"]) == expected
-        assert summary["environment"]["device"] == stand_in_gpu.NAME
-        if "sanitize" in expected:
-            assert "ok: not done: compute-sanitizer is not on PATH" in text
+@pytest.mark.parametrize("few", [False, True])
+def test_what_the_sanitizer_watches(few, _gpu, monkeypatch) -> None:  # noqa: PT019
+    """Kernels of each kind, against the eager backend; here by the eager backend itself."""
+    seen = []
+
+    def value_and_gradient(name, x, _, mask, backend):
+        seen.append((name, tuple(x.shape), x.dtype, mask is not None, backend))
+        return torch.zeros(2)
+
+    monkeypatch.setattr(exercise, "_value_and_gradient", value_and_gradient)
+    monkeypatch.setattr(dispatch, "reason_against", lambda _: None)
+    assert exercise.main(["--few"] if few else []) == 0
+    names, shapes, _, masked, backends = (set(column) for column in zip(*seen, strict=True))
+    assert backends == {"eager", "triton", "cuda"}
+    assert names == set(exercise.FEW_MEASURES if few else exercise.MEASURES)
+    assert shapes == set(exercise.FEW_SHAPES if few else exercise.SHAPES)
+    assert len(seen) <= 20 if few else masked == {False, True}
+    monkeypatch.setattr(
+        exercise, "_value_and_gradient", lambda *a: torch.ones(2) * (a[-1] == "triton")
+    )
+    assert exercise.main(["--few"]) == 1
 
 
 def test_nothing_can_be_installed_there(tmp_path) -> None:
@@ -213,15 +221,6 @@ def test_make_gpu_check_installs_nothing() -> None:
     done = subprocess.run(line, cwd=gpu_check.ROOT, capture_output=True, text=True, check=True)
     assert f"{sys.executable} -m benchmarks.gpu_check" in done.stdout
     assert "pip install" not in done.stdout
-
-
-def test_gpu_check_ends_within_nine_minutes() -> None:
-    assert sum(gpu_check.LIMITS.values()) <= 9 * 60 - 5
-    for spent in (0, 100, 200, 375, 1000):
-        limit = gpu_check.bench_limit(spent)
-        assert gpu_check.LIMITS["bench"] <= limit <= gpu_check.MOST_FOR_BENCH
-        if spent <= 375:
-            assert spent + limit <= 9 * 60 - 5
 
 
 def test_every_field_of_the_environment_is_in_the_schema() -> None:

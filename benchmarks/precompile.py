@@ -1,0 +1,199 @@
+"""``python -m benchmarks.precompile``: compile ahead, without a GPU, what gpu-check runs on one.
+
+    PYTHON -m benchmarks.precompile                for sm90, with PYTHON's torch and triton
+    PYTHON -m benchmarks.precompile --only bench   a part of it
+
+Run it with the Python, torch and triton of the machine with the GPU, from the same sources, and
+take ``build/precompiled.tar.xz`` there: ``python -m benchmarks.gpu_check`` unpacks it. Kernels are
+compiled as they are launched, by the tests and the benchmarks themselves, on CPU tensors and with
+nothing run. It may be stopped and goes on later: what is compiled lies in ``build/triton-cache``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import carried, environment, exercise, gpu_tests, providers, workloads
+
+# Of the processes of the tests, which this module is a plugin of: the target.
+VARIABLE = "RIFT_KERNELS_PRECOMPILE"
+# Targets in tests/triton_compile.py, and what nvcc calls them.
+TARGETS = {"sm80": "80", "sm90": "90a", "sm100": "100a"}
+PARTS = ("extension", "check", "bench", "exercise", "tests")
+HEADLINE = workloads.PROFILES["headline"].workloads
+
+
+@contextlib.contextmanager
+def compiling(target: str) -> Iterator[list[Any]]:
+    """Inside, there is a GPU whose tensors lie on the CPU: kernels are compiled for it, not run.
+
+    Yields what was launched, which a caller empties.
+    """
+    import pytest
+
+    from rift_kernels import dispatch
+
+    stand_in = importlib.import_module("tests.stand_in_gpu")
+    recorder = importlib.import_module("tests.triton_compile")
+    kept = {name: getattr(dispatch, name) for name in ("choose_backend", "reason_against")}
+    with pytest.MonkeyPatch.context() as patch, recorder.recording(target) as launched:
+        stand_in.install(patch.setattr)
+        for name, function in kept.items():
+            patch.setattr(dispatch, name, function)
+        patch.setattr(dispatch, "_has_kernels", lambda _: True)
+        patch.setattr(
+            dispatch,
+            "_reason_against_triton",
+            lambda _, dtypes: "float64" if torch.float64 in dtypes else None,
+        )
+        with stand_in.OnCPU():
+            yield launched
+
+
+def launchers(launched: list[Any]) -> None:
+    """What hands kernels their arguments is C code, which triton compiles at the first launch."""
+    from triton.backends.nvidia.driver import CudaLauncher
+
+    for kernel in {kernel.hash: kernel for kernel in launched}.values():
+        # Once it lies in the cache, it cannot be loaded: there is no driver.
+        with contextlib.suppress(ImportError):
+            CudaLauncher(kernel.src, kernel.metadata)
+    launched.clear()
+
+
+@contextlib.contextmanager
+def _driver_to_link_with() -> Iterator[None]:
+    """An empty one by the driver's name is enough for a linker."""
+    with tempfile.TemporaryDirectory() as folder:
+        line = ["gcc", "-shared", "-x", "c", os.devnull, "-Wl,-soname,libcuda.so.1"]
+        subprocess.run([*line, "-o", f"{folder}/libcuda.so.1"], check=True)
+        before = os.environ.get("TRITON_LIBCUDA_PATH")
+        os.environ["TRITON_LIBCUDA_PATH"] = folder
+        yield
+        del os.environ["TRITON_LIBCUDA_PATH"]
+        if before is not None:
+            os.environ["TRITON_LIBCUDA_PATH"] = before
+
+
+def _check() -> None:
+    from rift_kernels import known_answers, trial
+
+    for kernels in known_answers.ALL:
+        for case in known_answers.cases_of(kernels, True) if kernels.backend == "triton" else ():
+            trial.attempt(kernels, case, torch.device("cpu"))
+
+
+def _bench() -> None:
+    device = torch.device("cpu")
+    (ours,) = (p for p in providers.providers(device, ()) if p.name.endswith("triton"))
+    for workload in HEADLINE:
+        x = torch.zeros(workload.rows, workload.width, dtype=workload.dtype)
+        students = [x.clone().requires_grad_() for _ in range(workload.layers)]
+        inputs = workloads.Inputs(students, [x] * workload.layers, None)
+        ours.measures[workload.measure](inputs).sum().backward()
+
+
+def _exercise() -> None:
+    exercise.compare(torch.device("cpu"))
+
+
+def _here(part: str, target: str) -> None:
+    """A part that is no process of its own."""
+    with compiling(target) as launched:
+        {"check": _check, "bench": _bench, "exercise": _exercise}[part]()
+        launchers(launched)
+
+
+def _tests(target: str, jobs: int) -> None:
+    """As gpu-check runs them; whether they pass says nothing, since nothing is computed."""
+    workers = ["-n", str(jobs)] if find_spec("xdist") and jobs > 1 else []
+    with tempfile.TemporaryDirectory() as folder:
+        subprocess.run(
+            [
+                *(sys.executable, "-m", "pytest", "-p", "no:cacheprovider"),
+                *("-p", "benchmarks.gpu_tests", "-p", "benchmarks.precompile"),
+                # Those of test_gpu.py have features for a GPU, and kernels that others have, too.
+                *("-q", "--tb=no", "--no-summary", "--ignore=tests/test_gpu.py", *workers, "tests"),
+            ],
+            cwd=environment.ROOT,
+            env={
+                **os.environ,
+                VARIABLE: target,
+                gpu_tests.VARIABLE: str(Path(folder) / "outcomes.jsonl"),
+                "RIFT_TEST_DEVICE": "cuda",
+            },
+            check=False,
+        )
+
+
+def pytest_configure(config: Any) -> None:
+    """In the processes of the tests."""
+    target = os.environ.get(VARIABLE)
+    if target:
+        stack = contextlib.ExitStack()
+        config.rift_launched = stack.enter_context(compiling(target))
+        config.add_cleanup(stack.close)
+
+
+def pytest_runtest_teardown(item: Any) -> None:
+    """Of each test, not to keep what all of them compiled."""
+    if os.environ.get(VARIABLE):
+        launchers(item.config.rift_launched)
+
+
+def _extension(target: str) -> None:
+    architecture = TARGETS[target]
+    if carried.is_built(architecture):
+        return
+    done = subprocess.run(
+        [sys.executable, "setup.py", "build_ext", "--inplace"],
+        cwd=environment.ROOT,
+        env={**os.environ, "RIFT_KERNELS_CUDA_ARCHS": architecture},
+        check=False,
+    )
+    if done.returncode == 0 and (environment.ROOT / carried.EXTENSION).exists():
+        carried.stamp(architecture)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.precompile",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--target", choices=TARGETS, default="sm90")
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
+    options = parser.parse_args(arguments)
+    os.environ["TRITON_CACHE_DIR"] = str(carried.CACHE)
+    with _driver_to_link_with():
+        for part in options.only:
+            start = time.monotonic()
+            if part == "extension":
+                _extension(options.target)
+            elif part == "tests":
+                _tests(options.target, options.jobs)
+            else:
+                _here(part, options.target)
+            print(f"{part}: {time.monotonic() - start:.0f} s", flush=True)
+    kernels = carried.pack(carried.CACHE, carried.ARCHIVE)
+    size = carried.ARCHIVE.stat().st_size / 2**20
+    print(f"wrote {carried.ARCHIVE}: {kernels} kernels, {size:.1f} MiB")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
