@@ -60,10 +60,13 @@ def _concerns_a_gpu(item: pytest.Item) -> bool:
     return "device" in getattr(item, "fixturenames", ()) or _module(item) == "test_gpu"
 
 
-def _turn(item: pytest.Item) -> tuple[bool, int]:
+def _turn(item: pytest.Item) -> tuple[bool, bool, int]:
+    """Those that Triton's interpreter has time for, too, are before others of the same kernels."""
     module = _module(item)
+    conftest = sys.modules.get("tests.conftest")
+    chosen = module == "test_gpu" or (conftest is not None and conftest.is_interpreted(item))
     place = FIRST.index(module) if module in FIRST else len(FIRST)
-    return item.get_closest_marker("eager_only") is not None, place
+    return item.get_closest_marker("eager_only") is not None, not chosen, place
 
 
 def _path() -> Path:

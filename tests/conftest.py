@@ -38,7 +38,8 @@ INTERPRETED_VALUES = {
 }
 
 
-def _is_interpreted(item: pytest.Item) -> bool:
+def is_interpreted(item: pytest.Item) -> bool:
+    """Whether a test is among those that the interpreter has time for: one of each kind."""
     module = item.module.__name__.split(".")[-1]
     parameters = item.callspec.params if hasattr(item, "callspec") else {}
     measure, dtype = parameters.get("measure"), parameters.get("dtype")
@@ -62,9 +63,9 @@ def _is_interpreted(item: pytest.Item) -> bool:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if INTERPRETED:
-        left_out = [item for item in items if not _is_interpreted(item)]
+        left_out = [item for item in items if not is_interpreted(item)]
         config.hook.pytest_deselected(items=left_out)
-        items[:] = [item for item in items if _is_interpreted(item)]
+        items[:] = [item for item in items if is_interpreted(item)]
         kept = {(item.module, item.originalname) for item in items}
         for item in left_out:
             name = item.originalname
