@@ -21,8 +21,9 @@ NODE = 8  # GPUs that share fast links
 FAST, SLOW, HOP = 350e9, 45e9, 4e-6
 FLOPS = 790e12
 # Messages one after another, debiased CKA: what the features are like, and the features; or what
-# they are like, sums, blocks, energies, and what unequal weights move.
-MESSAGES = {"gathered": 2, "summed": 5}
+# they are like, sums, energies, the longest rows of each, those of all and the others' sums,
+# blocks, sums over pairs of rows, and what unequal weights move.
+MESSAGES = {"gathered": 2, "summed": 8}
 
 
 class Shape(NamedTuple):
