@@ -323,7 +323,8 @@ def _verdict_lines() -> list[str]:
     device = torch.device("cuda", torch.cuda.current_device() if torch.cuda.is_available() else 0)
     if not able or not torch.cuda.is_available():
         return []
-    lines = [f"tested on this GPU ({self_test.ENVIRONMENT_VARIABLE}={self_test.setting()})"]
+    variable = self_test.ENVIRONMENT_VARIABLE
+    lines = [f"tested on this GPU ({variable}={os.environ.get(variable, '(not set)')})"]
     for one in known_answers.ALL:
         if one.backend in able:
             verdict = verdicts.read(verdicts.identity(one.backend, device), one)

@@ -200,6 +200,24 @@ def test_which_kernels_a_call_runs(answers) -> None:
     assert dispatch.SMALL_ROWS == gram_form.SMALL_ROWS == cuda.MAX_ROWS
 
 
+def test_the_report_has_the_verdicts(monkeypatch) -> None:
+    for name, found in (
+        ("is_available", True), ("current_device", 0), ("get_device_name", "Some GPU"),
+        ("get_device_capability", (9, 0)),
+    ):  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, lambda *_, found=found: found)
+    machine = {"gpu": "Some GPU"}
+    monkeypatch.setattr(verdicts, "identity", lambda *_: machine)
+    monkeypatch.setenv(self_test.ENVIRONMENT_VARIABLE, "nonsense")  # it never raises
+    verdicts.write(machine, SMALL, Verdict(True))
+    verdicts.write(machine, SMALL._replace(family="gram"), Verdict(False, "batch: off by 1e+00"))
+    lines = [" ".join(line.split()) for line in dispatch.backend_report().splitlines()]
+    assert "triton/small/bfloat16 works" in lines
+    assert "triton/gram/bfloat16 batch: off by 1e+00" in lines
+    assert "triton/products/float32 not yet" in lines
+    assert not any(line.startswith("cuda/") for line in lines)
+
+
 # ---------------------------------------------------------------- processes of their own
 
 
