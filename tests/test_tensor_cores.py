@@ -114,3 +114,12 @@ def test_wide_rows_in_gram_form(measure, device) -> None:
     value, gradient = errors(measure, x, y, device)
     assert value <= 2e-6
     assert gradient <= 4e-3
+
+
+@cases.by_name([cases.CKA, cases.CKA_BIASED])
+def test_rows_far_from_zero_in_gram_form(measure, device) -> None:
+    """Rows of a centered K sum to 0 but for rounding, which the mean multiplies."""
+    x, y, _ = cases.Case("", 140, 200, 200, offset=30.0).features(torch.bfloat16)
+    value, gradient = errors(measure, x, y, device)
+    assert value <= 2**-24 * 30**2
+    assert gradient <= 4e-3

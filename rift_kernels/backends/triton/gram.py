@@ -21,6 +21,7 @@ from .device import (
     PIVOT_Y,
     arrive,
     batch_of,
+    column_mean,
     inverse_scale,
     layer_of,
     mask_of,
@@ -199,12 +200,16 @@ def _centered_tile(
     return tl.where(kept, k * scale, 0.0), peak
 
 
-@triton.jit(do_not_specialize=["stride_mb", "tile_programs", "column_programs", "slots", "spills"])
+@triton.jit(
+    do_not_specialize=[
+        *("stride_mb", "tile_programs", "column_programs", "segments", "slots", "spills"),
+    ]
+)
 def gram_kernel(
     masks, rows, widths_x, widths_y, stride_mb,
-    tiles_ptr, spill_ptr, row_sums_ptr, statistics_ptr, counters_ptr,
-    values_ptr, kept_ptr, partial_ptr,
-    tile_programs, column_programs, slots, spills, stride,
+    tiles_ptr, spill_ptr, row_sums_ptr, sums_ptr, statistics_ptr, counters_ptr,
+    values_ptr, kept_ptr, means_ptr, partial_ptr,
+    tile_programs, column_programs, segments, width, slots, spills, stride,
     LAYERS: tl.constexpr, HAS_MASK: tl.constexpr,
     DEBIASED: tl.constexpr, DISTANCE: tl.constexpr, STORE: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, SUB: tl.constexpr,
@@ -232,6 +237,16 @@ def gram_kernel(
     tiles = blocks * (blocks + 1) // 2
     chunks = tl.cdiv(tl.maximum(size(widths_x, layer), size(widths_y, layer)), BLOCK_K)
     share = tl.cdiv(2 * tiles * chunks, tile_programs)
+    if STORE:
+        # For the backward.
+        for block in range(program, width // BLOCK, programs):
+            column = block * BLOCK + tl.arange(0, BLOCK)
+            for side in tl.static_range(2):
+                first = (entry * 2 + side).to(tl.int64) * width
+                own_sums = sums_ptr + first * segments
+                everywhere = column < width
+                mean = column_mean(own_sums, column, segments, width, n_float, everywhere, BLOCK)
+                tl.store(means_ptr + first + column, mean)
     sums = tl.zeros([FIELDS], tl.float64)
     pair, part = program // PARTS, program % PARTS
     if pair < tiles:

@@ -2,8 +2,10 @@
 
     M = c Kx + c' Ky,    c = -2 value / ||Kx||^2,    c' = 2 / (||Kx|| ||Ky||)
 
-formed in float32 tile by tile and multiplied in two halves. Its rows sum to 0, so that the gradient
-needs no centering; features with more digits than bfloat16 are centered before they are split.
+formed in float32 tile by tile and multiplied in two halves. Its rows sum to 0, but for what was
+rounded in sums of K before it was centered: times the mean of features far from 0, that is as large
+as the gradient, so it is taken off at the end; not of few rows, whose K is made of centered
+features. Features with more digits than bfloat16 are centered before they are split.
 
 Bytes: both K once per block of columns, X once per block of rows, the gradient once.
 """
@@ -24,7 +26,7 @@ from .device import (
     split,
     valid_rows,
 )
-from .gram import INVERSE, OTHER, OWN, ROWS, SCALARS, edge_of, grams_of
+from .gram import INVERSE, OTHER, OWN, SCALARS, edge_of, grams_of
 
 
 @triton.jit(
@@ -34,13 +36,13 @@ from .gram import INVERSE, OTHER, OWN, ROWS, SCALARS, edge_of, grams_of
 )
 def gram_backward_kernel(
     owns, masks, grads, rows, widths, strides_n, strides_d, stride_b, stride_mb, stride_gb,
-    incoming_ptr, kept_ptr, sums_ptr, width, stride, max_width,
+    incoming_ptr, kept_ptr, means_ptr, width, stride, max_width,
     LAYERS: tl.constexpr, HAS_MASK: tl.constexpr, DTYPE: tl.constexpr, VECTOR: tl.constexpr,
     SIDE: tl.constexpr,
     SMALL: tl.constexpr, EXACT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """One program owns a tile of ``grad = g M X``; the rows of M sum to 0, so X may have a mean."""
+    """One program owns a tile of ``grad = g M X``."""
     entry = tl.program_id(1)
     layer, batch = layer_of(entry, LAYERS), batch_of(entry, LAYERS)
     n, d = size(rows, layer), size(widths, layer, VECTOR)
@@ -64,11 +66,10 @@ def gram_backward_kernel(
         row = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
         column = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
         mean = tl.zeros([BLOCK_N], tl.float32)
-        if EXACT and not SMALL:
-            sums = tl.load(
-                sums_ptr + (entry * 2 + SIDE) * width + column, mask=column < d, other=0.0
-            )
-            mean = sums / tl.load(scalars_ptr + ROWS)
+        if not SMALL:
+            means_ptr += (entry * 2 + SIDE) * width
+            mean = tl.load(means_ptr + column, mask=column < d, other=0.0)
+        row_sums = tl.zeros([BLOCK_M], tl.float32)
         acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         for start in range(0, n, BLOCK_K):
             k = start + tl.arange(0, BLOCK_K)
@@ -76,7 +77,8 @@ def gram_backward_kernel(
             inside = (row < edge)[:, None] & (k < edge)[None, :]
             own = tl.load(own_ptr + at, mask=inside, other=0.0)
             other = tl.load(other_ptr + at, mask=inside, other=0.0)
-            high, low = split(c_own * own + c_other * other)
+            m = c_own * own + c_other * other
+            high, low = split(m)
             valid = valid_rows(mask_ptr, k, n, HAS_MASK)
             mask = valid[:, None] & (column < d)[None, :]
             offsets = k.to(tl.int64)[:, None] * stride_n + column.to(tl.int64)[None, :] * stride_d
@@ -92,6 +94,10 @@ def gram_backward_kernel(
             else:
                 acc = tl.dot(low, x, acc)
                 acc = tl.dot(high, x, acc)
+                if not SMALL:
+                    row_sums += tl.sum(m, 1)
+        if not (SMALL or EXACT):
+            acc -= row_sums[:, None] * mean[None, :]
         valid = valid_rows(mask_ptr, row, n, HAS_MASK)
         inverse = tl.load(scalars_ptr + INVERSE)
         acc = tl.where(valid[:, None], acc * inverse * (inverse * incoming), 0.0)

@@ -28,10 +28,10 @@ def cka_fwd(
     # The scalars of all entries, then both matrices of each: one allocation for both.
     stride = round_up(max_rows, 16)
     kept = layers.empty(entries * (gram.SCALARS.value + store * 2 * stride * stride))
-    # For where rows do not fit into one block, and features are not multiplied as they are.
-    needed = layers.exact and max_rows > SMALL_ROWS
-    sums = layers.empty(entries * 2 * padded_width(layers, config) if needed else 0)
-    saved = [kept, sums]
+    # Of columns, for the backward where rows do not fit into one block.
+    needed = store and max_rows > SMALL_ROWS
+    means = layers.empty(needed * entries * 2 * padded_width(layers, config))
+    saved = [kept, means]
     if layers.idle:
         return values, saved
     if max_rows <= SMALL_ROWS:
@@ -43,13 +43,14 @@ def cka_fwd(
     gram.gram_kernel[(programs, entries)](
         layers.mask_numbers, layers.row_numbers, layers.x.columns, layers.y.columns,
         layers.stride_mb,
-        raw.tiles, raw.spill, raw.row_sums, raw.statistics, raw.counters,
-        values, kept, partial,
-        raw.tile_programs, raw.column_programs, raw.slots, raw.tile_programs, stride,
+        raw.tiles, raw.spill, raw.row_sums, raw.sums, raw.statistics, raw.counters,
+        values, kept, means, partial,
+        raw.tile_programs, raw.column_programs, raw.segments, raw.width, raw.slots,
+        raw.tile_programs, stride,
         **layers.options, DEBIASED=debiased, DISTANCE=distance, STORE=store,
         BLOCK=config.block, BLOCK_K=config.block_k, SUB=config.sub, num_warps=config.head_warps,
     )  # fmt: skip
-    return values, [kept, raw.sums if layers.exact else sums]
+    return values, saved
 
 
 def small_rows(layers: Layers) -> int:
@@ -90,14 +91,14 @@ def cka_bwd(
 ) -> tuple[Tensor, ...]:
     """One side's gradients, side 0 being the student."""
     config = configuration(layers, "gram")
-    kept, sums = saved
+    kept, means = saved
     own = layers.x if side == 0 else layers.y
     entries, max_rows, max_width = layers.entries, layers.max_rows, max(own.widths)
     small = max_rows <= SMALL_ROWS
     grads, stride_gb = gradients(own, layers, dtype)
     if layers.idle:
         return grads
-    width = sums.numel() // (entries * 2)
+    width = means.numel() // (entries * 2)
     block_m, block_n, block_k = config.gram_backward
     if small:
         # The mean of a column is that of its one block.
@@ -106,9 +107,9 @@ def cka_bwd(
     gram_backward.gram_backward_kernel[grid](
         own.addresses, layers.mask_numbers, layers.filled(grads), layers.row_numbers, own.columns,
         own.strides_n, own.strides_d, own.stride_b, layers.stride_mb, stride_gb,
-        incoming, kept, sums, width, round_up(max_rows, 16), max_width,
+        incoming, kept, means, width, round_up(max_rows, 16), max_width,
         **layers.feature_options, SIDE=side,
-        SMALL=small, EXACT=layers.exact or sums.numel() > 0,
+        SMALL=small, EXACT=layers.exact,
         BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k,
         num_warps=config.gram_backward_warps, num_stages=config.gram_backward_stages,
     )  # fmt: skip
