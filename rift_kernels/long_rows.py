@@ -98,7 +98,7 @@ def center(
     energy = energies.sum(-1)
     _, index = _longest(energies, energy, mask)
     place = None
-    others: Tensor | float = float(shape[-1] - MOST)
+    others: Tensor | int = shape[-1] - MOST
     # Of enough rows that are all valid, all slots are filled.
     if mask is not None or shape[-1] < 2 * MOST:
         place = torch.diag_embed(_filled(count, index.shape[-1]).double())
