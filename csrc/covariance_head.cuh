@@ -23,6 +23,7 @@ static_assert(static_cast<int>(ROW_SUMS) >= static_cast<int>(HEAD_SUMS));
 struct HeadScratch {
   float strip[STRIP * STRIP_PITCH];
   float mean_i[STRIP], mean_j[MOMENT_BLOCK];
+  float own_i[STRIP];  // means of the side whose A or B is taken off
   float long_i[LONGEST][STRIP], long_j[LONGEST][MOMENT_BLOCK];
   // Of rows or of the head itself, of which there are fewer.
   double sums[ROW_SUMS * HEAD_THREADS / 32];
@@ -199,9 +200,14 @@ __device__ inline void subtract_own(const CovarianceArguments& arguments, const 
   const float scale = is_y ? scales.y : scales.x;
   const auto n = static_cast<float>(rest_of(arguments, longest));
   const float mean_j = column_mean(arguments, longest, is_y, j + column);
+  __syncthreads();
+  if (threadIdx.x < STRIP) {
+    scratch.own_i[threadIdx.x] = column_mean(arguments, longest, is_y, i + threadIdx.x);
+  }
+  __syncthreads();
 #pragma unroll
   for (int k = 0; k < HEAD_ROWS; ++k) {
-    const float mean_i = column_mean(arguments, longest, is_y, i + row + k);
+    const float mean_i = scratch.own_i[row + k];
     rest[k] = cross[k] - scales.t * ((rest[k] - n * mean_i * mean_j) * scale * scale);
   }
 }
