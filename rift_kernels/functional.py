@@ -94,9 +94,7 @@ def linear_cka(
         the others.
 
     Accuracy, float32: 2e-6, also where up to eight rows are thousands of times longer than all
-    others, as in language models; 1e-5 in the kernels. Of those, Triton's for n >= D1 + D2 do not
-    keep such rows apart yet: debiased, they lose 5e-4 where a row is 100 times longer, and 1e-2 at
-    1000 times. What cannot be told from rounding is 0.
+    others, as in language models; 1e-5 in the kernels. What cannot be told from rounding is 0.
 
     Sources: Kornblith et al. 2019 (CKA), Song et al. 2012 (HSIC_1), Nguyen et al. 2021 (debiased).
     """

@@ -54,12 +54,13 @@ def _primitives(backend: str, rows: Tensor) -> ModuleType:
     return _backend(backend) if rows.shape[-2] else eager
 
 
-def is_fused(measure: str, backend: str, gram: Sequence[bool]) -> bool:
-    """Whether the backend goes from features to values by itself, without a head in measures.py.
-
-    Nothing is where moments are summed over ranks, which is the measure "" in the backward.
-    """
-    return backend != "eager" and (measure == "cka" or (measure == "covariance" and not any(gram)))
+def is_fused(measure: str, settings: Sequence[Any], backend: str, gram: Sequence[bool]) -> bool:
+    """Whether the backend goes from features to values by itself, without a head in measures.py."""
+    if measure == "cka":
+        debiased, _ = settings
+        # Triton's own head subtracts what long rows give with themselves, and loses the rest.
+        return backend == "cuda" or (backend == "triton" and (all(gram) or not debiased))
+    return measure == "covariance" and backend != "eager" and not any(gram)
 
 
 def compute_dtype(*tensors: Tensor) -> torch.dtype:
@@ -168,7 +169,7 @@ def head(measure: str, settings: Sequence[Any]) -> partial[measures.Head]:
 def _fwd(measure: str, *call: Any) -> tuple[Tensor, list[Tensor]]:
     """Layers and how, then the measure's settings."""
     how, settings = call[:_HOW_MANY], call[_HOW_MANY:]
-    if is_fused(measure, how[-1], how[3]):
+    if is_fused(measure, settings, how[-1], how[3]):
         *layers, backend = how
         return getattr(_backend(backend), f"{measure}_fwd")(*layers, *settings)
     return measure_fwd(head(measure, settings), *how)
@@ -191,9 +192,10 @@ def _features_bwd(
 ) -> list[Tensor]:
     """The wanted gradients, all students first.
 
-    Fused measures take the features themselves, of the others what the forward saved is enough.
+    A fused ``measure`` takes the features themselves; of the others, which have no name here, what
+    the forward saved is enough.
     """
-    if is_fused(measure, backend, gram):
+    if measure and backend != "eager":
         features_ = (students, teachers, saved, masks, gram)
         sides = (student_grad, teacher_grad)
         dtypes = (student_dtype, teacher_dtype)

@@ -23,6 +23,12 @@ class Call(NamedTuple):
     ranks: Ranks | None = None  # with whom moments are summed
     asked: str = "eager"  # for which backend, "auto" for whichever runs
 
+    @property
+    def fused(self) -> bool:
+        """Whether the backend has kernels for all of it; never where ranks sum moments."""
+        how = (self.measure, self.settings, self.backend, self.gram)
+        return self.ranks is None and operators.is_fused(*how)
+
 
 def _refuse_double_backward() -> None:
     if torch.is_grad_enabled():
@@ -90,7 +96,7 @@ def _gradients(
 
     That needs all features of fused measures, which may not be there any more.
     """
-    measure = "" if call.ranks else call.measure
+    measure = call.measure if call.fused else ""
     operator = torch.ops.rift_kernels.features_bwd
 
     def by(backend: str, *features_and_saved: list[Tensor]) -> list[Tensor]:
@@ -102,14 +108,14 @@ def _gradients(
     try:
         return by(call.backend, students, teachers, saved)
     except Exception as error:
-        fused = operators.is_fused(measure, call.backend, call.gram)
         rows = max((t.shape[-2] for t in students or teachers), default=0)
-        problem = dispatch.Problem(measure, call.gram, rows, 0)
+        kind_of_sums = "moments" if call.ranks else call.measure
+        problem = dispatch.Problem(kind_of_sums, call.gram, rows, 0)
         kind = dispatch.kind_of(call.backend, grad_values.device, dtypes, problem)
-        lost = fused and not (students and teachers)
+        lost = call.fused and not (students and teachers)
         if not dispatch.gives_way(error, call.asked, kind) or lost:
             raise
-    if fused:
+    if call.fused:
         _, saved = _forward(call._replace(backend="eager"), sides, students, teachers, masks)
     return by("eager", [], [], saved)
 
@@ -119,7 +125,7 @@ def _inputs(
 ) -> tuple[list[Tensor], list[Tensor]]:
     """The features that the backward of fused measures reads; of few rows in CUDA, none."""
     few_rows = call.backend == "cuda" and all(call.gram)
-    if call.ranks or few_rows or not operators.is_fused(call.measure, call.backend, call.gram):
+    if few_rows or not call.fused:
         return [], []
     measure, gram = call.measure, call.gram
     both = measure == "cka" and not all(gram)
@@ -305,7 +311,7 @@ class _OwnMoments(torch.autograd.Function):
             masks,
             [False],
             *ctx.how,
-            "moments",
+            "",
         )
         return None, None, None, grad, *([None] * len(masks))
 
