@@ -240,7 +240,7 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, s
 
 
 GRAM_FORM = "backends/triton/gram_form.py"
-LAUNCH = "        _small_gram(layers, config, values, kept, debiased, distance, store)\n"
+LAUNCH = "        _small_gram(layers, config, values, kept, stride, debiased, distance, store)\n"
 
 
 @pytest.mark.parametrize(
