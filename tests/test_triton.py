@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -48,6 +49,8 @@ KERNELS = [
     (products, "product_kernel"),
 ]
 BFLOAT16 = torch.bfloat16
+# In both forms.
+FUSED = partial(rk.linear_cka, debiased=False)
 
 
 @pytest.fixture(autouse=True)
@@ -99,8 +102,8 @@ def backends_agree(function: Callable[..., Tensor], x: Tensor, y: Tensor, **more
 @pytest.mark.parametrize(
     ("function", "rows", "dtype", "expected"),
     [
-        (rk.linear_cka, 40, BFLOAT16, ["moments", "cka", "backward"]),
-        (rk.linear_cka, 40, torch.float32, ["moments", "moments", "cka", "backward"]),
+        (FUSED, 40, BFLOAT16, ["moments", "cka", "backward"]),
+        (FUSED, 40, torch.float32, ["moments", "moments", "cka", "backward"]),
         (rk.covariance_distance, 40, BFLOAT16, ["moments", "covariance", "backward"]),
         (rk.linear_cka, 8, BFLOAT16, ["small_gram", "gram_backward"]),
         (rk.linear_cka, 8, torch.float32, ["small_gram", "gram_backward"]),
@@ -121,7 +124,7 @@ def test_launches_of_many_rows_in_gram_form(launches, device) -> None:
 
 def test_a_frozen_teacher_has_no_backward(launches, device) -> None:
     x, y = pair(40, 16, device)
-    rk.linear_cka(x, y.requires_grad_()).backward()
+    FUSED(x, y.requires_grad_()).backward()
     assert launches.count("backward") == 2
 
 
@@ -158,12 +161,12 @@ def test_more_layers_than_a_launch_takes(masked, launches, monkeypatch, device) 
     pairs = [cases.Case("", *s, masked=True).features(BFLOAT16, i) for i, s in enumerate(shapes)]
     students, teachers, masks = ([t.to(device) for t in side] for side in zip(*pairs, strict=True))
     xs = [x.requires_grad_() for x in students]
-    values = rk.linear_cka(xs, teachers, mask=masks if masked else None)
+    values = FUSED(xs, teachers, mask=masks if masked else None)
     grads = torch.autograd.grad(values.sum(), xs)
     assert launches.count("small_gram") == 2
     assert launches.count("cka") == 1
     monkeypatch.setattr(kernels, "MAX_LAYERS", 24)
-    together = rk.linear_cka(xs, teachers, mask=masks if masked else None)
+    together = FUSED(xs, teachers, mask=masks if masked else None)
     assert torch.equal(values, together)
     expected = torch.autograd.grad(together.sum(), xs)
     for got, wanted in zip(grads, expected, strict=True):
@@ -178,7 +181,7 @@ def test_any_number_of_programs(programs, dtype, form, force_form, monkeypatch, 
     force_form(form)
     monkeypatch.setattr(launch, "processors", lambda _: programs)
     x, y = pair(150, 70, device, dtype)
-    backends_agree(rk.linear_cka, x, y)
+    backends_agree(FUSED, x, y)
 
 
 @pytest.mark.parametrize("gram", [False, True])
@@ -188,7 +191,7 @@ def test_descriptors_load_what_pointers_load(gram, monkeypatch, device) -> None:
     monkeypatch.setattr(dispatch, "use_gram", lambda *_: gram)
     x, y = pair(200, 72, device)
     monkeypatch.setattr(launch, "_descriptor_rows", lambda _: float("inf"))
-    expected = cases.value_and_gradients(rk.linear_cka, x, y)
+    expected = cases.value_and_gradients(FUSED, x, y)
     made = []
     original = launch.descriptors_of
 
@@ -199,7 +202,7 @@ def test_descriptors_load_what_pointers_load(gram, monkeypatch, device) -> None:
     monkeypatch.setattr(launch, "_descriptor_rows", lambda _: 1)
     for module in (launch, covariance_form):
         monkeypatch.setattr(module, "descriptors_of", descriptors)
-    actual = cases.value_and_gradients(rk.linear_cka, x, y)
+    actual = cases.value_and_gradients(FUSED, x, y)
     assert made
     assert all(made)
     for got, wanted in zip(actual, expected, strict=True):
@@ -219,8 +222,8 @@ def test_rows_that_overlap(kind, gram, monkeypatch, device) -> None:
         launch.descriptors_of(layers.pack([x], [y], []), (layers.pack([x], [y], []).x,), (32, 32))
         is None
     )
-    backends_agree(rk.linear_cka, x, y)
-    backends_agree(rk.linear_cka, y, x)
+    backends_agree(FUSED, x, y)
+    backends_agree(FUSED, y, x)
 
 
 @pytest.mark.parametrize("change", ["width", "offset", "mask", "dtype", "stride", "rows"])
@@ -308,7 +311,7 @@ def test_features_changed_in_place_raise(device) -> None:
     """The kernels keep the features themselves, no copies; autograd sees a change and says so."""
     x, y = pair(40, 16, device)
     features = x * 1
-    value = rk.linear_cka(features, y)
+    value = FUSED(features, y)
     features += 1
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         value.backward()
