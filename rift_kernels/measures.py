@@ -390,7 +390,8 @@ def covariance(
         uu, uv, vv = backend.moments(f.x - f.y, f.x + f.y, gram, "xx xy yy")
         both = uv + uv.mT
         yy = (uu + vv - both) / 4
-        norm_y = norm(yy)
+        # Tensor cores need not make yy the same of its parts: what does not vary is told by itself.
+        norm_y = norm(yy).masked_fill((f.y == 0).flatten(-2).all(-1), 0.0)
     else:
         xx, _, yy = f.ranks.blocks(*backend.moments(f.x, f.y, gram, "xx yy"))()
         difference = xx - yy
