@@ -390,8 +390,9 @@ def covariance(
         uu, uv, vv = backend.moments(f.x - f.y, f.x + f.y, gram, "xx xy yy")
         both = uv + uv.mT
         yy = (uu + vv - both) / 4
-        # Tensor cores need not make yy the same of its parts: what does not vary is told by itself.
-        norm_y = norm(yy).masked_fill((f.y == 0).flatten(-2).all(-1), 0.0)
+        # Tensor cores leave a rest of what cancels: what does not vary is told by itself.
+        flat_x, flat_y = ((side == 0).flatten(-2).all(-1) for side in (f.x, f.y))
+        norm_y = norm(yy).masked_fill(flat_y, 0.0)
     else:
         xx, _, yy = f.ranks.blocks(*backend.moments(f.x, f.y, gram, "xx yy"))()
         difference = xx - yy
@@ -418,7 +419,9 @@ def covariance(
         coefficients = Coefficients(
             xx=times((uu + vv + both) / 4, outer) if want.student else None,
             # - Xc Yc^T
-            xy=times((uu - vv - uv + uv.mT) / 4, outer),
+            xy=times((uu - vv - uv + uv.mT) / 4, outer).masked_fill(
+                (flat_x | flat_y)[..., None, None], 0.0
+            ),
             yy=times(yy, outer * (1 - denominator)) if want.teacher else None,
         )
     else:
