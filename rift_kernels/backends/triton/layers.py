@@ -112,6 +112,9 @@ def _side(tensors: Sequence[Tensor], dtype: torch.dtype, idle: bool) -> Side:
     stride_b = flat[0].stride(0) if flat[0].dim() == 3 else 0
     if idle:
         return Side(flat, tuple([t.shape[-1] for t in flat]), stride_b, 0, (), (), (), ())
+    # Twice as much and 3 would be no int32, as which kernels take strides.
+    flat = tuple([t.contiguous() if max(t.stride()) >= 2**29 else t for t in flat])
+    stride_b = flat[0].stride(0) if flat[0].dim() == 3 else 0
     size = flat[0].element_size()
     vector = 16 // size
     # The last bits are 0 where they are of all.
