@@ -54,13 +54,9 @@ def _primitives(backend: str, rows: Tensor) -> ModuleType:
     return _backend(backend) if rows.shape[-2] else eager
 
 
-def is_fused(measure: str, settings: Sequence[Any], backend: str, gram: Sequence[bool]) -> bool:
+def is_fused(measure: str, backend: str, gram: Sequence[bool]) -> bool:
     """Whether the backend goes from features to values by itself, without a head in measures.py."""
-    if measure == "cka":
-        debiased, _ = settings
-        # Triton's own head subtracts what long rows give with themselves, and loses the rest.
-        return backend == "cuda" or (backend == "triton" and (all(gram) or not debiased))
-    return measure == "covariance" and backend != "eager" and not any(gram)
+    return backend != "eager" and (measure == "cka" or (measure == "covariance" and not any(gram)))
 
 
 def compute_dtype(*tensors: Tensor) -> torch.dtype:
@@ -169,7 +165,7 @@ def head(measure: str, settings: Sequence[Any]) -> partial[measures.Head]:
 def _fwd(measure: str, *call: Any) -> tuple[Tensor, list[Tensor]]:
     """Layers and how, then the measure's settings."""
     how, settings = call[:_HOW_MANY], call[_HOW_MANY:]
-    if is_fused(measure, settings, how[-1], how[3]):
+    if is_fused(measure, how[-1], how[3]):
         *layers, backend = how
         return getattr(_backend(backend), f"{measure}_fwd")(*layers, *settings)
     return measure_fwd(head(measure, settings), *how)

@@ -26,8 +26,7 @@ class Call(NamedTuple):
     @property
     def fused(self) -> bool:
         """Whether the backend has kernels for all of it; never where ranks sum moments."""
-        how = (self.measure, self.settings, self.backend, self.gram)
-        return self.ranks is None and operators.is_fused(*how)
+        return self.ranks is None and operators.is_fused(self.measure, self.backend, self.gram)
 
 
 def _refuse_double_backward() -> None:

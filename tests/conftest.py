@@ -35,6 +35,8 @@ INTERPRETED_VALUES = {
     "factor": (1e-17, 1e17),
     "threads": (1,),
     "programs": (2, 11),
+    "which": ("one", "eight"),
+    "related": ("independent",),
 }
 
 

@@ -98,9 +98,7 @@ def operator_calls() -> Iterator[tuple[str, tuple]]:
             if BACKEND == "eager" or not masks:
                 yield "procrustes_fwd", (*layers, *how, "newton_schulz", True)
                 yield "bures_fwd", (*layers, *how, True, 0.5, "newton_schulz")
-            # What Triton does not fuse saves other things.
-            debiased = gram or BACKEND == "eager"
-            _, saved = torch.ops.rift_kernels.cka_fwd(*layers, *how, debiased, True)
+            _, saved = torch.ops.rift_kernels.cka_fwd(*layers, *how, True, True)
             inputs = (students, teachers) if BACKEND == "triton" else ([], [])
             dtypes = (torch.float32, torch.float32 if BACKEND == "triton" else torch.bfloat16)
             rest = (masks, [gram, gram], *how, *dtypes, "cka")

@@ -40,12 +40,8 @@ def test_shift_changes_nothing(measure, dtype, shift, tolerance, form, force_for
 @pytest.mark.parametrize("factor", [1e-17, 1e-6, 1e-4, 1e4, 1e6, 1e17])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @cases.by_name(INVARIANT)
-def test_scale_changes_nothing(
-    measure, dtype, factor, form, force_form, device, has_kernels
-) -> None:
+def test_scale_changes_nothing(measure, dtype, factor, form, force_form, device) -> None:
     force_form(form)
-    if has_kernels and (measure, form, factor) == (cases.CKA, "covariance", 1e17):
-        pytest.xfail("needs a fused head: low halves of such coefficients are no bfloat16")
     x, y = (t.to(device, dtype) for t in pair())
     expected, grad_x, _ = cases.value_and_gradients(measure, x, y)
     scaled, grad_scaled, _ = cases.value_and_gradients(measure, x * factor, y / factor)
@@ -130,12 +126,11 @@ LONG_ROWS = {"one": 1, "eight": 8, "alike": 8, "twelve": 12}
 GRADIENT = {torch.float64: 1e-11, torch.float32: 1e-4, torch.bfloat16: 4e-3}
 
 
-@pytest.mark.eager_only
 @pytest.mark.parametrize("related", ["near", "rotated", "independent"])
 @pytest.mark.parametrize("column", [1, 100])
 @pytest.mark.parametrize("dtype", GRADIENT, ids=str)
 @pytest.mark.parametrize("which", LONG_ROWS)
-def test_long_rows(which, dtype, column, related, force_form, device) -> None:
+def test_long_rows(which, dtype, column, related, force_form, device, has_kernels) -> None:
     """One, as many as are kept apart, of one direction or of several, and more than that."""
     force_form("covariance")
     x, y = (t.clone() for t in cases.near_pair(96, 24, 1e-2, related == "rotated"))
@@ -151,16 +146,18 @@ def test_long_rows(which, dtype, column, related, force_form, device) -> None:
     x, y = x.to(dtype), y.to(dtype)
     expected = cases.value_and_gradients(cases.CKA.reference, x.double(), y.double())
     actual = cases.value_and_gradients(cases.CKA, x.to(device), y.to(device))
-    tolerance = 1e-11 if dtype == torch.float64 else 2e-6
+    tolerance = 1e-5 if has_kernels else 2e-6
+    tolerance = 1e-11 if dtype == torch.float64 else tolerance
     assert float(actual[0]) == pytest.approx(float(expected[0]), abs=tolerance)
     for got, wanted in zip(actual[1:], expected[1:], strict=True):
         assert cases.relative_error(got, wanted) <= GRADIENT[dtype]
 
 
-@pytest.mark.eager_only
 @pytest.mark.parametrize("name", ["batch", "masked", "masked batch", "masked, offset"])
 @pytest.mark.parametrize("dtype", GRADIENT, ids=str)
-def test_long_rows_of_a_batch_and_under_a_mask(name, dtype, force_form, device) -> None:
+def test_long_rows_of_a_batch_and_under_a_mask(
+    name, dtype, force_form, device, has_kernels
+) -> None:
     """Other ones in each entry; a masked row is not among them, however long."""
     force_form("covariance")
     case = next(case for case in cases.CASES if case.name == name)
@@ -177,7 +174,8 @@ def test_long_rows_of_a_batch_and_under_a_mask(name, dtype, force_form, device) 
         cases.CKA.reference, x.cpu().double(), y.cpu().double(), **wide
     )
     actual = cases.value_and_gradients(cases.CKA, x, y, **given)
-    torch.testing.assert_close(actual[0].cpu().double(), expected[0], atol=2e-6, rtol=0)
+    tolerance = 1e-5 if has_kernels else 2e-6
+    torch.testing.assert_close(actual[0].cpu().double(), expected[0], atol=tolerance, rtol=0)
     for got, wanted in zip(actual[1:], expected[1:], strict=True):
         assert cases.relative_error(got, wanted) <= GRADIENT[dtype]
 

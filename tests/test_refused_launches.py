@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -14,8 +13,6 @@ from rift_kernels.backends import eager
 from tests import cases
 
 REFUSED = RuntimeError("Triton Error [CUDA]: too many resources requested for launch")
-# In both forms.
-FUSED = partial(rk.linear_cka, debiased=False)
 FOUND = pytest.warns(UserWarning, match="does without the kernels .*: a launch failed: Runtime")
 
 
@@ -65,9 +62,9 @@ def test_a_forward(kernels) -> None:
 
     kernels.cka_fwd = fail
     with FOUND:
-        assert_as_eager(FUSED)
+        assert_as_eager(rk.linear_cka)
     # Known from now on, and said once.
-    assert_as_eager(FUSED)
+    assert_as_eager(rk.linear_cka)
     assert len(attempts) == 1
 
 
@@ -90,7 +87,7 @@ def test_an_explicit_choice_raises(how, kernels, monkeypatch) -> None:
     if how == "environment":
         monkeypatch.setenv(dispatch.ENVIRONMENT_VARIABLE, "triton")
     with pytest.raises(RuntimeError, match="too many resources") as raised:
-        both(FUSED, "triton" if how == "argument" else "auto")
+        both(rk.linear_cka, "triton" if how == "argument" else "auto")
     assert "RIFT_KERNELS_BACKEND=eager" in "".join(raised.value.__notes__)
 
 
@@ -100,17 +97,17 @@ def test_other_errors_are_nobodys_to_hide(kernels) -> None:
 
     kernels.cka_fwd = crash
     with pytest.raises(RuntimeError, match="illegal memory access"):
-        both(FUSED, "auto")
+        both(rk.linear_cka, "auto")
 
 
 def test_a_backward_whose_features_are_there(kernels, force_form) -> None:
     """Of CKA in covariance form the kernels keep both sides: eager begins again."""
     force_form("covariance")
-    expected = both(FUSED, "eager")
+    expected = both(rk.linear_cka, "eager")
     with FOUND:
-        assert_as_eager(FUSED, expected)
+        assert_as_eager(rk.linear_cka, expected)
     assert kernels.launches == 1
-    assert_as_eager(FUSED, expected)
+    assert_as_eager(rk.linear_cka, expected)
     assert kernels.launches == 1
 
 
@@ -125,8 +122,8 @@ def test_a_backward_whose_features_are_gone(kernels, force_form) -> None:
     # The next step does without.
     rk.linear_cka(x, y.detach()).backward()
     assert kernels.launches == 1
-    expected = both(FUSED, "eager")
-    assert_as_eager(FUSED, expected)
+    expected = both(rk.linear_cka, "eager")
+    assert_as_eager(rk.linear_cka, expected)
 
 
 @pytest.mark.parametrize(

@@ -26,18 +26,21 @@ from rift_kernels.backends.triton import (  # noqa: E402
     backward,
     blocks,
     cka,
+    config,
     covariance,
     covariance_form,
     gram,
     gram_backward,
     launch,
     layers,
+    longest,
     products,
     small_gram,
     tiles,
 )
 
 KERNELS = [
+    (longest, "longest_kernel"),
     (tiles, "moments_kernel"),
     (cka, "cka_kernel"),
     (covariance, "covariance_kernel"),
@@ -49,8 +52,7 @@ KERNELS = [
     (products, "product_kernel"),
 ]
 BFLOAT16 = torch.bfloat16
-# In both forms.
-FUSED = partial(rk.linear_cka, debiased=False)
+BIASED = partial(rk.linear_cka, debiased=False)
 
 
 @pytest.fixture(autouse=True)
@@ -102,8 +104,9 @@ def backends_agree(function: Callable[..., Tensor], x: Tensor, y: Tensor, **more
 @pytest.mark.parametrize(
     ("function", "rows", "dtype", "expected"),
     [
-        (FUSED, 40, BFLOAT16, ["moments", "cka", "backward"]),
-        (FUSED, 40, torch.float32, ["moments", "moments", "cka", "backward"]),
+        (rk.linear_cka, 40, BFLOAT16, ["longest", "moments", "cka", "backward"]),
+        (rk.linear_cka, 40, torch.float32, ["longest", "moments", "moments", "cka", "backward"]),
+        (BIASED, 40, BFLOAT16, ["moments", "cka", "backward"]),
         (rk.covariance_distance, 40, BFLOAT16, ["moments", "covariance", "backward"]),
         (rk.linear_cka, 8, BFLOAT16, ["small_gram", "gram_backward"]),
         (rk.linear_cka, 8, torch.float32, ["small_gram", "gram_backward"]),
@@ -124,7 +127,7 @@ def test_launches_of_many_rows_in_gram_form(launches, device) -> None:
 
 def test_a_frozen_teacher_has_no_backward(launches, device) -> None:
     x, y = pair(40, 16, device)
-    FUSED(x, y.requires_grad_()).backward()
+    rk.linear_cka(x, y.requires_grad_()).backward()
     assert launches.count("backward") == 2
 
 
@@ -161,12 +164,12 @@ def test_more_layers_than_a_launch_takes(masked, launches, monkeypatch, device) 
     pairs = [cases.Case("", *s, masked=True).features(BFLOAT16, i) for i, s in enumerate(shapes)]
     students, teachers, masks = ([t.to(device) for t in side] for side in zip(*pairs, strict=True))
     xs = [x.requires_grad_() for x in students]
-    values = FUSED(xs, teachers, mask=masks if masked else None)
+    values = rk.linear_cka(xs, teachers, mask=masks if masked else None)
     grads = torch.autograd.grad(values.sum(), xs)
     assert launches.count("small_gram") == 2
     assert launches.count("cka") == 1
     monkeypatch.setattr(kernels, "MAX_LAYERS", 24)
-    together = FUSED(xs, teachers, mask=masks if masked else None)
+    together = rk.linear_cka(xs, teachers, mask=masks if masked else None)
     assert torch.equal(values, together)
     expected = torch.autograd.grad(together.sum(), xs)
     for got, wanted in zip(grads, expected, strict=True):
@@ -181,7 +184,58 @@ def test_any_number_of_programs(programs, dtype, form, force_form, monkeypatch, 
     force_form(form)
     monkeypatch.setattr(launch, "processors", lambda _: programs)
     x, y = pair(150, 70, device, dtype)
-    backends_agree(FUSED, x, y)
+    backends_agree(rk.linear_cka, x, y)
+
+
+def long_rows(x: Tensor, y: Tensor, mask: Tensor | None = None) -> tuple[list[int], list[int]]:
+    """Those that a launch finds, the longest first, and the chunks of 32 rows that hold them."""
+    masks = [] if mask is None else [mask]
+    given = layers.pack([x.detach()], [y], masks)
+    found = torch.full((32,), -7, dtype=torch.int32, device=x.device)
+    covariance_form._find_longest(given, config.configuration(given, "covariance"), found)
+    count = int(found[8])
+    assert found[count:8].tolist() == [-1] * (8 - count)
+    return found[:count].tolist(), [chunk for chunk in found[16:24].tolist() if chunk >= 0]
+
+
+def test_which_rows_are_long(device) -> None:
+    x, y = pair(200, 24, device)
+    assert long_rows(x, y) == ([], [])
+    x, y = x.detach().clone(), y.clone()
+    x[170] *= 50
+    y[3] *= 20
+    x[20], y[20] = 9 * x[5], 9 * y[5]
+    assert long_rows(x, y) == ([170, 3, 20], [5, 0])
+    # Alike, the first ones; a masked row is none, however long.
+    x[40:60] = 3000 * x[0]
+    mask = torch.ones(200, dtype=torch.bool, device=device)
+    mask[[3, 20, 40, 41, 42, 43, 44]] = False
+    assert long_rows(x, y, mask)[0] == list(range(45, 53))
+    # A quarter of the rows at most, and none of what cannot be compared.
+    mask[:] = False
+    mask[100:106] = mask[[170, 3]] = True
+    assert long_rows(x, y, mask)[0] == [170, 3]
+    mask[105] = False
+    assert long_rows(x, y, mask)[0] == [170]
+    x[101] = float("nan")
+    assert long_rows(x, y, mask)[0] == []
+
+
+@pytest.mark.parametrize("how", ["pointers", "descriptors"])
+@pytest.mark.parametrize("rows", [[0], [5, 6, 70, 199], list(range(60, 68))], ids=len)
+def test_long_rows_stay_out_of_any_chunk(rows, how, force_form, monkeypatch, device) -> None:
+    """Of several blocks of columns; the copy engine, which masks no row, leaves out whole chunks."""
+    force_form("covariance")
+    monkeypatch.setattr(launch, "_descriptor_rows", lambda _: 1 if how == "descriptors" else 1e9)
+    x, y = (t.detach().clone() for t in pair(200, 72, device))
+    for side in (x, y):
+        side[rows] *= 3000
+    wide = (x.double(), y.double())
+    expected = cases.value_and_gradients(rk.linear_cka, *wide, backend="eager")
+    actual = cases.value_and_gradients(rk.linear_cka, x, y)
+    assert float(actual[0]) == pytest.approx(float(expected[0]), abs=2e-6)
+    for got, wanted in zip(actual[1:], expected[1:], strict=True):
+        assert cases.relative_error(got, wanted) <= 4e-3
 
 
 @pytest.mark.parametrize("gram", [False, True])
@@ -191,7 +245,7 @@ def test_descriptors_load_what_pointers_load(gram, monkeypatch, device) -> None:
     monkeypatch.setattr(dispatch, "use_gram", lambda *_: gram)
     x, y = pair(200, 72, device)
     monkeypatch.setattr(launch, "_descriptor_rows", lambda _: float("inf"))
-    expected = cases.value_and_gradients(FUSED, x, y)
+    expected = cases.value_and_gradients(rk.linear_cka, x, y)
     made = []
     original = launch.descriptors_of
 
@@ -202,7 +256,7 @@ def test_descriptors_load_what_pointers_load(gram, monkeypatch, device) -> None:
     monkeypatch.setattr(launch, "_descriptor_rows", lambda _: 1)
     for module in (launch, covariance_form):
         monkeypatch.setattr(module, "descriptors_of", descriptors)
-    actual = cases.value_and_gradients(FUSED, x, y)
+    actual = cases.value_and_gradients(rk.linear_cka, x, y)
     assert made
     assert all(made)
     for got, wanted in zip(actual, expected, strict=True):
@@ -222,8 +276,8 @@ def test_rows_that_overlap(kind, gram, monkeypatch, device) -> None:
         launch.descriptors_of(layers.pack([x], [y], []), (layers.pack([x], [y], []).x,), (32, 32))
         is None
     )
-    backends_agree(FUSED, x, y)
-    backends_agree(FUSED, y, x)
+    backends_agree(rk.linear_cka, x, y)
+    backends_agree(rk.linear_cka, y, x)
 
 
 @pytest.mark.parametrize("change", ["width", "offset", "mask", "dtype", "stride", "rows"])
@@ -271,9 +325,9 @@ def test_medium_precision_is_cheaper_and_worse(force_form, device) -> None:
     force_form("covariance")
     x, y = (t.to(device, BFLOAT16) for t in cases.near_pair(256, 32, 1e-4, rotated=True))
     wide = (x.double(), y.double())
-    _, expected, _ = cases.value_and_gradients(FUSED, *wide, backend="eager")
-    _, high, _ = cases.value_and_gradients(FUSED, x, y)
-    _, medium, _ = cases.value_and_gradients(FUSED, x, y, precision="medium")
+    _, expected, _ = cases.value_and_gradients(rk.linear_cka, *wide, backend="eager")
+    _, high, _ = cases.value_and_gradients(rk.linear_cka, x, y)
+    _, medium, _ = cases.value_and_gradients(rk.linear_cka, x, y, precision="medium")
     assert cases.relative_error(high, expected) <= 4e-3
     assert 1e-2 <= cases.relative_error(medium, expected) <= 1
 
@@ -311,7 +365,7 @@ def test_features_changed_in_place_raise(device) -> None:
     """The kernels keep the features themselves, no copies; autograd sees a change and says so."""
     x, y = pair(40, 16, device)
     features = x * 1
-    value = FUSED(features, y)
+    value = rk.linear_cka(features, y)
     features += 1
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         value.backward()

@@ -1,10 +1,11 @@
 """Gradients in covariance form: both products of one side in one float32 accumulator.
 
-    grad = g * (scale * (W P + Other R) + w * own)  less its column means,   W = c own + c' other
-    grad = g * (scale * (W P + own R) + bias),                               covariance distance
+    grad = g * (scale * (W P + Other R) + w * own + V S)  less its column means,  W = c own + c' other
+    grad = g * (scale * (W P + own R) + bias),                                    covariance distance
 
-with ``own`` and ``other`` centered, P and R given as two bfloat16 each (``planes``: P above R), and
-row weights ``w`` that are affine in the rows' energies. ``W`` is formed in float32 and centered
+with ``own`` and ``other`` centered and P and R given as two bfloat16 each (``planes``: P above R).
+Debiased, a row has a weight ``w``, affine in the sums of its rows of K and L, and a long row, which
+is in S and not in P and R, none; V are its columns of U-centered K and L. ``W`` is formed in float32 and centered
 before it is rounded. bfloat16 features of the other side go in as they are; what their mean adds to
 every row is known per column (``shift``) and taken off at the end. The low halves are multiplied
 where the scalars say so, and always for features that are wider than bfloat16.
@@ -31,9 +32,14 @@ from .cka import (
     SCALE,
 )
 from .device import (
+    LONG_COUNT,
+    LONG_FIELDS,
+    LONGEST,
+    among,
     batch_of,
     features_of,
     layer_of,
+    long_rows,
     mask_of,
     multiple,
     pick,
@@ -79,7 +85,8 @@ def backward_kernel(
     strides_own_n, strides_own_d, strides_other_n, strides_other_d,
     stride_own_b, stride_other_b, stride_mb, stride_grad_b,
     own_descriptor, other_descriptor, planes_descriptor,
-    incoming_ptr, planes_ptr, scalars_ptr, shift_ptr, means_ptr, energies_ptr, weighted_ptr,
+    incoming_ptr, planes_ptr, scalars_ptr, shift_ptr, means_ptr,
+    row_sums_ptr, products_ptr, weighted_ptr, longest_ptr,
     width, parts, max_rows, row_programs,
     LAYERS: tl.constexpr, HAS_MASK: tl.constexpr, DTYPE: tl.constexpr, VECTOR: tl.constexpr,
     SIDE: tl.constexpr,
@@ -197,25 +204,43 @@ def backward_kernel(
         acc *= tl.load(scalars_ptr + INVERSE_OTHER)
         if DEBIASED:
             side = row_programs * width
-            energies_ptr += entry.to(tl.int64) * 2 * max_rows
+            own_sums = row_sums_ptr + (entry * 2 + SIDE).to(tl.int64) * max_rows
+            other_sums = row_sums_ptr + (entry * 2 + 1 - SIDE).to(tl.int64) * max_rows
+            own_with = products_ptr + (entry * 2 + SIDE).to(tl.int64) * max_rows * LONGEST
+            other_with = products_ptr + (entry * 2 + 1 - SIDE).to(tl.int64) * max_rows * LONGEST
+            longest_ptr += entry * LONG_FIELDS
             sum_ptr = weighted_ptr + entry.to(tl.int64) * 4 * side + SIDE * 2 * side + column
-            own_energy = tl.load(energies_ptr + SIDE * max_rows + row, mask=valid, other=0.0)
-            other_energy = tl.load(
-                energies_ptr + (1 - SIDE) * max_rows + row, mask=valid, other=0.0
-            )
             by_own, by_other = tl.load(scalars_ptr + ROW_OWN), tl.load(scalars_ptr + ROW_OTHER)
-            weight = tl.load(scalars_ptr + ROW) + by_own * own_energy + by_other * other_energy
+            constant, count = tl.load(scalars_ptr + ROW), tl.load(scalars_ptr + ROWS)
+            of_row = by_own * tl.load(own_sums + row, mask=valid, other=0.0)
+            of_row += by_other * tl.load(other_sums + row, mask=valid, other=0.0)
+            weight = of_row + constant
+            mean = tl.load(mean_own_ptr + column)
+            # Of long rows, if any, their columns of U-centered K and L, see longest.py.
+            left = (count - 2) / count
+            for slot in range(tl.load(longest_ptr + LONG_COUNT)):
+                long = tl.load(longest_ptr + slot)
+                at = row.to(tl.int64) * LONGEST + slot
+                product = by_own * tl.load(own_with + at, mask=valid, other=0.0)
+                product += by_other * tl.load(other_with + at, mask=valid, other=0.0)
+                weight += left * product
+                of_long = by_own * tl.load(own_sums + long) + by_other * tl.load(other_sums + long)
+                share = -left * product - (of_row + of_long) / count - constant
+                share = tl.where(row == long, 0.0, share) * inverse_own
+                place = long.to(tl.int64) * own_n + column.to(tl.int64) * own_d
+                x = tl.load(own_ptr + place, mask=inside, other=0.0).to(tl.float32) - mean
+                acc += share[:, None] * (x * inverse_own)[None, :]
+            weight = tl.where(among(row, long_rows(longest_ptr)), 0.0, weight)
             weight *= inverse_own
             total = tl.zeros([BLOCK_N], tl.float32)
             for run in range(row_programs):
                 total += by_own * tl.load(sum_ptr + run * width, mask=inside, other=0.0)
                 total += by_other * tl.load(sum_ptr + side + run * width, mask=inside, other=0.0)
-            mean = tl.load(mean_own_ptr + column)
             own = _features(
                 own_ptr, own_descriptor, own_n, own_d, first_m, row, valid, first_n, column, d_own,
                 False,
             )  # fmt: skip
-            shift = total * inverse_own / tl.load(scalars_ptr + ROWS)
+            shift = total * inverse_own / count
             own = weight[:, None] * (own.to(tl.float32) - mean[None, :]) - shift[None, :]
             acc += own * inverse_own
         if BIAS:

@@ -33,14 +33,19 @@ from .device import (
     ENERGY_X,
     ENERGY_XY,
     ENERGY_Y,
+    LONG_COUNT,
+    LONG_FIELDS,
+    LONGEST,
     PIVOT_X,
     PIVOT_Y,
+    among,
     arrive,
     batch_of,
     column_mean,
     features_of,
     inverse_scale,
     layer_of,
+    long_rows,
     mask_of,
     over_programs,
     size,
@@ -49,7 +54,7 @@ from .device import (
     sum_partials,
     triangle_index,
 )
-from .energies import row_energies, weighted_sums
+from .energies import long_products, row_energies, weighted_sums
 from .tiles import tile_of
 
 # Fields of the sums that the programs leave to the last of them.
@@ -58,11 +63,20 @@ SQUARE_B = tl.constexpr(1)
 SQUARE_C = tl.constexpr(2)
 SQUARE_FX = tl.constexpr(3)
 SQUARE_FY = tl.constexpr(4)
-SUM_R = tl.constexpr(5)
-SUM_Q = tl.constexpr(6)
-SQUARE_R = tl.constexpr(7)
-SQUARE_Q = tl.constexpr(8)
-PRODUCT_RQ = tl.constexpr(9)
+# Of the rows of K and L without the diagonal: their sums, over all rows.
+SUM_K = tl.constexpr(5)
+SUM_L = tl.constexpr(6)
+SQUARE_K = tl.constexpr(7)
+SQUARE_L = tl.constexpr(8)
+PRODUCT_KL = tl.constexpr(9)
+# Over pairs of long rows K_ij L_ij, less r q over all other rows.
+PAIRS_XX = tl.constexpr(10)
+PAIRS_YY = tl.constexpr(11)
+PAIRS_XY = tl.constexpr(12)
+# Over pairs of a long row and another: x^T A x of the long ones, y^T B y and x^T C y.
+LONG_A = tl.constexpr(13)
+LONG_B = tl.constexpr(14)
+LONG_C = tl.constexpr(15)
 FIELDS = tl.constexpr(16)
 
 # Fields of the scalars that the backward reads, for each side.
@@ -114,6 +128,14 @@ def store_shift(shift_ptr, half, offsets, mean, tile, AXIS: tl.constexpr):
 
 
 @triton.jit
+def _hsic(sums, square, long, pairs, k, l, kl, n):
+    """H of one pair of sides, debiased, times n (n - 3)."""
+    h = _field(sums, square) + 2 * _field(sums, long) + _field(sums, pairs)
+    h += _field(sums, k) * _field(sums, l) / ((n - 1) * (n - 2))
+    return h - 2 / (n - 2) * _field(sums, kl)
+
+
+@triton.jit
 def store_side(
     scalars_ptr, side, n, scale, own, other, full, row, row_own, row_other, inverse_own,
     inverse_other,
@@ -136,23 +158,26 @@ def store_side(
 
 @triton.jit
 def _head(
-    value_ptr, scalars_ptr, sums, n, pivot_x, pivot_y, inverse_x, inverse_y, t_x, t_y,
+    value_ptr, scalars_ptr, sums, n, long_count, pivot_x, pivot_y, inverse_x, inverse_y, t_x, t_y,
     rounding, DEBIASED: tl.constexpr, DISTANCE: tl.constexpr, HIGH: tl.constexpr,
 ):  # fmt: skip
     """The scalars of one layer, in float64."""
     square_a, square_b = _field(sums, SQUARE_A), _field(sums, SQUARE_B)
     square_c = _field(sums, SQUARE_C)
     hxx, hyy, h = square_a, square_b, square_c
-    dead = (pivot_x == 0) | (pivot_y == 0)
+    # Of pairs of long rows something is left where all others are alike.
+    dead = ((pivot_x == 0) | (pivot_y == 0)) & (long_count < 2)
     fewest = 2
     a, b = n * 0, n * 0
-    sum_r, sum_q = _field(sums, SUM_R), _field(sums, SUM_Q)
+    sum_k, sum_l = _field(sums, SUM_K), _field(sums, SUM_L)
     if DEBIASED:
         fewest = 4
         a, b = n / (n - 2), 1 / ((n - 1) * (n - 2))
-        hxx += b * sum_r * sum_r - a * _field(sums, SQUARE_R)
-        hyy += b * sum_q * sum_q - a * _field(sums, SQUARE_Q)
-        h += b * sum_r * sum_q - a * _field(sums, PRODUCT_RQ)
+        hxx = _hsic(sums, SQUARE_A, LONG_A, PAIRS_XX, SUM_K, SUM_K, SQUARE_K, n)
+        hyy = _hsic(sums, SQUARE_B, LONG_B, PAIRS_YY, SUM_L, SUM_L, SQUARE_L, n)
+        h = _hsic(sums, SQUARE_C, LONG_C, PAIRS_XY, SUM_K, SUM_L, PRODUCT_KL, n)
+        square_a += 2 * _field(sums, LONG_A)
+        square_b += 2 * _field(sums, LONG_B)
         dead = dead | (hxx <= square_a * rounding) | (hyy <= square_b * rounding)
     beta = tl.where(dead, 0.0, 2 / tl.sqrt(tl.where(dead, 1.0, hxx * hyy)))
     value = 0.5 * h * beta
@@ -160,7 +185,8 @@ def _head(
     value += (pivot_x - pivot_x) + (pivot_y - pivot_y)
     value = tl.where(n < fewest, float("nan"), value)
     beta += value - value
-    left = (1 - value) * square_c
+    # Where the terms are not small, their rounded halves are.
+    left = (1 - value) * tl.maximum(h, square_c)
     if DISTANCE:
         value = 1 - value
         beta = -beta
@@ -170,15 +196,52 @@ def _head(
     alpha_x, alpha_y = -u_x * beta, -u_y * beta
     full_x = (_field(sums, SQUARE_FX) > left) & HIGH
     full_y = (_field(sums, SQUARE_FY) > left) & HIGH
-    # A row's weight is ROW + ROW_OWN r + ROW_OTHER q, of the energies of scaled features.
+    # What a row weighs beside the products, from its sums: see backward.py.
     store_side(
         scalars_ptr, 0, n, beta, -u_x * inverse_x / inverse_y, t_x, full_x,
-        b * (alpha_x * sum_r + beta * sum_q), -a * alpha_x, -a * beta, inverse_x, inverse_y,
+        -b * (alpha_x * sum_k + beta * sum_l), -a * alpha_x, -a * beta, inverse_x, inverse_y,
     )  # fmt: skip
     store_side(
         scalars_ptr, 1, n, beta, -u_y * inverse_y / inverse_x, t_y, full_y,
-        b * (alpha_y * sum_q + beta * sum_r), -a * alpha_y, -a * beta, inverse_y, inverse_x,
+        -b * (alpha_y * sum_l + beta * sum_k), -a * alpha_y, -a * beta, inverse_y, inverse_x,
     )  # fmt: skip
+
+
+@triton.jit
+def _rows_of_k(
+    k_ptr, l_ptr, with_x, with_y, longest, long_count, begin, end, BLOCK_R: tl.constexpr
+):  # fmt: skip
+    """Makes of energies, in place, less the sums of the rows of K and L without the diagonal: the
+    energy less the products with the long rows. Returns what the head needs of these rows."""
+    field, slots = tl.arange(0, FIELDS), tl.arange(0, LONGEST)
+    sums = tl.zeros([FIELDS], tl.float64)
+    for start in range(begin, end, BLOCK_R):
+        row = start + tl.arange(0, BLOCK_R)
+        inside = row < end
+        r = tl.load(k_ptr + row, mask=inside, other=0.0).to(tl.float64)
+        q = tl.load(l_ptr + row, mask=inside, other=0.0).to(tl.float64)
+        at = row.to(tl.int64)[:, None] * LONGEST + slots[None, :]
+        known = inside[:, None] & (slots < long_count)[None, :]
+        x = tl.load(with_x + at, mask=known, other=0.0).to(tl.float64)
+        y = tl.load(with_y + at, mask=known, other=0.0).to(tl.float64)
+        k, l = r - tl.sum(x, 1), q - tl.sum(y, 1)
+        tl.store(k_ptr + row, k.to(tl.float32), mask=inside)
+        tl.store(l_ptr + row, l.to(tl.float32), mask=inside)
+        xx, yy, xy = tl.sum(x * x, 1), tl.sum(y * y, 1), tl.sum(x * y, 1)
+        long = among(row, longest)
+        sums += tl.where(field == SUM_K, -tl.sum(k, 0), 0.0)
+        sums += tl.where(field == SUM_L, -tl.sum(l, 0), 0.0)
+        sums += tl.where(field == SQUARE_K, tl.sum(k * k, 0), 0.0)
+        sums += tl.where(field == SQUARE_L, tl.sum(l * l, 0), 0.0)
+        sums += tl.where(field == PRODUCT_KL, tl.sum(k * l, 0), 0.0)
+        # A long row has no energy here.
+        sums += tl.where(field == PAIRS_XX, tl.sum(tl.where(long, xx, -r * r), 0), 0.0)
+        sums += tl.where(field == PAIRS_YY, tl.sum(tl.where(long, yy, -q * q), 0), 0.0)
+        sums += tl.where(field == PAIRS_XY, tl.sum(tl.where(long, xy, -r * q), 0), 0.0)
+        sums += tl.where(field == LONG_A, tl.sum(tl.where(long, 0.0, xx), 0), 0.0)
+        sums += tl.where(field == LONG_B, tl.sum(tl.where(long, 0.0, yy), 0), 0.0)
+        sums += tl.where(field == LONG_C, tl.sum(tl.where(long, 0.0, xy), 0), 0.0)
+    return sums
 
 
 @triton.jit(
@@ -186,6 +249,7 @@ def _head(
         "stride_xb",
         "stride_yb",
         "stride_mb",
+        "longest_ptr",
         "tile_programs",
         "column_programs",
         "segments",
@@ -198,9 +262,9 @@ def _head(
 def cka_kernel(
     xs, ys, masks, rows, widths_x, widths_y, strides_xn, strides_xd, strides_yn, strides_yd,
     stride_xb, stride_yb, stride_mb,
-    tiles_ptr, spill_ptr, sums_ptr, statistics_ptr, counters_ptr,
+    longest_ptr, tiles_ptr, spill_ptr, sums_ptr, statistics_ptr, counters_ptr,
     values_ptr, scalars_ptr, planes_x_ptr, planes_y_ptr, shift_x_ptr, shift_y_ptr,
-    means_ptr, energies_ptr, weighted_ptr, partial_ptr,
+    means_ptr, row_sums_ptr, products_ptr, weighted_ptr, partial_ptr,
     tile_programs, column_programs, segments, width, slots, spills, max_rows, row_programs,
     LAYERS: tl.constexpr, HAS_MASK: tl.constexpr, DTYPE: tl.constexpr, VECTOR: tl.constexpr,
     SPLIT: tl.constexpr, NEAR: tl.constexpr, SHIFT: tl.constexpr,
@@ -233,6 +297,10 @@ def cka_kernel(
         t_x = (both * inverse_x * inverse_y).to(tl.float32)
         t_y = t_x
     n_float = count.to(tl.float32)
+    long_count = n * 0
+    if DEBIASED:
+        longest_ptr += entry * LONG_FIELDS
+        long_count = tl.load(longest_ptr + LONG_COUNT)
 
     blocks_x, blocks_y = tl.cdiv(d1, BLOCK), tl.cdiv(d2, BLOCK)
     count_x = blocks_x * (blocks_x + 1) // 2
@@ -337,41 +405,54 @@ def cka_kernel(
             ys, strides_yn, strides_yd, stride_yb, layer, batch, DTYPE, VECTOR
         )
         mask_ptr = mask_of(masks, stride_mb, layer, batch, x_ptr, HAS_MASK)
-        r_ptr = energies_ptr + entry.to(tl.int64) * 2 * max_rows
-        q_ptr = r_ptr + max_rows
-        sum_r, square_r = row_energies(
-            x_ptr, stride_xn, stride_xd, mask_ptr, n, d1, sums_x, segments, width, n_float,
-            inverse_x, r_ptr, begin, end, HAS_MASK, BLOCK, BLOCK_R,
+        longest = long_rows(longest_ptr)
+        k_ptr = row_sums_ptr + entry.to(tl.int64) * 2 * max_rows
+        l_ptr = k_ptr + max_rows
+        with_x = products_ptr + entry.to(tl.int64) * 2 * max_rows * LONGEST
+        with_y = with_x + max_rows.to(tl.int64) * LONGEST
+        row_energies(
+            x_ptr, stride_xn, stride_xd, mask_ptr, longest, n, d1,
+            sums_x, segments, width, n_float, inverse_x, k_ptr, begin, end,
+            HAS_MASK, True, BLOCK, BLOCK_R,
         )  # fmt: skip
-        sum_q, square_q = row_energies(
-            y_ptr, stride_yn, stride_yd, mask_ptr, n, d2, sums_y, segments, width, n_float,
-            inverse_y, q_ptr, begin, end, HAS_MASK, BLOCK, BLOCK_R,
+        row_energies(
+            y_ptr, stride_yn, stride_yd, mask_ptr, longest, n, d2,
+            sums_y, segments, width, n_float, inverse_y, l_ptr, begin, end,
+            HAS_MASK, True, BLOCK, BLOCK_R,
         )  # fmt: skip
+        if long_count > 0:
+            long_products(
+                x_ptr, stride_xn, stride_xd, mask_ptr, longest_ptr, long_count, n, d1,
+                sums_x, segments, width, n_float, inverse_x, with_x, begin, end,
+                HAS_MASK, BLOCK, BLOCK_R,
+            )  # fmt: skip
+            long_products(
+                y_ptr, stride_yn, stride_yd, mask_ptr, longest_ptr, long_count, n, d2,
+                sums_y, segments, width, n_float, inverse_y, with_y, begin, end,
+                HAS_MASK, BLOCK, BLOCK_R,
+            )  # fmt: skip
         # What this program has just stored, it reads again with other threads.
         tl.debug_barrier()
-        product = tl.zeros([BLOCK_R], tl.float64)
-        for start in range(begin, end, BLOCK_R):
-            row = start + tl.arange(0, BLOCK_R)
-            r = tl.load(r_ptr + row, mask=row < end, other=0.0).to(tl.float64)
-            q = tl.load(q_ptr + row, mask=row < end, other=0.0).to(tl.float64)
-            product += r * q
-        sums = tl.where(field == SUM_R, sum_r, sums)
-        sums = tl.where(field == SUM_Q, sum_q, sums)
-        sums = tl.where(field == SQUARE_R, square_r, sums)
-        sums = tl.where(field == SQUARE_Q, square_q, sums)
-        sums = tl.where(field == PRODUCT_RQ, tl.sum(product, 0), sums)
+        row_totals = _rows_of_k(
+            k_ptr, l_ptr, with_x, with_y, longest, long_count, begin, end, BLOCK_R
+        )
+        sums += row_totals
+        tl.debug_barrier()
         half_sums = row_programs * width
         weighted_ptr += entry.to(tl.int64) * 4 * half_sums + run * width
         if STUDENT:
             weighted_sums(
-                x_ptr, stride_xn, stride_xd, mask_ptr, n, d1, sums_x, segments, width, n_float,
-                r_ptr, q_ptr, weighted_ptr, half_sums, begin, end, HAS_MASK, BLOCK, BLOCK_R,
+                x_ptr, stride_xn, stride_xd, mask_ptr, longest, n, d1,
+                sums_x, segments, width, n_float,
+                k_ptr, l_ptr, weighted_ptr, half_sums, begin, end,
+                HAS_MASK, True, BLOCK, BLOCK_R,
             )  # fmt: skip
         if TEACHER:
             weighted_sums(
-                y_ptr, stride_yn, stride_yd, mask_ptr, n, d2, sums_y, segments, width, n_float,
-                q_ptr, r_ptr, weighted_ptr + 2 * half_sums, half_sums, begin, end,
-                HAS_MASK, BLOCK, BLOCK_R,
+                y_ptr, stride_yn, stride_yd, mask_ptr, longest, n, d2,
+                sums_y, segments, width, n_float,
+                l_ptr, k_ptr, weighted_ptr + 2 * half_sums, half_sums, begin, end,
+                HAS_MASK, True, BLOCK, BLOCK_R,
             )  # fmt: skip
     tl.store(partial_ptr + program * FIELDS + field, sums)
     if arrive(counters_ptr + entry, programs):
@@ -384,6 +465,6 @@ def cka_kernel(
             narrow = tl.minimum(d1, d2).to(tl.float64)
             rounding = tl.maximum(rounding, (count * 0 + ROUNDING_OF_SPLIT) / narrow)
         _head(
-            values_ptr + entry, scalars_ptr, total, count, pivot_x, pivot_y,
+            values_ptr + entry, scalars_ptr, total, count + long_count, long_count, pivot_x, pivot_y,
             inverse_x, inverse_y, t_x, t_y, rounding, DEBIASED, DISTANCE, HIGH,
         )  # fmt: skip

@@ -15,8 +15,8 @@ from .device import (
     ENERGY_Y,
     PIVOT_X,
     PIVOT_Y,
-    first_valid_row,
-    valid_rows,
+    first_kept_row,
+    kept_rows,
 )
 
 
@@ -34,17 +34,18 @@ def load_features(ptr, stride_n, stride_d, rows, valid, columns, width, mean, CE
 @triton.jit
 def column_statistics(
     x_ptr, y_ptr, mask_ptr, n, d1, d2, stride_xn, stride_xd, stride_yn, stride_yd,
-    sums_ptr, statistics_ptr, program, segments, blocks, width,
-    HAS_MASK: tl.constexpr, BLOCK: tl.constexpr, BLOCK_R: tl.constexpr,
+    longest, sums_ptr, statistics_ptr, program, segments, blocks, width,
+    HAS_MASK: tl.constexpr, APART: tl.constexpr, BLOCK: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """Column sums of one block of columns over one segment of rows, and its energies.
 
-    The energies are about the first valid row of all, which makes constant features exactly 0,
-    and about the segment's mean, which says how large the features are.
+    The energies are about the first row of all, which makes constant features exactly 0, and about
+    the segment's mean, which says how large the features are. Of valid rows, without those that are
+    kept apart.
     """
     block, segment = program % blocks, program // blocks
     columns = block * BLOCK + tl.arange(0, BLOCK)
-    first = first_valid_row(mask_ptr, n, HAS_MASK)
+    first = first_kept_row(mask_ptr, longest, n, HAS_MASK, APART)
     pivot_x = tl.load(
         x_ptr + first.to(tl.int64) * stride_xn + columns.to(tl.int64) * stride_xd,
         mask=(columns < d1) & (first < n), other=0.0,
@@ -60,7 +61,7 @@ def column_statistics(
     length = tl.cdiv(tl.cdiv(n, segments), BLOCK_R) * BLOCK_R
     for start in range(segment * length, tl.minimum(n, (segment + 1) * length), BLOCK_R):
         rows = start + tl.arange(0, BLOCK_R)
-        valid = valid_rows(mask_ptr, rows, n, HAS_MASK)
+        valid = kept_rows(mask_ptr, longest, rows, n, HAS_MASK, APART)
         x = load_features(x_ptr, stride_xn, stride_xd, rows, valid, columns, d1, zero, False)
         y = load_features(y_ptr, stride_yn, stride_yd, rows, valid, columns, d2, zero, False)
         x, y = x.to(tl.float32), y.to(tl.float32)

@@ -3,7 +3,8 @@
     moments, cka, backward            three for up to 24 layers
     moments, covariance, backward
 
-float32 and float16 features take one more, for their means come first.
+float32 and float16 features take one more, for their means come first; and debiased CKA another,
+which looks for long rows.
 """
 
 from __future__ import annotations
@@ -14,9 +15,10 @@ import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from . import backward, cka, covariance
+from . import backward, cka, covariance, longest
 from .config import Config, configuration
-from .launch import descriptors_of, gradients, padded_width, raw_moments
+from .device import LONG_FIELDS, LONGEST
+from .launch import descriptors_of, gradients, padded_width, processors, raw_moments
 from .layers import Layers
 
 
@@ -29,8 +31,10 @@ class Saved(NamedTuple):
     shift_x: Tensor
     shift_y: Tensor
     means: Tensor
-    energies: Tensor
+    row_sums: Tensor
+    products: Tensor
     weighted: Tensor
+    longest: Tensor
 
 
 SAVED = len(Saved._fields)
@@ -59,9 +63,31 @@ def _saved(
         layers.empty(shift if student else 0),
         layers.empty(shift if teacher else 0),
         layers.empty(entries * 2 * width),
-        layers.empty(entries * 2 * layers.max_rows if debiased else 0),
+        layers.empty(debiased * entries * 2 * layers.max_rows),
+        layers.empty(debiased * entries * 2 * layers.max_rows * LONGEST.value),
         layers.empty(entries * 4 * row_programs * width),
+        layers.empty(debiased * entries * LONG_FIELDS.value, dtype=torch.int32),
     )
+
+
+def _find_longest(layers: Layers, config: Config, found: Tensor) -> None:
+    """Launch longest_kernel."""
+    entries, width = layers.entries, padded_width(layers, config)
+    # Twice as many as run at once, so that a run of rows is short.
+    programs = -(-2 * processors(layers.device) // entries)
+    programs = min(programs, -(-layers.max_rows // (2 * config.block_r)))
+    # Fresh, at the price of a small launch: see gram_form.py.
+    counters = torch.zeros(entries, dtype=torch.int32, device=layers.device)
+    longest.longest_kernel[(programs, entries)](
+        *layers.shape,
+        layers.empty(entries * programs * 2 * width), layers.empty(entries * 2 * layers.max_rows),
+        layers.empty(entries * programs * longest.TOTALS.value, dtype=torch.float64),
+        layers.empty(entries * programs * 2 * LONGEST.value, dtype=torch.int32),
+        found, counters, width, layers.max_rows,
+        **layers.feature_options,
+        BLOCK=config.block, BLOCK_K=config.block_k, BLOCK_R=config.block_r,
+        num_warps=config.head_warps,
+    )  # fmt: skip
 
 
 def cka_fwd(
@@ -73,14 +99,18 @@ def cka_fwd(
     saved = _saved(layers, config, (2 * student, 2 * teacher), debiased)
     if layers.idle:
         return values, list(saved)
-    raw = raw_moments(layers, config, "covariance", "xx xy yy")
+    apart = None
+    if debiased:
+        apart = saved.longest
+        _find_longest(layers, config, apart)
+    raw = raw_moments(layers, config, "covariance", "xx xy yy", longest=apart)
     row_programs = _row_programs(layers, debiased)
     programs = raw.slots * (config.block // config.sub) + row_programs
     partial = layers.empty(layers.entries * programs * 16, dtype=torch.float64)
     cka.cka_kernel[(programs, layers.entries)](
-        *layers.shape,
+        *layers.shape, apart,
         raw.tiles, raw.spill, raw.sums, raw.statistics, raw.counters,
-        values, *saved, partial,
+        values, *saved[: SAVED - 1], partial,
         raw.tile_programs, raw.column_programs, raw.segments, raw.width, raw.slots,
         raw.tile_programs, layers.max_rows, row_programs,
         **layers.feature_options,
@@ -156,7 +186,7 @@ def bwd(
         own.strides_n, own.strides_d, cross.strides_n, cross.strides_d,
         own.stride_b, cross.stride_b, layers.stride_mb, stride_gb,
         *(descriptors or (None, None, None)), incoming, planes, kept.scalars, shift, kept.means,
-        kept.energies, kept.weighted,
+        kept.row_sums, kept.products, kept.weighted, kept.longest,
         width, width // config.sub, layers.max_rows, _row_programs(layers, debiased),
         **layers.feature_options, SIDE=side, OWN_BLOCK=two,
         NEAR=is_cka and own.widths == other.widths, DEBIASED=debiased, BIAS=not is_cka,

@@ -19,6 +19,15 @@ ENERGY_Y = tl.constexpr(4)
 ENERGY_XY = tl.constexpr(5)
 STATISTICS = 6
 
+# Rows that debiasing keeps apart at most, see longest.py. A layer has their numbers, the longest
+# first, and -1 behind them; how many they are; and the chunks of rows that hold them, each once.
+LONGEST = tl.constexpr(8)
+LONG_COUNT = tl.constexpr(8)
+CHUNKS = tl.constexpr(16)
+LONG_FIELDS = tl.constexpr(32)
+# Behind all rows.
+NO_ROW = tl.constexpr(2**31 - 1)
+
 
 @triton.jit
 def pick(values, index):
@@ -109,19 +118,58 @@ def valid_rows(mask_ptr, rows, n, HAS_MASK: tl.constexpr):
 
 
 @triton.jit
-def first_valid_row(mask_ptr, n, HAS_MASK: tl.constexpr):
-    """0 without a mask; n where no row is valid."""
+def long_rows(longest_ptr):
+    """The long rows of a layer, or the chunks that hold them, as scalars."""
+    return (
+        tl.load(longest_ptr),
+        tl.load(longest_ptr + 1),
+        tl.load(longest_ptr + 2),
+        tl.load(longest_ptr + 3),
+        tl.load(longest_ptr + 4),
+        tl.load(longest_ptr + 5),
+        tl.load(longest_ptr + 6),
+        tl.load(longest_ptr + 7),
+    )
+
+
+@triton.jit
+def among(rows, longest):
+    """Which of the rows are those of :func:`long_rows`."""
+    found = rows == longest[0]
+    for slot in tl.static_range(1, LONGEST):
+        found = found | (rows == longest[slot])
+    return found
+
+
+@triton.jit
+def kept_rows(mask_ptr, longest, rows, n, HAS_MASK: tl.constexpr, APART: tl.constexpr):
+    """Which rows are valid, and where long ones are kept apart (APART) not one of these."""
+    valid = valid_rows(mask_ptr, rows, n, HAS_MASK)
+    if APART:
+        valid = valid & (among(rows, longest) == 0)
+    return valid
+
+
+@triton.jit
+def first_kept_row(mask_ptr, longest, n, HAS_MASK: tl.constexpr, APART: tl.constexpr):
+    """The first of :func:`kept_rows`; n where there is none."""
     first = n * 0
-    if HAS_MASK:
+    if HAS_MASK or APART:
         found = n
         start = n * 0
         while (start < n) & (found == n):
             rows = start + tl.arange(0, 1024)
-            valid = tl.load(mask_ptr + rows, mask=rows < n, other=0) != 0
-            found = tl.min(tl.where(valid, rows, n), 0)
+            kept = kept_rows(mask_ptr, longest, rows, n, HAS_MASK, APART)
+            found = tl.min(tl.where(kept, rows, n), 0)
             start += 1024
         first = found
     return first
+
+
+@triton.jit
+def first_valid_row(mask_ptr, n, HAS_MASK: tl.constexpr):
+    """0 without a mask; n where no row is valid."""
+    return first_kept_row(mask_ptr, mask_ptr, n, HAS_MASK, False)
 
 
 @triton.jit

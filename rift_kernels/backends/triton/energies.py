@@ -1,6 +1,8 @@
-"""What debiasing needs of the rows: their energies, and sums weighted with them.
+"""What debiasing needs of the rows: their energies, their products with the long ones, and sums
+weighted with what these make.
 
-Bytes: the features once for the energies, once more for the sums.
+Bytes: the features once for the energies, once more for the sums, and where rows are long once
+more for the products, 32 a row.
 """
 
 from __future__ import annotations
@@ -8,20 +10,22 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .device import column_mean, valid_rows
+from .device import LONGEST, column_mean, kept_rows, valid_rows
 
 
 @triton.jit
 def row_energies(
-    x_ptr, stride_n, stride_d, mask_ptr, n, width, sums_ptr, segments, stride, count, scale,
-    energy_ptr, begin, end, HAS_MASK: tl.constexpr, BLOCK: tl.constexpr, BLOCK_R: tl.constexpr,
+    x_ptr, stride_n, stride_d, mask_ptr, longest, n, width,
+    sums_ptr, segments, stride, count, scale, energy_ptr, begin, end,
+    HAS_MASK: tl.constexpr, APART: tl.constexpr, BLOCK: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """Squared norms of the centered rows ``begin..end``; returns their sum and sum of squares."""
+    """Squared norms of the centered rows ``begin..end``, 0 of rows that are kept apart; returns
+    their sum and sum of squares."""
     total = tl.zeros([BLOCK_R], tl.float64)
     square = tl.zeros([BLOCK_R], tl.float64)
     for start in range(begin, end, BLOCK_R):
         row = start + tl.arange(0, BLOCK_R)
-        valid = valid_rows(mask_ptr, row, n, HAS_MASK) & (row < end)
+        valid = kept_rows(mask_ptr, longest, row, n, HAS_MASK, APART) & (row < end)
         energy = tl.zeros([BLOCK_R], tl.float32)
         for first in range(0, width, BLOCK):
             column = first + tl.arange(0, BLOCK)
@@ -39,12 +43,45 @@ def row_energies(
 
 
 @triton.jit
-def weighted_sums(
-    x_ptr, stride_n, stride_d, mask_ptr, n, width, sums_ptr, segments, stride, count,
-    own_ptr, other_ptr, out_ptr, half, begin, end,
+def long_products(
+    x_ptr, stride_n, stride_d, mask_ptr, longest_ptr, long_count, n, width,
+    sums_ptr, segments, stride, count, scale, out_ptr, begin, end,
     HAS_MASK: tl.constexpr, BLOCK: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """Column sums of the centered rows ``begin..end``, weighted with either side's energies."""
+    """Products of the centered rows ``begin..end`` with the long ones, 0 with themselves."""
+    slots = tl.arange(0, LONGEST)
+    long = tl.load(longest_ptr + slots)
+    for start in range(begin, end, BLOCK_R):
+        row = start + tl.arange(0, BLOCK_R)
+        valid = valid_rows(mask_ptr, row, n, HAS_MASK) & (row < end)
+        products = tl.zeros([BLOCK_R, LONGEST], tl.float32)
+        for first in range(0, width, BLOCK):
+            column = first + tl.arange(0, BLOCK)
+            inside = column < width
+            mean = column_mean(sums_ptr, column, segments, stride, count, inside, BLOCK)
+            mask = valid[:, None] & inside[None, :]
+            columns = column.to(tl.int64) * stride_d
+            offsets = row.to(tl.int64)[:, None] * stride_n + columns[None, :]
+            x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+            x = tl.where(mask, (x - mean[None, :]) * scale, 0.0)
+            for slot in range(long_count):
+                other = tl.load(longest_ptr + slot).to(tl.int64) * stride_n
+                p = tl.load(x_ptr + other + columns, mask=inside, other=0.0).to(tl.float32)
+                p = tl.where(inside, (p - mean) * scale, 0.0)
+                product = tl.sum(x * p[None, :], 1)
+                products += tl.where(slots[None, :] == slot, product[:, None], 0.0)
+        products = tl.where(row[:, None] == long[None, :], 0.0, products)
+        out = out_ptr + row.to(tl.int64)[:, None] * LONGEST + slots[None, :]
+        tl.store(out, products, mask=(row < end)[:, None] & (slots < long_count)[None, :])
+
+
+@triton.jit
+def weighted_sums(
+    x_ptr, stride_n, stride_d, mask_ptr, longest, n, width, sums_ptr, segments, stride, count,
+    own_ptr, other_ptr, out_ptr, half, begin, end,
+    HAS_MASK: tl.constexpr, APART: tl.constexpr, BLOCK: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """Column sums of the centered rows ``begin..end``, weighted with a number of either side's."""
     for first in range(0, width, BLOCK):
         column = first + tl.arange(0, BLOCK)
         mean = column_mean(sums_ptr, column, segments, stride, count, column < width, BLOCK)
@@ -52,7 +89,7 @@ def weighted_sums(
         by_other = tl.zeros([BLOCK], tl.float32)
         for start in range(begin, end, BLOCK_R):
             row = start + tl.arange(0, BLOCK_R)
-            valid = valid_rows(mask_ptr, row, n, HAS_MASK) & (row < end)
+            valid = kept_rows(mask_ptr, longest, row, n, HAS_MASK, APART) & (row < end)
             mask = valid[:, None] & (column < width)[None, :]
             offsets = row.to(tl.int64)[:, None] * stride_n + column.to(tl.int64)[None, :] * stride_d
             x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)

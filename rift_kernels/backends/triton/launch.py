@@ -100,10 +100,12 @@ def raw_moments(
     wanted: str,
     *,
     off_diagonal: bool = False,
+    longest: Tensor | None = None,
 ) -> Raw:
     """Launch moments_kernel: partial products of the wanted blocks, column sums, statistics.
 
-    ``off_diagonal``: row sums without the diagonal.
+    ``off_diagonal``: row sums without the diagonal. ``longest``: rows that have no part in any of
+    it, by ``longest.py``.
     """
     is_gram, block = form == "gram", config.block
     width, entries, size = padded_width(layers, config), layers.entries, block * block
@@ -143,10 +145,10 @@ def raw_moments(
     descriptors = descriptors_of(layers, (layers.x, layers.y), tile)
     for some, columns in launches:
         tiles.moments_kernel[(some + columns, entries)](
-            *layers.shape, *(descriptors or (None, None)),
+            *layers.shape, *(descriptors or (None, None)), longest,
             raw.tiles, raw.spill, raw.row_sums, raw.sums, raw.statistics, raw.counters,
             some, column_programs, columns, segments, blocks, width, slots, tile_programs,
-            **layers.feature_options, GRAM=is_gram,
+            **layers.feature_options, APART=longest is not None, GRAM=is_gram,
             XX="xx" in wanted, YY="yy" in wanted, XY="xy" in wanted,
             SPLIT=layers.exact, OFF_DIAGONAL=off_diagonal,
             DESCRIPTORS=descriptors is not None,

@@ -22,11 +22,17 @@ import triton.language as tl
 
 from .columns import column_statistics, load_features
 from .device import (
+    CHUNKS,
     COUNT,
+    LONG_COUNT,
+    LONG_FIELDS,
+    among,
     batch_of,
     column_mean,
     features_of,
+    kept_rows,
     layer_of,
+    long_rows,
     mask_of,
     size,
     split,
@@ -96,14 +102,21 @@ def _product(a, b, acc, SPLIT: tl.constexpr):
 @triton.jit
 def _accumulate(
     acc, x_ptr, y_ptr, x_descriptor, y_descriptor, mask_ptr, n, d1, d2,
-    stride_xn, stride_xd, stride_yn, stride_yd, sums_ptr, segments, width, count,
+    stride_xn, stride_xd, stride_yn, stride_yd, longest_ptr, sums_ptr, segments, width, count,
     a_is_y, a_block, b_is_y, b_block, first, last,
-    HAS_MASK: tl.constexpr, GRAM: tl.constexpr, SPLIT: tl.constexpr,
+    HAS_MASK: tl.constexpr, APART: tl.constexpr, GRAM: tl.constexpr, SPLIT: tl.constexpr,
     DESCRIPTORS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """A tile's products over the chunks ``first..last``, added to ``acc``."""
     local = tl.arange(0, BLOCK)
     a_side, b_side = a_block * BLOCK + local, b_block * BLOCK + local
+    a_ptr, b_ptr = tl.where(a_is_y, y_ptr, x_ptr), tl.where(b_is_y, y_ptr, x_ptr)
+    a_n, a_d = tl.where(a_is_y, stride_yn, stride_xn), tl.where(a_is_y, stride_yd, stride_xd)
+    b_n, b_d = tl.where(b_is_y, stride_yn, stride_xn), tl.where(b_is_y, stride_yd, stride_xd)
+    a_width, b_width = tl.where(a_is_y, d2, d1), tl.where(b_is_y, d2, d1)
+    longest = longest_ptr
+    if APART:
+        longest = long_rows(longest_ptr)
     if DESCRIPTORS:
         if a_is_y:
             a_descriptor = y_descriptor
@@ -113,19 +126,31 @@ def _accumulate(
             b_descriptor = y_descriptor
         else:
             b_descriptor = x_descriptor
+        chunks = longest_ptr
+        if APART:
+            chunks = long_rows(longest_ptr + CHUNKS)
         for chunk in range(first, last):
             if GRAM:
                 a = a_descriptor.load([a_block * BLOCK, chunk * BLOCK_K])
                 b = tl.trans(b_descriptor.load([b_block * BLOCK, chunk * BLOCK_K]))
             else:
-                a = tl.trans(a_descriptor.load([chunk * BLOCK_K, a_block * BLOCK]))
-                b = b_descriptor.load([chunk * BLOCK_K, b_block * BLOCK])
+                at = chunk * BLOCK_K
+                if APART:
+                    # The copy engine masks no row. Behind the last one it reads zeros.
+                    at = tl.where(among(chunk, chunks), n, at)
+                a = tl.trans(a_descriptor.load([at, a_block * BLOCK]))
+                b = b_descriptor.load([at, b_block * BLOCK])
             acc = _product(a, b, acc, SPLIT)
+        if APART:
+            for slot in range(tl.load(longest_ptr + LONG_COUNT)):
+                chunk = tl.load(longest_ptr + CHUNKS + slot)
+                if (chunk >= first) & (chunk < last):
+                    k = chunk * BLOCK_K + tl.arange(0, BLOCK_K)
+                    kept = kept_rows(mask_ptr, longest, k, n, False, True)
+                    a = _load_turned(a_ptr, a_n, a_d, k, kept, a_side, a_width, count, False)
+                    b = load_features(b_ptr, b_n, b_d, k, kept, b_side, b_width, count, False)
+                    acc = _product(a, b, acc, SPLIT)
     else:
-        a_ptr, b_ptr = tl.where(a_is_y, y_ptr, x_ptr), tl.where(b_is_y, y_ptr, x_ptr)
-        a_n, a_d = tl.where(a_is_y, stride_yn, stride_xn), tl.where(a_is_y, stride_yd, stride_xd)
-        b_n, b_d = tl.where(b_is_y, stride_yn, stride_xn), tl.where(b_is_y, stride_yd, stride_xd)
-        a_width, b_width = tl.where(a_is_y, d2, d1), tl.where(b_is_y, d2, d1)
         a_sums = sums_ptr + tl.where(a_is_y, segments * width, 0)
         b_sums = sums_ptr + tl.where(b_is_y, segments * width, 0)
         if GRAM:
@@ -150,7 +175,7 @@ def _accumulate(
                 b_mean = column_mean(b_sums, b_side, segments, width, count, b_side < width, BLOCK)
             for chunk in range(first, last):
                 k = chunk * BLOCK_K + tl.arange(0, BLOCK_K)
-                valid = valid_rows(mask_ptr, k, n, HAS_MASK)
+                valid = kept_rows(mask_ptr, longest, k, n, HAS_MASK, APART)
                 a = _load_turned(a_ptr, a_n, a_d, k, valid, a_side, a_width, a_mean, SPLIT)
                 b = load_features(b_ptr, b_n, b_d, k, valid, b_side, b_width, b_mean, SPLIT)
                 acc = _product(a, b, acc, SPLIT)
@@ -176,11 +201,11 @@ def _rows(mask_ptr, begin, end, n, HAS_MASK: tl.constexpr):
 )
 def moments_kernel(
     xs, ys, masks, rows, widths_x, widths_y, strides_xn, strides_xd, strides_yn, strides_yd,
-    stride_xb, stride_yb, stride_mb, x_descriptor, y_descriptor,
+    stride_xb, stride_yb, stride_mb, x_descriptor, y_descriptor, longest_ptr,
     tiles_ptr, spill_ptr, row_sums_ptr, sums_ptr, statistics_ptr, counters_ptr,
     tile_programs, column_programs, columns_here, segments, blocks, width, slots, spills,
     LAYERS: tl.constexpr, HAS_MASK: tl.constexpr, DTYPE: tl.constexpr, VECTOR: tl.constexpr,
-    GRAM: tl.constexpr, XX: tl.constexpr, YY: tl.constexpr, XY: tl.constexpr,
+    APART: tl.constexpr, GRAM: tl.constexpr, XX: tl.constexpr, YY: tl.constexpr, XY: tl.constexpr,
     SPLIT: tl.constexpr, OFF_DIAGONAL: tl.constexpr,
     DESCRIPTORS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
@@ -198,15 +223,20 @@ def moments_kernel(
     mask_ptr = mask_of(masks, stride_mb, layer, batch, x_ptr, HAS_MASK)
     sums_ptr += entry.to(tl.int64) * (2 * segments * width)
     statistics_ptr += entry * 6 * column_programs
+    if APART:
+        longest_ptr += entry * LONG_FIELDS
     if program == 0:
         # The next launch counts arrivals.
         tl.store(counters_ptr + entry, 0)
     # They come first, and leave in the L2 cache what the tile programs read.
     if program < columns_here:
+        longest = longest_ptr
+        if APART:
+            longest = long_rows(longest_ptr)
         column_statistics(
             x_ptr, y_ptr, mask_ptr, n, d1, d2, stride_xn, stride_xd, stride_yn, stride_yd,
-            sums_ptr, statistics_ptr, program, segments, blocks, width,
-            HAS_MASK, BLOCK, BLOCK_R,
+            longest, sums_ptr, statistics_ptr, program, segments, blocks, width,
+            HAS_MASK, APART, BLOCK, BLOCK_R,
         )  # fmt: skip
     else:
         program -= columns_here
@@ -241,9 +271,9 @@ def moments_kernel(
             if GRAM or (SPLIT and VECTOR <= 1):
                 acc = _accumulate(
                     acc, x_ptr, y_ptr, x_descriptor, y_descriptor, mask_ptr, n, d1, d2,
-                    stride_xn, stride_xd, stride_yn, stride_yd, sums_ptr, segments, width,
+                    stride_xn, stride_xd, stride_yn, stride_yd, longest_ptr, sums_ptr, segments, width,
                     count, a_is_y, a_block, b_is_y, b_block, first, last,
-                    HAS_MASK, GRAM, SPLIT, DESCRIPTORS, BLOCK, BLOCK_K,
+                    HAS_MASK, APART, GRAM, SPLIT, DESCRIPTORS, BLOCK, BLOCK_K,
                 )  # fmt: skip
             else:
                 # In runs, see RUN.
@@ -259,9 +289,10 @@ def moments_kernel(
                     acc = (1 + weight) * acc + _accumulate(
                         -weight * acc, x_ptr, y_ptr, x_descriptor, y_descriptor, mask_ptr,
                         n, d1, d2,
-                        stride_xn, stride_xd, stride_yn, stride_yd, sums_ptr, segments, width,
+                        stride_xn, stride_xd, stride_yn, stride_yd, longest_ptr,
+                        sums_ptr, segments, width,
                         count, a_is_y, a_block, b_is_y, b_block, done, stop,
-                        HAS_MASK, GRAM, SPLIT, DESCRIPTORS, BLOCK, BLOCK_K,
+                        HAS_MASK, APART, GRAM, SPLIT, DESCRIPTORS, BLOCK, BLOCK_K,
                     )  # fmt: skip
                     added += here
                     done = stop

@@ -1,0 +1,216 @@
+"""The rows that are longest by far, found before moments are summed.
+
+A language model's first token is a thousand times as long as all others. Debiasing takes off what
+a row gives with itself, ``||x_i||^4``, which is then nearly all of ``||A||^2``: a difference in
+which nothing of the rest is left. So up to LONGEST such rows, S, stay out of moments and means,
+which are those of all others, R; what S adds is made of products of pairs of rows (``cka.py``).
+The unbiased HSIC does not depend on the centre.
+
+Where no row is long, the launches behind this one do what they would do without it.
+
+Bytes: X and Y once, and 32 rows of them a program; 8 a row.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .columns import load_features
+from .device import (
+    CHUNKS,
+    LONG_COUNT,
+    LONG_FIELDS,
+    LONGEST,
+    NO_ROW,
+    arrive,
+    batch_of,
+    features_of,
+    first_valid_row,
+    layer_of,
+    mask_of,
+    size,
+    valid_rows,
+)
+from .energies import row_energies
+
+# A long row has this many times the mean energy of all rows that are shorter.
+LONG_ENERGY = tl.constexpr(4)
+# Energies are about the mean of so many rows.
+SAMPLE = tl.constexpr(32)
+# Rows, or candidates, that are compared at once.
+WIDE = tl.constexpr(1024)
+# What each program leaves: energies of X and Y, and how many rows they are of.
+TOTALS = tl.constexpr(4)
+
+
+@triton.jit
+def _centre(
+    x_ptr, stride_n, stride_d, rows, valid, width, stride, out_ptr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """The mean of some rows."""
+    count = tl.maximum(tl.sum(valid.to(tl.float32), 0), 1)
+    for first in range(0, stride, BLOCK):
+        column = first + tl.arange(0, BLOCK)
+        x = load_features(x_ptr, stride_n, stride_d, rows, valid, column, width, count, False)
+        tl.store(out_ptr + column, tl.sum(x.to(tl.float32), 0) / count)
+
+
+@triton.jit
+def _better(key, row, best, best_row):
+    """What is larger; of equal ones, the first row."""
+    top = tl.max(key, 0)
+    top_row = tl.min(tl.where(key == top, row, NO_ROW), 0)
+    is_better = (top > best) | ((top == best) & (top_row < best_row))
+    return tl.where(is_better, top, best), tl.where(is_better, top_row, best_row)
+
+
+@triton.jit
+def _behind(key, row, last, last_row):
+    """Keys of what comes behind the last one that was taken, 0 of all others and of NaN."""
+    is_behind = (key < last) | ((key == last) & (row > last_row))
+    return tl.where(is_behind, key, 0.0)
+
+
+@triton.jit
+def _leave_candidates(energy_ptr, begin, end, out_ptr):
+    """The rows ``begin..end`` of most energy, the longest first; -1 where none has any more."""
+    last_row = begin * 0 - 1
+    last = last_row.to(tl.float32) + float("inf")
+    for slot in range(LONGEST):
+        best_row = begin * 0 + NO_ROW
+        best = (begin * 0).to(tl.float32)
+        for start in range(begin, end, WIDE):
+            row = start + tl.arange(0, WIDE)
+            energy = tl.load(energy_ptr + row, mask=row < end, other=0.0)
+            best, best_row = _better(_behind(energy, row, last, last_row), row, best, best_row)
+        last, last_row = best, best_row
+        tl.store(out_ptr + slot, tl.where(best > 0, best_row, -1))
+
+
+@triton.jit
+def _choose(
+    r_ptr, q_ptr, candidates_ptr, candidates, total_x, total_y, count, longest_ptr,
+    BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Of all candidates those that are long: the row with the largest share of all energy of
+    either side, and so on, as long as it has much of what is left."""
+    by_x, by_y = (1 / total_x).to(tl.float32), (1 / total_y).to(tl.float32)
+    most = tl.minimum((count * 0.25).to(tl.int32), LONGEST)
+    found = most * 0
+    last_row = found - 1
+    last = found.to(tl.float32) + float("inf")
+    goes_on = most > 0
+    for slot in range(LONGEST):
+        best_row = found * 0 + NO_ROW
+        best = (found * 0).to(tl.float32)
+        if goes_on:
+            for start in range(0, candidates, WIDE):
+                i = start + tl.arange(0, WIDE)
+                row = tl.load(candidates_ptr + i, mask=i < candidates, other=-1)
+                r = tl.load(r_ptr + row, mask=row >= 0, other=0.0)
+                q = tl.load(q_ptr + row, mask=row >= 0, other=0.0)
+                share = tl.maximum(r * by_x, q * by_y)
+                best, best_row = _better(_behind(share, row, last, last_row), row, best, best_row)
+        last, last_row = best, best_row
+        is_there = best > 0
+        r = tl.load(r_ptr + best_row, mask=is_there, other=0.0).to(tl.float64)
+        q = tl.load(q_ptr + best_row, mask=is_there, other=0.0).to(tl.float64)
+        total_x -= r
+        total_y -= q
+        others = count - slot - 1
+        is_long = (r * others > total_x * LONG_ENERGY) | (q * others > total_y * LONG_ENERGY)
+        goes_on = goes_on & is_there & is_long & (slot < most)
+        # Chunks that were not met before.
+        chunk = best_row // BLOCK_K
+        for before in range(slot):
+            known = tl.load(longest_ptr + CHUNKS + before)
+            chunk = tl.where(known == chunk, -1, chunk)
+        tl.store(longest_ptr + slot, tl.where(goes_on, best_row, -1))
+        tl.store(longest_ptr + CHUNKS + slot, tl.where(goes_on, chunk, -1))
+        # One thread's stores are read by all of them.
+        tl.debug_barrier()
+        found += goes_on.to(tl.int32)
+    tl.store(longest_ptr + LONG_COUNT, found)
+
+
+@triton.jit(
+    do_not_specialize=["stride_xb", "stride_yb", "stride_mb", "max_rows", "counters_ptr"]
+)
+def longest_kernel(
+    xs, ys, masks, rows, widths_x, widths_y, strides_xn, strides_xd, strides_yn, strides_yd,
+    stride_xb, stride_yb, stride_mb,
+    centres_ptr, energies_ptr, totals_ptr, candidates_ptr, longest_ptr, counters_ptr,
+    width, max_rows,
+    LAYERS: tl.constexpr, HAS_MASK: tl.constexpr, DTYPE: tl.constexpr, VECTOR: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """A program owns a run of rows; the last one to finish compares the longest of all."""
+    program = tl.program_id(0)
+    entry = tl.program_id(1)
+    programs = tl.num_programs(0)
+    layer, batch = layer_of(entry, LAYERS), batch_of(entry, LAYERS)
+    n, d1, d2 = size(rows, layer), size(widths_x, layer, VECTOR), size(widths_y, layer, VECTOR)
+    x_ptr, stride_xn, stride_xd = features_of(
+        xs, strides_xn, strides_xd, stride_xb, layer, batch, DTYPE, VECTOR
+    )
+    y_ptr, stride_yn, stride_yd = features_of(
+        ys, strides_yn, strides_yd, stride_yb, layer, batch, DTYPE, VECTOR
+    )
+    mask_ptr = mask_of(masks, stride_mb, layer, batch, x_ptr, HAS_MASK)
+    centre_x = centres_ptr + (entry * programs + program).to(tl.int64) * 2 * width
+    centre_y = centre_x + width
+    r_ptr = energies_ptr + entry.to(tl.int64) * 2 * max_rows
+    q_ptr = r_ptr + max_rows
+    totals_ptr += entry * programs * TOTALS
+    candidates_ptr += entry * programs * (2 * LONGEST)
+    longest_ptr += entry * LONG_FIELDS
+
+    # A few rows from all over, the same in all programs, and not the first one, which so often is
+    # long; where none of them is valid, the first valid ones.
+    step = tl.maximum(n // SAMPLE, 1)
+    sample = step // 2 + step * tl.arange(0, SAMPLE)
+    valid = valid_rows(mask_ptr, sample, n, HAS_MASK)
+    if HAS_MASK:
+        if tl.sum(valid.to(tl.int32), 0) == 0:
+            sample = first_valid_row(mask_ptr, n, HAS_MASK) + tl.arange(0, SAMPLE)
+            valid = valid_rows(mask_ptr, sample, n, HAS_MASK)
+    _centre(x_ptr, stride_xn, stride_xd, sample, valid, d1, width, centre_x, BLOCK)
+    _centre(y_ptr, stride_yn, stride_yd, sample, valid, d2, width, centre_y, BLOCK)
+    # What this program has just stored, it reads again with other threads; so below.
+    tl.debug_barrier()
+    length = tl.cdiv(tl.cdiv(n, programs), BLOCK_R) * BLOCK_R
+    begin, end = program * length, tl.minimum(n, (program + 1) * length)
+    sum_r, _ = row_energies(
+        x_ptr, stride_xn, stride_xd, mask_ptr, mask_ptr, n, d1, centre_x, 1, width, 1.0, 1.0,
+        r_ptr, begin, end, HAS_MASK, False, BLOCK, BLOCK_R,
+    )  # fmt: skip
+    sum_q, _ = row_energies(
+        y_ptr, stride_yn, stride_yd, mask_ptr, mask_ptr, n, d2, centre_y, 1, width, 1.0, 1.0,
+        q_ptr, begin, end, HAS_MASK, False, BLOCK, BLOCK_R,
+    )  # fmt: skip
+    tl.debug_barrier()
+    own = candidates_ptr + program * (2 * LONGEST)
+    _leave_candidates(r_ptr, begin, end, own)
+    _leave_candidates(q_ptr, begin, end, own + LONGEST)
+    count = tl.maximum(end - begin, 0)
+    if HAS_MASK:
+        here = tl.zeros([WIDE], tl.int32)
+        for start in range(begin, end, WIDE):
+            row = start + tl.arange(0, WIDE)
+            here += valid_rows(mask_ptr, row, end, HAS_MASK).to(tl.int32)
+        count = tl.sum(here, 0)
+    tl.store(totals_ptr + program * TOTALS, sum_r)
+    tl.store(totals_ptr + program * TOTALS + 1, sum_q)
+    tl.store(totals_ptr + program * TOTALS + 2, count.to(tl.float64))
+    if arrive(counters_ptr + entry, programs):
+        tl.debug_barrier()
+        total_x, total_y, valid_count = sum_r * 0, sum_r * 0, sum_r * 0
+        for other in range(programs):
+            total_x += tl.load(totals_ptr + other * TOTALS)
+            total_y += tl.load(totals_ptr + other * TOTALS + 1)
+            valid_count += tl.load(totals_ptr + other * TOTALS + 2)
+        _choose(
+            r_ptr, q_ptr, candidates_ptr, programs * (2 * LONGEST), total_x, total_y,
+            valid_count, longest_ptr, BLOCK_K,
+        )  # fmt: skip
