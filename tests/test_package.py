@@ -66,7 +66,8 @@ ALLOWED = {
     },
     "backends/triton/launch": {"blocks", "config", "device", "layers", "tiles"},
     "backends/triton/covariance_form": {
-        *("backward", "cka", "config", "covariance", "launch", "layers"),
+        *("backward", "cka", "cka_head", "config", "covariance", "device", "launch", "layers"),
+        "longest",
     },
     "backends/triton/gram_form": {
         *("config", "gram", "gram_backward", "launch", "layers", "small_gram"),
@@ -74,14 +75,15 @@ ALLOWED = {
     "backends/triton/config": {"layers"},
     "backends/triton/tiles": {"columns", "device"},
     "backends/triton/columns": {"device"},
-    "backends/triton/cka": {"device", "energies", "tiles"},
+    "backends/triton/longest": {"columns", "device", "energies"},
+    "backends/triton/cka": {"cka_head", "device", "energies", "tiles"},
     "backends/triton/energies": {"device"},
-    "backends/triton/covariance": {"cka", "device"},
+    "backends/triton/covariance": {"cka", "cka_head", "device"},
     "backends/triton/gram": {"device"},
     "backends/triton/small_gram": {"device", "gram"},
     "backends/triton/gram_backward": {"device", "gram"},
     "backends/triton/blocks": {"device", "tiles"},
-    "backends/triton/backward": {"cka", "device"},
+    "backends/triton/backward": {"cka_head", "device"},
     "backends/triton/products": {"device"},
 }
 

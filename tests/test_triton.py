@@ -222,9 +222,9 @@ def test_which_rows_are_long(device) -> None:
 
 
 @pytest.mark.parametrize("how", ["pointers", "descriptors"])
-@pytest.mark.parametrize("rows", [[0], [5, 6, 70, 199], list(range(60, 68))], ids=len)
+@pytest.mark.parametrize("rows", [[0, 5, 70, 199], list(range(60, 68))], ids=len)
 def test_long_rows_stay_out_of_any_chunk(rows, how, force_form, monkeypatch, device) -> None:
-    """Of several blocks of columns; the copy engine, which masks no row, leaves out whole chunks."""
+    """Of several blocks of columns; the copy engine masks no row, and leaves out whole chunks."""
     force_form("covariance")
     monkeypatch.setattr(launch, "_descriptor_rows", lambda _: 1 if how == "descriptors" else 1e9)
     x, y = (t.detach().clone() for t in pair(200, 72, device))

@@ -1,14 +1,17 @@
 """Gradients in covariance form: both products of one side in one float32 accumulator.
 
-    grad = g * (scale * (W P + Other R) + w * own + V S)  less its column means,  W = c own + c' other
-    grad = g * (scale * (W P + own R) + bias),                                    covariance distance
+    grad = g * (scale * (W P + Other R) + w * own + V S)  less its column means, CKA
+    grad = g * (scale * (W P + own R) + bias),  the covariance distance
+    W = c own + c' other
 
-with ``own`` and ``other`` centered and P and R given as two bfloat16 each (``planes``: P above R).
-Debiased, a row has a weight ``w``, affine in the sums of its rows of K and L, and a long row, which
-is in S and not in P and R, none; V are its columns of U-centered K and L. ``W`` is formed in float32 and centered
-before it is rounded. bfloat16 features of the other side go in as they are; what their mean adds to
-every row is known per column (``shift``) and taken off at the end. The low halves are multiplied
-where the scalars say so, and always for features that are wider than bfloat16.
+with ``own`` and ``other`` centered, and P and R given as two bfloat16 each (``planes``: P above R).
+Debiased, S are the long rows, which are not in P and R, and V what U-centered K and L have of their
+columns; any other row has a weight ``w``, affine in the sums of its rows of K and L.
+
+``W`` is formed in float32 and centered before it is rounded. bfloat16 features of the other side go
+in as they are; what their mean adds to every row is known per column (``shift``) and taken off at
+the end. The low halves are multiplied where the scalars say so, and always for features that are
+wider than bfloat16.
 
 Bytes: per tile of the gradient, own and other once for W and other once more, and P and R: once
 each, or three and two times with the low halves.
@@ -19,7 +22,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .cka import (
+from .cka_head import (
     FULL,
     INVERSE_OTHER,
     INVERSE_OWN,

@@ -1,8 +1,7 @@
 """Linear CKA in covariance form: from partial moments to the value and the backward's operands.
 
 With features scaled to unit norm, ``A = X^T X``, ``C = X^T Y``, ``B = Y^T Y`` and
-``value = h / sqrt(hxx hyy)`` (biased: ``h = ||C||^2, hxx = ||A||^2, hyy = ||B||^2``; debiased, each
-less what the rows' energies explain), the student's gradient is
+``value = h / sqrt(hxx hyy)`` (``cka_head.py``), the student's gradient is
 
     beta (X (-u A) + Y C^T),    u = h / hxx,  beta = 2 / sqrt(hxx hyy)
 
@@ -28,6 +27,28 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .cka_head import (
+    FIELDS,
+    LONG_A,
+    LONG_B,
+    LONG_C,
+    PAIRS_XX,
+    PAIRS_XY,
+    PAIRS_YY,
+    PRODUCT_KL,
+    ROUNDING,
+    ROUNDING_OF_SPLIT,
+    SQUARE_A,
+    SQUARE_B,
+    SQUARE_C,
+    SQUARE_FX,
+    SQUARE_FY,
+    SQUARE_K,
+    SQUARE_L,
+    SUM_K,
+    SUM_L,
+    cka_head,
+)
 from .device import (
     COUNT,
     ENERGY_X,
@@ -57,57 +78,12 @@ from .device import (
 from .energies import long_products, row_energies, weighted_sums
 from .tiles import tile_of
 
-# Fields of the sums that the programs leave to the last of them.
-SQUARE_A = tl.constexpr(0)
-SQUARE_B = tl.constexpr(1)
-SQUARE_C = tl.constexpr(2)
-SQUARE_FX = tl.constexpr(3)
-SQUARE_FY = tl.constexpr(4)
-# Of the rows of K and L without the diagonal: their sums, over all rows.
-SUM_K = tl.constexpr(5)
-SUM_L = tl.constexpr(6)
-SQUARE_K = tl.constexpr(7)
-SQUARE_L = tl.constexpr(8)
-PRODUCT_KL = tl.constexpr(9)
-# Over pairs of long rows K_ij L_ij, less r q over all other rows.
-PAIRS_XX = tl.constexpr(10)
-PAIRS_YY = tl.constexpr(11)
-PAIRS_XY = tl.constexpr(12)
-# Over pairs of a long row and another: x^T A x of the long ones, y^T B y and x^T C y.
-LONG_A = tl.constexpr(13)
-LONG_B = tl.constexpr(14)
-LONG_C = tl.constexpr(15)
-FIELDS = tl.constexpr(16)
-
-# Fields of the scalars that the backward reads, for each side.
-SCALE = tl.constexpr(0)
-OWN = tl.constexpr(1)
-OTHER = tl.constexpr(2)
-FULL = tl.constexpr(3)
-ROW = tl.constexpr(4)
-ROW_OWN = tl.constexpr(5)
-ROW_OTHER = tl.constexpr(6)
-ROWS = tl.constexpr(7)
-INVERSE_OWN = tl.constexpr(8)
-INVERSE_OTHER = tl.constexpr(9)
-SCALARS = 16
-
-# What is left of a unit block by less than this is made of rounding: of float32 sums, or of
-# features split in two, where the more columns there are, the more of it averages out.
-ROUNDING = tl.constexpr(2.0**-19)
-ROUNDING_OF_SPLIT = tl.constexpr(2.0**-14)
-
 
 @triton.jit
 def square_sum(tile):
     """Sum of squares in float64: squares of float32 may not be float32."""
     wide = tile.to(tl.float64)
     return tl.sum(tl.sum(wide * wide, 1), 0)
-
-
-@triton.jit
-def _field(sums, field):
-    return tl.sum(tl.where(tl.arange(0, FIELDS) == field, sums, 0.0), 0)
 
 
 @triton.jit
@@ -128,86 +104,6 @@ def store_shift(shift_ptr, half, offsets, mean, tile, AXIS: tl.constexpr):
 
 
 @triton.jit
-def _hsic(sums, square, long, pairs, k, l, kl, n):
-    """H of one pair of sides, debiased, times n (n - 3)."""
-    h = _field(sums, square) + 2 * _field(sums, long) + _field(sums, pairs)
-    h += _field(sums, k) * _field(sums, l) / ((n - 1) * (n - 2))
-    return h - 2 / (n - 2) * _field(sums, kl)
-
-
-@triton.jit
-def store_side(
-    scalars_ptr, side, n, scale, own, other, full, row, row_own, row_other, inverse_own,
-    inverse_other,
-):  # fmt: skip
-    """One side's scalars for the backward. The inverses stay apart from the rest, because their
-    product may not be a float32."""
-    field = tl.arange(0, 16)
-    values = tl.where(field == SCALE, scale.to(tl.float32), 0.0)
-    values = tl.where(field == OWN, own.to(tl.float32), values)
-    values = tl.where(field == OTHER, other.to(tl.float32), values)
-    values = tl.where(field == FULL, full.to(tl.float32), values)
-    values = tl.where(field == ROW, row.to(tl.float32), values)
-    values = tl.where(field == ROW_OWN, row_own.to(tl.float32), values)
-    values = tl.where(field == ROW_OTHER, row_other.to(tl.float32), values)
-    values = tl.where(field == ROWS, n.to(tl.float32), values)
-    values = tl.where(field == INVERSE_OWN, inverse_own.to(tl.float32), values)
-    values = tl.where(field == INVERSE_OTHER, inverse_other.to(tl.float32), values)
-    tl.store(scalars_ptr + side * 16 + field, values)
-
-
-@triton.jit
-def _head(
-    value_ptr, scalars_ptr, sums, n, long_count, pivot_x, pivot_y, inverse_x, inverse_y, t_x, t_y,
-    rounding, DEBIASED: tl.constexpr, DISTANCE: tl.constexpr, HIGH: tl.constexpr,
-):  # fmt: skip
-    """The scalars of one layer, in float64."""
-    square_a, square_b = _field(sums, SQUARE_A), _field(sums, SQUARE_B)
-    square_c = _field(sums, SQUARE_C)
-    hxx, hyy, h = square_a, square_b, square_c
-    # Of pairs of long rows something is left where all others are alike.
-    dead = ((pivot_x == 0) | (pivot_y == 0)) & (long_count < 2)
-    fewest = 2
-    a, b = n * 0, n * 0
-    sum_k, sum_l = _field(sums, SUM_K), _field(sums, SUM_L)
-    if DEBIASED:
-        fewest = 4
-        a, b = n / (n - 2), 1 / ((n - 1) * (n - 2))
-        hxx = _hsic(sums, SQUARE_A, LONG_A, PAIRS_XX, SUM_K, SUM_K, SQUARE_K, n)
-        hyy = _hsic(sums, SQUARE_B, LONG_B, PAIRS_YY, SUM_L, SUM_L, SQUARE_L, n)
-        h = _hsic(sums, SQUARE_C, LONG_C, PAIRS_XY, SUM_K, SUM_L, PRODUCT_KL, n)
-        square_a += 2 * _field(sums, LONG_A)
-        square_b += 2 * _field(sums, LONG_B)
-        dead = dead | (hxx <= square_a * rounding) | (hyy <= square_b * rounding)
-    beta = tl.where(dead, 0.0, 2 / tl.sqrt(tl.where(dead, 1.0, hxx * hyy)))
-    value = 0.5 * h * beta
-    # NaN and Inf in the features come through where nothing varies, too.
-    value += (pivot_x - pivot_x) + (pivot_y - pivot_y)
-    value = tl.where(n < fewest, float("nan"), value)
-    beta += value - value
-    # Where the terms are not small, their rounded halves are.
-    left = (1 - value) * tl.maximum(h, square_c)
-    if DISTANCE:
-        value = 1 - value
-        beta = -beta
-    tl.store(value_ptr, value.to(tl.float32))
-    u_x = tl.where(dead, 0.0, h / tl.where(dead, 1.0, hxx))
-    u_y = tl.where(dead, 0.0, h / tl.where(dead, 1.0, hyy))
-    alpha_x, alpha_y = -u_x * beta, -u_y * beta
-    full_x = (_field(sums, SQUARE_FX) > left) & HIGH
-    full_y = (_field(sums, SQUARE_FY) > left) & HIGH
-    # What a row weighs beside the products, from its sums: see backward.py.
-    store_side(
-        scalars_ptr, 0, n, beta, -u_x * inverse_x / inverse_y, t_x, full_x,
-        -b * (alpha_x * sum_k + beta * sum_l), -a * alpha_x, -a * beta, inverse_x, inverse_y,
-    )  # fmt: skip
-    store_side(
-        scalars_ptr, 1, n, beta, -u_y * inverse_y / inverse_x, t_y, full_y,
-        -b * (alpha_y * sum_l + beta * sum_k), -a * alpha_y, -a * beta, inverse_y, inverse_x,
-    )  # fmt: skip
-
-
-@triton.jit
 def _rows_of_k(
     k_ptr, l_ptr, with_x, with_y, longest, long_count, begin, end, BLOCK_R: tl.constexpr
 ):  # fmt: skip
@@ -224,16 +120,16 @@ def _rows_of_k(
         known = inside[:, None] & (slots < long_count)[None, :]
         x = tl.load(with_x + at, mask=known, other=0.0).to(tl.float64)
         y = tl.load(with_y + at, mask=known, other=0.0).to(tl.float64)
-        k, l = r - tl.sum(x, 1), q - tl.sum(y, 1)
-        tl.store(k_ptr + row, k.to(tl.float32), mask=inside)
-        tl.store(l_ptr + row, l.to(tl.float32), mask=inside)
+        less_k, less_l = r - tl.sum(x, 1), q - tl.sum(y, 1)
+        tl.store(k_ptr + row, less_k.to(tl.float32), mask=inside)
+        tl.store(l_ptr + row, less_l.to(tl.float32), mask=inside)
         xx, yy, xy = tl.sum(x * x, 1), tl.sum(y * y, 1), tl.sum(x * y, 1)
         long = among(row, longest)
-        sums += tl.where(field == SUM_K, -tl.sum(k, 0), 0.0)
-        sums += tl.where(field == SUM_L, -tl.sum(l, 0), 0.0)
-        sums += tl.where(field == SQUARE_K, tl.sum(k * k, 0), 0.0)
-        sums += tl.where(field == SQUARE_L, tl.sum(l * l, 0), 0.0)
-        sums += tl.where(field == PRODUCT_KL, tl.sum(k * l, 0), 0.0)
+        sums += tl.where(field == SUM_K, -tl.sum(less_k, 0), 0.0)
+        sums += tl.where(field == SUM_L, -tl.sum(less_l, 0), 0.0)
+        sums += tl.where(field == SQUARE_K, tl.sum(less_k * less_k, 0), 0.0)
+        sums += tl.where(field == SQUARE_L, tl.sum(less_l * less_l, 0), 0.0)
+        sums += tl.where(field == PRODUCT_KL, tl.sum(less_k * less_l, 0), 0.0)
         # A long row has no energy here.
         sums += tl.where(field == PAIRS_XX, tl.sum(tl.where(long, xx, -r * r), 0), 0.0)
         sums += tl.where(field == PAIRS_YY, tl.sum(tl.where(long, yy, -q * q), 0), 0.0)
@@ -249,7 +145,6 @@ def _rows_of_k(
         "stride_xb",
         "stride_yb",
         "stride_mb",
-        "longest_ptr",
         "tile_programs",
         "column_programs",
         "segments",
@@ -464,7 +359,7 @@ def cka_kernel(
         if SPLIT:
             narrow = tl.minimum(d1, d2).to(tl.float64)
             rounding = tl.maximum(rounding, (count * 0 + ROUNDING_OF_SPLIT) / narrow)
-        _head(
-            values_ptr + entry, scalars_ptr, total, count + long_count, long_count, pivot_x, pivot_y,
-            inverse_x, inverse_y, t_x, t_y, rounding, DEBIASED, DISTANCE, HIGH,
+        cka_head(
+            values_ptr + entry, scalars_ptr, total, count + long_count, long_count,
+            pivot_x, pivot_y, inverse_x, inverse_y, t_x, t_y, rounding, DEBIASED, DISTANCE, HIGH,
         )  # fmt: skip

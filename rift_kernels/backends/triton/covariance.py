@@ -16,7 +16,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .cka import square_sum, store_halves, store_shift, store_side
+from .cka import square_sum, store_halves, store_shift
+from .cka_head import store_side
 from .device import (
     COUNT,
     PIVOT_X,

@@ -16,6 +16,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import backward, cka, covariance, longest
+from .cka_head import SCALARS
 from .config import Config, configuration
 from .device import LONG_FIELDS, LONGEST
 from .launch import descriptors_of, gradients, padded_width, processors, raw_moments
@@ -57,7 +58,7 @@ def _saved(
     shift = 0 if layers.exact else entries * 2 * (width // config.sub) * width
     row_programs = _row_programs(layers, debiased)
     return Saved(
-        layers.empty(entries * 2 * cka.SCALARS),
+        layers.empty(entries * 2 * SCALARS),
         layers.empty(plane * student, dtype=torch.bfloat16),
         layers.empty(plane * teacher, dtype=torch.bfloat16),
         layers.empty(shift if student else 0),

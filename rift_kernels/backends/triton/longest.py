@@ -8,7 +8,7 @@ The unbiased HSIC does not depend on the centre.
 
 Where no row is long, the launches behind this one do what they would do without it.
 
-Bytes: X and Y once, and 32 rows of them a program; 8 a row.
+Bytes: X and Y once, and 32 rows of them for each program; 8 a row.
 """
 
 from __future__ import annotations
@@ -36,8 +36,11 @@ from .energies import row_energies
 
 # A long row has this many times the mean energy of all rows that are shorter.
 LONG_ENERGY = tl.constexpr(4)
-# Energies are about the mean of so many rows.
+# Energies are about the mean of so many rows, or if a mask leaves fewer than ENOUGH of them, of the
+# valid ones among the first ROUNDS times as many.
 SAMPLE = tl.constexpr(32)
+ENOUGH = tl.constexpr(8)
+ROUNDS = tl.constexpr(32)
 # Rows, or candidates, that are compared at once.
 WIDE = tl.constexpr(1024)
 # What each program leaves: energies of X and Y, and how many rows they are of.
@@ -45,15 +48,43 @@ TOTALS = tl.constexpr(4)
 
 
 @triton.jit
+def _sample(mask_ptr, n, HAS_MASK: tl.constexpr):
+    """A valid row of each of SAMPLE parts, NO_ROW of parts without: from the middle on, because the
+    first rows are so often long."""
+    part = tl.arange(0, SAMPLE)
+    length = tl.maximum(tl.cdiv(n, SAMPLE), 1)
+    rows = part * length + length // 2
+    if HAS_MASK:
+        rows = part * 0 + NO_ROW
+        start = n * 0
+        while (start < length) & (tl.max(rows, 0) == NO_ROW):
+            step = start + tl.arange(0, 32)
+            row = part[:, None] * length + ((length // 2 + step) % length)[None, :]
+            valid = valid_rows(mask_ptr, row, n, HAS_MASK) & (step < length)[None, :]
+            first = tl.min(tl.where(valid, step[None, :], length), 1)
+            found = part * length + (length // 2 + first) % length
+            rows = tl.where((rows == NO_ROW) & (first < length), found, rows)
+            start += 32
+    return rows
+
+
+@triton.jit
 def _centre(
-    x_ptr, stride_n, stride_d, rows, valid, width, stride, out_ptr, BLOCK: tl.constexpr
+    x_ptr, stride_n, stride_d, mask_ptr, sample, rounds, n, width, stride, out_ptr,
+    HAS_MASK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The mean of some rows."""
-    count = tl.maximum(tl.sum(valid.to(tl.float32), 0), 1)
+    """The mean of the valid rows among ``sample``, and behind these."""
     for first in range(0, stride, BLOCK):
         column = first + tl.arange(0, BLOCK)
-        x = load_features(x_ptr, stride_n, stride_d, rows, valid, column, width, count, False)
-        tl.store(out_ptr + column, tl.sum(x.to(tl.float32), 0) / count)
+        total = tl.zeros([BLOCK], tl.float32)
+        count = tl.zeros([SAMPLE], tl.float32)
+        for turn in range(rounds):
+            rows = sample + turn * SAMPLE
+            valid = valid_rows(mask_ptr, rows, n, HAS_MASK)
+            x = load_features(x_ptr, stride_n, stride_d, rows, valid, column, width, count, False)
+            total += tl.sum(x.to(tl.float32), 0)
+            count += valid.to(tl.float32)
+        tl.store(out_ptr + column, total / tl.maximum(tl.sum(count, 0), 1))
 
 
 @triton.jit
@@ -134,9 +165,7 @@ def _choose(
     tl.store(longest_ptr + LONG_COUNT, found)
 
 
-@triton.jit(
-    do_not_specialize=["stride_xb", "stride_yb", "stride_mb", "max_rows", "counters_ptr"]
-)
+@triton.jit(do_not_specialize=["stride_xb", "stride_yb", "stride_mb", "max_rows"])
 def longest_kernel(
     xs, ys, masks, rows, widths_x, widths_y, strides_xn, strides_xd, strides_yn, strides_yd,
     stride_xb, stride_yb, stride_mb,
@@ -166,17 +195,20 @@ def longest_kernel(
     candidates_ptr += entry * programs * (2 * LONGEST)
     longest_ptr += entry * LONG_FIELDS
 
-    # A few rows from all over, the same in all programs, and not the first one, which so often is
-    # long; where none of them is valid, the first valid ones.
-    step = tl.maximum(n // SAMPLE, 1)
-    sample = step // 2 + step * tl.arange(0, SAMPLE)
-    valid = valid_rows(mask_ptr, sample, n, HAS_MASK)
+    sample = _sample(mask_ptr, n, HAS_MASK)
+    rounds = n * 0 + 1
     if HAS_MASK:
-        if tl.sum(valid.to(tl.int32), 0) == 0:
+        if tl.sum((sample < n).to(tl.int32), 0) < ENOUGH:
             sample = first_valid_row(mask_ptr, n, HAS_MASK) + tl.arange(0, SAMPLE)
-            valid = valid_rows(mask_ptr, sample, n, HAS_MASK)
-    _centre(x_ptr, stride_xn, stride_xd, sample, valid, d1, width, centre_x, BLOCK)
-    _centre(y_ptr, stride_yn, stride_yd, sample, valid, d2, width, centre_y, BLOCK)
+            rounds += ROUNDS - 1
+    _centre(
+        x_ptr, stride_xn, stride_xd, mask_ptr, sample, rounds, n, d1, width, centre_x,
+        HAS_MASK, BLOCK,
+    )  # fmt: skip
+    _centre(
+        y_ptr, stride_yn, stride_yd, mask_ptr, sample, rounds, n, d2, width, centre_y,
+        HAS_MASK, BLOCK,
+    )  # fmt: skip
     # What this program has just stored, it reads again with other threads; so below.
     tl.debug_barrier()
     length = tl.cdiv(tl.cdiv(n, programs), BLOCK_R) * BLOCK_R

@@ -271,8 +271,8 @@ def moments_kernel(
             if GRAM or (SPLIT and VECTOR <= 1):
                 acc = _accumulate(
                     acc, x_ptr, y_ptr, x_descriptor, y_descriptor, mask_ptr, n, d1, d2,
-                    stride_xn, stride_xd, stride_yn, stride_yd, longest_ptr, sums_ptr, segments, width,
-                    count, a_is_y, a_block, b_is_y, b_block, first, last,
+                    stride_xn, stride_xd, stride_yn, stride_yd, longest_ptr,
+                    sums_ptr, segments, width, count, a_is_y, a_block, b_is_y, b_block, first, last,
                     HAS_MASK, APART, GRAM, SPLIT, DESCRIPTORS, BLOCK, BLOCK_K,
                 )  # fmt: skip
             else:
