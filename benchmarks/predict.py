@@ -4,8 +4,8 @@ Written before they have run on one. A launch takes the longer of its floating p
 the machine's rate and its bytes at the machine's bandwidth, and a gap before the next; nothing is
 assumed to be lost, so this is a floor, and its share of a target is how good the kernels have to
 be. The two parts of the first launch follow one another. Both rates were measured on such a
-machine. The table stands in DESIGN.md, and so do the one of what the kernels compile to, of which
-this writes the newest, and the one of :mod:`benchmarks.traffic`.
+machine. The table stands in DESIGN.md, and so do the ones of what the kernels compile to and how
+they were executed, of which this writes the newest, and the one of :mod:`benchmarks.traffic`.
 """
 
 from __future__ import annotations
@@ -15,13 +15,14 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-from . import environment, resources, traffic
+from . import environment, executed, resources, traffic
 from .files import RESULTS
 from .report import updated
 
 DOCUMENT = environment.ROOT / "DESIGN.md"
 COMPILED = RESULTS / "triton-resources.json"
 COMPILED_CUDA = RESULTS / "cuda-resources.json"
+EXECUTED = RESULTS / "executed.json"
 MACHINE = "H200"
 FLOPS, BYTES, L2_BYTES = 790e12, 4.3e12, 50e6
 GAP = 1e-6
@@ -132,6 +133,7 @@ def main(arguments: list[str] | None = None) -> int:
     wanted = updated(wanted, "traffic", traffic.table())
     wanted = updated(wanted, "resources", resources.section(COMPILED))
     wanted = updated(wanted, "cuda-resources", resources.cuda_section(COMPILED_CUDA))
+    wanted = updated(wanted, "executed", executed.section(EXECUTED))
     if options.check:
         if text != wanted:
             print(f"{options.document.name} differs from what python -m benchmarks.predict writes")

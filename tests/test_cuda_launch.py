@@ -12,7 +12,7 @@ import torch
 
 import rift_kernels as rk
 from rift_kernels.backends import cuda
-from tests import cases
+from tests import cases, executed
 from tests.emulated import GPUS
 
 
@@ -175,6 +175,18 @@ def test_hopper_kernels_that_are_empty_are_not_launched(
     ):
         with pytest.raises(RuntimeError, match=f"^{kernel}: needs .* with 90a .* {got}$"):
             getattr(emulated_extension, function)(*arguments, 0, 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_what_was_launched_has_a_name(dtype, emulate, emulated_extension) -> None:
+    """Which kernels known answers execute is told by these."""
+    emulate()
+    launches = executed.emulator_launches(emulated_extension)
+    launches()
+    features = cases.Case("", 20, 12, 12).features(dtype)
+    cases.value_and_gradients(rk.linear_cka, *features[:2])
+    assert executed.short(launches()) == {"cka_small", "scale"}
+    assert launches() == []
 
 
 def test_captured_launches_may_need_more_than_the_last_one(features, runtime) -> None:

@@ -9,8 +9,10 @@
 //   RIFT_EMULATED_ARCHS    that the extension was compiled for
 #include <cuda.h>
 #include <cuda_runtime.h>
+#include <dlfcn.h>
 
 #include <map>
+#include <set>
 
 #include "emulated_sm90.h"
 
@@ -24,6 +26,7 @@ thread_local std::vector<CUcontext> contexts;
 thread_local cudaError_t last = cudaSuccess;
 thread_local std::string cause;
 int launched_on = -1;
+std::set<const void*> launched;
 
 int setting(const char* name, int otherwise) {
   const char* text = std::getenv(name);
@@ -78,6 +81,19 @@ FOR_TESTS int emulated_device() {
 }
 FOR_TESTS void emulated_enter(int device) { contexts.push_back(primary_context(device)); }
 FOR_TESTS int emulated_device_of_last_launch() { return launched_on; }
+// Where in this library the kernels begin that were launched since it was last asked, a line each.
+FOR_TESTS const char* emulated_launches() {
+  static std::string lines;
+  lines.clear();
+  for (const void* kernel : launched) {
+    Dl_info library;
+    dladdr(kernel, &library);
+    lines += std::to_string(static_cast<const char*>(kernel) -
+                            static_cast<const char*>(library.dli_fbase)) + "\n";
+  }
+  launched.clear();
+  return lines.c_str();
+}
 FOR_TESTS int emulated_last_error() { return last; }
 // What any kernel that asked for more shared memory may have, the least.
 FOR_TESTS int emulated_least_allowed() {
@@ -113,6 +129,7 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, bool an
   // Whoever launches has a context from then on.
   if (contexts.empty()) contexts.push_back(primary_context(0));
   launched_on = emulated_device();
+  launched.insert(kernel);
   try {
     const int threads = any_threads ? setting("RIFT_EMULATED_THREADS", 64)
                                     : static_cast<int>(config.blockDim.x);
