@@ -178,6 +178,7 @@ BOTH = (True, True)
 MANY: dict[str, Any] = {"layers": 12, "masked": True}
 CASES: dict[str, Callable[[], None]] = {
     "covariance bf16": partial(cka, bf16, 4096, 768, debiased=False),
+    "covariance bf16, debiased": partial(cka, bf16, 4096, 768, grads=BOTH),
     "covariance bf16, debiased, 12 masked layers": partial(
         cka, bf16, 4096, 768, grads=BOTH, **MANY
     ),

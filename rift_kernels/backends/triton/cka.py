@@ -29,9 +29,6 @@ import triton.language as tl
 
 from .cka_head import (
     FIELDS,
-    LONG_A,
-    LONG_B,
-    LONG_C,
     PAIRS_XX,
     PAIRS_XY,
     PAIRS_YY,
@@ -124,19 +121,16 @@ def _rows_of_k(
         tl.store(k_ptr + row, less_k.to(tl.float32), mask=inside)
         tl.store(l_ptr + row, less_l.to(tl.float32), mask=inside)
         xx, yy, xy = tl.sum(x * x, 1), tl.sum(y * y, 1), tl.sum(x * y, 1)
-        long = among(row, longest)
         sums += tl.where(field == SUM_K, -tl.sum(less_k, 0), 0.0)
         sums += tl.where(field == SUM_L, -tl.sum(less_l, 0), 0.0)
         sums += tl.where(field == SQUARE_K, tl.sum(less_k * less_k, 0), 0.0)
         sums += tl.where(field == SQUARE_L, tl.sum(less_l * less_l, 0), 0.0)
         sums += tl.where(field == PRODUCT_KL, tl.sum(less_k * less_l, 0), 0.0)
-        # A long row has no energy here.
-        sums += tl.where(field == PAIRS_XX, tl.sum(tl.where(long, xx, -r * r), 0), 0.0)
-        sums += tl.where(field == PAIRS_YY, tl.sum(tl.where(long, yy, -q * q), 0), 0.0)
-        sums += tl.where(field == PAIRS_XY, tl.sum(tl.where(long, xy, -r * q), 0), 0.0)
-        sums += tl.where(field == LONG_A, tl.sum(tl.where(long, 0.0, xx), 0), 0.0)
-        sums += tl.where(field == LONG_B, tl.sum(tl.where(long, 0.0, yy), 0), 0.0)
-        sums += tl.where(field == LONG_C, tl.sum(tl.where(long, 0.0, xy), 0), 0.0)
+        # Once from either end, where both are long. A long row has no energy here.
+        ends = tl.where(among(row, longest), 1.0, 2.0)
+        sums += tl.where(field == PAIRS_XX, tl.sum(ends * xx - r * r, 0), 0.0)
+        sums += tl.where(field == PAIRS_YY, tl.sum(ends * yy - q * q, 0), 0.0)
+        sums += tl.where(field == PAIRS_XY, tl.sum(ends * xy - r * q, 0), 0.0)
     return sums
 
 
@@ -328,26 +322,20 @@ def cka_kernel(
             )  # fmt: skip
         # What this program has just stored, it reads again with other threads.
         tl.debug_barrier()
-        row_totals = _rows_of_k(
-            k_ptr, l_ptr, with_x, with_y, longest, long_count, begin, end, BLOCK_R
-        )
-        sums += row_totals
+        sums += _rows_of_k(k_ptr, l_ptr, with_x, with_y, longest, long_count, begin, end, BLOCK_R)
         tl.debug_barrier()
         half_sums = row_programs * width
         weighted_ptr += entry.to(tl.int64) * 4 * half_sums + run * width
-        if STUDENT:
+        # One loop over both sides: of two, registers would run out.
+        for side in range(0 if STUDENT else 1, 2 if TEACHER else 1):
+            is_y = side == 1
             weighted_sums(
-                x_ptr, stride_xn, stride_xd, mask_ptr, longest, n, d1,
-                sums_x, segments, width, n_float,
-                k_ptr, l_ptr, weighted_ptr, half_sums, begin, end,
-                HAS_MASK, True, BLOCK, BLOCK_R,
-            )  # fmt: skip
-        if TEACHER:
-            weighted_sums(
-                y_ptr, stride_yn, stride_yd, mask_ptr, longest, n, d2,
-                sums_y, segments, width, n_float,
-                l_ptr, k_ptr, weighted_ptr + 2 * half_sums, half_sums, begin, end,
-                HAS_MASK, True, BLOCK, BLOCK_R,
+                tl.where(is_y, y_ptr, x_ptr), tl.where(is_y, stride_yn, stride_xn),
+                tl.where(is_y, stride_yd, stride_xd), mask_ptr, longest, n, tl.where(is_y, d2, d1),
+                tl.where(is_y, sums_y, sums_x), segments, width, n_float,
+                tl.where(is_y, l_ptr, k_ptr), tl.where(is_y, k_ptr, l_ptr),
+                weighted_ptr + 2 * side * half_sums, half_sums,
+                begin, end, HAS_MASK, True, BLOCK, BLOCK_R,
             )  # fmt: skip
     tl.store(partial_ptr + program * FIELDS + field, sums)
     if arrive(counters_ptr + entry, programs):

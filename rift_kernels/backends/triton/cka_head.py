@@ -7,7 +7,7 @@ the long rows, and A, C and B those of all others, R:
 
     h   = sum + (sum k)(sum l) / ((n - 1)(n - 2)) - 2 / (n - 2) sum_i k_i l_i
     sum = sum_{i != j} K_ij L_ij
-        = ||C||^2 - sum_R K_ii L_ii + 2 sum_{S, R} K_ij L_ij + sum_{S, S, i != j} K_ij L_ij
+        = ||C||^2 - sum_{i in R} K_ii L_ii + sum_{i != j, i or j in S} K_ij L_ij
 
 so that no difference has a term of a long row's with itself.
 """
@@ -29,14 +29,10 @@ SUM_L = tl.constexpr(6)
 SQUARE_K = tl.constexpr(7)
 SQUARE_L = tl.constexpr(8)
 PRODUCT_KL = tl.constexpr(9)
-# Over pairs of long rows K_ij L_ij, less r q over all other rows.
+# K_ij L_ij over all pairs i, j of which a row is long, less that of all other rows with themselves.
 PAIRS_XX = tl.constexpr(10)
 PAIRS_YY = tl.constexpr(11)
 PAIRS_XY = tl.constexpr(12)
-# Over pairs of a long row and another: x^T A x of the long ones, y^T B y and x^T C y.
-LONG_A = tl.constexpr(13)
-LONG_B = tl.constexpr(14)
-LONG_C = tl.constexpr(15)
 FIELDS = tl.constexpr(16)
 
 # Fields of the scalars that the backward reads, for each side.
@@ -64,9 +60,9 @@ def _field(sums, field):
 
 
 @triton.jit
-def _hsic(sums, square, long, pairs, first, second, product, n):
+def _hsic(sums, square, pairs, first, second, product, n):
     """n (n - 3) H of one pair of sides, debiased."""
-    h = _field(sums, square) + 2 * _field(sums, long) + _field(sums, pairs)
+    h = _field(sums, square) + _field(sums, pairs)
     h += _field(sums, first) * _field(sums, second) / ((n - 1) * (n - 2))
     return h - 2 / (n - 2) * _field(sums, product)
 
@@ -109,11 +105,10 @@ def cka_head(
     if DEBIASED:
         fewest = 4
         a, b = n / (n - 2), 1 / ((n - 1) * (n - 2))
-        hxx = _hsic(sums, SQUARE_A, LONG_A, PAIRS_XX, SUM_K, SUM_K, SQUARE_K, n)
-        hyy = _hsic(sums, SQUARE_B, LONG_B, PAIRS_YY, SUM_L, SUM_L, SQUARE_L, n)
-        h = _hsic(sums, SQUARE_C, LONG_C, PAIRS_XY, SUM_K, SUM_L, PRODUCT_KL, n)
-        square_a += 2 * _field(sums, LONG_A)
-        square_b += 2 * _field(sums, LONG_B)
+        hxx = _hsic(sums, SQUARE_A, PAIRS_XX, SUM_K, SUM_K, SQUARE_K, n)
+        hyy = _hsic(sums, SQUARE_B, PAIRS_YY, SUM_L, SUM_L, SQUARE_L, n)
+        h = _hsic(sums, SQUARE_C, PAIRS_XY, SUM_K, SUM_L, PRODUCT_KL, n)
+        # What long rows add to hxx is never taken off again.
         dead = dead | (hxx <= square_a * rounding) | (hyy <= square_b * rounding)
     beta = tl.where(dead, 0.0, 2 / tl.sqrt(tl.where(dead, 1.0, hxx * hyy)))
     value = 0.5 * h * beta
