@@ -27,6 +27,8 @@ BROKEN = 3
 # Absolute up to 1, relative beyond; of gradients relative, and of the half types mostly rounding.
 VALUE_TOLERANCE = 1e-5
 GRADIENT_TOLERANCE = {"bfloat16": 4e-3, "float32": 1e-4, "float16": 4e-3}
+# Near its teacher a student's gradient is a small difference, and kernels carry 16 bits of float32.
+NEAR_TOLERANCE = 1e-3
 REPEATS = 3
 # What says nothing about kernels, in errors' messages.
 _UNAVAILABLE = ("out of memory", "busy or unavailable", "CUDA_ERROR_OUT_OF_MEMORY")
@@ -77,6 +79,8 @@ def _compared(
         # NaN stays, which `max` of Python may lose.
         gradient_error = float(torch.stack([off.max(), torch.tensor(gradient_error)]).max())
     tolerance = GRADIENT_TOLERANCE[kernels.dtype]
+    if case.near:
+        tolerance = max(tolerance, NEAR_TOLERANCE)
     wrong = []
     if not value_error <= VALUE_TOLERANCE:
         wrong.append(f"value off by {value_error:.1e} (allowed {VALUE_TOLERANCE:.0e})")
