@@ -26,6 +26,7 @@ from rift_kernels.backends.triton import (  # noqa: E402
     backward,
     blocks,
     cka,
+    cka_head,
     config,
     covariance,
     covariance_form,
@@ -304,7 +305,7 @@ def test_descriptors_only_where_the_copy_engine_can(change, monkeypatch, device)
 def is_full(x: Tensor, y: Tensor, high: bool = True) -> bool:
     """Whether the student's backward multiplies the low halves as well."""
     _, saved = covariance_form.cka_fwd(layers.pack([x], [y], []), True, False, True, False, high)
-    return bool(saved[0][int(cka.FULL.value)])
+    return bool(saved[0][int(cka_head.FULL.value)])
 
 
 @pytest.mark.parametrize("gap", [1e-2, 1e-4])

@@ -29,6 +29,8 @@ import triton.language as tl
 
 from .cka_head import (
     FIELDS,
+    LONG_X,
+    LONG_Y,
     PAIRS_XX,
     PAIRS_XY,
     PAIRS_YY,
@@ -56,7 +58,6 @@ from .device import (
     LONGEST,
     PIVOT_X,
     PIVOT_Y,
-    among,
     arrive,
     batch_of,
     column_mean,
@@ -102,11 +103,12 @@ def store_shift(shift_ptr, half, offsets, mean, tile, AXIS: tl.constexpr):
 
 @triton.jit
 def _rows_of_k(
-    k_ptr, l_ptr, with_x, with_y, longest, long_count, begin, end, BLOCK_R: tl.constexpr
+    k_ptr, l_ptr, with_x, with_y, longest_ptr, long_count, begin, end, BLOCK_R: tl.constexpr
 ):  # fmt: skip
     """Makes of energies, in place, less the sums of the rows of K and L without the diagonal: the
     energy less the products with the long rows. Returns what the head needs of these rows."""
     field, slots = tl.arange(0, FIELDS), tl.arange(0, LONGEST)
+    long = tl.load(longest_ptr + slots)
     sums = tl.zeros([FIELDS], tl.float64)
     for start in range(begin, end, BLOCK_R):
         row = start + tl.arange(0, BLOCK_R)
@@ -117,6 +119,9 @@ def _rows_of_k(
         known = inside[:, None] & (slots < long_count)[None, :]
         x = tl.load(with_x + at, mask=known, other=0.0).to(tl.float64)
         y = tl.load(with_y + at, mask=known, other=0.0).to(tl.float64)
+        with_itself = row[:, None] == long[None, :]
+        own_x, own_y = tl.where(with_itself, x, 0.0), tl.where(with_itself, y, 0.0)
+        x, y = x - own_x, y - own_y
         less_k, less_l = r - tl.sum(x, 1), q - tl.sum(y, 1)
         tl.store(k_ptr + row, less_k.to(tl.float32), mask=inside)
         tl.store(l_ptr + row, less_l.to(tl.float32), mask=inside)
@@ -127,10 +132,12 @@ def _rows_of_k(
         sums += tl.where(field == SQUARE_L, tl.sum(less_l * less_l, 0), 0.0)
         sums += tl.where(field == PRODUCT_KL, tl.sum(less_k * less_l, 0), 0.0)
         # Once from either end, where both are long. A long row has no energy here.
-        ends = tl.where(among(row, longest), 1.0, 2.0)
+        ends = 2 - tl.max(with_itself.to(tl.float64), 1)
         sums += tl.where(field == PAIRS_XX, tl.sum(ends * xx - r * r, 0), 0.0)
         sums += tl.where(field == PAIRS_YY, tl.sum(ends * yy - q * q, 0), 0.0)
         sums += tl.where(field == PAIRS_XY, tl.sum(ends * xy - r * q, 0), 0.0)
+        sums += tl.where(field == LONG_X, tl.sum(tl.sum(own_x, 1), 0), 0.0)
+        sums += tl.where(field == LONG_Y, tl.sum(tl.sum(own_y, 1), 0), 0.0)
     return sums
 
 
@@ -322,7 +329,9 @@ def cka_kernel(
             )  # fmt: skip
         # What this program has just stored, it reads again with other threads.
         tl.debug_barrier()
-        sums += _rows_of_k(k_ptr, l_ptr, with_x, with_y, longest, long_count, begin, end, BLOCK_R)
+        sums += _rows_of_k(
+            k_ptr, l_ptr, with_x, with_y, longest_ptr, long_count, begin, end, BLOCK_R
+        )
         tl.debug_barrier()
         half_sums = row_programs * width
         weighted_ptr += entry.to(tl.int64) * 4 * half_sums + run * width
@@ -343,11 +352,19 @@ def cka_kernel(
         total, _ = over_programs(partial_ptr, programs, FIELDS)
         pivot_x = statistic(statistics_ptr, PIVOT_X, column_programs)
         pivot_y = statistic(statistics_ptr, PIVOT_Y, column_programs)
+        mean_x, mean_y = count * 0, count * 0
+        for first in range(0, tl.where(long_count > 0, width, 0), BLOCK):
+            column = entry * 2 * width + first + across
+            x = tl.load(means_ptr + column).to(tl.float64) * inverse_x
+            y = tl.load(means_ptr + column + width).to(tl.float64) * inverse_y
+            mean_x += tl.sum(x * x, 0)
+            mean_y += tl.sum(y * y, 0)
         rounding = count * 0 + ROUNDING
         if SPLIT:
             narrow = tl.minimum(d1, d2).to(tl.float64)
             rounding = tl.maximum(rounding, (count * 0 + ROUNDING_OF_SPLIT) / narrow)
         cka_head(
             values_ptr + entry, scalars_ptr, total, count + long_count, long_count,
-            pivot_x, pivot_y, inverse_x, inverse_y, t_x, t_y, rounding, DEBIASED, DISTANCE, HIGH,
+            pivot_x, pivot_y, mean_x, mean_y, inverse_x, inverse_y, t_x, t_y, rounding,
+            DEBIASED, DISTANCE, HIGH,
         )  # fmt: skip

@@ -33,6 +33,9 @@ PRODUCT_KL = tl.constexpr(9)
 PAIRS_XX = tl.constexpr(10)
 PAIRS_YY = tl.constexpr(11)
 PAIRS_XY = tl.constexpr(12)
+# Energies of the long rows.
+LONG_X = tl.constexpr(13)
+LONG_Y = tl.constexpr(14)
 FIELDS = tl.constexpr(16)
 
 # Fields of the scalars that the backward reads, for each side.
@@ -52,6 +55,7 @@ SCALARS = 16
 # features split in two, where the more columns there are, the more of it averages out.
 ROUNDING = tl.constexpr(2.0**-19)
 ROUNDING_OF_SPLIT = tl.constexpr(2.0**-14)
+MEAN_ROUNDING = tl.constexpr(2.0**-42)
 
 
 @triton.jit
@@ -62,7 +66,7 @@ def _field(sums, field):
 @triton.jit
 def _hsic(sums, square, pairs, first, second, product, n):
     """n (n - 3) H of one pair of sides, debiased."""
-    h = _field(sums, square) + _field(sums, pairs)
+    h = square + _field(sums, pairs)
     h += _field(sums, first) * _field(sums, second) / ((n - 1) * (n - 2))
     return h - 2 / (n - 2) * _field(sums, product)
 
@@ -90,8 +94,9 @@ def store_side(
 
 @triton.jit
 def cka_head(
-    value_ptr, scalars_ptr, sums, n, long_count, pivot_x, pivot_y, inverse_x, inverse_y, t_x, t_y,
-    rounding, DEBIASED: tl.constexpr, DISTANCE: tl.constexpr, HIGH: tl.constexpr,
+    value_ptr, scalars_ptr, sums, n, long_count, pivot_x, pivot_y, mean_x, mean_y,
+    inverse_x, inverse_y, t_x, t_y, rounding,
+    DEBIASED: tl.constexpr, DISTANCE: tl.constexpr, HIGH: tl.constexpr,
 ):  # fmt: skip
     """The scalars of one layer, in float64."""
     square_a, square_b = _field(sums, SQUARE_A), _field(sums, SQUARE_B)
@@ -105,10 +110,18 @@ def cka_head(
     if DEBIASED:
         fewest = 4
         a, b = n / (n - 2), 1 / ((n - 1) * (n - 2))
-        hxx = _hsic(sums, SQUARE_A, PAIRS_XX, SUM_K, SUM_K, SQUARE_K, n)
-        hyy = _hsic(sums, SQUARE_B, PAIRS_YY, SUM_L, SUM_L, SQUARE_L, n)
-        h = _hsic(sums, SQUARE_C, PAIRS_XY, SUM_K, SUM_L, PRODUCT_KL, n)
-        # What long rows add to hxx is never taken off again.
+        # What does not vary has no moments but what rounding leaves.
+        square_a = tl.where(pivot_x == 0, 0.0, square_a)
+        square_b = tl.where(pivot_y == 0, 0.0, square_b)
+        square_c = tl.where((pivot_x == 0) | (pivot_y == 0), 0.0, square_c)
+        hxx = _hsic(sums, square_a, PAIRS_XX, SUM_K, SUM_K, SQUARE_K, n)
+        hyy = _hsic(sums, square_b, PAIRS_YY, SUM_L, SUM_L, SQUARE_L, n)
+        h = _hsic(sums, square_c, PAIRS_XY, SUM_K, SUM_L, PRODUCT_KL, n)
+        # What long rows add to hxx is never taken off again; where all other rows are alike, and all
+        # but one of these, it is made of the mean's rounding.
+        of_mean = n * MEAN_ROUNDING
+        dead = dead | (hxx <= mean_x * _field(sums, LONG_X) * of_mean)
+        dead = dead | (hyy <= mean_y * _field(sums, LONG_Y) * of_mean)
         dead = dead | (hxx <= square_a * rounding) | (hyy <= square_b * rounding)
     beta = tl.where(dead, 0.0, 2 / tl.sqrt(tl.where(dead, 1.0, hxx * hyy)))
     value = 0.5 * h * beta

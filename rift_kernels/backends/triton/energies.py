@@ -48,9 +48,8 @@ def long_products(
     sums_ptr, segments, stride, count, scale, out_ptr, begin, end,
     HAS_MASK: tl.constexpr, BLOCK: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """Products of the centered rows ``begin..end`` with the long ones, 0 with themselves."""
+    """Products of the centered rows ``begin..end`` with the long ones."""
     slots = tl.arange(0, LONGEST)
-    long = tl.load(longest_ptr + slots)
     for start in range(begin, end, BLOCK_R):
         row = start + tl.arange(0, BLOCK_R)
         valid = valid_rows(mask_ptr, row, n, HAS_MASK) & (row < end)
@@ -70,7 +69,6 @@ def long_products(
                 p = tl.where(inside, (p - mean) * scale, 0.0)
                 product = tl.sum(x * p[None, :], 1)
                 products += tl.where(slots[None, :] == slot, product[:, None], 0.0)
-        products = tl.where(row[:, None] == long[None, :], 0.0, products)
         out = out_ptr + row.to(tl.int64)[:, None] * LONGEST + slots[None, :]
         tl.store(out, products, mask=(row < end)[:, None] & (slots < long_count)[None, :])
 
