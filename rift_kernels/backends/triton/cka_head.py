@@ -117,8 +117,8 @@ def cka_head(
         hxx = _hsic(sums, square_a, PAIRS_XX, SUM_K, SUM_K, SQUARE_K, n)
         hyy = _hsic(sums, square_b, PAIRS_YY, SUM_L, SUM_L, SQUARE_L, n)
         h = _hsic(sums, square_c, PAIRS_XY, SUM_K, SUM_L, PRODUCT_KL, n)
-        # What long rows add to hxx is never taken off again; where all other rows are alike, and all
-        # but one of these, it is made of the mean's rounding.
+        # What long rows add is never taken off again. It is made of the mean's rounding where all
+        # other rows are alike, and all but one of these.
         of_mean = n * MEAN_ROUNDING
         dead = dead | (hxx <= mean_x * _field(sums, LONG_X) * of_mean)
         dead = dead | (hyy <= mean_y * _field(sums, LONG_Y) * of_mean)

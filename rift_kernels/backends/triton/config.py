@@ -81,7 +81,7 @@ def _narrowed(config: Config) -> Config:
     rows, columns, depth = config.backward
     gram_rows, gram_columns, gram_depth = config.gram_backward
     return config._replace(
-        block_k=max(config.block_k // 2, 16),
+        block_k=max(config.block_k // 4, 16),
         backward=(rows, min(columns, 64), max(depth // 2, 16)),
         gram_backward=(gram_rows, gram_columns // 2, gram_depth),
     )
