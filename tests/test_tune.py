@@ -82,7 +82,7 @@ def test_memory_estimate(shapes: str, arch: str, kernel: str, measured: int) -> 
 
 def test_finds_the_best_of_the_model() -> None:
     start = config.lookup("sm90", LARGE)
-    model = Model(block=64, block_k=32, stages=3, backward_warps=4, sub=16, block_r=64)
+    model = Model(block=64, block_k=32, stages=3, backward_warps=4, sub=32, block_r=64)
     best, gain = tune.tune(LARGE, start, model, LIMIT, budget=60)
     assert all(getattr(best, name) == value for name, value in model.best.items())
     assert gain == pytest.approx(7)
