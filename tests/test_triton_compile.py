@@ -80,7 +80,7 @@ def test_fits(target: str, case: str, kernels: list[Resources]) -> None:
         # Below the limit of registers ptxas spills some of its own accord, outside of loops, where
         # that lets one more program run beside the others.
         chosen = kernel.registers < 255 and target != "gfx942"
-        allowed = 64 if chosen else 0
+        allowed = 96 if chosen else 0
         assert kernel.spilled <= allowed, kernel
 
 
