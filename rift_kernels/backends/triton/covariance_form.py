@@ -65,9 +65,10 @@ def _saved(
         layers.empty(shift if teacher else 0),
         layers.empty(entries * 2 * width),
         layers.empty(debiased * entries * 2 * layers.max_rows),
-        layers.empty(debiased * entries * 2 * layers.max_rows * LONGEST.value),
+        # Written where rows are long; an operator's outputs repeat whole.
+        layers.empty(debiased * entries * 2 * layers.max_rows * LONGEST.value).zero_(),
         layers.empty(entries * 4 * row_programs * width),
-        layers.empty(debiased * entries * LONG_FIELDS.value, dtype=torch.int32),
+        layers.empty(debiased * entries * LONG_FIELDS.value, dtype=torch.int32).zero_(),
     )
 
 
