@@ -171,7 +171,7 @@ def force_form(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
 def one_process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """A process group of this process alone."""
     if not distributed.is_available() or not distributed.is_gloo_available():
-        pytest.skip("this torch has no gloo")
+        pytest.skip("needs a torch with gloo")
     store = tmp_path_factory.mktemp("store") / "store"
     distributed.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
     yield

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 for module in ("matplotlib", "rich", "sklearn"):
-    pytest.importorskip(module, reason=f"the examples need {module}, which is not installed")
+    pytest.importorskip(module, reason=f"needs {module}, as the examples do")
 
 from threadpoolctl import threadpool_limits  # noqa: E402
 

@@ -201,7 +201,7 @@ def test_features_cut_off_by_a_checkpoint_warn_once() -> None:
 
 def needs(library: str):
     missing = importlib.util.find_spec(library) is None
-    return pytest.mark.skipif(missing, reason=f"{library} is not installed")
+    return pytest.mark.skipif(missing, reason=f"needs {library}")
 
 
 SMALL = {

@@ -59,13 +59,13 @@ def batches() -> list[Tensor]:
 
 @pytest.fixture
 def path(tmp_path):
-    pytest.importorskip("safetensors", reason="safetensors is not installed")
+    pytest.importorskip("safetensors", reason="needs safetensors")
     return tmp_path / "teacher.safetensors"
 
 
 @pytest.fixture(autouse=True)
 def _tqdm():
-    pytest.importorskip("tqdm", reason="tqdm is not installed")
+    pytest.importorskip("tqdm", reason="needs tqdm")
 
 
 def features(model: Model, x: Tensor, layer: str = "head") -> Tensor:

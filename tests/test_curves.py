@@ -24,7 +24,7 @@ from benchmarks.workloads import Inputs, Workload, features
 CPU = torch.device("cpu")
 OURS = "rift_kernels eager"
 needs_matplotlib = pytest.mark.skipif(
-    importlib.util.find_spec("matplotlib") is None, reason="matplotlib is not installed"
+    importlib.util.find_spec("matplotlib") is None, reason="needs matplotlib"
 )
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 for module in ("matplotlib", "rich", "sklearn"):
-    pytest.importorskip(module, reason=f"the demo needs {module}, which is not installed")
+    pytest.importorskip(module, reason=f"needs {module}, as the demo does")
 
 ROOT = Path(__file__).parent.parent
 

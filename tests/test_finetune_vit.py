@@ -217,7 +217,7 @@ finetune_vit.main([*options, *more, "--out", f"{folder}/parts", "--resume"])
 def test_two_processes(folder, pretrained, tmp_path) -> None:
     """Compare their batch as one, so that they end where one process with all of it does."""
     if not (torch.distributed.is_available() and torch.distributed.is_gloo_available()):
-        pytest.skip("this torch has no gloo")
+        pytest.skip("needs a torch with gloo")
     script = tmp_path / "two.py"
     script.write_text(TWO)
     options = [str(folder), "--model", str(pretrained), "--epochs", "2", *QUICK, "--lr", "1e-3"]

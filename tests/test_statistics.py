@@ -11,7 +11,7 @@ from torch import Tensor
 import rift_kernels as rk
 from tests import cases
 
-hypothesis = pytest.importorskip("hypothesis", reason="hypothesis is not installed")
+hypothesis = pytest.importorskip("hypothesis", reason="needs hypothesis")
 from hypothesis import given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 

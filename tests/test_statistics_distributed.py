@@ -19,7 +19,7 @@ ROOT = Path(rk.__file__).parents[1]
 
 pytestmark = pytest.mark.skipif(
     not distributed.is_available() or not distributed.is_gloo_available(),
-    reason="this torch has no gloo",
+    reason="needs a torch with gloo",
 )
 
 
@@ -90,7 +90,7 @@ def interrupted(batches):
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     """What each process has in the end."""
-    pytest.importorskip("safetensors", reason="safetensors is not installed")
+    pytest.importorskip("safetensors", reason="needs safetensors")
     folder = tmp_path_factory.mktemp("gloo")
     code = "import sys, pathlib; from tests.test_statistics_distributed import worker; "
     code += "worker(int(sys.argv[1]), pathlib.Path(sys.argv[2]))"

@@ -13,7 +13,7 @@ from rift_kernels import statistics_files
 from rift_kernels.statistics_files import State
 from tests.test_statistics import assert_same, gathered, normal
 
-pytest.importorskip("safetensors", reason="safetensors is not installed")
+pytest.importorskip("safetensors", reason="needs safetensors")
 from safetensors.torch import load_file, save_file
 
 LAYERS = ("encoder.layer.11", "", "mean", "blocks.0.count", "ein Name mit ä / und \\ \n")
