@@ -2,8 +2,8 @@
 //
 // A block owns 32 rows of a tile of A, B or C: adds up the parts of the tile in their order, takes the
 // means off, scales to features of unit norm; leaves what the backward multiplies in two bfloat16
-// each, A above F = C^T - t A, and B above F = C - t B, and sums of squares, and of products with the
-// long rows. Blocks behind them add up the rows' weighted sums; the last of all to finish has the head.
+// each, A above F = C^T - t A, and B above F = C - t B, and sums of squares. Blocks behind them add up
+// the rows' weighted sums; the last of all to finish has the head.
 //
 // Bytes: the tiles once, those of A and B once more for F; 4 for each element of A and F.
 #pragma once
@@ -24,7 +24,6 @@ struct HeadScratch {
   float strip[STRIP * STRIP_PITCH];
   float mean_i[STRIP], mean_j[MOMENT_BLOCK];
   float own_i[STRIP];  // means of the side whose A or B is taken off
-  float long_i[LONGEST][STRIP], long_j[LONGEST][MOMENT_BLOCK];
   // Of rows or of the head itself, of which there are fewer.
   double sums[ROW_SUMS * HEAD_THREADS / 32];
   int last;
@@ -155,37 +154,6 @@ __device__ inline double squares(const float (&x)[HEAD_ROWS]) {
   return sum;
 }
 
-// Some columns of the long rows, centered and scaled; called by all threads.
-template <int COLUMNS>
-__device__ inline void read_long_rows(const CovarianceArguments& arguments, const Longest& longest,
-                                      bool is_y, int first, const float (&means)[COLUMNS],
-                                      float scale, float (&out)[LONGEST][COLUMNS]) {
-  const CovarianceSide& side = is_y ? arguments.y : arguments.x;
-  const auto* features = static_cast<const Bf16*>(side.features);
-#pragma unroll
-  for (int s = 0; s < LONGEST; ++s) {
-    const int column = threadIdx.x;
-    if (s >= longest.count || column >= COLUMNS) continue;
-    const bool inside = first + column < side.width;
-    const float x = inside ? to_float(features[longest.rows[s] * side.stride + first + column]) : 0;
-    out[s][column] = inside ? (x - means[column]) * scale : 0;
-  }
-}
-
-// The sum over long rows x^T M y, of this thread's elements of a strip M.
-__device__ inline double long_products(const Longest& longest, const float (&x)[HEAD_ROWS],
-                                       const HeadScratch& scratch) {
-  const int row = threadIdx.x / MOMENT_BLOCK * HEAD_ROWS, column = threadIdx.x % MOMENT_BLOCK;
-  double sum = 0;
-  for (int s = 0; s < longest.count; ++s) {
-    float down = 0;
-#pragma unroll
-    for (int k = 0; k < HEAD_ROWS; ++k) down += scratch.long_i[s][row + k] * x[k];
-    sum += static_cast<double>(down) * static_cast<double>(scratch.long_j[s][column]);
-  }
-  return sum;
-}
-
 // A strip of C less t times the same of A or B, of unit norm.
 __device__ inline void subtract_own(const CovarianceArguments& arguments, const Longest& longest,
                                     const UnitScales& scales,
@@ -236,16 +204,9 @@ __device__ inline void strip_of_tile(const CovarianceArguments& arguments, const
     const float outer = n * scratch.mean_i[row + k];
     x[k] = (x[k] - outer * scratch.mean_j[column]) * scale_i * scale_j;
   }
-  double square = squares(x), products = 0;
-  if (longest.count > 0) {
-    read_long_rows(arguments, longest, tile.left_is_y, i, scratch.mean_i, scale_i, scratch.long_i);
-    read_long_rows(arguments, longest, tile.right_is_y, j, scratch.mean_j, scale_j, scratch.long_j);
-    __syncthreads();
-    products = long_products(longest, x, scratch);
-  }
+  double square = squares(x);
   if (tile.left_is_y == tile.right_is_y) {
     square *= tile.i == tile.j ? 1 : 2;
-    products *= tile.i == tile.j ? 1 : 2;
     if (tile.i == tile.j && threadIdx.x < STRIP) {
       arguments.means[tile.left_is_y * arguments.width + i + threadIdx.x] =
           scratch.mean_i[threadIdx.x];
@@ -253,8 +214,6 @@ __device__ inline void strip_of_tile(const CovarianceArguments& arguments, const
     unsigned short* plane = tile.left_is_y ? arguments.planes_y : arguments.planes_x;
     sums[SQUARE_A] = tile.left_is_y ? 0 : square;
     sums[SQUARE_B] = tile.left_is_y ? square : 0;
-    sums[LONG_A] = tile.left_is_y ? 0 : products;
-    sums[LONG_B] = tile.left_is_y ? products : 0;
     if (plane) {
       store_direct(arguments, plane, i, j, x);
       // The tile's mirror image; on the diagonal the tile holds it itself.
@@ -263,7 +222,6 @@ __device__ inline void strip_of_tile(const CovarianceArguments& arguments, const
     return;
   }
   sums[SQUARE_C] = square;
-  sums[LONG_C] = products;
   const bool near = arguments.x.width == arguments.y.width;
   const long long below = static_cast<long long>(arguments.width) * arguments.width;
   float rest[HEAD_ROWS];
@@ -301,10 +259,17 @@ __device__ inline void finish(const CovarianceArguments& arguments, const UnitSc
       }
     }
     block_sums(sums.rows, scratch.sums);
+    const Longest longest = read_longest(arguments);
+    const float* energies = arguments.row_terms + static_cast<long long>(ENERGY) * arguments.rows;
+#pragma unroll
+    for (int s = 0; s < LONGEST; ++s) {
+      if (s >= longest.count) continue;
+      sums.long_x += energies[longest.rows[s]];
+      sums.long_y += energies[arguments.rows + longest.rows[s]];
+    }
   }
   sums.varies_x = statistics[PIVOT_X];
   sums.varies_y = statistics[PIVOT_Y];
-  sums.longest = read_longest(arguments).count;
   if (threadIdx.x == 0) {
     *arguments.value =
         covariance_head(sums, arguments.rows, scales.x, scales.y, scales.t, arguments.debiased,

@@ -8,8 +8,9 @@
 // l_i the sums of their rows without the diagonal, S the long rows, and moments of all others, R:
 //
 //   H(X, Y) = sum_{i != j} K_ij L_ij + (sum k)(sum l) / ((n - 1)(n - 2)) - 2 / (n - 2) sum_i k_i l_i
-//   sum_{i != j} K_ij L_ij = ||C||^2 - sum_R K_ii L_ii + 2 sum_S x^T C y + sum_{S, i != j} K_ij L_ij
+//   sum_{i != j} K_ij L_ij = ||C||^2 - sum_R K_ii L_ii + sum_{i != j, i or j in S} K_ij L_ij
 //
+// so that no difference has a term of a long row's with itself,
 // and the gradient has, beside the products, what U-centered K and L have of columns of S (V), less the
 // diagonal of R (w), and the part that is the same for all rows (g): see backward.cuh.
 #pragma once
@@ -23,39 +24,45 @@ namespace rift {
 struct CovarianceSums {
   double blocks[HEAD_SUMS];
   double rows[ROW_SUMS];
-  double varies_x, varies_y;  // energies about the first row
-  int longest;                // rows of S
+  double varies_x, varies_y;  // energies about the pivot
+  double long_x, long_y;      // energies of S
 };
 
 // Debiased, of one pair of sides.
-RIFT_BOTH inline double debiased_hsic(double square, double with_long, double pairs, double k,
-                                      double l, double kl, double n) {
-  return square + 2 * with_long + pairs + k * l / ((n - 1) * (n - 2)) - 2 / (n - 2) * kl;
+RIFT_BOTH inline double debiased_hsic(double square, double pairs, double k, double l, double kl,
+                                      double n) {
+  return square + pairs + k * l / ((n - 1) * (n - 2)) - 2 / (n - 2) * kl;
 }
 
 // Writes [2][SCALARS]; returns the value. `t` is 0 where the widths differ.
 RIFT_BOTH inline float covariance_head(const CovarianceSums& sums, double n, float inverse_x,
                                        float inverse_y, float t, bool debiased, bool distance,
                                        bool high, float* scalars) {
-  const double square_c = sums.blocks[SQUARE_C];
-  double hxx = sums.blocks[SQUARE_A], hyy = sums.blocks[SQUARE_B], h = square_c;
+  double square_a = sums.blocks[SQUARE_A], square_b = sums.blocks[SQUARE_B];
+  double square_c = sums.blocks[SQUARE_C];
   bool dead = sums.varies_x == 0 || sums.varies_y == 0;
   const double* rows = sums.rows;
   const double sums_of[2] = {rows[SUM_K], rows[SUM_L]};
   if (debiased) {
-    hxx = debiased_hsic(hxx, sums.blocks[LONG_A], rows[PAIRS_XX], sums_of[0], sums_of[0],
-                        rows[SQUARE_K], n);
-    hyy = debiased_hsic(hyy, sums.blocks[LONG_B], rows[PAIRS_YY], sums_of[1], sums_of[1],
-                        rows[SQUARE_L], n);
-    h = debiased_hsic(h, sums.blocks[LONG_C], rows[PAIRS_XY], sums_of[0], sums_of[1],
-                      rows[PRODUCT_KL], n);
-    // What is left by less than this is made of rounding; and so is the rest where it is nothing beside
-    // its mean, which leaves no pair of rows that differ from it.
-    const double rounding = 1.0 / (1 << 19), mean_rounding = 1.0 / (1LL << 40);
-    dead = dead || hxx <= (sums.blocks[SQUARE_A] + 2 * sums.blocks[LONG_A]) * rounding ||
-           hyy <= (sums.blocks[SQUARE_B] + 2 * sums.blocks[LONG_B]) * rounding;
-    dead = dead || (sums.longest == 1 && (rows[REST_X] <= n * rows[MEAN_X] * mean_rounding ||
-                                          rows[REST_Y] <= n * rows[MEAN_Y] * mean_rounding));
+    // What differs from its mean by less than this has no moments but what rounding leaves.
+    const double alike_rounding = n / (1LL << 40);
+    const bool alike_x = rows[REST_X] <= rows[MEAN_X] * alike_rounding;
+    const bool alike_y = rows[REST_Y] <= rows[MEAN_Y] * alike_rounding;
+    if (alike_x) square_a = 0;
+    if (alike_y) square_b = 0;
+    if (alike_x || alike_y) square_c = 0;
+  }
+  double hxx = square_a, hyy = square_b, h = square_c;
+  if (debiased) {
+    hxx = debiased_hsic(hxx, rows[PAIRS_XX], sums_of[0], sums_of[0], rows[SQUARE_K], n);
+    hyy = debiased_hsic(hyy, rows[PAIRS_YY], sums_of[1], sums_of[1], rows[SQUARE_L], n);
+    h = debiased_hsic(h, rows[PAIRS_XY], sums_of[0], sums_of[1], rows[PRODUCT_KL], n);
+    // What long rows add is never taken off again. It is made of the mean's rounding where all other
+    // rows are alike, and all but one of these.
+    const double rounding = 1.0 / (1 << 19), mean_rounding = n / (1LL << 42);
+    dead = dead || hxx <= square_a * rounding || hyy <= square_b * rounding;
+    dead = dead || hxx <= rows[MEAN_X] * sums.long_x * mean_rounding ||
+           hyy <= rows[MEAN_Y] * sums.long_y * mean_rounding;
   }
   double beta = dead ? 0 : 2 / sqrt(hxx * hyy);
   double value = 0.5 * h * beta;

@@ -16,7 +16,7 @@ struct CovarianceSide {
 
 // Columns of a block of `statistics`.
 constexpr int STATISTICS_COLUMNS = 64;
-// Energies about the first row, about the mean, and of both sides together.
+// Energies about the pivot, see statistics.cuh, about the mean, and of both sides together.
 enum Statistic { PIVOT_X, PIVOT_Y, ENERGY_X, ENERGY_Y, ENERGY_XY, STATISTICS };
 // Rows of a tile that a block of `covariance_head` owns.
 constexpr int STRIP = 32;
@@ -25,10 +25,11 @@ constexpr int STRIPS = MOMENT_BLOCK / STRIP;
 // see longest.cuh.
 constexpr float LONG_SHARE = 4;
 constexpr int FEW_ROWS = 64;
-// What blocks of `covariance_head` leave to the last one: LONG_C is the sum over long rows x^T C y.
-enum HeadSum { SQUARE_A, SQUARE_B, SQUARE_C, LONG_A, LONG_B, LONG_C, SQUARE_FX, SQUARE_FY, HEAD_SUMS };
+// What blocks of `covariance_head` leave to the last one.
+enum HeadSum { SQUARE_A, SQUARE_B, SQUARE_C, SQUARE_FX, SQUARE_FY, HEAD_SUMS };
 // What blocks of `rows` leave to it. K and L are the rows' sums of their products with all other rows;
-// PAIRS_XY sums the products of X and Y over pairs of long rows, less r q of all other rows.
+// PAIRS_XY sums K_ij L_ij over all pairs i, j of which a row is long, less r q of all other rows; then
+// come energies of these, and of the mean.
 enum RowSum {
   SUM_K, SUM_L, SQUARE_K, SQUARE_L, PRODUCT_KL, PAIRS_XX, PAIRS_YY, PAIRS_XY,
   REST_X, REST_Y, MEAN_X, MEAN_Y, ROW_SUMS
@@ -47,7 +48,8 @@ struct CovarianceArguments {
   bool debiased, distance, high;
   bool hopper;  // its own kernels, and not those that run anywhere
   Schedule schedule;
-  float* sums;        // [2][segments][width], of columns
+  float* pivots;      // [2][width]
+  float* sums;        // [2][segments][width], of columns less their pivots
   float* statistics;  // [STATISTICS][statistics_programs()]
   float* tiles;       // see MomentsArguments
   float* spill;
@@ -130,6 +132,7 @@ RIFT_BOTH constexpr CovarianceArguments covariance_arguments(const CovarianceCal
       moments_schedule(call.rows, call.x.width, call.y.width, call.processors, call.hopper);
 
   const long long plane = 4LL * width * width, shift = 2LL * (width / STRIP) * width;
+  all.pivots = memory.take<float>(false, 2LL * width);
   all.sums = memory.take<float>(false, 2LL * all.segments * width);
   all.statistics = memory.take<float>(false, 1LL * STATISTICS * all.statistics_programs());
   all.tiles = memory.take<float>(false, 1LL * all.schedule.tiles() * MOMENT_TILE);

@@ -45,19 +45,20 @@ __device__ inline int rest_of(const CovarianceArguments& arguments, const Longes
 __device__ inline float column_mean(const CovarianceArguments& arguments, const Longest& longest,
                                     bool is_y, int column) {
   double total = column_sum(arguments, is_y, column);
+  const float pivot = pivot_of(arguments, is_y, column);
   const int rest = rest_of(arguments, longest);
   const CovarianceSide& side = is_y ? arguments.y : arguments.x;
   if (longest.count == 0 || rest == 0 || column >= side.width) {
-    return static_cast<float>(total / arguments.rows);
+    return static_cast<float>(pivot + total / arguments.rows);
   }
   const auto* features = static_cast<const Bf16*>(side.features) + column;
 #pragma unroll
   for (int s = 0; s < LONGEST; ++s) {
     if (s < longest.count) {
-      total -= static_cast<double>(to_float(features[longest.rows[s] * side.stride]));
+      total -= static_cast<double>(to_float(features[longest.rows[s] * side.stride]) - pivot);
     }
   }
-  return static_cast<float>(total / rest);
+  return static_cast<float>(pivot + total / rest);
 }
 
 // A row by its share of all energy: the larger one first, and of equal ones the first row. None: 0.
@@ -124,8 +125,9 @@ __global__ void __launch_bounds__(STATISTICS_THREADS)
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, width = arguments.width;
   const RowRun run = row_run(arguments);
   for (int i = threadIdx.x; i < 2 * width; i += blockDim.x) {
-    const double sum = column_sum(arguments, i >= width, i >= width ? i - width : i);
-    means[i] = static_cast<float>(sum / arguments.rows);
+    const int column = i >= width ? i - width : i;
+    const double sum = column_sum(arguments, i >= width, column);
+    means[i] = static_cast<float>(pivot_of(arguments, i >= width, column) + sum / arguments.rows);
   }
   double statistics[STATISTICS];
   read_statistics(arguments, statistics, scratch.sums);

@@ -63,6 +63,9 @@ __device__ inline void add_row(const CovarianceArguments& arguments, const Longe
                                const float (&y)[LONGEST], double (&totals)[ROW_SUMS]) {
   double k = -static_cast<double>(energy[0]), l = -static_cast<double>(energy[1]);
   double xx = 0, yy = 0, xy = 0;
+  const bool is_long = longest.has(row);
+  // Each row with a long one, and that one with the row, once.
+  const double times = is_long ? 1 : 2;
   float* terms = arguments.row_terms + row;
   const long long rows = arguments.rows;
 #pragma unroll
@@ -88,18 +91,12 @@ __device__ inline void add_row(const CovarianceArguments& arguments, const Longe
   totals[SQUARE_K] += k * k;
   totals[SQUARE_L] += l * l;
   totals[PRODUCT_KL] += k * l;
-  if (longest.has(row)) {
-    totals[PAIRS_XX] += xx;
-    totals[PAIRS_YY] += yy;
-    totals[PAIRS_XY] += xy;
-  } else {
-    const double r = energy[0], q = energy[1];
-    totals[PAIRS_XX] -= r * r;
-    totals[PAIRS_YY] -= q * q;
-    totals[PAIRS_XY] -= r * q;
-    totals[REST_X] += r;
-    totals[REST_Y] += q;
-  }
+  const double r = energy[0], q = energy[1];
+  totals[PAIRS_XX] += times * xx - (is_long ? 0 : r * r);
+  totals[PAIRS_YY] += times * yy - (is_long ? 0 : q * q);
+  totals[PAIRS_XY] += times * xy - (is_long ? 0 : r * q);
+  totals[REST_X] += is_long ? 0 : r;
+  totals[REST_Y] += is_long ? 0 : q;
 }
 
 // 128 columns of the chunk of a long row, without the long rows.

@@ -1,5 +1,8 @@
 // Sums and energies of columns: what linear CKA in covariance form needs beside its second moments.
 //
+// All about a pivot, for each column the middle one of three rows' elements: near the mean where no two
+// of the three are far from it, however far from 0, and the mean itself where all rows are alike.
+//
 // Bytes: the features once.
 #pragma once
 
@@ -12,14 +15,18 @@ namespace rift {
 constexpr int STATISTICS_THREADS = 256;
 
 struct StatisticsScratch {
-  float parts[STATISTICS_THREADS / 32][7][STATISTICS_COLUMNS];
+  float parts[STATISTICS_THREADS / 32][5][STATISTICS_COLUMNS];
   double sums[STATISTICS * STATISTICS_THREADS / 32];
 };
+
+__device__ inline float middle(float a, float b, float c) {
+  return max(min(a, b), min(max(a, b), c));
+}
 
 // A block owns 64 columns of both sides over a segment of rows; a warp every 8th row of them.
 __global__ void __launch_bounds__(STATISTICS_THREADS)
     statistics_kernel(const __grid_constant__ CovarianceArguments arguments) {
-  constexpr int WARPS = STATISTICS_THREADS / 32, COLUMNS = STATISTICS_COLUMNS, KINDS = 7;
+  constexpr int WARPS = STATISTICS_THREADS / 32, COLUMNS = STATISTICS_COLUMNS, KINDS = 5;
   auto& scratch = *reinterpret_cast<StatisticsScratch*>(shared_memory());
   const int blocks = arguments.width / COLUMNS;
   const int block = blockIdx.x % blocks, segment = blockIdx.x / blocks;
@@ -36,20 +43,25 @@ __global__ void __launch_bounds__(STATISTICS_THREADS)
 #pragma unroll
   for (int k = 0; k < 2; ++k) {
     const int within = lane + 32 * k, column = block * COLUMNS + within;
-    const float pivot_x = read(x, arguments.x, 0, column);
-    const float pivot_y = read(y, arguments.y, 0, column);
+    const int second = arguments.rows / 3, third = 2 * arguments.rows / 3;
+    const float pivot_x = middle(read(x, arguments.x, 0, column), read(x, arguments.x, second, column),
+                                 read(x, arguments.x, third, column));
+    const float pivot_y = middle(read(y, arguments.y, 0, column), read(y, arguments.y, second, column),
+                                 read(y, arguments.y, third, column));
+    if (segment == 0 && warp == 0) {
+      arguments.pivots[column] = pivot_x;
+      arguments.pivots[arguments.width + column] = pivot_y;
+    }
     float kinds[KINDS] = {};
 #pragma unroll 4
     for (int row = begin + warp; row < end; row += WARPS) {
-      const float a = read(x, arguments.x, row, column), b = read(y, arguments.y, row, column);
-      const float from_x = a - pivot_x, from_y = b - pivot_y;
+      const float a = read(x, arguments.x, row, column) - pivot_x;
+      const float b = read(y, arguments.y, row, column) - pivot_y;
       kinds[0] += a;
       kinds[1] += b;
-      kinds[2] += from_x;
-      kinds[3] += from_y;
-      kinds[4] += from_x * from_x;
-      kinds[5] += from_y * from_y;
-      kinds[6] += from_x * from_y;
+      kinds[2] += a * a;
+      kinds[3] += b * b;
+      kinds[4] += a * b;
     }
 #pragma unroll
     for (int kind = 0; kind < KINDS; ++kind) scratch.parts[warp][kind][within] = kinds[kind];
@@ -66,11 +78,11 @@ __global__ void __launch_bounds__(STATISTICS_THREADS)
     sums[0] = kinds[0];
     sums[arguments.segments * arguments.width] = kinds[1];
     const float share = end > begin ? 1 / static_cast<float>(end - begin) : 0;
-    totals[PIVOT_X] = kinds[4];
-    totals[PIVOT_Y] = kinds[5];
-    totals[ENERGY_X] = kinds[4] - kinds[2] * kinds[2] * share;
-    totals[ENERGY_Y] = kinds[5] - kinds[3] * kinds[3] * share;
-    totals[ENERGY_XY] = kinds[6] - kinds[2] * kinds[3] * share;
+    totals[PIVOT_X] = kinds[2];
+    totals[PIVOT_Y] = kinds[3];
+    totals[ENERGY_X] = kinds[2] - kinds[0] * kinds[0] * share;
+    totals[ENERGY_Y] = kinds[3] - kinds[1] * kinds[1] * share;
+    totals[ENERGY_XY] = kinds[4] - kinds[0] * kinds[1] * share;
   }
   block_sums(totals, scratch.sums);
   if (threadIdx.x < STATISTICS) {
@@ -103,6 +115,11 @@ __device__ inline float inverse_scale(double energy, double pivot) {
   return e == 0 ? 1 : static_cast<float>(1 / sqrt(e));
 }
 
+__device__ inline float pivot_of(const CovarianceArguments& arguments, bool is_y, int column) {
+  return arguments.pivots[is_y * arguments.width + column];
+}
+
+// About the pivot.
 __device__ inline double column_sum(const CovarianceArguments& arguments, bool is_y, int column) {
   const float* sums = arguments.sums + (is_y ? arguments.segments * arguments.width : 0) + column;
   double total = 0;

@@ -68,11 +68,15 @@ def test_low_halves_are_multiplied_where_they_matter(near) -> None:
         assert not is_full(x, y, "medium")
 
 
-def test_one_row_that_differs() -> None:
+@pytest.mark.parametrize("rows", [60, 200])
+@pytest.mark.parametrize("length", [1, 1e5], ids=["", "long rows in the other"])
+@pytest.mark.parametrize("offset", [0.0, 30.0])
+def test_one_row_that_differs(rows, length, offset) -> None:
     """Debiased, that is no variance: what is left is made of rounding."""
-    x, y, _ = cases.Case("", 60, 16, 16).features(torch.bfloat16)
-    single = x[1].expand(60, 16).clone()
-    single[17] = x[2]
+    x, y, _ = cases.Case("", rows, 16, 16, offset=offset).features(torch.bfloat16)
+    single = x[1].expand(rows, 16).clone()
+    single[17] = x[2] * length
+    y[5:8] *= length
     for features in ((single, y), (y, single)):
         value, *grads = cases.value_and_gradients(rk.linear_cka, *features)
         assert value == 0
@@ -91,19 +95,21 @@ def with_long_rows(
 
 
 @pytest.mark.parametrize(
-    ("shape", "offset", "rows"),
+    ("shape", "offset", "rows", "factor"),
     [
         # The shortest ones are the last rows of their chunks, or two of one.
-        ((200, 24, 24), 0.0, (127,)),
-        ((200, 24, 24), 3.0, (7, 70, 71)),
-        ((200, 72, 136), 0.0, (0, 1, 2, 63, 64, 128, 198, 199)),
-        ((10, 4, 4), 0.0, (7, 2)),
+        ((200, 24, 24), 0.0, (127,), 3000.0),
+        ((200, 24, 24), 3.0, (7, 70, 71), 3000.0),
+        # Of modest length: terms count that are lost beside the longer ones.
+        ((200, 24, 24), 0.0, (7, 70, 71), 12.0),
+        ((200, 72, 136), 0.0, (0, 1, 2, 63, 64, 128, 198, 199), 3000.0),
+        ((10, 4, 4), 0.0, (7, 2), 3000.0),
     ],
     ids=str,
 )
-def test_long_rows(shape, offset, rows) -> None:
+def test_long_rows(shape, offset, rows, factor) -> None:
     """Debiased, nearly all that moments of such rows add would be taken off again."""
-    x, y = with_long_rows(cases.Case("", *shape, offset=offset), rows)
+    x, y = with_long_rows(cases.Case("", *shape, offset=offset), rows, factor)
     close(cases.CKA, x, y)
     # All other rows on their own: beside the long ones' gradients theirs may be small.
     grads = cases.value_and_gradients(rk.linear_cka, x, y)[1:]
