@@ -35,7 +35,7 @@ INTERPRETED_VALUES = {
     "factor": (1e-17, 1e17),
     "threads": (1,),
     "programs": (2, 11),
-    "which": ("one", "eight"),
+    "which": ("one", "eight", "modest"),
     "related": ("independent",),
 }
 

@@ -122,7 +122,7 @@ def test_massive_activation(
         assert cases.relative_error(got, wanted) <= (4e-3 if has_kernels else exact)
 
 
-LONG_ROWS = {"one": 1, "eight": 8, "alike": 8, "twelve": 12}
+LONG_ROWS = {"one": 1, "eight": 8, "modest": 8, "alike": 8, "twelve": 12}
 GRADIENT = {torch.float64: 1e-11, torch.float32: 1e-4, torch.bfloat16: 4e-3}
 
 
@@ -131,7 +131,10 @@ GRADIENT = {torch.float64: 1e-11, torch.float32: 1e-4, torch.bfloat16: 4e-3}
 @pytest.mark.parametrize("dtype", GRADIENT, ids=str)
 @pytest.mark.parametrize("which", LONG_ROWS)
 def test_long_rows(which, dtype, column, related, force_form, device, has_kernels) -> None:
-    """One, as many as are kept apart, of one direction or of several, and more than that."""
+    """One, as many as are kept apart, of one direction or of several, and more than that.
+
+    Beside those of modest length, terms count that are lost beside the longer ones.
+    """
     force_form("covariance")
     x, y = (t.clone() for t in cases.near_pair(96, 24, 1e-2, related == "rotated"))
     if related == "independent":
@@ -140,7 +143,7 @@ def test_long_rows(which, dtype, column, related, force_form, device, has_kernel
         long = side[5 : 5 + LONG_ROWS[which]]
         if which == "alike":
             long.copy_(long[0] + 0.1 * long)
-        long *= 3000
+        long *= 10 if which == "modest" else 3000
         side[:, 5] *= column
         side += 3
     x, y = x.to(dtype), y.to(dtype)
@@ -231,17 +234,19 @@ def test_debiased_with_few_rows_of_wide_features(shape, device, has_kernels) -> 
 @pytest.mark.parametrize(
     "shape", [(8, 5), (16, 64), (32, 768), (40, 5), (100, 3), (64, 16)], ids=str
 )
-def test_one_distinct_row_is_no_similarity(shape, device) -> None:
+@pytest.mark.parametrize("length", [1, 1e5], ids=["", "long rows in the other"])
+def test_one_distinct_row_is_no_similarity(shape, length, device) -> None:
     """Without that row's own share nothing varies; what rounding leaves must not be divided by."""
     rows, width = shape
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(1, width, generator=generator).repeat(rows, 1)
-    x[0] += torch.randn(width, generator=generator)
+    x[0] += length * torch.randn(width, generator=generator)
     y = torch.randn(rows, width, generator=generator)
-    values, grad_x, grad_y = cases.value_and_gradients(cases.CKA, x.to(device), y.to(device))
-    assert float(values) == 0
-    assert not grad_x.any()
-    assert not grad_y.any()
+    y[4:6] *= length
+    for features in ((x, y), (y, x)):
+        value, *grads = cases.value_and_gradients(cases.CKA, *(t.to(device) for t in features))
+        assert float(value) == 0
+        assert not any(grad.any() for grad in grads)
 
 
 @pytest.mark.eager_only
