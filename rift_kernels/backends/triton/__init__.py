@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from . import covariance_form, gram_form, interpreter, launch, products
-from .layers import MAX_LAYERS, Layers, pack
+from .layers import MAX_LAYERS, Layers, alike, pack
 
 if interpreter.is_active():
     interpreter.mend()
@@ -30,18 +30,32 @@ def _slots(gram: Sequence[bool]) -> int:
     return -(-len(gram) // launches)
 
 
-def _groups(gram: Sequence[bool]) -> list[tuple[bool, list[int]]]:
+def _groups(gram: Sequence[bool]) -> list[list[int]]:
     """The layers of each launch, which are of one form."""
     slots, groups = _slots(gram), []
     for form in (False, True):
         indices = [i for i, g in enumerate(gram) if g == form]
-        groups += [(form, indices[at : at + slots]) for at in range(0, len(indices), slots)]
+        groups += [indices[at : at + slots] for at in range(0, len(indices), slots)]
     return groups
 
 
 def _some(tensors: Sequence[Tensor], indices: list[int]) -> list[Tensor]:
     """The tensors of these layers; a mask may be one for all."""
     return [tensors[i] for i in indices] if len(tensors) > 1 else list(tensors)
+
+
+def _launches(
+    students: Sequence[Tensor],
+    teachers: Sequence[Tensor],
+    masks: Sequence[Tensor],
+    gram: Sequence[bool],
+    groups: Sequence[list[int]],
+) -> list[Layers]:
+    slots, packed = _slots(gram), []
+    for indices in groups:
+        x, y, valid = (_some(side, indices) for side in (students, teachers, masks))
+        packed.append(pack(x, y, valid, slots))
+    return packed if len(packed) == 1 else alike(packed)
 
 
 def _forward(
@@ -53,12 +67,12 @@ def _forward(
 ) -> tuple[Tensor, list[Tensor]]:
     """Values, and what the backward needs beside the features, group after group."""
     values: list[Tensor] = [students[0]] * len(gram)
-    saved, slots = [], _slots(gram)
+    saved, groups = [], _groups(gram)
     with torch.cuda.device_of(students[0]):
-        for form, indices in _groups(gram):
-            x, y, valid = (_some(tensors, indices) for tensors in (students, teachers, masks))
-            value, kept = measure(pack(x, y, valid, slots), form)
-            if len(indices) == len(gram):
+        launches = _launches(students, teachers, masks, gram, groups)
+        for indices, layers in zip(groups, launches, strict=True):
+            value, kept = measure(layers, gram[indices[0]])
+            if len(groups) == 1:
                 return value, kept
             for i, one in zip(indices, value.unbind(), strict=True):
                 values[i] = one
@@ -124,12 +138,12 @@ def fused_bwd(
     students, teachers = students or teachers, teachers or students
     grads: list[Tensor] = [grad_values] * (2 * count)
     incoming = grad_values.reshape(-1).contiguous()
-    groups, slots = _groups(gram), _slots(gram)
+    groups = _groups(gram)
     at = 0
     with torch.cuda.device_of(grad_values):
-        for form, indices in groups:
-            x, y, valid = (_some(tensors, indices) for tensors in (students, teachers, masks))
-            layers = pack(x, y, valid, slots)
+        launches = _launches(students, teachers, masks, gram, groups)
+        for indices, layers in zip(groups, launches, strict=True):
+            form = gram[indices[0]]
             kept = saved[at : at + (gram_form.SAVED if form else covariance_form.SAVED)]
             at += len(kept)
             mine = incoming

@@ -62,7 +62,7 @@ _found: dict[tuple[object, ...], Config] = {}
 
 def configuration(layers: Layers, form: str) -> Config:
     """The entry for these layers. Every call of a loss comes here, so the way is short."""
-    side = layers.max_rows if form == "gram" else max(*layers.x.widths, *layers.y.widths)
+    side = layers.max_rows if form == "gram" else layers.widest
     size = 0 if side <= 64 else 1 if side <= 128 else 2
     is_aligned = layers.vector > 1
     key = layers.device, layers.exact, form, size, is_aligned

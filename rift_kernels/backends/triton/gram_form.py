@@ -68,9 +68,8 @@ def _small_gram(
     distance: bool,
     store: bool,
 ) -> None:
-    widest = max(*layers.x.widths, *layers.y.widths)
-    programs = power_of_two(-(-widest // config.small_share))
-    share = round_up(-(-widest // programs), config.small_k)
+    programs = power_of_two(-(-layers.widest // config.small_share))
+    share = round_up(-(-layers.widest // programs), config.small_k)
     rows = small_rows(layers)
     workspace = layers.empty(layers.entries * programs * (2 * rows * rows + 4))
     # Fresh ones, at the price of one small launch: memory kept between calls would have to be one a

@@ -67,7 +67,9 @@ class Layers(NamedTuple):
     exact: bool
     # Without features (an empty batch) or with shapes only (torch.compile traces): no launch.
     idle: bool
-    vector: int  # of both sides
+    # Of both sides, the least and the most that a launch of the call has.
+    vector: int
+    widest: int
 
     def empty(self, *size: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """Uninitialised memory on the device."""
@@ -184,4 +186,12 @@ def pack(
         exact=dtype != torch.bfloat16,
         idle=idle,
         vector=min(x.vector, y.vector),
+        widest=max(*x.widths, *y.widths),
     )
+
+
+def alike(launches: list[Layers]) -> list[Layers]:
+    """With the same constants, so that nothing is compiled where other layers come together."""
+    vector = min(layers.vector for layers in launches)
+    widest = max(layers.widest for layers in launches)
+    return [layers._replace(vector=vector, widest=widest) for layers in launches]
