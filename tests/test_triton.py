@@ -207,6 +207,12 @@ def test_which_rows_are_long(device) -> None:
     y[3] *= 20
     x[20], y[20] = 9 * x[5], 9 * y[5]
     assert long_rows(x, y) == ([170, 3, 20], [5, 0])
+    # Compared with what is left without the longer ones.
+    both = x[:100].clone(), y[:100].clone()
+    for side, row in zip(both, (7, 31), strict=True):
+        side[row] *= 3000
+        side[row + 1] *= 7
+    assert sorted(long_rows(*both)[0]) == [3, 7, 8, 20, 31, 32]
     # Alike, the first ones; a masked row is none, however long.
     x[40:60] = 3000 * x[0]
     mask = torch.ones(200, dtype=torch.bool, device=device)
