@@ -228,6 +228,14 @@ def test_which_rows_are_long(device) -> None:
     assert long_rows(x, y, mask)[0] == []
 
 
+def test_rows_of_one_length_that_are_compared_apart(monkeypatch, device) -> None:
+    """By one of two programs, 1,024 at once: the first row comes first all the same."""
+    monkeypatch.setattr(covariance_form, "processors", lambda _: 1)
+    x, y = (t.detach().clone() for t in pair(2500, 24, device))
+    x[[5, 1200, 2490]] = 50 * x[0]
+    assert long_rows(x, y)[0] == [5, 1200, 2490]
+
+
 @pytest.mark.parametrize("how", ["pointers", "descriptors"])
 @pytest.mark.parametrize("rows", [[0, 5, 70, 199], list(range(60, 68))], ids=len)
 def test_long_rows_stay_out_of_any_chunk(rows, how, force_form, monkeypatch, device) -> None:
