@@ -234,17 +234,19 @@ def test_debiased_with_few_rows_of_wide_features(shape, device, has_kernels) -> 
 @pytest.mark.parametrize(
     "shape", [(8, 5), (16, 64), (32, 768), (40, 5), (100, 3), (64, 16)], ids=str
 )
-@pytest.mark.parametrize("length", [1, 1e5], ids=["", "long rows in the other"])
-def test_one_distinct_row_is_no_similarity(shape, length, device) -> None:
+@pytest.mark.parametrize(
+    ("length", "offset"), [(1, 0), (1e5, 1000)], ids=["", "long rows in the other, offset"]
+)
+def test_one_distinct_row_is_no_similarity(shape, length, offset, device) -> None:
     """Without that row's own share nothing varies; what rounding leaves must not be divided by."""
     rows, width = shape
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(1, width, generator=generator).repeat(rows, 1)
+    x = torch.randn(1, width, generator=generator).repeat(rows, 1) + offset
     x[0] += length * torch.randn(width, generator=generator)
     y = torch.randn(rows, width, generator=generator)
     y[4:6] *= length
-    for features in ((x, y), (y, x)):
-        value, *grads = cases.value_and_gradients(cases.CKA, *(t.to(device) for t in features))
+    for sides in ((x, y), (y, x)):
+        value, *grads = cases.value_and_gradients(cases.CKA, *(t.to(device) for t in sides))
         assert float(value) == 0
         assert not any(grad.any() for grad in grads)
 
