@@ -18,6 +18,7 @@ def section(path: Path) -> str:
     """A row a kernel and kind of features, a column a target: the most that any case needs."""
     content = json.loads(path.read_text(encoding="utf-8"))
     version = content.pop("triton")
+    del content["sources"]
     most: dict[str, dict[str, tuple[int, int]]] = {}
     for target, cases in content.items():
         for case, kernels in cases.items():

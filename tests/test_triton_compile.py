@@ -1,6 +1,8 @@
 """What the Triton kernels compile to on every architecture: found without a GPU.
 
-In a process of its own, because triton decides at import whether it compiles or interprets.
+All of it is in a table, which knows the sources that it is of. A quarter is compiled anew, or, with
+another triton than the table's, all; in a process of its own, because triton decides at import
+whether it compiles or interprets.
 """
 
 import os
@@ -45,10 +47,11 @@ every_case = pytest.mark.parametrize(
 
 
 @pytest.fixture(scope="session")
-def measured(tmp_path_factory: pytest.TempPathFactory) -> Results:
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Results:
     path = tmp_path_factory.mktemp("triton") / "resources.json"
+    sample = ["--sample"] if triton.__version__ == PINNED else []
     result = subprocess.run(
-        [sys.executable, "-m", "tests.triton_compile", "--out", str(path)],
+        [sys.executable, "-m", "tests.triton_compile", *sample, "--out", str(path)],
         cwd=ROOT,
         env={name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"},
         capture_output=True,
@@ -56,12 +59,19 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Results:
         check=False,
     )
     assert result.returncode == 0, result.stderr
-    return triton_compile.loaded(path)[1]
+    return triton_compile.loaded(path).results
+
+
+@pytest.fixture(scope="session")
+def all_kernels(compiled: Results) -> Results:
+    """What was compiled, and what else the table has."""
+    table = triton_compile.loaded(triton_compile.RESULT).results
+    return {target: {**table[target], **compiled[target]} for target in TARGETS}
 
 
 @pytest.fixture
-def kernels(measured: Results, target: str, case: str) -> list[Resources]:
-    found = measured[target][case]
+def kernels(all_kernels: Results, target: str, case: str) -> list[Resources]:
+    found = all_kernels[target][case]
     if (target, case) in NOT_COMPILED:
         assert found == [], "these products are torch's"
         pytest.skip(f"needs a triton that compiles float64 products for {target}")
@@ -119,11 +129,25 @@ def test_asynchronous_copies(case: str, kernels: list[Resources]) -> None:
 @pytest.mark.skipif(
     triton.__version__ != PINNED, reason=f"needs triton {PINNED}, which the table is of"
 )
-def test_table_is_current(measured: Results) -> None:
+def test_table_is_current(compiled: Results) -> None:
     """Run ``python -m tests.triton_compile`` where this fails, and look at the difference."""
-    version, expected = triton_compile.loaded(triton_compile.RESULT)
-    assert version == PINNED
-    assert measured == expected
+    table = triton_compile.loaded(triton_compile.RESULT)
+    assert table.triton == PINNED
+    assert table.sources == triton_compile.sources()
+    assert compiled.keys() == set(TARGETS)
+    for target, cases in compiled.items():
+        assert cases == {case: table.results[target][case] for case in cases}
+
+
+def test_the_sample_has_every_case_and_on_every_target_most_kernels() -> None:
+    table = triton_compile.loaded(triton_compile.RESULT).results
+    kernels: dict[str, set[str]] = {target: set() for target in TARGETS}
+    for target, case in triton_compile.sample():
+        rows = table[target][case]
+        kernels[target] |= set() if isinstance(rows, str) else {row.kernel for row in rows}
+    assert {case for _, case in triton_compile.sample()} == CASES.keys()
+    rare = {"blocks_kernel", "product_kernel"}
+    assert all(found >= set.union(*kernels.values()) - rare for found in kernels.values())
 
 
 def test_markdown() -> None:

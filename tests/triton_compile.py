@@ -2,6 +2,7 @@
 
     python -m tests.triton_compile             benchmarks/results/triton-resources.json anew
     python -m tests.triton_compile sm90 gram   a look at some: a target, a word of the cases' names
+    python -m tests.triton_compile --sample    every case on one target, which is what tests look at
 
 The launchers run on CPU tensors, with recorders in place of the kernels, and triton believes that
 the target is there: types, alignments and constants are what a launch on it would have. A case is
@@ -11,6 +12,7 @@ a line of ``CASES``, and covers whatever kernels its launchers launch.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import importlib
 import json
 import multiprocessing
@@ -38,7 +40,8 @@ from rift_kernels.backends.triton import config, products
 
 from .triton_resources import Resources, resources
 
-RESULT = Path(__file__).parent.parent / "benchmarks" / "results" / "triton-resources.json"
+ROOT = Path(__file__).parent.parent
+RESULT = ROOT / "benchmarks" / "results" / "triton-resources.json"
 Results = dict[str, dict[str, list[Resources] | str]]
 bf16, fp16, fp32, fp64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 
@@ -263,17 +266,39 @@ def _isolated(job: tuple[str, str]) -> list[Resources] | str:
         return f"the compiler ended with exit code {child.exitcode}"
 
 
-def measured(targets: Sequence[str], cases: Sequence[str]) -> Results:
-    """All cases on all targets."""
-    jobs = [(target, case) for target in targets for case in cases]
+def sources() -> str:
+    """A hash of what decides what a case compiles to: kernels, launchers, configurations, cases."""
+    folder = Path(kernels.__file__).parent
+    files = [
+        *folder.glob("*.py"),
+        *folder.glob("*.json"),
+        *Path(__file__).parent.glob("triton_*.py"),
+    ]
+    total = hashlib.sha256()
+    for file in sorted(files, key=lambda file: file.name):
+        total.update(file.read_bytes())
+    return total.hexdigest()
+
+
+def sample() -> list[tuple[str, str]]:
+    """Every case on one target, every target with as many."""
+    targets = list(TARGETS)
+    return [(targets[i % len(targets)], case) for i, case in enumerate(CASES)]
+
+
+def measured(jobs: Sequence[tuple[str, str]]) -> Results:
+    """What these cases compile to on these targets."""
     with ThreadPoolExecutor(min(os.cpu_count() or 1, 8)) as pool:
-        results = dict(zip(jobs, pool.map(_isolated, jobs), strict=True))
-    return {t: {c: results[t, c] for c in cases} for t in targets}
+        found = dict(zip(jobs, pool.map(_isolated, jobs), strict=True))
+    results: Results = {}
+    for (target, case), rows in found.items():
+        results.setdefault(target, {})[case] = rows
+    return results
 
 
 def dumped(results: Results) -> str:
     """As JSON with a kernel a line, to be compared line by line."""
-    lines = [f' "triton": "{triton.__version__}"']
+    lines = [f' "triton": "{triton.__version__}"', f' "sources": "{sources()}"']
     for target, cases in results.items():
         texts = []
         for case, rows in cases.items():
@@ -286,15 +311,23 @@ def dumped(results: Results) -> str:
     return "{\n" + ",\n".join(lines) + "\n}\n"
 
 
-def loaded(path: Path) -> tuple[str, Results]:
-    """The version of triton, and the results of it."""
+class Table(NamedTuple):
+    """A result file."""
+
+    triton: str  # its version
+    sources: str
+    results: Results
+
+
+def loaded(path: Path) -> Table:
+    """What :func:`dumped` has written."""
     content = json.loads(path.read_text(encoding="utf-8"))
-    version = content.pop("triton")
+    triton_version, of_sources = content.pop("triton"), content.pop("sources")
     for cases in content.values():
         for case, rows in cases.items():
             if not isinstance(rows, str):
                 cases[case] = [Resources(**row) for row in rows]
-    return version, content
+    return Table(triton_version, of_sources, content)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -302,12 +335,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "words", nargs="*", help="targets, and words that cases have in their names"
     )
+    parser.add_argument("--sample", action="store_true", help="every case on one target")
     parser.add_argument("--out", type=Path, default=RESULT)
     options = parser.parse_args(arguments)
     targets = [word for word in options.words if word in TARGETS] or list(TARGETS)
     rest = [word for word in options.words if word not in TARGETS]
     cases = [case for case in CASES if all(word in case for word in rest)]
-    results = measured(targets, cases)
+    jobs = sample() if options.sample else [(t, c) for t in targets for c in cases]
+    results = measured(jobs)
     if not options.words:
         options.out.write_text(dumped(results), encoding="utf-8")
         print(f"wrote {options.out}")
