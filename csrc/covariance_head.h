@@ -10,9 +10,9 @@
 //   H(X, Y) = sum_{i != j} K_ij L_ij + (sum k)(sum l) / ((n - 1)(n - 2)) - 2 / (n - 2) sum_i k_i l_i
 //   sum_{i != j} K_ij L_ij = ||C||^2 - sum_R K_ii L_ii + sum_{i != j, i or j in S} K_ij L_ij
 //
-// so that no difference has a term of a long row's with itself,
-// and the gradient has, beside the products, what U-centered K and L have of columns of S (V), less the
-// diagonal of R (w), and the part that is the same for all rows (g): see backward.cuh.
+// so that no difference has a term of a long row's with itself. The gradient has, beside the products,
+// what U-centered K and L have of columns of S (V), less the diagonal of R (w), and the part that is the
+// same for all rows (g): see backward.cuh.
 #pragma once
 
 #include <cmath>
