@@ -22,6 +22,7 @@ test: $(VENV)/ready
 	$(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n auto $(ARGS)
 
+test-oldest: export RIFT_KERNELS_CUDA = 0
 test-oldest: $(OLDEST_VENV)/ready
 	$(OLDEST_VENV)/bin/python -m pytest -n auto --dist loadfile $(ARGS)
 	TRITON_INTERPRET=1 $(OLDEST_VENV)/bin/python -m pytest -n auto $(ARGS)
@@ -74,6 +75,6 @@ $(OLDEST_VENV)/ready: pyproject.toml constraints.txt setup.py Makefile
 	$(PYTHON_OLDEST) -m venv $(OLDEST_VENV)
 	sed $(foreach pin,$(OLDEST),-e 's/^$(firstword $(subst =, ,$(pin)))==.*/$(pin)/') \
 		constraints.txt > $(OLDEST_VENV)/constraints.txt
-	RIFT_KERNELS_CUDA=0 $(OLDEST_VENV)/bin/python -m pip install --quiet \
+	$(OLDEST_VENV)/bin/python -m pip install --quiet \
 		--constraint $(OLDEST_VENV)/constraints.txt --editable ".[dev]"
 	touch $@

@@ -113,6 +113,7 @@ def install(put: Set = setattr) -> None:
         "max_memory_allocated": lambda *_: 5000,
         "reset_peak_memory_stats": lambda *_: None,
         "current_stream": lambda *_: Stream(),
+        "is_current_stream_capturing": lambda: False,
         "stream": lambda _: contextlib.nullcontext(),
         "graph": _capture,
         "Event": Event,
