@@ -68,8 +68,9 @@ def launchers(launched: list[Any]) -> None:
     from triton.backends.nvidia.driver import CudaLauncher
 
     for kernel in {kernel.hash: kernel for kernel in launched}.values():
-        # Once it lies in the cache, it cannot be loaded: there is no driver.
-        with contextlib.suppress(ImportError):
+        # Once it lies in the cache, it cannot be loaded: there is no driver. Triton 3.7 has no such
+        # code, and asks the driver at once.
+        with contextlib.suppress(ImportError, AttributeError):
             CudaLauncher(kernel.src, kernel.metadata)
     launched.clear()
 

@@ -16,6 +16,10 @@ from ._version import __version__
 
 BACKENDS = ("eager", "triton", "cuda")
 ENVIRONMENT_VARIABLE = "RIFT_KERNELS_BACKEND"
+# Asked once: torch 2.11 compiles nothing that asks.
+INSTALLED = {
+    name: importlib.util.find_spec(name) is not None for name in ("triton", "rift_kernels._C")
+}
 # In Gram form other kernels take more.
 SMALL_ROWS = 128
 Result = TypeVar("Result")
@@ -59,7 +63,7 @@ def reason_against(
 def _reason_against_cuda(
     device: torch.device | None, dtypes: Sequence[torch.dtype], problem: Problem | None
 ) -> str | None:
-    if importlib.util.find_spec("rift_kernels._C") is None:
+    if not INSTALLED["rift_kernels._C"]:
         return (
             "rift_kernels was installed without its CUDA kernels: put the toolkit's nvcc on PATH "
             "and install it again with RIFT_KERNELS_CUDA=1"
@@ -124,7 +128,7 @@ def _too_much_in_covariance_form(
 def _reason_against_triton(
     device: torch.device | None, dtypes: Sequence[torch.dtype]
 ) -> str | None:
-    if importlib.util.find_spec("triton") is None:
+    if not INSTALLED["triton"]:
         return "triton is not installed"
     if torch.float64 in dtypes:
         return "the Triton kernels take no float64, which the eager backend does"
@@ -291,7 +295,7 @@ def backend_report() -> str:
 
     Never raises; imports neither triton nor a CUDA extension.
     """
-    found = importlib.util.find_spec("triton")
+    found = INSTALLED["triton"]
     if torch.cuda.is_available():
         name, capability = torch.cuda.get_device_name(), torch.cuda.get_device_capability()
         gpu = f"{name} (sm_{capability[0]}{capability[1]})"
