@@ -2,7 +2,7 @@
 
     python -m tests.triton_compile             benchmarks/results/triton-resources.json anew
     python -m tests.triton_compile sm90 gram   a look at some: a target, a word of the cases' names
-    python -m tests.triton_compile --sample    every case on one target, which is what tests look at
+    python -m tests.triton_compile --sample --out FILE    every case on one target, as tests do
 
 The launchers run on CPU tensors, with recorders in place of the kernels, and triton believes that
 the target is there: types, alignments and constants are what a launch on it would have. A case is
@@ -338,6 +338,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--sample", action="store_true", help="every case on one target")
     parser.add_argument("--out", type=Path, default=RESULT)
     options = parser.parse_args(arguments)
+    if options.sample and options.out == RESULT:
+        parser.error("--sample needs --out: the table has all cases on all targets")
     targets = [word for word in options.words if word in TARGETS] or list(TARGETS)
     rest = [word for word in options.words if word not in TARGETS]
     cases = [case for case in CASES if all(word in case for word in rest)]
