@@ -92,6 +92,26 @@ with precompile.compiling("sm90") as launched:
 """
 
 
+LAUNCHED = """
+from benchmarks import precompile
+from tests.triton_compile import CASES
+
+with precompile._driver_to_link_with(), precompile.compiling("sm90") as launched:
+    CASES["gram of 16 rows bf16"]()
+    precompile.launchers(launched)
+    assert not launched
+"""
+
+
+def test_launchers_are_compiled_where_triton_has_some(tmp_path: Path) -> None:
+    pytest.importorskip("triton", reason="needs triton")
+    added = {"TRITON_CACHE_DIR": str(tmp_path), "TRITON_INTERPRET": "0"}
+    command = [sys.executable, "-c", LAUNCHED]
+    env, root = {**os.environ, **added}, environment.ROOT
+    done = subprocess.run(command, cwd=root, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 def test_a_kernel_is_compiled_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By this triton, and found by another process in another folder: nothing there is new."""
     pytest.importorskip("triton", reason="needs triton")
