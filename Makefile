@@ -29,8 +29,8 @@ test-oldest: $(OLDEST_VENV)/ready
 
 # What is computed, with other instructions and other sums than this processor's own: of SSE, of
 # AVX2, and of two threads.
-NUMERICS := $(addprefix tests/test_,autograd.py golden.py inputs.py matching.py matrix_functions.py \
-	measures.py numerics.py precision.py properties.py statistics.py)
+NUMERICS := tests/features/test_statistics.py $(addprefix tests/measures/test_,autograd.py golden.py \
+	inputs.py matching.py matrix_functions.py measures.py numerics.py precision.py properties.py)
 test-isa: $(VENV)/ready
 	ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_CBWR=COMPATIBLE \
 		$(BIN)/python -m pytest -n auto $(NUMERICS) $(ARGS)
@@ -62,7 +62,7 @@ clean:
 		.pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	find . -name __pycache__ -type d -exec rm -rf {} +
 
-$(VENV)/ready: pyproject.toml constraints.txt setup.py $(wildcard csrc/*)
+$(VENV)/ready: pyproject.toml constraints.txt setup.py $(wildcard csrc/* csrc/*/*)
 	@echo "Installing into $(VENV): about 2.5 GB, some minutes"
 	$(PYTHON) -m venv $(VENV)
 	RIFT_KERNELS_STRICT=1 $(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"

@@ -256,7 +256,7 @@ class BuildExtension(build_ext):
         jobs, threads = jobs_of(os.environ)
         if note:
             print(f"rift_kernels: {note}", flush=True)
-        compiler = [str(nvcc), *flags_of(os.environ)]
+        compiler = [str(nvcc), *flags_of(os.environ), "-I", str(Path("csrc").absolute())]
         text = build_ninja(compiler, architectures, sources, includes, target, threads)
         (folder / "build.ninja").write_text(text)
         run = subprocess.run([Path(ninja.BIN_DIR, "ninja"), *jobs, "-C", folder], check=False)
@@ -283,7 +283,7 @@ class LeaveOut(build_py):
 if __name__ == "__main__":
     if plan(os.environ).nvcc:  # asked now rather than after pip has fetched torch
         jobs_of(os.environ)
-        sources = [*map(str, sorted(Path("csrc").glob("*.cu"))), "csrc/bindings.cpp"]
+        sources = [*map(str, sorted(Path("csrc").rglob("*.cu"))), "csrc/bindings.cpp"]
         setup(
             ext_modules=[Extension("rift_kernels._C", sources)],
             cmdclass={"build_ext": BuildExtension},

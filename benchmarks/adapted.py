@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, interpolate
 
 import rift_kernels as rk
-from rift_kernels.models import evaluating, without_adapters
+from rift_kernels.features.forward_pass import evaluating, without_adapters
 
 from .vit import Size
 

@@ -28,7 +28,8 @@ _GROUP = "__grp__"
 def digest(architecture: str) -> str:
     """Of what the extension is made of."""
     found = hashlib.sha256(f"{architecture} {EXTENSION}".encode())
-    for path in [ROOT / "setup.py", *sorted((ROOT / "csrc").glob("*"))]:
+    sources = sorted(path for path in (ROOT / "csrc").rglob("*") if path.is_file())
+    for path in [ROOT / "setup.py", *sources]:
         found.update(path.name.encode() + path.read_bytes())
     return found.hexdigest()
 

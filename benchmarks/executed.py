@@ -1,7 +1,7 @@
 """How every kernel has been executed so far, as a Markdown table.
 
-From ``results/executed.json``, which ``python -m tests.executed`` writes, and from the results of
-``python -m rift_kernels check`` on GPUs that lie beside it.
+From ``results/executed.json``, which ``python -m tests.support.executed`` writes, and from the
+results of ``python -m rift_kernels check`` on GPUs that lie beside it.
 """
 
 from __future__ import annotations
@@ -94,10 +94,10 @@ def _explanation(content: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in content["versions"].items())
     return (
         "Numbers are of cases that agreed with float64 in value and gradient. From source: the "
-        "known answers that `auto` asks for, by Triton's interpreter and by `tests/emulator`. "
-        "Compiled: what the launchers launch, by an emulator of compiled code that looks for "
-        f"races; a case counts once a run, of which there were {counted} ({ways}: how tensor cores "
-        f"add, and when asynchronous operations complete).{missed} On a GPU: `python -m "
-        "rift_kernels check`, all dtypes of a family that launches the kernel. "
+        "known answers that `auto` asks for, by Triton's interpreter and by "
+        "`tests/support/emulator`. Compiled: what the launchers launch, by an emulator of compiled "
+        f"code that looks for races; a case counts once a run, of which there were {counted} "
+        f"({ways}: how tensor cores add, and when asynchronous operations complete).{missed} On a "
+        "GPU: `python -m rift_kernels check`, all dtypes of a family that launches the kernel. "
         f"With {versions}."
     )

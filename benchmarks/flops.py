@@ -8,7 +8,7 @@ there is no prediction.
 
 from __future__ import annotations
 
-from rift_kernels import dispatch
+from rift_kernels.dispatch import plan
 
 from .workloads import CKA_MEASURES, Workload
 
@@ -45,7 +45,7 @@ def rift_kernels(w: Workload) -> float | None:
     else:
         return None
     measure = "cka" if w.measure in CKA_MEASURES else w.measure
-    use_gram = dispatch.use_gram(measure, w.rows, w.width, w.width)
+    use_gram = plan.use_gram(measure, w.rows, w.width, w.width)
     return _layers(w, gram if use_gram else covariance)
 
 

@@ -1,9 +1,9 @@
 """A pytest plugin, ``-p benchmarks.gpu_tests``: of the suite what a GPU can change, restartable.
 
-Chosen are the tests that take the ``device`` fixture and those of tests/test_gpu.py; those that
-concern no kernel run last. RIFT_KERNELS_OUTCOMES names the file, a line of JSON a test: whatever
-ends the run leaves what was found until then, and what has passed by it is not run again. With
-several processes (``-n``), one in which a kernel has failed for good is replaced.
+Chosen are the tests that take the ``device`` fixture and those of tests/backends/test_gpu.py; those
+that concern no kernel run last. RIFT_KERNELS_OUTCOMES names the file, a line of JSON a test:
+whatever ends the run leaves what was found until then, and what has passed by it is not run again.
+With several processes (``-n``), one in which a kernel has failed for good is replaced.
 """
 
 from __future__ import annotations

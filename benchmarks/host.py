@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 import rift_kernels as rk
-from rift_kernels import dispatch
 from rift_kernels.backends import cuda
+from rift_kernels.dispatch import plan
 
 from . import tables
 
@@ -51,7 +51,7 @@ def without_launches() -> Iterator[None]:
         cka_small_plan=lambda *_: plan, cka_small=lambda *_: None, scale=lambda *_: None
     )
     with (
-        mock.patch.object(dispatch, "choose_backend", return_value="cuda"),
+        mock.patch.object(plan, "choose_backend", return_value="cuda"),
         mock.patch.object(cuda, "extension", return_value=nothing),
         mock.patch.object(cuda, "_stream", return_value=0),
         mock.patch.object(cuda, "_plan", return_value=plan),
@@ -118,8 +118,8 @@ def table() -> str:
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda" if on_gpu else "cpu")
     rows = [["an autograd.Function of one input", _cell(floor(device))]]
-    for backend in dispatch.BACKENDS:
-        if dispatch.reason_against(backend) is None:
+    for backend in plan.BACKENDS:
+        if plan.reason_against(backend) is None:
             for name, call in stages(backend, device).items():
                 rows.append([f"{backend}: {name}", _cell(call)])
     if not on_gpu:

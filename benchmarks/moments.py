@@ -1,4 +1,4 @@
-"""``python -m benchmarks.moments``: second moments, csrc/moments_sm80.cuh and _sm90.cuh, alone.
+"""``python -m benchmarks.moments``: second moments, csrc/cka_large/moments_*, alone.
 
 Checked against products in float32, and timed beside torch.mm on the same features, inputs in turn
 so that they come from memory. It says whether the kernels are worth it.
@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rift_kernels import dispatch
 from rift_kernels.backends import cuda
+from rift_kernels.dispatch import plan
 
 SHAPES = ((12608, 768), (50432, 1024), (65536, 4096))
 BLOCK = 128
@@ -88,8 +88,8 @@ def _seconds(calls: list[Callable[[], object]]) -> float:
 
 
 def main() -> int:
-    if dispatch.reason_against("cuda") is not None:
-        print(f"moments is not done: {dispatch.reason_against('cuda')}")
+    if plan.reason_against("cuda") is not None:
+        print(f"moments is not done: {plan.reason_against('cuda')}")
         return 0
     processors = torch.cuda.get_device_properties("cuda").multi_processor_count
     kinds = {"moments_sm80": False}

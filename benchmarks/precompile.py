@@ -30,7 +30,7 @@ from . import carried, environment, exercise, gpu_tests, providers, workloads
 
 # Of the processes of the tests, which this module is a plugin of: the target.
 VARIABLE = "RIFT_KERNELS_PRECOMPILE"
-# Targets in tests/triton_compile.py, and what nvcc calls them.
+# Targets in tests/support/triton_compile.py, and what nvcc calls them.
 TARGETS = {"sm80": "80", "sm90": "90a", "sm100": "100a"}
 PARTS = ("extension", "check", "bench", "exercise", "tests")
 HEADLINE = workloads.PROFILES["headline"].workloads
@@ -44,18 +44,18 @@ def compiling(target: str) -> Iterator[list[Any]]:
     """
     import pytest
 
-    from rift_kernels import dispatch
+    from rift_kernels.dispatch import plan
 
-    stand_in = importlib.import_module("tests.stand_in_gpu")
-    recorder = importlib.import_module("tests.triton_compile")
-    kept = {name: getattr(dispatch, name) for name in ("choose_backend", "reason_against")}
+    stand_in = importlib.import_module("tests.support.stand_in_gpu")
+    recorder = importlib.import_module("tests.support.triton_compile")
+    kept = {name: getattr(plan, name) for name in ("choose_backend", "reason_against")}
     with pytest.MonkeyPatch.context() as patch, recorder.recording(target) as launched:
         stand_in.install(patch.setattr)
         for name, function in kept.items():
-            patch.setattr(dispatch, name, function)
-        patch.setattr(dispatch, "_has_kernels", lambda _: True)
+            patch.setattr(plan, name, function)
+        patch.setattr(plan, "_has_kernels", lambda _: True)
         patch.setattr(
-            dispatch,
+            plan,
             "_reason_against_triton",
             lambda _, dtypes: "float64" if torch.float64 in dtypes else None,
         )
@@ -90,7 +90,8 @@ def _driver_to_link_with() -> Iterator[None]:
 
 
 def _check() -> None:
-    from rift_kernels import known_answers, trial
+    from rift_kernels.commands import trial
+    from rift_kernels.trust import known_answers
 
     for kernels in known_answers.ALL:
         for case in known_answers.cases_of(kernels, True) if kernels.backend == "triton" else ():
@@ -127,7 +128,14 @@ def _tests(target: str, jobs: int) -> None:
                 *(sys.executable, "-m", "pytest", "-p", "no:cacheprovider"),
                 *("-p", "benchmarks.gpu_tests", "-p", "benchmarks.precompile"),
                 # Those of test_gpu.py have features for a GPU, and kernels that others have, too.
-                *("-q", "--tb=no", "--no-summary", "--ignore=tests/test_gpu.py", *workers, "tests"),
+                *(
+                    "-q",
+                    "--tb=no",
+                    "--no-summary",
+                    "--ignore=tests/backends/test_gpu.py",
+                    *workers,
+                    "tests",
+                ),
             ],
             cwd=environment.ROOT,
             env={

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import rift_kernels
-from rift_kernels import dispatch
+from rift_kernels.dispatch import plan
 
 from . import baselines, flops
 from .workloads import AUTOTUNED, CKA_MEASURES, COMPILED, Inputs, Workload
@@ -62,7 +62,7 @@ def providers(device: torch.device, compiled: Sequence[str] = (COMPILED,)) -> li
     """
     return [
         Provider(NAIVE, _each_layer(baselines.NAIVE), flops=flops.naive),
-        *(_ours(backend) for backend in dispatch.BACKENDS),
+        *(_ours(backend) for backend in plan.BACKENDS),
         Provider(
             HAND_DERIVED,
             _each_layer({"cka_biased": baselines.hand_derived_cka}),
@@ -154,7 +154,7 @@ def _ours(backend: str) -> Provider:
     return Provider(
         OURS + backend,
         {measure: partial(values, function) for measure, function in functions.items()},
-        dispatch.reason_against(backend),
+        plan.reason_against(backend),
         flops.rift_kernels,
         torch.float32 if backend == "eager" else None,
         _suits_cuda if backend == "cuda" else lambda _: True,
@@ -165,7 +165,7 @@ def _suits_cuda(workload: Workload) -> bool:
     """What the CUDA kernels are for: few rows, or on Hopper many in bfloat16."""
     if workload.measure not in CKA_MEASURES:
         return False
-    if dispatch.use_gram("cka", workload.rows, workload.width, workload.width):
+    if plan.use_gram("cka", workload.rows, workload.width, workload.width):
         return workload.rows <= 128
     return workload.dtype == torch.bfloat16 and workload.valid == 1
 

@@ -1,7 +1,7 @@
 """The registers and shared memory of the kernels as Markdown tables.
 
-From ``results/triton-resources.json``, which ``python -m tests.triton_compile`` writes, and
-``results/cuda-resources.json``, which ``python -m tests.cuda_resources`` writes.
+From ``results/triton-resources.json``, which ``python -m tests.support.triton_compile`` writes, and
+``results/cuda-resources.json``, which ``python -m tests.support.cuda_resources`` writes.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def section(path: Path) -> str:
     ]
     caption = (
         "Registers a thread and KiB of shared memory a program, the most of all cases that "
-        f"`tests/triton_compile.py` compiles; triton {version}."
+        f"`tests/support/triton_compile.py` compiles; triton {version}."
     )
     return f"{markdown(['kernel', *content], rows)}\n\n{caption}"
 

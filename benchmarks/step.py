@@ -21,7 +21,7 @@ import torch
 from torch.nn.functional import cross_entropy
 from torch.utils.flop_counter import FlopCounterMode
 
-from rift_kernels import dispatch
+from rift_kernels.dispatch.plan import Problem, reason_against, use_gram
 
 from . import command, environment, files, measure, step_table
 from .finetuning import CLASS_TOKENS, TOKENS, Features, Finetuning, Step, Way
@@ -117,9 +117,9 @@ def plan(
 def _refusal(name: str, features: Features, profile: Profile, device: torch.device) -> str | None:
     """Why a backend does not take these features, if it does not."""
     w = features.workload(profile.size, profile.batch)
-    gram = dispatch.use_gram("cka", w.rows, w.width, w.width)
-    problem = dispatch.Problem("cka", (gram,) * w.layers, w.rows, w.width)
-    return dispatch.reason_against(name.removeprefix(OURS), device, [w.dtype], problem)
+    gram = use_gram("cka", w.rows, w.width, w.width)
+    problem = Problem("cka", (gram,) * w.layers, w.rows, w.width)
+    return reason_against(name.removeprefix(OURS), device, [w.dtype], problem)
 
 
 def predicted(

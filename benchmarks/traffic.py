@@ -1,9 +1,9 @@
 """What a batch over many GPUs should cost: bytes and time of both ways, for a table of DESIGN.md.
 
-Bytes are those that ``rift_kernels.distributed`` chooses by. Time is a model, not a measurement: a
-message takes its bytes at the rate of the slowest link that it crosses, and a latency for each of
-the hops that follow one another; computing takes the products at the machine's rate. Of the
-gathered batch, every rank computes all.
+Bytes are those that ``rift_kernels.dispatch.shared_batch`` chooses by. Time is a model, not a
+measurement: a message takes its bytes at the rate of the slowest link that it crosses, and a
+latency for each of the hops that follow one another; computing takes the products at the machine's
+rate. Of the gathered batch, every rank computes all.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 import torch
 
-from rift_kernels import dispatch, distributed
-from rift_kernels.checks import Layers
+from rift_kernels.dispatch import plan, shared_batch
+from rift_kernels.dispatch.checks import Layers
 
 RANKS = (8, 64, 512, 4096)
 NODE = 8  # GPUs that share fast links
@@ -59,7 +59,7 @@ def _hops(ranks: int) -> int:
 
 def _flops(rows: int, width: int) -> float:
     """Of forward and student gradient in the cheaper form."""
-    if dispatch.use_gram("cka", rows, width, width):
+    if plan.use_gram("cka", rows, width, width):
         return 4.0 * rows * rows * width
     return 8.0 * rows * width * width
 
@@ -69,10 +69,10 @@ def cost(shape: Shape, ranks: int, way: str) -> Cost:
     x = torch.empty(shape.rows, shape.width, dtype=torch.bfloat16, device="meta")
     given = Layers([x], [x], [])
     if way == "gathered":
-        received: float = distributed.bytes_gathered(given, [[shape.rows]] * ranks)
+        received: float = shared_batch.bytes_gathered(given, [[shape.rows]] * ranks)
         flops = _flops(shape.rows * ranks, shape.width)
     else:
-        received = distributed.bytes_summed(given, ranks)
+        received = shared_batch.bytes_summed(given, ranks)
         # Rows that stay where they are are summed in covariance form, however few they are.
         flops = 8.0 * shape.rows * shape.width**2
     rate = FAST if ranks <= NODE else SLOW

@@ -12,12 +12,12 @@
 #include <string>
 #include <vector>
 
-#include "cka_small.h"
-#include "covariance.h"
-#include "driver.h"
-#include "launch.h"
-#include "moments.h"
-#include "scale.h"
+#include "cka_large/cka_large.h"
+#include "cka_large/moments.h"
+#include "cka_small/cka_small.h"
+#include "cka_small/scale.h"
+#include "common/driver.h"
+#include "common/launch.h"
 
 namespace py = pybind11;
 
@@ -283,7 +283,7 @@ PYBIND11_MODULE(_C, module) {
       .def_readonly("entries", &rift::CkaSmallPlan::entries)
       .def_readonly("workspace", &rift::CkaSmallPlan::workspace);
   module.def("cka_small_plan", &cka_small_plan, "How a device runs layers of a size.");
-  module.def("cka_small", &cka_small, "Values and gradients; see csrc/cka_small.h.");
+  module.def("cka_small", &cka_small, "Values and gradients; see csrc/cka_small/cka_small.h.");
   py::class_<rift::MomentTile>(module, "MomentTile", py::module_local())
       .def_readonly("left_is_y", &rift::MomentTile::left_is_y)
       .def_readonly("right_is_y", &rift::MomentTile::right_is_y)
@@ -303,12 +303,12 @@ PYBIND11_MODULE(_C, module) {
         const rift::Piece piece = schedule.piece(program, index);
         return std::array<int, 4>{piece.square, piece.part, piece.first, piece.last};
       });
-  module.def("moments_schedule", &moments_schedule, "Who multiplies what; see csrc/schedule.h.");
-  module.def("moments", &moments, "Raw second moments; see csrc/moments.h.");
+  module.def("moments_schedule", &moments_schedule, "Who multiplies what; see csrc/cka_large/schedule.h.");
+  module.def("moments", &moments, "Raw second moments; see csrc/cka_large/moments.h.");
   py::class_<rift::CovarianceCall>(module, "CovarianceCall", py::module_local())
       .def(py::init(&covariance_call));
   module.def("covariance_memory", &covariance_memory, "Bytes of scratch, and for the backward.");
-  module.def("covariance_forward", &covariance_forward, "The value; see csrc/covariance.h.");
-  module.def("covariance_backward", &covariance_backward, "A gradient; see csrc/covariance.h.");
-  module.def("scale", &scale, "out = incoming * unit; see csrc/scale.h.");
+  module.def("covariance_forward", &covariance_forward, "The value; see csrc/cka_large/cka_large.h.");
+  module.def("covariance_backward", &covariance_backward, "A gradient; see csrc/cka_large/cka_large.h.");
+  module.def("scale", &scale, "out = incoming * unit; see csrc/cka_small/scale.h.");
 }

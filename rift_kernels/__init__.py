@@ -2,19 +2,14 @@
 
 from . import reference
 from ._version import __version__
-from .capture import FeatureCapture
-from .collect import collect_teacher_statistics
-from .dispatch import backend_report
-from .functional import (
-    bures_distance,
-    covariance_distance,
-    linear_cka,
-    procrustes_similarity,
-)
+from .commands.info import backend_report
+from .dispatch.second_moments import SecondMoments, cross_covariance, second_moments
+from .features.capture import FeatureCapture
+from .features.collect import collect_teacher_statistics
+from .features.statistics import TeacherStatistics, load_statistics, save_statistics
+from .functional import bures_distance, covariance_distance, linear_cka, procrustes_similarity
 from .losses import RIFTLoss
-from .moments import SecondMoments, cross_covariance, second_moments
 from .regularizer import RIFTRegularizer
-from .statistics import TeacherStatistics, load_statistics, save_statistics
 from .weighting import AdaptiveWeight
 
 __all__ = [

@@ -1,12 +1,18 @@
-"""``python -m rift_kernels``: what can run here, and why not; ``check`` tries it."""
+"""``python -m rift_kernels``: what can run here, and why not; ``check`` tries it; ``tune``."""
 
 import sys
 
-from . import check
-from .dispatch import backend_report
+from .commands.info import backend_report
 
-if sys.argv[1:2] == ["check"]:
-    sys.exit(check.main(sys.argv[2:]))
-if sys.argv[1:]:
-    sys.exit(f"usage: python -m rift_kernels [check ...]; got {' '.join(sys.argv[1:])!r}")
+command, *arguments = sys.argv[1:] or [""]
+if command == "check":
+    from .commands import check
+
+    sys.exit(check.main(arguments))
+if command == "tune":
+    from .commands import tune
+
+    sys.exit(tune.main(arguments))
+if command:
+    sys.exit(f"usage: python -m rift_kernels [check ... | tune ...]; got {command!r}")
 print(backend_report())

@@ -39,7 +39,7 @@ What all functions share
     process with the whole batch. A rank with wrong input makes all raise, and so does one that has
     ended; one that never calls does after the group's timeout. Which rows of a whole batch only a
     mask leaves is not checked where moments are summed: of too few, the value is NaN. torch.compile
-    breaks its graph there. See :mod:`rift_kernels.distributed`.
+    breaks its graph there. See :mod:`rift_kernels.dispatch.shared_batch`.
 
     Wrong input raises ``TypeError`` or ``ValueError`` that names the argument before anything runs.
     Too few valid rows raise ``ValueError``; where only the mask tells and reading it would stall
@@ -52,10 +52,10 @@ from typing import Any
 
 from torch import Tensor
 
-from . import checks, dispatch, distributed, matching, ops
-from .checks import Features, Mask
-from .distributed import Group
-from .matching import Teacher
+from .dispatch import autograd, checks, moment_matching, plan, shared_batch
+from .dispatch.checks import Features, Mask
+from .dispatch.moment_matching import Teacher
+from .dispatch.ranks import Group
 
 
 def linear_cka(
@@ -205,7 +205,7 @@ def covariance_distance(
     mean_weight = checks.number("mean_weight", mean_weight)
     if isinstance(rotation, str) or not checks.is_features(teacher):
         how = (scale, mean_weight, rotation, debiased, precision, backend, group)
-        return matching.covariance_distance(student, teacher, mask, *how)
+        return moment_matching.covariance_distance(student, teacher, mask, *how)
     return _measure(
         "covariance",
         (scale, mean_weight),
@@ -293,32 +293,32 @@ def _measure(
         return given
 
     asked = (name, *settings, rotation is not None, precision)
-    given, ranks = distributed.share(group, check, min_rows, asked)
+    given, ranks = shared_batch.share(group, check, min_rows, asked)
     matrices = checks.rotations(rotation, given)
     if ranks is not None and matrices:
         # Q's gradient has to be the same on all ranks, so Q is applied to what they share.
         scale, mean_weight = settings
         how = (scale, mean_weight, precision, backend)
-        return matching.of_moments(given, ranks, matrices, *how)
+        return moment_matching.of_moments(given, ranks, matrices, *how)
     teachers = given.teachers
     # A rotation makes the teacher as wide as the student.
     others = given.students if matrices else teachers
     shapes = [(*x.shape[-2:], y.shape[-1]) for x, y in zip(given.students, others, strict=True)]
     # Moments that ranks share are those of the covariance form.
-    gram = tuple(ranks is None and dispatch.use_gram(name, *shape) for shape in shapes)
+    gram = tuple(ranks is None and plan.use_gram(name, *shape) for shape in shapes)
     rows, width = max(n for n, _, _ in shapes), max(max(d1, d2) for _, d1, d2 in shapes)
     kind = name if ranks is None else "moments"
-    problem = dispatch.Problem(kind, gram, rows, width, len(given.masks) > 0)
+    problem = plan.Problem(kind, gram, rows, width, len(given.masks) > 0)
     if matrices:
         teachers = _rotate(given, matrices, precision)
 
     def values_by(chosen: str) -> Tensor:
-        call = ops.Call(name, settings, gram, precision, chosen, ranks, backend)
-        return ops.measure(call, given.students, teachers, given.masks)
+        call = autograd.Call(name, settings, gram, precision, chosen, ranks, backend)
+        return autograd.measure(call, given.students, teachers, given.masks)
 
     device, alone = teachers[0].device, ranks is None
     # Of ranks that talk to one another, none can do so once more by itself.
-    values = dispatch.run(values_by, backend, device, given.dtypes, problem, repeatable=alone)
+    values = plan.run(values_by, backend, device, given.dtypes, problem, repeatable=alone)
     return values.unsqueeze(0) if given.is_list and len(teachers) == 1 else values
 
 
@@ -328,5 +328,5 @@ def _rotate(given: checks.Layers, matrices: list[Tensor], precision: str) -> lis
         for mask in given.mask(i):
             # The rotation's gradient sums over rows, and 0 * NaN is not 0.
             y = y.masked_fill(~mask.unsqueeze(-1), 0.0)
-        teachers.append(ops.rotate(x, y, q, precision))
+        teachers.append(autograd.rotate(x, y, q, precision))
     return teachers

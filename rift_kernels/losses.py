@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
-from . import checks, dispatch, functional
-from .checks import Features, Mask
-from .distributed import Group
-from .matching import Teacher
+from . import functional
+from .dispatch import checks, plan
+from .dispatch.checks import Features, Mask
+from .dispatch.moment_matching import Teacher
+from .dispatch.ranks import Group
 from .weighting import AdaptiveWeight
 
 MEASURES = ("cka", "procrustes", "covariance", "bures")
@@ -90,7 +91,7 @@ class RIFTLoss(nn.Module):
         checks.option("rotation", rotation, ROTATIONS)
         checks.option("scale", scale, checks.SCALES)
         checks.option("precision", precision, checks.PRECISIONS)
-        checks.option("backend", backend, ("auto", *dispatch.BACKENDS))
+        checks.option("backend", backend, ("auto", *plan.BACKENDS))
         checks.flag("debiased", debiased)
         self.measure = measure
         self.debiased = debiased

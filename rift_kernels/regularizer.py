@@ -11,10 +11,16 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from .capture import FeatureCapture
+from .features.capture import FeatureCapture
+from .features.forward_pass import (
+    evaluating,
+    token_mask,
+    unwrapped,
+    without_adapters,
+    without_labels,
+)
+from .features.statistics import TeacherStatistics
 from .losses import RIFTLoss
-from .models import evaluating, token_mask, unwrapped, without_adapters, without_labels
-from .statistics import TeacherStatistics
 from .weighting import AdaptiveWeight
 
 Layers = str | Sequence[str] | Mapping[str, str]

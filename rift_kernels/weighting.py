@@ -8,7 +8,7 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from . import checks
+from .dispatch import checks
 
 
 class AdaptiveWeight(nn.Module):

@@ -15,8 +15,8 @@ from types import ModuleType
 import pytest
 import torch
 
-from rift_kernels import dispatch
 from rift_kernels.backends import cuda as cuda_backend
+from rift_kernels.dispatch import plan
 
 
 def patch_cuda(
@@ -27,9 +27,9 @@ def patch_cuda(
     form: str | None = None,
 ) -> None:
     """What :func:`cuda` replaces, for a caller with a MonkeyPatch of its own."""
-    patch.setattr(dispatch, "choose_backend", lambda *_: "cuda")
+    patch.setattr(plan, "choose_backend", lambda *_: "cuda")
     if form is not None:
-        patch.setattr(dispatch, "use_gram", lambda *_: form == "gram")
+        patch.setattr(plan, "use_gram", lambda *_: form == "gram")
     patch.setattr(cuda_backend, "extension", lambda: extension)
     patch.setattr(cuda_backend, "_stream", lambda _: 0)
     patch.setattr(cuda_backend, "_processors", lambda _: processors)
@@ -74,7 +74,7 @@ def triton(name: str, processors: int = 5, descriptor_rows: float | None = None)
     missing = set(replaced)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            dispatch,
+            plan,
             "_reason_against_triton",
             lambda _, dtypes: "float64" if torch.float64 in dtypes else None,
         )

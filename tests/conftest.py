@@ -10,9 +10,11 @@ import pytest
 import torch
 from torch import distributed
 
-from rift_kernels import dispatch, self_test, trust
 from rift_kernels.backends import cuda
-from tests import as_gpu, emulated
+from rift_kernels.dispatch import plan
+from rift_kernels.trust import decisions, self_test
+from tests import as_gpu
+from tests.support import emulated
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # What concerns the kernels, and what of it their interpreter, thousands of times slower than a GPU,
@@ -71,7 +73,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         kept = {(item.module, item.originalname) for item in items}
         for item in left_out:
             name = item.originalname
-            if item.module.__name__ == "tests.test_triton" and (item.module, name) not in kept:
+            if (
+                item.module.__name__ == "tests.backends.test_triton"
+                and (item.module, name) not in kept
+            ):
                 raise pytest.UsageError(f"the interpreter would run no case of {name}")
 
 
@@ -84,9 +89,7 @@ def device() -> torch.device:
 @pytest.fixture(scope="session")
 def has_kernels(device: torch.device) -> bool:
     """Whether ``backend="auto"`` takes the Triton kernels in these tests."""
-    return INTERPRETED or (
-        device.type == "cuda" and dispatch.reason_against("triton", device) is None
-    )
+    return INTERPRETED or (device.type == "cuda" and plan.reason_against("triton", device) is None)
 
 
 @pytest.fixture(scope="session")
@@ -140,18 +143,18 @@ def _backend_from_the_call_alone(monkeypatch: pytest.MonkeyPatch) -> None:
 
     Untested: what is wrong with them is to show here, and not to be avoided.
     """
-    monkeypatch.delenv(dispatch.ENVIRONMENT_VARIABLE, raising=False)
+    monkeypatch.delenv(plan.ENVIRONMENT_VARIABLE, raising=False)
     monkeypatch.setenv(self_test.ENVIRONMENT_VARIABLE, "0")
-    trust.forget()
+    decisions.forget()
     if INTERPRETED:
-        monkeypatch.setattr(dispatch, "_has_kernels", lambda _: True)
-        monkeypatch.setattr(dispatch, "_warned", True)
+        monkeypatch.setattr(plan, "_has_kernels", lambda _: True)
+        monkeypatch.setattr(plan, "_warned", True)
 
 
 @pytest.fixture(autouse=INTERPRETED, scope="session")
 def _one_writer() -> Iterator[None]:
     """No two programs, and no two threads of one, write the same element."""
-    from tests import one_writer
+    from tests.support import one_writer
 
     with one_writer.watched():
         yield
@@ -162,7 +165,7 @@ def force_form(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     """Make every call take the "gram" or the "covariance" form, whatever costs less."""
 
     def force(form: str) -> None:
-        monkeypatch.setattr(dispatch, "use_gram", lambda *_: form == "gram")
+        monkeypatch.setattr(plan, "use_gram", lambda *_: form == "gram")
 
     return force
 

@@ -23,13 +23,13 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
 
-# csrc/cka_small_layout.h has the same, and the plan that `fits` foresees.
+# csrc/cka_small/layout.h has the same, and the plan that `fits` foresees.
 MAX_ROWS = 128
 MAX_LAYERS = 24
 _LARGEST_CLUSTER = 8
 _LARGEST_GROUP = 16
 _TILE = 16
-# Arrival counters of one call, as csrc/cka_small_layout.h counts them.
+# Arrival counters of one call, as csrc/cka_small/layout.h counts them.
 _COUNTERS = 5 * 256
 # Bytes that a block may have, by compute capability.
 _SHARED = {
@@ -37,7 +37,7 @@ _SHARED = {
     **dict.fromkeys(((9, 0), (10, 0), (10, 3)), 227 * 1024),
 }
 _LEAST_SHARED = 99 * 1024
-# Of csrc/rows.cuh: bytes of the sums of a block's warps, and columns in a strip.
+# Of csrc/cka_large/rows.cuh: bytes of the sums of a block's warps, and columns in a strip.
 _ROW_SUMS, _STRIP = 768, 256
 _TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 
@@ -81,7 +81,7 @@ def fits(device: torch.device, rows: int, width: int) -> bool:
 
 def most_columns(device: torch.device) -> int:
     """Of a layer of many rows: the means of both sides lie in a block's shared memory, as
-    csrc/rows.cuh has it."""
+    csrc/cka_large/rows.cuh has it."""
     limit = _SHARED.get(torch.cuda.get_device_capability(device), _LEAST_SHARED)
     return (limit - _ROW_SUMS) // 8 // _STRIP * _STRIP
 

@@ -8,8 +8,8 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from ..models import arguments
-from ..regularizer import RIFTRegularizer
+from rift_kernels.features.forward_pass import arguments
+from rift_kernels.regularizer import RIFTRegularizer
 
 
 class RIFTCallback(Callback):

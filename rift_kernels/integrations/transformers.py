@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 
-from ..regularizer import RIFTRegularizer
-from ..weighting import AdaptiveWeight
+from rift_kernels.regularizer import RIFTRegularizer
+from rift_kernels.weighting import AdaptiveWeight
 
 FILE = "rift.pt"  # in a checkpoint's folder
 

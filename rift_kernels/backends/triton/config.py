@@ -1,7 +1,7 @@
 """Block sizes, warps and stages: looked up in a table by architecture and by class of shapes.
 
 ``configs.json`` holds an entry for every class of every architecture. A file named by
-RIFT_KERNELS_CONFIGS, which ``python -m rift_kernels.tune`` writes, overrides entries of it.
+RIFT_KERNELS_CONFIGS, which ``python -m rift_kernels tune`` writes, overrides entries of it.
 """
 
 from __future__ import annotations

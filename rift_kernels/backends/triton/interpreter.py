@@ -1,7 +1,7 @@
 """Mends Triton's interpreter, which runs the kernels on a CPU (TRITON_INTERPRET=1).
 
 It holds bfloat16 as its bits in uint16, multiplies those bits in ``tl.dot``, and cuts
-off where the hardware rounds. ``tests/test_triton.py`` fails once this is not needed.
+off where the hardware rounds. ``tests/backends/test_triton.py`` fails once this is not needed.
 
 Products are added as tensor cores add them (Fasi et al., PeerJ CS 7:e330; Khattak & Mikaitis,
 arXiv 2512.07004): the sum so far and the products of a block, exact, are cut off at the same bit,

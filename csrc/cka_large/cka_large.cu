@@ -1,0 +1,69 @@
+#include "cka_large/cka_large.h"
+
+#include "cka_large/backward_sm80.cuh"
+#include "cka_large/backward_sm90.cuh"
+#include "cka_large/head.cuh"
+#include "cka_large/moments.h"
+#include "cka_large/rows.cuh"
+#include "common/launch.h"
+
+namespace rift {
+namespace {
+
+Matrix matrix_of(const CovarianceSide& side, int rows) {
+  return {side.features, side.stride, rows, side.width};
+}
+
+}  // namespace
+
+void covariance_forward(const CovarianceArguments& arguments, cudaStream_t stream) {
+  launch({"statistics", arguments.statistics_programs(), STATISTICS_THREADS,
+          sizeof(StatisticsScratch)},
+         stream, statistics_kernel, arguments);
+  if (arguments.debiased) {
+    launch({"longest", arguments.row_programs, STATISTICS_THREADS, longest_shared(arguments.width)},
+           stream, longest_kernel, arguments);
+    launch({"rows", arguments.row_programs + arguments.patch_programs(), STATISTICS_THREADS,
+            rows_shared(arguments.width)},
+           stream, rows_kernel, arguments);
+  }
+  const MomentsArguments moments{arguments.schedule, arguments.tiles,   arguments.spill,
+                                 arguments.longest,  arguments.patches, arguments.width};
+  const Matrix x = matrix_of(arguments.x, arguments.rows), y = matrix_of(arguments.y, arguments.rows);
+  (arguments.hopper ? moments_sm90 : moments_sm80)(moments, x, y, stream);
+  launch({"covariance_head", arguments.head_programs(), HEAD_THREADS, sizeof(HeadScratch)}, stream,
+         covariance_head_kernel, arguments);
+}
+
+namespace {
+
+void backward_sm90(const BackwardArguments& all, const BackwardMatrices& matrices,
+                   cudaStream_t stream) {
+  constexpr const char* NAME = "backward_sm90";
+  const BackwardMaps maps{encode(matrices.own, BACKWARD_ROWS, NAME),
+                          encode(matrices.other, BACKWARD_ROWS, NAME),
+                          encode(matrices.planes, BOX_COLUMNS, NAME)};
+  launch({NAME, PAIR * backward_pairs(all.forward, all.side), MOMENT_THREADS, BACKWARD_SHARED, PAIR},
+         stream, backward_sm90_kernel, all, maps);
+}
+
+void backward_sm80(const BackwardArguments& all, const BackwardMatrices& matrices,
+                   cudaStream_t stream) {
+  launch({"backward_sm80", backward_tiles(all.forward, all.side), TILE_THREADS,
+          BACKWARD_RING_SHARED},
+         stream, backward_sm80_kernel, all, matrices);
+}
+
+}  // namespace
+
+void covariance_backward(const CovarianceArguments& arguments, int side, const float* incoming,
+                         void* grad, cudaStream_t stream) {
+  const BackwardArguments all{arguments, incoming, static_cast<unsigned short*>(grad), side};
+  const void* planes = side == 0 ? arguments.planes_x : arguments.planes_y;
+  const BackwardMatrices matrices{matrix_of(all.own(), arguments.rows),
+                                  matrix_of(all.other(), arguments.rows),
+                                  {planes, arguments.width, 4LL * arguments.width, arguments.width}};
+  (arguments.hopper ? backward_sm90 : backward_sm80)(all, matrices, stream);
+}
+
+}  // namespace rift

@@ -1,0 +1,176 @@
+// The longest rows, which debiased CKA keeps apart from all others.
+//
+// H(X, Y) leaves out a row's product with itself. By moments, that is a difference, and where a row is
+// far longer than the others nearly all of it is taken off again. So up to LONGEST such rows, S, never
+// enter the sums: moments and means are those of the rest, R, and what S adds is made of products of
+// pairs of rows. All about the rest's means, for H is the same about any center.
+//
+// Bytes: the features once, 4 for each row.
+#pragma once
+
+#include "cka_large/layout.h"
+#include "cka_large/statistics.cuh"
+
+namespace rift {
+
+// Rows of S, the longest first; everybody knows them in registers.
+struct Longest {
+  int rows[LONGEST];
+  int count;
+
+  __device__ bool has(int row) const {
+    bool found = false;
+#pragma unroll
+    for (int s = 0; s < LONGEST; ++s) found = found || rows[s] == row;
+    return found;
+  }
+};
+
+__device__ inline Longest read_longest(const CovarianceArguments& arguments) {
+  Longest longest;
+  longest.count = 0;
+#pragma unroll
+  for (int s = 0; s < LONGEST; ++s) {
+    longest.rows[s] = arguments.debiased ? arguments.longest[s] : -1;
+    longest.count += longest.rows[s] >= 0;
+  }
+  return longest;
+}
+
+__device__ inline int rest_of(const CovarianceArguments& arguments, const Longest& longest) {
+  return arguments.rows - longest.count;
+}
+
+// Of the rest; of all rows where there is no rest.
+__device__ inline float column_mean(const CovarianceArguments& arguments, const Longest& longest,
+                                    bool is_y, int column) {
+  double total = column_sum(arguments, is_y, column);
+  const float pivot = pivot_of(arguments, is_y, column);
+  const int rest = rest_of(arguments, longest);
+  const CovarianceSide& side = is_y ? arguments.y : arguments.x;
+  if (longest.count == 0 || rest == 0 || column >= side.width) {
+    return static_cast<float>(pivot + total / arguments.rows);
+  }
+  const auto* features = static_cast<const Bf16*>(side.features) + column;
+#pragma unroll
+  for (int s = 0; s < LONGEST; ++s) {
+    if (s < longest.count) {
+      total -= static_cast<double>(to_float(features[longest.rows[s] * side.stride]) - pivot);
+    }
+  }
+  return static_cast<float>(pivot + total / rest);
+}
+
+// A row by its share of all energy: the larger one first, and of equal ones the first row. None: 0.
+using LengthKey = unsigned long long;
+
+__device__ inline LengthKey length_key(float share, int row) {
+  if (!(share > 0)) return 0;
+  return LengthKey{float_to_bits(share)} << 32 | (0xFFFFFFFFu - static_cast<unsigned>(row));
+}
+__device__ inline int row_of(LengthKey key) {
+  return key ? static_cast<int>(0xFFFFFFFFu - static_cast<unsigned>(key)) : -1;
+}
+__device__ inline float share_of(LengthKey key) {
+  return bits_to_float(static_cast<uint32_t>(key >> 32));
+}
+
+constexpr int LONGEST_WARPS = STATISTICS_THREADS / 32;
+
+struct LongestScratch {
+  double sums[STATISTICS * LONGEST_WARPS];
+  LengthKey keys[LONGEST_WARPS];
+  int last;
+};
+
+RIFT_BOTH constexpr int longest_shared(int width) {
+  return static_cast<int>(sizeof(LongestScratch)) + 2 * width * 4;
+}
+
+__device__ inline LengthKey block_largest(LengthKey key, LengthKey* scratch) {
+  for (int lane = 16; lane > 0; lane /= 2) {
+    const unsigned high = __shfl_xor_sync(0xFFFFFFFFu, static_cast<unsigned>(key >> 32), lane);
+    const unsigned low = __shfl_xor_sync(0xFFFFFFFFu, static_cast<unsigned>(key), lane);
+    const LengthKey other = LengthKey{high} << 32 | low;
+    key = other > key ? other : key;
+  }
+  __syncthreads();
+  if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = key;
+  __syncthreads();
+  for (int warp = 0; warp < LONGEST_WARPS; ++warp) key = scratch[warp] > key ? scratch[warp] : key;
+  return key;
+}
+
+// The LONGEST largest of the keys [begin, end), one after another, by all threads of a block.
+template <typename Read, typename Found>
+__device__ inline void find_longest(int begin, int end, Read read, Found found,
+                                    LengthKey* scratch) {
+  LengthKey before = ~LengthKey{0};
+  for (int s = 0; s < LONGEST; ++s) {
+    LengthKey largest = 0;
+    for (int i = begin + static_cast<int>(threadIdx.x); i < end; i += blockDim.x) {
+      const LengthKey key = read(i);
+      if (key < before && key > largest) largest = key;
+    }
+    before = block_largest(largest, scratch);
+    if (threadIdx.x == 0) found(s, before);
+  }
+}
+
+// A block owns a run of rows; the last one to finish compares the longest of all.
+__global__ void __launch_bounds__(STATISTICS_THREADS)
+    longest_kernel(const __grid_constant__ CovarianceArguments arguments) {
+  auto& scratch = *reinterpret_cast<LongestScratch*>(shared_memory());
+  auto* means = reinterpret_cast<float*>(&scratch + 1);
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, width = arguments.width;
+  const RowRun run = row_run(arguments);
+  for (int i = threadIdx.x; i < 2 * width; i += blockDim.x) {
+    const int column = i >= width ? i - width : i;
+    const double sum = column_sum(arguments, i >= width, column);
+    means[i] = static_cast<float>(pivot_of(arguments, i >= width, column) + sum / arguments.rows);
+  }
+  double statistics[STATISTICS];
+  read_statistics(arguments, statistics, scratch.sums);
+  const float inverse[2] = {inverse_scale(statistics[ENERGY_X], statistics[PIVOT_X]),
+                            inverse_scale(statistics[ENERGY_Y], statistics[PIVOT_Y])};
+  const CovarianceSide sides[2] = {arguments.x, arguments.y};
+  for (int row = run.begin + warp; row < run.end; row += LONGEST_WARPS) {
+    float share = 0;
+#pragma unroll
+    for (int side = 0; side < 2; ++side) {
+      const auto* all = static_cast<const Bf16*>(sides[side].features);
+      const auto* features = all + row * sides[side].stride;
+      float sum = 0;
+      for (int column = lane; column < sides[side].width; column += 32) {
+        const float x = (to_float(features[column]) - means[side * width + column]) * inverse[side];
+        sum += x * x;
+      }
+      share = max(share, lane_sum(sum));
+    }
+    if (lane == 0) arguments.shares[row] = share;
+  }
+  __syncthreads();
+  LengthKey* candidates = arguments.candidates;
+  find_longest(
+      run.begin, run.end, [&](int row) { return length_key(arguments.shares[row], row); },
+      [&](int s, LengthKey key) { candidates[blockIdx.x * LONGEST + s] = key; }, scratch.keys);
+  // Thread 0 has written them.
+  if (threadIdx.x == 0) {
+    __threadfence();
+    scratch.last = atomicAdd(arguments.counters + 1, 1u) + 1 == gridDim.x;
+    __threadfence();
+  }
+  __syncthreads();
+  if (!scratch.last) return;
+  find_longest(
+      0, arguments.row_programs * LONGEST, [&](int i) { return candidates[i]; },
+      [&](int s, LengthKey key) {
+        // Of few rows all that there are: the rest may be none.
+        const float times = share_of(key) * static_cast<float>(arguments.rows);
+        const bool is_long = arguments.rows < FEW_ROWS || times > LONG_SHARE;
+        arguments.longest[s] = is_long ? row_of(key) : -1;
+      },
+      scratch.keys);
+}
+
+}  // namespace rift

@@ -1,0 +1,195 @@
+// What debiased CKA needs of single rows: their energies, their sums of products with all other rows,
+// their products with the long ones, and columns weighted with these sums; and the chunks of long rows
+// without them, for the moments.
+//
+// Bytes: the features twice, the second time from the L2 cache; 80 for each row; the patches.
+#pragma once
+
+#include "cka_large/longest.cuh"
+
+namespace rift {
+
+// Rows that a warp has at once: so often is an element of a long row used.
+constexpr int ROWS_AT_ONCE = 4;
+
+// Sums over warps, and the means of both sides.
+RIFT_BOTH constexpr int rows_shared(int width) {
+  return ROW_SUMS * STATISTICS_THREADS / 32 * 8 + 2 * width * 4;
+}
+
+// Of some rows of a side.
+struct RowProducts {
+  float energy[ROWS_AT_ONCE], products[ROWS_AT_ONCE][LONGEST];
+};
+
+// The rows from `first` on, by a warp; 0 from `end` on.
+__device__ inline RowProducts row_products(const CovarianceSide& side, const Longest& longest,
+                                           const float* means, float inverse, int first, int end) {
+  RowProducts result = {};
+  const auto* features = static_cast<const Bf16*>(side.features);
+  for (int column = threadIdx.x % 32; column < side.width; column += 32) {
+    const auto centered = [&](int row) {
+      return (to_float(features[row * side.stride + column]) - means[column]) * inverse;
+    };
+    float x[ROWS_AT_ONCE];
+#pragma unroll
+    for (int i = 0; i < ROWS_AT_ONCE; ++i) {
+      x[i] = first + i < end ? centered(first + i) : 0;
+      result.energy[i] += x[i] * x[i];
+    }
+    if (longest.count == 0) continue;
+#pragma unroll
+    for (int s = 0; s < LONGEST; ++s) {
+      if (s >= longest.count) continue;
+      const float p = centered(longest.rows[s]);
+#pragma unroll
+      for (int i = 0; i < ROWS_AT_ONCE; ++i) result.products[i][s] += x[i] * p;
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < ROWS_AT_ONCE; ++i) {
+    result.energy[i] = lane_sum(result.energy[i]);
+#pragma unroll
+    for (int s = 0; s < LONGEST; ++s) {
+      if (s < longest.count) result.products[i][s] = lane_sum(result.products[i][s]);
+    }
+  }
+  return result;
+}
+
+// A row's terms, and what it adds to the sums: by one thread.
+__device__ inline void add_row(const CovarianceArguments& arguments, const Longest& longest, int row,
+                               const float (&energy)[2], const float (&x)[LONGEST],
+                               const float (&y)[LONGEST], double (&totals)[ROW_SUMS]) {
+  double k = -static_cast<double>(energy[0]), l = -static_cast<double>(energy[1]);
+  double xx = 0, yy = 0, xy = 0;
+  const bool is_long = longest.has(row);
+  // Each row with a long one, and that one with the row, once.
+  const double times = is_long ? 1 : 2;
+  float* terms = arguments.row_terms + row;
+  const long long rows = arguments.rows;
+#pragma unroll
+  for (int s = 0; s < LONGEST; ++s) {
+    if (s >= longest.count) continue;
+    const double a = x[s], b = y[s];
+    k += a;
+    l += b;
+    if (row != longest.rows[s]) {
+      xx += a * a;
+      yy += b * b;
+      xy += a * b;
+    }
+    terms[(ROW_PRODUCTS + s) * rows] = x[s];
+    terms[(ROW_PRODUCTS + LONGEST + s) * rows] = y[s];
+  }
+  terms[ENERGY * rows] = energy[0];
+  terms[(ENERGY + 1) * rows] = energy[1];
+  terms[ROW_SUM * rows] = static_cast<float>(k);
+  terms[(ROW_SUM + 1) * rows] = static_cast<float>(l);
+  totals[SUM_K] += k;
+  totals[SUM_L] += l;
+  totals[SQUARE_K] += k * k;
+  totals[SQUARE_L] += l * l;
+  totals[PRODUCT_KL] += k * l;
+  const double r = energy[0], q = energy[1];
+  totals[PAIRS_XX] += times * xx - (is_long ? 0 : r * r);
+  totals[PAIRS_YY] += times * yy - (is_long ? 0 : q * q);
+  totals[PAIRS_XY] += times * xy - (is_long ? 0 : r * q);
+  totals[REST_X] += is_long ? 0 : r;
+  totals[REST_Y] += is_long ? 0 : q;
+}
+
+// 128 columns of the chunk of a long row, without the long rows.
+__device__ inline void make_patch(const CovarianceArguments& arguments, const Longest& longest,
+                                  int program) {
+  const int blocks = arguments.width / MOMENT_BLOCK;
+  const int slot = program / (2 * blocks), is_y = program / blocks % 2;
+  const CovarianceSide& side = is_y ? arguments.y : arguments.x;
+  const auto* features = static_cast<const Bf16*>(side.features);
+  const long long before = is_y ? 1LL * PATCH_ROWS * arguments.width : 0;
+  unsigned short* to = arguments.patches + before;
+  const int long_row = arguments.longest[slot];
+  if (long_row < 0) return;
+  const int first = long_row / MOMENT_CHUNK * MOMENT_CHUNK;
+  const int column = program % blocks * MOMENT_BLOCK + static_cast<int>(threadIdx.x) % MOMENT_BLOCK;
+#pragma unroll 4
+  for (int i = threadIdx.x / MOMENT_BLOCK; i < MOMENT_CHUNK; i += blockDim.x / MOMENT_BLOCK) {
+    const int row = first + i;
+    const bool stays = row < arguments.rows && column < side.width && !longest.has(row);
+    to[static_cast<long long>(slot * MOMENT_CHUNK + i) * arguments.width + column] =
+        stays ? features[row * side.stride + column].bits : uint16_t{0};
+  }
+}
+
+// A block owns a run of rows, or some columns of a patch.
+__global__ void __launch_bounds__(STATISTICS_THREADS)
+    rows_kernel(const __grid_constant__ CovarianceArguments arguments) {
+  constexpr int WARPS = STATISTICS_THREADS / 32;
+  const Longest longest = read_longest(arguments);
+  if (static_cast<int>(blockIdx.x) >= arguments.row_programs) {
+    make_patch(arguments, longest, static_cast<int>(blockIdx.x) - arguments.row_programs);
+    return;
+  }
+  auto* scratch = reinterpret_cast<double*>(shared_memory());
+  // The means of X and of Y.
+  auto* means = reinterpret_cast<float*>(scratch + ROW_SUMS * WARPS);
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, width = arguments.width;
+  const RowRun run = row_run(arguments);
+  for (int i = threadIdx.x; i < 2 * width; i += blockDim.x) {
+    means[i] = column_mean(arguments, longest, i >= width, i >= width ? i - width : i);
+  }
+  double statistics[STATISTICS];
+  read_statistics(arguments, statistics, scratch);
+  const float inverse[2] = {inverse_scale(statistics[ENERGY_X], statistics[PIVOT_X]),
+                            inverse_scale(statistics[ENERGY_Y], statistics[PIVOT_Y])};
+  double totals[ROW_SUMS] = {};
+  for (int first = run.begin + ROWS_AT_ONCE * warp; first < run.end; first += ROWS_AT_ONCE * WARPS) {
+    const RowProducts x = row_products(arguments.x, longest, means, inverse[0], first, run.end);
+    const RowProducts y =
+        row_products(arguments.y, longest, means + width, inverse[1], first, run.end);
+#pragma unroll
+    for (int i = 0; i < ROWS_AT_ONCE; ++i) {
+      if (lane != 0 || first + i >= run.end) continue;
+      const float energy[2] = {x.energy[i], y.energy[i]};
+      add_row(arguments, longest, first + i, energy, x.products[i], y.products[i], totals);
+    }
+  }
+  // Of the means, once.
+  for (int i = threadIdx.x; i < 2 * width && blockIdx.x == 0; i += blockDim.x) {
+    const float scale = i < width ? inverse[0] : inverse[1];
+    const double mean = static_cast<double>(means[i]) * static_cast<double>(scale);
+    totals[MEAN_X] += i < width ? mean * mean : 0;
+    totals[MEAN_Y] += i < width ? 0 : mean * mean;
+  }
+  block_sums(totals, scratch);
+  if (threadIdx.x == 0) {
+#pragma unroll
+    for (int kind = 0; kind < ROW_SUMS; ++kind) {
+      arguments.row_sums[blockIdx.x * ROW_SUMS + kind] = totals[kind];
+    }
+  }
+  // block_sums has met since the terms were stored.
+  float* weighted = arguments.weighted + static_cast<long long>(blockIdx.x) * 4 * width;
+  const CovarianceSide sides[2] = {arguments.x, arguments.y};
+#pragma unroll
+  for (int side = 0; side < 2; ++side) {
+    const auto* features = static_cast<const Bf16*>(sides[side].features);
+    const float* sums = arguments.row_terms + static_cast<long long>(ROW_SUM) * arguments.rows;
+    const float* own = sums + side * arguments.rows;
+    const float* other = sums + (1 - side) * arguments.rows;
+    for (int column = threadIdx.x; column < width; column += blockDim.x) {
+      float by_own = 0, by_other = 0;
+      for (int row = run.begin; row < run.end && column < sides[side].width; ++row) {
+        if (longest.count > 0 && longest.has(row)) continue;
+        const float x =
+            to_float(features[row * sides[side].stride + column]) - means[side * width + column];
+        by_own += own[row] * x;
+        by_other += other[row] * x;
+      }
+      weighted[2 * side * width + column] = by_own;
+      weighted[(2 * side + 1) * width + column] = by_other;
+    }
+  }
+}
+
+}  // namespace rift

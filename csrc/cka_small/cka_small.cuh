@@ -1,0 +1,260 @@
+// Linear CKA of up to 128 rows, value and gradients, in one launch.
+//
+//   value  = <Kx, Ky> / (||Kx|| ||Ky||),  K = Xc Xc^T of either side, U-centered if debiased
+//   grad_X = (own_x Kx + other Ky) Xc,    see head.h
+//
+// A group of blocks owns a layer, each block some columns of all its rows:
+//   1. its columns, centered in float32, into shared memory as two bfloat16 each
+//   2. what they add to Kx and Ky, upper tiles only, three products
+//   3. the group adds up: each block a range of elements, in the order of the blocks; then all take
+//      all ranges, and every block has both K, the same to the last bit
+//   4. every block computes norms, value and coefficients, all the same
+//   5. its columns of the gradients, the coefficients' matrix formed in float32 in registers
+// The group is a cluster that reads one another's shared memory or, before sm_90, blocks that run
+// at once and meet in global memory.
+//
+// Bytes: the features once, the gradients once; between blocks, both K twice.
+#pragma once
+
+#include "cka_small/head.h"
+#include "cka_small/layout.h"
+#include "cka_small/planes.cuh"
+#include "common/elements.cuh"
+#include "common/reduce.cuh"
+
+namespace rift {
+
+// Where the blocks of a layer meet.
+template <bool CLUSTER>
+struct Group {
+  float* mine;           // exchange_floats of this block
+  const float* first;    // of the first block, where the others lie behind it
+  unsigned* counter;     // of arrivals, where there is no cluster
+  int blocks, floats;
+
+  __device__ const float* of(int rank) const {
+    return CLUSTER ? map_to_rank(mine, rank) : first + static_cast<long long>(rank) * floats;
+  }
+
+  __device__ void meet() const {
+    if (CLUSTER) {
+      cluster_barrier();
+      return;
+    }
+    __syncthreads();
+    if (threadIdx.x == 0) {
+      __threadfence();
+      // Never set back: every launch adds a multiple of the number of blocks.
+      const unsigned count = static_cast<unsigned>(blocks);
+      const unsigned goal = atomicAdd(counter, 1u) / count * count + count;
+      while (static_cast<int>(load_acquire(counter) - goal) < 0) {
+      }
+      __threadfence();
+    }
+    __syncthreads();
+  }
+};
+
+// Scales both K to features of unit norm and U-centers them if debiased, in place; their sums.
+template <int ROWS>
+__device__ CkaSums finish_grams(float* gram, const unsigned char* valid, int count, bool debiased,
+                                float* offsets, double* scratch, float (&inverse)[2]) {
+  constexpr int PAIRS = pair_count(ROWS / TILE_ROWS);
+  const int threads = blockDim.x;
+  CkaSums sums{};
+  float* const peaks[2] = {&sums.peak_x, &sums.peak_y};
+#pragma unroll
+  for (int side = 0; side < 2; ++side) {
+    const float* k = gram + side * PAIRS * TILE_FLOATS;
+    // By every warp: that is sooner done than told.
+    float energy = 0, peak = 0;
+    for (int row = threadIdx.x % 32; row < ROWS; row += 32) {
+      const float x = k[element_at(row, row)];
+      energy += x;
+      peak = max(peak, x);
+    }
+    energy = lane_sum(energy);
+    for (int lane = 16; lane > 0; lane /= 2) {
+      peak = max(peak, __shfl_xor_sync(0xffffffffu, peak, lane));
+    }
+    inverse[side] = energy == 0 ? 1 : 1 / sqrtf(energy);
+    *peaks[side] = peak * inverse[side] * inverse[side];
+  }
+  if (debiased) {
+    // Neighbouring threads share a row where there are more of them than rows.
+    const int parts = max(1, threads / (2 * ROWS));
+    double totals[2] = {};
+    for (int unit = threadIdx.x; unit < 2 * ROWS * parts; unit += threads) {
+      const bool is_y = unit >= ROWS * parts;
+      const int row = unit / parts % ROWS;
+      const float* k = is_y ? gram + PAIRS * TILE_FLOATS : gram;
+      const float scale = is_y ? inverse[1] : inverse[0];
+      float sum = 0;
+      for (int column = unit % parts; column < ROWS; column += parts) {
+        if (column != row) sum += k[element_at(row, column)] * scale * scale;
+      }
+      sum = lane_sum(sum, parts);
+      if (unit % parts == 0) {
+        offsets[is_y * ROWS + row] = sum;
+        totals[0] += is_y ? 0 : sum;
+        totals[1] += is_y ? sum : 0;
+      }
+    }
+    block_sums(totals, scratch);
+    for (int unit = threadIdx.x; unit < 2 * ROWS; unit += threads) {
+      const auto total = static_cast<float>(unit < ROWS ? totals[0] : totals[1]);
+      offsets[unit] = u_center_offset(offsets[unit], total, static_cast<float>(count));
+    }
+  }
+  // All have read the diagonals, which are overwritten now; and the offsets are there.
+  __syncthreads();
+  // <Kx, Kx>, <Ky, Ky>, <Kx, Ky>
+  double products[3] = {};
+  for (int index = threadIdx.x; index < PAIRS * TILE_ROWS * TILE_ROWS; index += threads) {
+    const Element e = element(index);
+    const bool kept = valid[e.row] && valid[e.column] && !(debiased && e.row == e.column);
+    float centered[2];
+#pragma unroll
+    for (int side = 0; side < 2; ++side) {
+      float* at = gram + side * PAIRS * TILE_FLOATS + e.offset;
+      float k = *at * inverse[side] * inverse[side];
+      if (debiased) k -= offsets[side * ROWS + e.row] + offsets[side * ROWS + e.column];
+      centered[side] = *at = kept ? k : 0;
+    }
+    const double times = times_of(e.row, e.column);
+    products[0] += times * (centered[0] * centered[0]);
+    products[1] += times * (centered[1] * centered[1]);
+    products[2] += times * (centered[0] * centered[1]);
+  }
+  block_sums(products, scratch);
+  sums.xx = products[0];
+  sums.yy = products[1];
+  sums.xy = products[2];
+  return sums;
+}
+
+// Whether blocks of a kernel meet as this GPU lets them; the other kind of kernel stays empty.
+template <bool CLUSTER>
+__device__ constexpr bool runs_here() {
+#ifdef __CUDA_ARCH__
+  return CLUSTER == (__CUDA_ARCH__ >= 900);
+#else
+  return true;
+#endif
+}
+
+// One block's part of one entry.
+template <typename T, typename G, int ROWS, bool CLUSTER>
+__device__ void run_cka_small(const CkaSmallArguments& arguments) {
+  const int entry = blockIdx.y, rank = blockIdx.x, blocks = gridDim.x;
+  const int threads = blockDim.x, warps = threads / 32, warp = threadIdx.x / 32;
+  const CkaSmallLayer& layer = arguments.layers[arguments.batched ? 0 : entry];
+  const long long batch = arguments.batched ? entry : 0;
+  const CkaSmallLayout at = cka_small_layout(ROWS, arguments.share, blocks);
+  unsigned char* memory = shared_memory();
+  auto* planes = reinterpret_cast<uint16_t*>(memory);
+  auto* gram = reinterpret_cast<float*>(memory + at.gram);
+  auto* sums_scratch = reinterpret_cast<double*>(memory + at.sums);
+  auto* offsets = reinterpret_cast<float*>(memory + at.offsets);
+  unsigned char* valid = memory + at.valid;
+
+  Group<CLUSTER> group{};
+  group.blocks = blocks;
+  group.floats = exchange_floats(ROWS, blocks);
+  group.mine = gram;
+  if (!CLUSTER) {
+    group.first = arguments.workspace + static_cast<long long>(entry) * blocks * group.floats;
+    group.mine = const_cast<float*>(group.of(rank));
+    group.counter = arguments.counters + counter_at(entry, blocks);
+  }
+
+  const unsigned char* mask = layer.mask ? layer.mask + batch * arguments.batch_mask : nullptr;
+  for (int row = threadIdx.x; row < ROWS; row += threads) {
+    valid[row] = row < layer.rows && (!mask || mask[row]);
+  }
+  __syncthreads();
+  int count = 0, first = ROWS;
+  for (int row = ROWS - 1; row >= 0; --row) {
+    count += valid[row];
+    if (valid[row]) first = row;
+  }
+
+  const int begin = rank * arguments.share;
+  const int width_x = min(layer.width_x - begin, arguments.share);
+  const int width_y = min(layer.width_y - begin, arguments.share);
+  const Planes<ROWS> x{planes, planes + at.plane, at.pitch, arguments.share};
+  const Planes<ROWS> y{planes + 2 * at.plane, planes + 3 * at.plane, at.pitch, arguments.share};
+  x.load(static_cast<const T*>(layer.x) + batch * arguments.batch_x + begin * layer.stride_xd,
+         layer.stride_xn, layer.stride_xd, valid, width_x);
+  y.load(static_cast<const T*>(layer.y) + batch * arguments.batch_y + begin * layer.stride_yd,
+         layer.stride_yn, layer.stride_yd, valid, width_y);
+  __syncthreads();
+  const float varies_x = x.center(valid, first, count);
+  const float varies_y = y.center(valid, first, count);
+  __syncthreads();
+
+  constexpr int PAIRS = pair_count(ROWS / TILE_ROWS);
+  constexpr int FLOATS = gram_floats(ROWS), ELEMENTS = gram_elements(ROWS);
+  for (int unit = warp; unit < 2 * PAIRS; unit += warps) {
+    const bool is_y = unit >= PAIRS;
+    const Planes<ROWS> side{is_y ? y.high : x.high, is_y ? y.low : x.low, x.pitch, x.share};
+    side.gram_tile(pair_at(is_y ? unit - PAIRS : unit), group.mine + unit * TILE_FLOATS);
+  }
+  double varies[2] = {varies_x, varies_y};
+  block_sums(varies, sums_scratch);
+  if (threadIdx.x == 0) {
+    group.mine[FLOATS] = static_cast<float>(varies[0]);
+    group.mine[FLOATS + 1] = static_cast<float>(varies[1]);
+  }
+  group.meet();
+
+  const int range = ELEMENTS / blocks;
+  for (int index = threadIdx.x; index < range; index += threads) {
+    const int from = element(rank * range + index).offset;
+    float sum = 0;
+    for (int other = 0; other < blocks; ++other) sum += group.of(other)[from];
+    group.mine[FLOATS + 4 + index] = sum;
+  }
+  float energies[2] = {};
+  for (int other = 0; other < blocks; ++other) {
+    energies[0] += group.of(other)[FLOATS];
+    energies[1] += group.of(other)[FLOATS + 1];
+  }
+  group.meet();
+  for (int index = threadIdx.x; index < ELEMENTS; index += threads) {
+    gram[element(index).offset] = group.of(index / range)[FLOATS + 4 + index % range];
+  }
+  __syncthreads();
+
+  float inverse[2];
+  CkaSums sums = finish_grams<ROWS>(gram, valid, count, arguments.debiased, offsets, sums_scratch,
+                                    inverse);
+  sums.varies_x = energies[0];
+  sums.varies_y = energies[1];
+  const CkaResult result = cka_head(sums, count, arguments.debiased, arguments.distance);
+  if (rank == 0 && threadIdx.x == 0) arguments.values[entry] = result.value;
+
+  const float* kx = gram;
+  const float* ky = gram + FLOATS / 2;
+  if (layer.grad_x) {
+    G* grad = static_cast<G*>(layer.grad_x) + batch * arguments.batch_grad_x + begin;
+    x.gradient(kx, ky, result.own_x, result.other, inverse[0], valid, grad, layer.rows, width_x,
+               layer.width_x);
+  }
+  if (layer.grad_y) {
+    G* grad = static_cast<G*>(layer.grad_y) + batch * arguments.batch_grad_y + begin;
+    y.gradient(ky, kx, result.own_y, result.other, inverse[1], valid, grad, layer.rows, width_y,
+               layer.width_y);
+  }
+  // Nobody leaves while another may still read what it has left in its shared memory.
+  if (CLUSTER) cluster_barrier();
+}
+
+// T features, G gradients. A row of blocks for each entry, blockIdx.y counting entries.
+template <typename T, typename G, int ROWS, bool CLUSTER>
+__global__ void __launch_bounds__(THREADS, 1)
+    cka_small_kernel(const __grid_constant__ CkaSmallArguments arguments) {
+  if constexpr (runs_here<CLUSTER>()) run_cka_small<T, G, ROWS, CLUSTER>(arguments);
+}
+
+}  // namespace rift

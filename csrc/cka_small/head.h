@@ -1,0 +1,55 @@
+// Linear CKA of two Gram matrices, from sums over their elements, and the gradient's coefficients:
+//
+//   value  = <Kx, Ky> / (||Kx|| ||Ky||)             grad_X = (own_x Kx + other Ky) Xc
+//   own_x  = -2 value / ||Kx||^2                    grad_Y = (own_y Ky + other Kx) Yc
+//   other  = 2 / (||Kx|| ||Ky||)
+//
+// Kx and Ky are of features of unit norm, centered, or U-centered if debiased.
+#pragma once
+
+#include <cmath>
+
+#include "common/triangle.h"
+
+namespace rift {
+
+struct CkaSums {
+  double xx, yy, xy;        // inner products
+  float peak_x, peak_y;     // the largest diagonal element before U-centering
+  float varies_x, varies_y; // the energy of the features about their first row
+};
+
+struct CkaResult {
+  float value, own_x, own_y, other;
+};
+
+// What is taken off row and column i of K: s_i + s_j makes its rows, without the diagonal, sum to 0.
+RIFT_BOTH inline float u_center_offset(float row_sum, float total, float n) {
+  return (row_sum - total / (2 * (n - 1))) / (n - 2);
+}
+
+RIFT_BOTH inline CkaResult cka_head(const CkaSums& sums, int n, bool debiased, bool distance) {
+  bool dead = sums.varies_x == 0 || sums.varies_y == 0;
+  if (debiased) {
+    // What is left of the largest row by less than this is made of rounding.
+    const double noise = 4.0 / (1 << 23);
+    dead = dead || sqrt(sums.xx) <= sums.peak_x * noise || sqrt(sums.yy) <= sums.peak_y * noise;
+  }
+  double other = dead ? 0.0 : 2 / sqrt(sums.xx * sums.yy);
+  double value = 0.5 * sums.xy * other;
+  // NaN and Inf in the features come through where nothing varies, too.
+  value += (sums.varies_x - sums.varies_x) + (sums.varies_y - sums.varies_y);
+  if (n < (debiased ? 4 : 2)) value = NAN;
+  other += value - value;
+  double own_x = dead ? 0.0 : -2 * value / sums.xx, own_y = dead ? 0.0 : -2 * value / sums.yy;
+  if (distance) {
+    value = 1 - value;
+    own_x = -own_x;
+    own_y = -own_y;
+    other = -other;
+  }
+  return {static_cast<float>(value), static_cast<float>(own_x), static_cast<float>(own_y),
+          static_cast<float>(other)};
+}
+
+}  // namespace rift

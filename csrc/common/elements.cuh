@@ -1,0 +1,32 @@
+// Features and gradients: to and from float32, several at once.
+#pragma once
+
+#include "common/primitives.cuh"
+
+namespace rift {
+
+__device__ inline float bf16_to_float(uint16_t bits) { return bits_to_float(uint32_t{bits} << 16); }
+
+__device__ inline float to_float(float x) { return x; }
+__device__ inline float to_float(Bf16 x) { return bf16_to_float(x.bits); }
+__device__ inline float to_float(Half x) { return half_to_float(x.bits); }
+
+__device__ inline void from_float(float x, float* out) { *out = x; }
+__device__ inline void from_float(float x, Bf16* out) { out->bits = round_to_bf16(x); }
+__device__ inline void from_float(float x, Half* out) { out->bits = round_to_half(x); }
+
+// Two floats as the high halves and the low halves of a pair of bfloat16 each.
+__device__ inline void split_pair(float first, float second, uint32_t& high, uint32_t& low) {
+  const uint32_t h0 = round_to_bf16(first), h1 = round_to_bf16(second);
+  high = h0 | h1 << 16;
+  const uint32_t l0 = round_to_bf16(first - bf16_to_float(static_cast<uint16_t>(h0)));
+  low = l0 | uint32_t{round_to_bf16(second - bf16_to_float(static_cast<uint16_t>(h1)))} << 16;
+}
+
+// Neighbours that are read and written at once.
+template <typename T, int SIZE>
+struct alignas(sizeof(T) * SIZE) Vector {
+  T elements[SIZE];
+};
+
+}  // namespace rift

@@ -1,0 +1,130 @@
+// The instructions that C++ has no name for. tests/support/emulator/emulator.h has the same for a CPU.
+#pragma once
+
+#ifdef RIFT_EMULATOR
+#include "emulator.h"
+#else
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+namespace rift {
+
+// bfloat16 and float16 as bits: the headers of both cost more to compile than all kernels.
+struct Bf16 {
+  uint16_t bits;
+};
+struct Half {
+  uint16_t bits;
+};
+
+__device__ inline float bits_to_float(uint32_t bits) { return __uint_as_float(bits); }
+__device__ inline uint32_t float_to_bits(float x) { return __float_as_uint(x); }
+
+__device__ inline uint16_t round_to_bf16(float x) {
+  uint16_t bits;
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(x));
+  return bits;
+}
+
+// Two at once, the first one in the low bits.
+__device__ inline uint32_t round_to_bf16_pair(float first, float second) {
+  uint32_t bits;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(second), "f"(first));
+  return bits;
+}
+
+__device__ inline uint16_t round_to_half(float x) {
+  uint16_t bits;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(x));
+  return bits;
+}
+
+__device__ inline float half_to_float(uint16_t bits) {
+  float x;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(bits));
+  return x;
+}
+
+__device__ inline unsigned char* shared_memory() {
+  extern __shared__ __align__(16) unsigned char memory[];
+  return memory;
+}
+
+// Four 8 x 8 matrices of 16-bit elements; lane l gives the address of row l % 8 of matrix l / 8, and
+// receives of each matrix the elements (l / 4, 2 (l % 4) + {0, 1}), or their transposes.
+__device__ inline void load_matrices(uint32_t (&r)[4], const void* row) {
+  const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(row));
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(address)
+               : "memory");
+}
+
+__device__ inline void load_matrices_transposed(uint32_t (&r)[4], const void* row) {
+  const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(row));
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(address)
+               : "memory");
+}
+
+// c += a b, (16, 16) by (16, 8), bfloat16 in float32. Lane l holds, g = l / 4 and t = 2 (l % 4):
+//   a  (g, t), (g + 8, t), (g, t + 8), (g + 8, t + 8), each with its right neighbour
+//   b  (t, g), (t + 8, g), each with its lower neighbour
+//   c  (g, t), (g, t + 1), (g + 8, t), (g + 8, t + 1)
+__device__ inline void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+      "{%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// Starts a copy of 16 bytes to shared memory: the first `bytes` of `from`, and zeros behind them. Both
+// at multiples of 16. Until it is waited for, nobody may read or write there.
+__device__ inline void copy_async(void* to, const void* from, int bytes) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(
+                   static_cast<uint32_t>(__cvta_generic_to_shared(to))),
+               "l"(__cvta_generic_to_global(from)), "r"(bytes)
+               : "memory");
+}
+
+// Makes a group of what this thread has started since the last one.
+__device__ inline void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// Until all of this thread's groups but the last ones are there, for this thread.
+template <int GROUPS>
+__device__ inline void wait_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(GROUPS) : "memory");
+}
+
+// A pointer into another block's shared memory: of the same cluster, by its rank.
+__device__ inline const float* map_to_rank(const float* mine, int rank) {
+#if __CUDA_ARCH__ >= 900
+  const float* theirs;
+  asm("mapa.u64 %0, %1, %2;" : "=l"(theirs) : "l"(mine), "r"(rank));
+  return theirs;
+#else
+  (void)rank;
+  return mine;
+#endif
+}
+
+// Everything written before it, by any thread of the cluster, is seen after it by all.
+__device__ inline void cluster_barrier() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile(
+      "barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::
+          : "memory");
+#endif
+}
+
+__device__ inline unsigned load_acquire(const unsigned* counter) {
+  unsigned value;
+  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(counter) : "memory");
+  return value;
+}
+
+}  // namespace rift
+#endif

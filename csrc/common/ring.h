@@ -1,0 +1,21 @@
+#pragma once
+
+#include "common/host_device.h"
+
+namespace rift {
+
+// Where a block is in a ring of stages, and how often it has been round.
+template <int STAGES>
+struct Turn {
+  int stage = 0;
+  unsigned parity = 0;
+
+  RIFT_BOTH void next() {
+    if (++stage == STAGES) {
+      stage = 0;
+      parity ^= 1;
+    }
+  }
+};
+
+}  // namespace rift

@@ -1,0 +1,1 @@
+"""The commands of ``python -m rift_kernels``, a module each."""

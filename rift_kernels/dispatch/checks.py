@@ -1,0 +1,333 @@
+"""Checks of what a caller passed, before anything runs. Each error names the argument, what it
+was, and what is accepted."""
+
+from __future__ import annotations
+
+import numbers
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple, Protocol, TypeGuard
+
+import torch
+from torch import Tensor, nn
+
+Features = Tensor | Sequence[Tensor]
+Mask = Tensor | Sequence[Tensor] | None
+
+PRECISIONS = ("high", "medium")
+SCALES = ("relative", "coral", "none")
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+class Layers(NamedTuple):
+    """Checked input: one entry a layer (a single tensor is one entry, with its leading axes).
+
+    Of masks there are none, one for all layers, or one a layer.
+    """
+
+    students: list[Tensor]
+    teachers: list[Tensor]
+    masks: list[Tensor]
+    is_list: bool = False
+
+    @property
+    def pairs(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Student and teacher of each layer."""
+        return zip(self.students, self.teachers, strict=True)
+
+    def mask(self, layer: int) -> list[Tensor]:
+        """The mask of a layer, or nothing."""
+        return self.masks[layer : layer + 1] or self.masks[:1]
+
+    @property
+    def dtypes(self) -> tuple[torch.dtype, torch.dtype]:
+        """The student's and the teacher's."""
+        return self.students[0].dtype, self.teachers[0].dtype
+
+
+class Statistics(Protocol):
+    """Mean and covariance of a layer's features; :class:`rift_kernels.TeacherStatistics` is one."""
+
+    count: Tensor
+    mean: Tensor
+
+    @property
+    def width(self) -> int:
+        """D, the number of features a row."""
+
+    def covariance(self) -> Tensor:
+        """Unbiased, (D, D)."""
+
+
+def option(name: str, value: object, accepted: Sequence[object]) -> None:
+    """``value`` is one of ``accepted``."""
+    if value not in accepted:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, accepted))}; got {value!r}")
+
+
+def number(name: str, value: object) -> float:
+    """``value`` is a finite number, zero or more."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be a number; got {type(value).__name__}")
+    result = float(value)
+    if not 0 <= result < float("inf"):
+        raise ValueError(f"{name} must be finite and not negative; got {value!r}")
+    return result
+
+
+def flag(name: str, value: object) -> None:
+    """``value`` is True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False; got {value!r}")
+
+
+def is_features(teacher: object) -> TypeGuard[Features]:
+    """Whether this is meant as features and not as statistics of them."""
+    several = isinstance(teacher, list | tuple) and len(teacher) > 0
+    first = teacher[0] if several else teacher  # type: ignore[index]
+    return not isinstance(first, nn.Module)
+
+
+def is_statistics(teacher: object) -> TypeGuard[Statistics]:
+    """Whether this has mean and covariance; plain attributes, which torch.compile can look for."""
+    parts = ("count", "mean", "width", "covariance")
+    return isinstance(teacher, nn.Module) and all(hasattr(teacher, part) for part in parts)
+
+
+def positive(name: str, value: object) -> int:
+    """``value`` is a whole number, one or more."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"{name} must be an integer; got {type(value).__name__}")
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1; got {value}")
+    return int(value)
+
+
+def rows(name: str, x: object, mask: object, width: int, device: torch.device) -> None:
+    """``x`` is (..., N, width) on ``device``, and ``mask`` None or one boolean a row."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a tensor; got {type(x).__name__}")
+    _floating(name, x)
+    if x.dim() < 2 or x.shape[-1] != width:
+        raise ValueError(f"{name} must be (..., N, {width}); got {tuple(x.shape)}")
+    if x.device != device:
+        raise ValueError(f"{name} must be on {device}; got {x.device}")
+    if mask is None:
+        return
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"mask must be a boolean tensor or None; got {type(mask).__name__}")
+    _mask("mask", mask, x, of=name)
+
+
+def layers(student: Features, teacher: Features, mask: Mask, *, equal_widths: bool) -> Layers:
+    """Students, teachers and masks that fit one another, as lists.
+
+    Raises:
+        TypeError: something is not a tensor, or not of a floating (mask: boolean) dtype.
+        ValueError: ranks, shapes, devices or lengths do not fit.
+    """
+    is_list = not isinstance(student, Tensor)
+    students = _as_list("student", student, is_list)
+    teachers = _as_list("teacher", teacher, is_list)
+    if len(students) != len(teachers):
+        raise ValueError(
+            "student and teacher must have the same number of layers; "
+            f"got {len(students)} and {len(teachers)}"
+        )
+    masks = _masks(mask, is_list, len(students))
+    for i, (x, y) in enumerate(zip(students, teachers, strict=True)):
+        where = f"[{i}]" if is_list else ""
+        _pair(f"student{where}", f"teacher{where}", x, y, is_list)
+        if equal_widths and x.shape[-1] != y.shape[-1]:
+            raise ValueError(
+                f"student{where} and teacher{where} must have the same width for this measure; "
+                f"got {x.shape[-1]} and {y.shape[-1]} (covariance_distance takes a rotation, "
+                "RIFTLoss learns one)"
+            )
+        if isinstance(mask, Tensor):
+            _mask("mask", mask, x)
+        elif masks:
+            _mask(f"mask{where}", masks[i], x)
+    for name, side in (("student", students), ("teacher", teachers)):
+        for tensor in side:
+            if tensor.dtype != side[0].dtype or tensor.device != side[0].device:
+                raise ValueError(
+                    f"all layers of {name} must have one dtype and one device; got "
+                    f"{side[0].dtype} on {side[0].device} and {tensor.dtype} on {tensor.device}"
+                )
+    return Layers(students, teachers, masks, is_list)
+
+
+def enough_rows(given: Layers, min_rows: int) -> None:
+    """Every layer has rows enough for a measure, valid ones where that can be seen at once."""
+    for i, x in enumerate(given.students):
+        where = f"[{i}]" if given.is_list else ""
+        if x.shape[-2] < min_rows:
+            raise ValueError(
+                f"student{where} and teacher{where} must have at least {min_rows} rows for this "
+                f"measure; got {x.shape[-2]} (drop a smaller last batch: drop_last=True)"
+            )
+    for i, mask in enumerate(given.masks):
+        # Where it cannot be read, the value is NaN instead.
+        if not mask.numel() or not _is_readable(mask):
+            continue
+        fewest = int(mask.sum(-1).min())
+        if fewest < min_rows:
+            name = f"mask[{i}]" if len(given.masks) > 1 else "mask"
+            raise ValueError(
+                f"{name} must leave at least {min_rows} valid rows for this measure; got {fewest}"
+            )
+
+
+def rotations(
+    rotation: Features | None, given: Layers, widths: Sequence[int] | None = None
+) -> list[Tensor]:
+    """One (D2, D1) matrix a layer, or an empty list for the identity.
+
+    D2 are the teachers' widths, or ``widths`` where it is statistics that are rotated.
+    """
+    if rotation is None:
+        return []
+    matrices = _as_list("rotation", rotation, given.is_list)
+    if len(matrices) != len(given.students):
+        raise ValueError(
+            f"rotation must have one matrix a layer; got {len(matrices)} for "
+            f"{len(given.students)} layers"
+        )
+    widths = widths or [y.shape[-1] for y in given.teachers]
+    for i, (q, (x, y), width) in enumerate(zip(matrices, given.pairs, widths, strict=True)):
+        name = f"rotation[{i}]" if given.is_list else "rotation"
+        _floating(name, q)
+        expected = (width, x.shape[-1])
+        if tuple(q.shape) != expected:
+            raise ValueError(
+                f"{name} must be (teacher width, student width) = {expected}; got {tuple(q.shape)}"
+            )
+        if q.device != y.device:
+            raise ValueError(
+                f"{name} and teacher must be on the same device; got {q.device} and {y.device}"
+            )
+    return matrices
+
+
+def token_mask(
+    mask: object, layer: str = "", output: Tensor | None = None, every_row: bool = False
+) -> None:
+    """``mask`` is (batch, tokens) boolean, and fits the output of a layer, if there is one.
+
+    An output (batch, D) takes any mask: its tokens are gone. With ``every_row``, each row of
+    (batch, tokens, D) must have a valid token.
+    """
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"mask must be a boolean tensor or None; got {type(mask).__name__}")
+    if mask.dtype != torch.bool:
+        raise TypeError(
+            f"mask must be boolean, True = valid; got {mask.dtype} (for 0 and 1: mask.bool())"
+        )
+    if mask.dim() != 2:
+        raise ValueError(f"mask must be (batch, tokens); got {tuple(mask.shape)}")
+    if output is None or output.dim() == 2:
+        return
+    if mask.shape != output.shape[:-1]:
+        expected = tuple(output.shape[:-1]) if output.dim() == 3 else "None"
+        raise ValueError(
+            f"mask must be {expected} for layer {layer!r} with output {tuple(output.shape)}; "
+            f"got {tuple(mask.shape)}"
+        )
+    if mask.device != output.device:
+        raise ValueError(
+            f"mask and the output of layer {layer!r} must be on the same device; "
+            f"got {mask.device} and {output.device}"
+        )
+    if every_row and _is_readable(mask) and not bool(mask.any(1).all()):
+        row = int(mask.any(1).int().argmin())
+        raise ValueError(f"mask must leave at least one valid token a row; row {row} has none")
+
+
+def _is_readable(mask: Tensor) -> bool:
+    """Not on a GPU, nor while torch.compile traces, where it would make the host wait."""
+    return mask.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def _as_list(name: str, value: Features, is_list: bool) -> list[Tensor]:
+    if not is_list:
+        if not isinstance(value, Tensor):
+            raise TypeError(
+                f"{name} must be a tensor, because student is one; got {type(value).__name__}"
+            )
+        return [value]
+    if not isinstance(value, list | tuple):
+        accepted = "a tensor or a list of tensors" if name == "student" else "a list, as student is"
+        raise TypeError(f"{name} must be {accepted}; got {type(value).__name__}")
+    if not value:
+        raise ValueError(f"{name} must have at least one layer; got an empty list")
+    for i, tensor in enumerate(value):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name}[{i}] must be a tensor; got {type(tensor).__name__}")
+    return list(value)
+
+
+def _floating(name: str, tensor: Tensor) -> None:
+    if hasattr(tensor, "full_tensor"):  # a DTensor, whose class is slow to import
+        raise TypeError(
+            f"{name} must be a plain tensor; got a DTensor: take its full_tensor() where it is "
+            "sharded by columns or tokens, to_local() where it is replicated or each rank has rows "
+            "of its own"
+        )
+    if tensor.layout != torch.strided or tensor.is_nested:
+        kind = "nested" if tensor.is_nested else tensor.layout
+        raise TypeError(f"{name} must be a dense tensor; got {kind}")
+    if tensor.dtype not in _DTYPES:
+        raise TypeError(f"{name} must be float64, float32, bfloat16 or float16; got {tensor.dtype}")
+
+
+def _pair(x_name: str, y_name: str, x: Tensor, y: Tensor, is_list: bool) -> None:
+    for name, tensor in ((x_name, x), (y_name, y)):
+        _floating(name, tensor)
+        if is_list and tensor.dim() != 2:
+            raise ValueError(f"{name} must be (N, D) in a list; got {tuple(tensor.shape)}")
+        if tensor.dim() < 2:
+            raise ValueError(f"{name} must be (..., N, D); got {tuple(tensor.shape)}")
+        if tensor.shape[-1] == 0:
+            raise ValueError(
+                f"{name} must have at least one feature a row; got {tuple(tensor.shape)}"
+            )
+    if x.device != y.device:
+        raise ValueError(
+            f"{x_name} and {y_name} must be on the same device; got {x.device} and {y.device}"
+        )
+    if x.shape[-2] != y.shape[-2]:
+        raise ValueError(
+            f"{x_name} and {y_name} must have the same number of rows; "
+            f"got {x.shape[-2]} and {y.shape[-2]}"
+        )
+    if x.shape[:-2] != y.shape[:-2]:
+        raise ValueError(
+            f"{x_name} and {y_name} must have the same leading axes; "
+            f"got {tuple(x.shape)} and {tuple(y.shape)}"
+        )
+
+
+def _masks(mask: Mask, is_list: bool, count: int) -> list[Tensor]:
+    if mask is None:
+        return []
+    if isinstance(mask, Tensor):
+        return [mask]
+    if not is_list:
+        raise TypeError(f"mask must be a boolean tensor or None; got {type(mask).__name__}")
+    masks = _as_list("mask", mask, is_list)
+    if len(masks) != count:
+        raise ValueError(f"mask must have one entry a layer, {count}; got {len(masks)}")
+    return masks
+
+
+def _mask(name: str, mask: Tensor, x: Tensor, of: str = "student") -> None:
+    if mask.dtype != torch.bool:
+        raise TypeError(f"{name} must be boolean, True = valid; got {mask.dtype}")
+    if mask.shape != x.shape[:-1]:
+        raise ValueError(
+            f"{name} must be {tuple(x.shape[:-1])}, one entry a row; got {tuple(mask.shape)}"
+        )
+    if mask.device != x.device:
+        raise ValueError(
+            f"{name} and {of} must be on the same device; got {mask.device} and {x.device}"
+        )

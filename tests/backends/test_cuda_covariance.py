@@ -1,0 +1,309 @@
+"""Linear CKA of many rows on a CPU: the kernels' own source, see tests/support/emulator.
+
+Once with Hopper's kernels and once with those for any GPU.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import rift_kernels as rk
+from rift_kernels.backends import cuda
+from tests.support import cases, emulated, memory
+from tests.support.emulated import close
+
+SHAPES = [(40, 8, 8), (100, 24, 40), (130, 56, 24), (150, 136, 136), (300, 72, 200)]
+
+
+@pytest.fixture(scope="module")
+def near() -> dict[tuple[float, bool], tuple[torch.Tensor, torch.Tensor]]:
+    """By 1 - CKA, and whether the student is rotated; found before the kernels take over."""
+    kinds = ((1e-1, False), (1e-5, False), (1e-5, True), (1e-4, True))
+    return {kind: cases.near_pair(200, 64, *kind) for kind in kinds}
+
+
+@pytest.fixture(autouse=True, params=emulated.GPUS)
+def gpu(request, near, emulate) -> str:  # noqa: ARG001
+    """Make every call take these kernels."""
+    emulate(request.param, form="covariance")
+    return request.param
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@cases.by_name([cases.CKA, cases.CKA_BIASED])
+def test_value_and_gradients(measure, shape) -> None:
+    x, y, _ = cases.Case("", *shape).features(torch.bfloat16)
+    close(measure, x, y)
+
+
+@pytest.mark.parametrize("offset", [1.0, 30.0])
+@cases.by_name([cases.CKA, cases.CKA_BIASED])
+def test_offsets(measure, offset) -> None:
+    x, y, _ = cases.Case("", 200, 24, 24, offset=offset).features(torch.bfloat16)
+    close(measure, x, y)
+
+
+def test_gradient_close_to_the_teacher(near) -> None:
+    """Two products where the student is near, five where it is a rotation; a scale is no matter."""
+    for x, y in near.values():
+        close(cases.CKA, x.bfloat16(), y.bfloat16())
+        close(cases.CKA, (1.5 * x).bfloat16(), y.bfloat16())
+
+
+def is_full(x: torch.Tensor, y: torch.Tensor, precision: str = "high") -> bool:
+    """Whether the student's backward multiplies the low halves as well."""
+    _, saved = torch.ops.rift_kernels.cka_fwd(
+        [x], [y], [], [False], True, True, precision, "cuda", True, False
+    )
+    # The scalars come last.
+    return bool(saved[0][-128:].view(torch.float32)[3])
+
+
+def test_low_halves_are_multiplied_where_they_matter(near) -> None:
+    for (gap, rotated), pair in near.items():
+        x, y = (t.bfloat16() for t in pair)
+        # Far from the teacher either may be.
+        assert is_full(x, y) == rotated or gap > 1e-2
+        assert not is_full(x, y, "medium")
+
+
+@pytest.mark.parametrize("length", [1, 1e5], ids=["", "long rows in the other"])
+# So many that the moments of what is alike round otherwise than the product of its means.
+@pytest.mark.parametrize(("rows", "offset"), [(60, 0.0), (200, 30.0), (1500, 30.0)])
+def test_one_row_that_differs(rows, length, offset) -> None:
+    """Debiased, that is no variance: what is left is made of rounding."""
+    x, y, _ = cases.Case("", rows, 16, 16, offset=offset).features(torch.bfloat16)
+    single = x[1].expand(rows, 16).clone()
+    # The first one, of which a pivot must not be made, or another.
+    single[0 if rows == 200 else 17] = x[2] * length
+    y[5:8] *= length
+    for features in ((single, y), (y, single)):
+        value, *grads = cases.value_and_gradients(rk.linear_cka, *features)
+        assert value == 0
+        assert not any(grad.any() for grad in grads)
+
+
+def with_long_rows(
+    case: cases.Case, rows: tuple[int, ...], factor: float = 3000.0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of different lengths, other ones in the teacher."""
+    x, y, _ = case.features(torch.float64)
+    for i, row in enumerate(rows):
+        x[row] *= factor / (1 + i)
+        y[row] *= factor / (1 + 0.7 * i)
+    return x.bfloat16(), y.bfloat16()
+
+
+@pytest.mark.parametrize(
+    ("shape", "offset", "rows", "factor"),
+    [
+        # The shortest ones are the last rows of their chunks, or two of one.
+        ((200, 24, 24), 0.0, (127,), 3000.0),
+        ((200, 24, 24), 3.0, (7, 70, 71), 3000.0),
+        # Of modest length: terms count that are lost beside the longer ones.
+        ((200, 24, 24), 0.0, (7, 70, 71), 12.0),
+        ((200, 72, 136), 0.0, (0, 1, 2, 63, 64, 128, 198, 199), 3000.0),
+        ((10, 4, 4), 0.0, (7, 2), 3000.0),
+    ],
+    ids=str,
+)
+def test_long_rows(shape, offset, rows, factor) -> None:
+    """Debiased, nearly all that moments of such rows add would be taken off again."""
+    x, y = with_long_rows(cases.Case("", *shape, offset=offset), rows, factor)
+    close(cases.CKA, x, y)
+    # All other rows on their own: beside the long ones' gradients theirs may be small.
+    grads = cases.value_and_gradients(rk.linear_cka, x, y)[1:]
+    exact = (t.double() - t.double().mean(0) for t in (x, y))
+    expected = cases.value_and_gradients(cases.CKA.reference, *exact)[1:]
+    rest = torch.ones(len(x), dtype=torch.bool)
+    rest[list(rows)] = False
+    for got, wanted in zip(grads, expected, strict=True):
+        assert cases.relative_error(got[rest], wanted[rest]) <= 4e-3
+
+
+def test_long_rows_close_to_the_teacher() -> None:
+    x, _ = with_long_rows(cases.Case("", 200, 24, 24), (7, 70))
+    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(3))
+    close(cases.CKA, x, (x.float() * (1 + 1e-2 * noise)).bfloat16())
+
+
+@pytest.mark.parametrize("rows", [4, 5, 8, 9, 12])
+def test_few_rows(rows) -> None:
+    """All of them may be kept apart, and nothing be left."""
+    close(cases.CKA, *cases.Case("", rows, 1, 2).features(torch.bfloat16)[:2])
+
+
+def test_a_long_row_that_is_not_finite_is_nan() -> None:
+    x, y = with_long_rows(cases.Case("", 60, 16, 16), (5,))
+    x[5, 3] = float("nan")
+    value, grad_x, _ = cases.value_and_gradients(rk.linear_cka, x, y)
+    assert value.isnan()
+    assert grad_x.isnan().all()
+
+
+def test_several_tiles_close_to_the_teacher() -> None:
+    """Below the diagonal of C, what is taken off is a tile of A turned over."""
+    y = torch.randn(220, 200, generator=torch.Generator().manual_seed(0))
+    x = y + 0.1 * torch.randn(220, 200, generator=torch.Generator().manual_seed(1))
+    close(cases.CKA_BIASED, x.bfloat16(), y.bfloat16())
+
+
+def test_medium_precision_multiplies_no_low_halves(near) -> None:
+    x, y = (t.bfloat16() for t in near[1e-4, True])
+    _, expected, _ = cases.value_and_gradients(cases.CKA.reference, x.double(), y.double())
+    _, high, _ = cases.value_and_gradients(rk.linear_cka, x, y)
+    _, medium, _ = cases.value_and_gradients(rk.linear_cka, x, y, precision="medium")
+    assert cases.relative_error(high, expected) <= 4e-3
+    assert 1e-2 <= cases.relative_error(medium, expected) <= 1
+
+
+def test_what_the_copy_engine_cannot_take_is_copied() -> None:
+    """Odd widths, columns apart, rows that begin anywhere."""
+    x, y, _ = cases.Case("", 60, 13, 7).features(torch.bfloat16)
+    close(cases.CKA, x, y)
+    close(cases.CKA, x.T.contiguous().T, y)
+    close(cases.CKA, *cases.Case("", 60, 12, 12, strided=True).features(torch.bfloat16)[:2])
+
+
+@pytest.mark.parametrize("kind", cases.OVERLAPS)
+def test_rows_that_overlap_are_copied(kind) -> None:
+    """Their stride is less than their width, or 0."""
+    x, y, _ = cases.Case("", 60, 24, 24).features(torch.bfloat16)
+    close(cases.CKA, cases.overlapping(kind, 60, 24, torch.bfloat16), y)
+    close(cases.CKA, x, cases.overlapping(kind, 60, 24, torch.bfloat16))
+
+
+def test_expanded_rows_and_entries() -> None:
+    x, y, _ = cases.Case("", 40, 16, 16, batch=(3,)).features(torch.bfloat16)
+    value, *grads = cases.value_and_gradients(rk.linear_cka, x[0, :1].expand(40, 16), y[0])
+    assert value == 0
+    assert not any(grad.any() for grad in grads)
+    close(cases.CKA, x[:1].expand(3, 40, 16), y)
+    windows = cases.overlapping("windows", 60, 16, torch.bfloat16).as_strided(
+        (3, 40, 16), (80, 8, 1)
+    )
+    close(cases.CKA, windows, y)
+
+
+def test_batches_and_lists() -> None:
+    x, y, _ = cases.Case("", 40, 16, 16, batch=(3,)).features(torch.bfloat16)
+    close(cases.CKA, x, y)
+    values, grad_x, _ = cases.value_and_gradients(rk.linear_cka, x, y)
+    students = [one.clone().requires_grad_() for one in x]
+    listed = rk.linear_cka(students, list(y))
+    assert torch.equal(listed, values)
+    incoming = torch.rand(3, generator=torch.Generator().manual_seed(1)).double() + 0.5
+    listed.backward(incoming.float())
+    for student, grad in zip(students, grad_x, strict=True):
+        assert torch.equal(student.grad, grad)
+
+
+@pytest.mark.parametrize("grads", [(False, False), (True, False), (False, True)], ids=str)
+@pytest.mark.parametrize("debiased", [True, False])
+def test_only_wanted_gradients(debiased, grads) -> None:
+    x, y, _ = cases.Case("", 60, 16, 24).features(torch.bfloat16)
+    both = cases.value_and_gradients(rk.linear_cka, x, y, debiased=debiased)
+    x.requires_grad_(grads[0])
+    y.requires_grad_(grads[1])
+    value = rk.linear_cka(x, y, debiased=debiased)
+    assert torch.equal(value.detach(), both[0])
+    if any(grads):
+        incoming = torch.rand((), generator=torch.Generator().manual_seed(1)).double() + 0.5
+        value.backward(incoming.float())
+    for tensor, wanted, grad in zip((x, y), grads, both[1:], strict=True):
+        assert torch.equal(tensor.grad, grad) if wanted else tensor.grad is None
+
+
+def test_distance() -> None:
+    x, y, _ = cases.Case("", 60, 16, 16).features(torch.bfloat16)
+    value, grad_x, _ = cases.value_and_gradients(rk.linear_cka, x, y)
+    distance, opposite, _ = cases.value_and_gradients(rk.linear_cka, x, y, distance=True)
+    assert abs(float(distance) - (1 - float(value))) <= 2**-24
+    assert torch.equal(opposite, -grad_x)
+
+
+def test_the_order_of_threads_changes_nothing(gpu, emulate) -> None:
+    x, y, _ = cases.Case("", 150, 136, 40).features(torch.bfloat16)
+    results = []
+    for seed in range(3):
+        emulate(gpu, seed=seed, form="covariance")
+        results.append(cases.value_and_gradients(rk.linear_cka, x, y))
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(other, results[0], strict=True))
+
+
+@pytest.mark.parametrize("warp", [0, 4, 8])
+def test_a_warp_that_is_late_changes_nothing(warp, gpu, emulate) -> None:
+    """On Hopper, one that fetches, or multiplies; few columns, so that others need not wait."""
+    x, y, _ = cases.Case("", 60, 16, 24).features(torch.bfloat16)
+    expected = cases.value_and_gradients(rk.linear_cka, x, y)
+    emulate(gpu, seed=3 * warp + 2, form="covariance")
+    actual = cases.value_and_gradients(rk.linear_cka, x, y)
+    assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("processors", "rows", "width"),
+    # One pair; four for one square; five for three squares, whose ends one of them has.
+    [(1, 150, 136), (8, 300, 40), (10, 1530, 136)],
+    ids=str,
+)
+def test_any_number_of_processors(processors, rows, width, monkeypatch) -> None:
+    monkeypatch.setattr(cuda, "_processors", lambda _: processors)
+    close(cases.CKA, *cases.Case("", rows, width, 24).features(torch.bfloat16)[:2])
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_is_not_finite_is_nan(bad) -> None:
+    x, y, _ = cases.Case("", 60, 16, 16).features(torch.bfloat16)
+    x[4, 5] = bad
+    value, grad_x, _ = cases.value_and_gradients(rk.linear_cka, x, y)
+    assert value.isnan()
+    assert grad_x.isnan().all()
+
+
+def test_no_variance() -> None:
+    x, y, _ = cases.Case("", 60, 16, 16).features(torch.bfloat16)
+    for constant in (0.0, 0.1):
+        for measure in (cases.CKA, cases.CKA_BIASED):
+            value, *grads = cases.value_and_gradients(measure, torch.full_like(x, constant), y)
+            assert value == 0
+            assert not any(grad.any() for grad in grads)
+
+
+@pytest.mark.parametrize("factor", [1e-17, 1e17])
+def test_scale_changes_nothing(factor) -> None:
+    x, y, _ = cases.Case("", 60, 16, 16).features(torch.bfloat16)
+    expected = float(rk.linear_cka(x, y))
+    assert float(rk.linear_cka((x.double() * factor).bfloat16(), y)) == pytest.approx(
+        float(cases.CKA.reference((x.double() * factor).bfloat16().double(), y.double())), abs=1e-5
+    )
+    assert abs(expected) > 0.1
+
+
+def test_features_changed_in_place_raise() -> None:
+    x, y, _ = cases.Case("", 60, 16, 16).features(torch.bfloat16)
+    features = x.requires_grad_() * 1
+    value = rk.linear_cka(features, y)
+    features += 1
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        value.backward()
+
+
+@cases.by_name([cases.CKA, cases.CKA_BIASED])
+@pytest.mark.parametrize("batch", cases.EMPTY_BATCHES, ids=str)
+def test_an_empty_batch(measure, batch) -> None:
+    cases.assert_empty(measure, batch, False, torch.bfloat16)
+
+
+def test_no_memory_outlives_a_call() -> None:
+    memory.assert_none_outlives(lambda: cases.CKA(*cases.pair(60, 16, torch.bfloat16)))
+
+
+def test_compiles_whole() -> None:
+    x, y, _ = cases.Case("", 60, 16, 16).features(torch.bfloat16)
+    expected = cases.value_and_gradients(rk.linear_cka, x, y)
+    compiled = torch.compile(rk.linear_cka, fullgraph=True, backend="aot_eager")
+    actual = cases.value_and_gradients(compiled, x, y)
+    assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))

@@ -1,0 +1,150 @@
+"""A GPU that refuses a launch: `auto` goes on with another backend, an explicit choice raises."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import rift_kernels as rk
+from rift_kernels.backends import eager
+from rift_kernels.dispatch import operators, plan
+from rift_kernels.trust import decisions, refusals
+from tests.support import cases
+
+REFUSED = RuntimeError("Triton Error [CUDA]: too many resources requested for launch")
+FOUND = pytest.warns(UserWarning, match="does without the kernels .*: a launch failed: Runtime")
+
+
+@pytest.fixture
+def kernels(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """A backend called triton, on a CPU: eager's, until a test makes a launch of it fail."""
+
+    def cka_fwd(*call):
+        *how, debiased, distance = call
+        backend.launches += 1
+        values, _ = torch.ops.rift_kernels.cka_fwd(*how, "eager", debiased, distance)
+        return values, []
+
+    backend = SimpleNamespace(**vars(eager), launches=0, cka_fwd=cka_fwd, fused_bwd=refuse)
+    find = operators._backend
+    monkeypatch.setattr(operators, "_backend", lambda n: backend if n == "triton" else find(n))
+    monkeypatch.setattr(plan, "_has_kernels", lambda _: True)
+    monkeypatch.setattr(
+        plan, "reason_against", lambda name, *_: "not here" if name == "cuda" else None
+    )
+    return backend
+
+
+def refuse(*_: object) -> None:
+    raise REFUSED
+
+
+def both(function, backend: str) -> tuple[torch.Tensor, ...]:
+    """The value and the gradients of both sides."""
+    x, y = cases.pair(rows=30)
+    return cases.value_and_gradients(function, x, y, backend=backend)
+
+
+def assert_as_eager(function, expected=None) -> None:
+    for got, wanted in zip(
+        both(function, "auto"), expected or both(function, "eager"), strict=True
+    ):
+        torch.testing.assert_close(got, wanted, rtol=0, atol=0)
+
+
+def test_a_forward(kernels) -> None:
+    attempts = []
+
+    def fail(*_: object) -> None:
+        attempts.append(1)
+        refuse()
+
+    kernels.cka_fwd = fail
+    with FOUND:
+        assert_as_eager(rk.linear_cka)
+    # Known from now on, and said once.
+    assert_as_eager(rk.linear_cka)
+    assert len(attempts) == 1
+
+
+def test_a_forward_of_what_is_not_fused(kernels) -> None:
+    kernels.moments = refuse
+    for function in (rk.procrustes_similarity, rk.bures_distance):
+        decisions.forget()
+        with FOUND:
+            assert_as_eager(function)
+    decisions.forget()
+    x, y = cases.pair()
+    with FOUND:
+        found = rk.cross_covariance(x, y)
+    torch.testing.assert_close(found, rk.cross_covariance(x, y, backend="eager"))
+
+
+@pytest.mark.parametrize("how", ["argument", "environment"])
+def test_an_explicit_choice_raises(how, kernels, monkeypatch) -> None:
+    kernels.cka_fwd = refuse
+    if how == "environment":
+        monkeypatch.setenv(plan.ENVIRONMENT_VARIABLE, "triton")
+    with pytest.raises(RuntimeError, match="too many resources") as raised:
+        both(rk.linear_cka, "triton" if how == "argument" else "auto")
+    assert "RIFT_KERNELS_BACKEND=eager" in "".join(raised.value.__notes__)
+
+
+def test_other_errors_are_nobodys_to_hide(kernels) -> None:
+    def crash(*_: object) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    kernels.cka_fwd = crash
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        both(rk.linear_cka, "auto")
+
+
+def test_a_backward_whose_features_are_there(kernels, force_form) -> None:
+    """Of CKA in covariance form the kernels keep both sides: eager begins again."""
+    force_form("covariance")
+    expected = both(rk.linear_cka, "eager")
+    with FOUND:
+        assert_as_eager(rk.linear_cka, expected)
+    assert kernels.launches == 1
+    assert_as_eager(rk.linear_cka, expected)
+    assert kernels.launches == 1
+
+
+def test_a_backward_whose_features_are_gone(kernels, force_form) -> None:
+    """In Gram form only those are kept whose gradient is wanted: it says what helps."""
+    force_form("gram")
+    x, y = cases.pair(rows=30)
+    value = rk.linear_cka(x, y.detach())
+    with FOUND, pytest.raises(RuntimeError, match="too many resources") as raised:
+        value.backward()
+    assert "backend='eager'" in "".join(raised.value.__notes__)
+    # The next step does without.
+    rk.linear_cka(x, y.detach()).backward()
+    assert kernels.launches == 1
+    expected = both(rk.linear_cka, "eager")
+    assert_as_eager(rk.linear_cka, expected)
+
+
+@pytest.mark.parametrize(
+    "function", [rk.procrustes_similarity, lambda *a, **k: rk.cross_covariance(*a, **k).sum()]
+)
+def test_a_backward_of_what_is_not_fused(function, kernels, force_form) -> None:
+    """What the forward kept is enough for any backend."""
+    force_form("covariance")
+    expected = both(function, "eager")
+    kernels.product_transposed = refuse
+    with FOUND:
+        assert_as_eager(function, expected)
+    assert_as_eager(function, expected)
+
+
+def test_errors_by_name() -> None:
+    """Triton's own errors, which are not there to be imported without triton."""
+    errors = pytest.importorskip("triton.runtime.errors", reason="needs triton")
+    assert refusals.is_refusal(errors.OutOfResources(300000, 232448, "shared memory"))
+    assert not refusals.is_refusal(ValueError("too many resources requested for launch"))
+    assert not refusals.is_refusal(torch.OutOfMemoryError("CUDA out of memory"))
+    text = "covariance_forward: cudaErrorNoKernelImageForDevice: no kernel image is available"
+    assert refusals.is_refusal(RuntimeError(text))

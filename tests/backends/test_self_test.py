@@ -1,0 +1,482 @@
+"""What `auto` trusts: planted faults are never used, good kernels are, and no call hangs."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+import rift_kernels as rk
+from rift_kernels.backends import cuda
+from rift_kernels.commands import trial
+from rift_kernels.dispatch import plan
+from rift_kernels.trust import decisions, known_answers, self_test, verdicts
+from rift_kernels.trust.self_test import Examination, Report
+from rift_kernels.trust.verdicts import Kernels, Verdict
+from tests.support import cases
+
+pytest.importorskip("triton", reason="needs triton")
+
+CPU = torch.device("cpu")
+BF16 = (torch.bfloat16, torch.bfloat16)
+SMALL = Kernels("triton", "small", "bfloat16")
+PROBLEM = plan.Problem("cka", (True,), 16, 64)
+# As the suite's own fixtures replace it where they emulate a GPU.
+choose_backend = plan.choose_backend
+PACKAGE = Path(rk.__file__).parent
+
+
+@pytest.fixture(autouse=True)
+def _first_call(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A user without verdicts, whose features lie where `auto` looks for kernels."""
+    monkeypatch.setenv(self_test.ENVIRONMENT_VARIABLE, "1")
+    monkeypatch.setenv(verdicts.ENVIRONMENT_VARIABLE, str(tmp_path / "cache"))
+    monkeypatch.setattr(plan, "_has_kernels", lambda _: True)
+    only(monkeypatch, "triton")
+    decisions.forget()
+
+
+def only(monkeypatch: pytest.MonkeyPatch, backend: str) -> None:
+    """Of the kernels, those of this backend can run."""
+    monkeypatch.setattr(
+        plan,
+        "reason_against",
+        lambda name, *_: None if name in (backend, "eager") else f"{name} is not for this test",
+    )
+
+
+class Answers:
+    """In place of the processes: what they would find, and how often they were asked."""
+
+    def __init__(self, **good: bool | None) -> None:
+        self.good, self.asked = good, []
+
+    def __call__(self, tasks, _device) -> list[Report]:
+        self.asked.append([str(kernels) for kernels, _ in tasks])
+        return [
+            Report(kernels, case, self.good.get(kernels.family, True), f"{case} is planted")
+            for kernels, case in tasks
+        ]
+
+
+@pytest.fixture
+def answers(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Answers]:
+    def make(**good: bool | None) -> Answers:
+        found = Answers(**good)
+        monkeypatch.setattr(self_test, "examine", found)
+        return found
+
+    return make
+
+
+def choose(problem: plan.Problem = PROBLEM, backend: str = "auto", dtypes=BF16) -> str:
+    return choose_backend(backend, CPU, dtypes, problem)
+
+
+def test_good_kernels_are_tested_once(answers) -> None:
+    found = answers()
+    assert [choose() for _ in range(3)] == ["triton"] * 3
+    decisions.forget()  # another process, which asks the disk
+    assert choose() == "triton"
+    assert found.asked == [["triton/small/bfloat16"] * 2]
+    assert choose(PROBLEM._replace(rows=300)) == "triton"
+    assert choose(dtypes=(torch.bfloat16, torch.float32)) == "triton"
+    assert found.asked[1:] == [["triton/gram/bfloat16"] * 2, ["triton/small/float32"] * 2]
+
+
+def test_bad_kernels_are_never_used_and_say_so_once(answers, recwarn) -> None:
+    found = answers(small=False)
+    with pytest.warns(UserWarning, match=r"triton/small/bfloat16 .*masked layers is planted.*"):
+        assert choose() == "eager"
+    recwarn.clear()
+    assert choose() == "eager"
+    assert not recwarn.list
+    decisions.forget()
+    with pytest.warns(UserWarning, match=r"report it: `python -m rift_kernels check`"):
+        assert choose() == "eager"
+    assert len(found.asked) == 1
+    # The others are, and so are these where they are asked for.
+    assert choose(PROBLEM._replace(gram=(False,))) == "triton"
+    assert choose(backend="triton") == "triton"
+
+
+def test_the_next_backend_takes_its_place(monkeypatch) -> None:
+    monkeypatch.setattr(plan, "reason_against", lambda *_: None)
+    monkeypatch.setattr(
+        self_test,
+        "examine",
+        lambda tasks, _: [Report(k, c, k.backend != "cuda", "planted") for k, c in tasks],
+    )
+    with pytest.warns(UserWarning, match="without the kernels cuda/small/bfloat16"):
+        assert choose() == "triton"
+
+
+def test_what_could_not_be_tested_is_not_used_and_not_held_against_it(answers) -> None:
+    """No room on the GPU, for one; the next process tries again."""
+    found = answers(small=None)
+    with pytest.warns(UserWarning, match=r"could not be tested .*to test them when it is free"):
+        assert choose() == "eager"
+    assert choose() == "eager"
+    decisions.forget()
+    answers()
+    assert choose() == "triton"
+    assert len(found.asked) == 1
+
+
+def test_settings(answers, monkeypatch) -> None:
+    found = answers(small=False)
+    monkeypatch.setenv(self_test.ENVIRONMENT_VARIABLE, "0")
+    assert choose() == "triton"
+    assert not found.asked
+    decisions.forget()
+    verdicts.write(verdicts.identity("triton", CPU), SMALL, Verdict(True))
+    monkeypatch.setenv(self_test.ENVIRONMENT_VARIABLE, "always")
+    with pytest.warns(UserWarning, match="planted"):
+        assert [choose(), choose()] == ["eager"] * 2
+    assert len(found.asked) == 1
+    decisions.forget()
+    monkeypatch.setenv(self_test.ENVIRONMENT_VARIABLE, "never")
+    with pytest.raises(
+        ValueError, match=r"RIFT_KERNELS_SELF_TEST must be one of '0' .* got 'never'"
+    ):
+        choose()
+    # The environment's choice of a backend is an explicit one.
+    monkeypatch.setenv(plan.ENVIRONMENT_VARIABLE, "triton")
+    assert choose() == "triton"
+
+
+@pytest.mark.parametrize("where", ["tracing", "capturing"])
+def test_nothing_is_tested_in_a_graph(where, answers, monkeypatch, recwarn) -> None:
+    found = answers()
+    with monkeypatch.context() as inside:
+        if where == "tracing":
+            inside.setattr(torch.compiler, "is_compiling", lambda: True)
+        else:
+            inside.setattr(self_test, "_is_capturing", lambda _: True)
+        with pytest.warns(UserWarning, match="not been tested on this GPU yet"):
+            assert choose() == "eager"
+        recwarn.clear()
+        assert choose() == "eager"
+        assert not recwarn.list
+        assert not found.asked
+    assert choose() == "triton"
+    decisions.forget()
+    if where == "tracing":
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    else:
+        monkeypatch.setattr(self_test, "_is_capturing", lambda _: True)
+    # The disk knows.
+    assert choose() == "triton"
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiled_losses_take_eager_until_kernels_were_tested(dynamic, answers) -> None:
+    answers()
+    x, y = cases.pair()
+    compiled = torch.compile(rk.linear_cka, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    with pytest.warns(UserWarning, match="while torch.compile traces"):
+        value = compiled(x, y)
+    torch.testing.assert_close(value, rk.linear_cka(x, y, backend="eager"))
+
+
+def test_which_kernels_a_call_runs(answers) -> None:
+    found = answers()
+    choose(plan.Problem("cka", (True, False), 300, 64))
+    choose(plan.Problem("covariance", (False,), 300, 64))
+    choose(plan.Problem("covariance", (True,), 30, 64))
+    choose(plan.Problem("procrustes", (False,), 300, 64))
+    assert [sorted({name.split("/", 1)[1] for name in one}) for one in found.asked] == [
+        ["covariance/bfloat16", "gram/bfloat16", "small/bfloat16"],
+        ["distance/bfloat16"],
+        ["products/float32"],
+    ]
+    from rift_kernels.backends.triton import gram_form
+
+    assert plan.SMALL_ROWS == gram_form.SMALL_ROWS == cuda.MAX_ROWS
+
+
+def test_the_report_has_the_verdicts(monkeypatch) -> None:
+    for name, found in (
+        ("is_available", True), ("current_device", 0), ("get_device_name", "Some GPU"),
+        ("get_device_capability", (9, 0)),
+    ):  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, lambda *_, found=found: found)
+    machine = {"gpu": "Some GPU"}
+    monkeypatch.setattr(verdicts, "identity", lambda *_: machine)
+    monkeypatch.setenv(self_test.ENVIRONMENT_VARIABLE, "nonsense")  # it never raises
+    verdicts.write(machine, SMALL, Verdict(True))
+    verdicts.write(machine, SMALL._replace(family="gram"), Verdict(False, "batch: off by 1e+00"))
+    lines = [" ".join(line.split()) for line in plan.backend_report().splitlines()]
+    assert "triton/small/bfloat16 works" in lines
+    assert "triton/gram/bfloat16 batch: off by 1e+00" in lines
+    assert "triton/products/float32 not yet" in lines
+    assert not any(line.startswith("cuda/") for line in lines)
+
+
+# ---------------------------------------------------------------- processes of their own
+
+
+@pytest.fixture
+def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str, str], None]:
+    """Processes import a copy of the package in which a line is another."""
+    folder = tmp_path / "planted"
+
+    def plant(file: str, before: str, after: str) -> None:
+        ignore = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(PACKAGE, folder / "rift_kernels", ignore=ignore, dirs_exist_ok=True)
+        path = folder / "rift_kernels" / file
+        text = path.read_text()
+        assert before in text
+        path.write_text(text.replace(before, after, 1))
+
+    monkeypatch.syspath_prepend(folder)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    return plant
+
+
+GRAM_FORM = "backends/triton/gram_form.py"
+LAUNCH = "        _small_gram(layers, config, values, kept, stride, debiased, distance, store)\n"
+
+
+@pytest.mark.parametrize(
+    ("file", "before", "after", "seen"),
+    [
+        pytest.param(
+            "backends/triton/small_gram.py",
+            "- center_offset(sums, total, n, DEBIASED)[None, :]",
+            "- 0 * center_offset(sums, total, n, DEBIASED)[None, :]",
+            r"masked layers: value off by .*, gradient off by",
+            id="a term dropped",
+        ),
+        pytest.param(
+            GRAM_FORM,
+            LAUNCH,
+            '        raise RuntimeError("Triton Error [CUDA]: invalid device function")\n',
+            "RuntimeError: .*invalid device function",
+            id="a launch that fails",
+        ),
+        pytest.param(
+            GRAM_FORM, LAUNCH, "        import os\n        os.abort()\n", "SIGABRT", id="a crash"
+        ),
+        pytest.param(
+            GRAM_FORM,
+            LAUNCH,
+            "        import time\n        time.sleep(10**6)\n",
+            "masked layers: never returned",
+            id="one that never returns",
+        ),
+    ],
+)
+def test_planted_kernels_are_never_used(file, before, after, seen, package, monkeypatch) -> None:
+    package(file, before, after)
+    monkeypatch.setattr(self_test, "LIMIT", 2.0 if "sleep" in after else self_test.LIMIT)
+    with pytest.warns(UserWarning, match=seen):
+        assert choose() == "eager"
+    assert choose() == "eager"
+    # On disk, for every process to come.
+    decisions.forget()
+    monkeypatch.setattr(self_test, "examine", None)
+    with pytest.warns(UserWarning, match=seen):
+        assert choose() == "eager"
+
+
+def test_kernels_as_they_are_are_used(monkeypatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert choose() == "triton"
+    assert verdicts.read(verdicts.identity("triton", CPU), SMALL) == Verdict(True)
+
+
+def test_after_a_crash_the_rest_is_tried_in_another_process(package) -> None:
+    package(GRAM_FORM, LAUNCH, "        import os\n        os.abort()\n")
+    products = Kernels("triton", "products", "float32")
+    tasks = [(SMALL, "small: masked layers"), (SMALL, "small: batch")]
+    tasks.append((products, "products: distance of few rows"))
+    crashed, left, good = Examination(tasks, CPU)
+    assert crashed.good is False
+    assert left[:3] == (SMALL, "small: batch", None)
+    assert "not tried after small: masked layers" in left.seen
+    assert good.good is True
+    assert good.kernels == products
+
+
+def test_a_process_that_cannot_begin_says_nothing_about_kernels(monkeypatch) -> None:
+    """A GPU in exclusive use, no memory for a context, no second process allowed."""
+    task = [(SMALL, "small: batch")]
+    (report,) = Examination(task, torch.device("cuda:77"))
+    assert report.good is None
+    assert "the process ended with status 1" in report.seen
+    monkeypatch.setattr(sys, "executable", "/nowhere/python")
+    (report,) = Examination(task, CPU)
+    assert report.good is None
+    assert "no process could be started" in report.seen
+
+
+def test_out_of_time(package) -> None:
+    package(GRAM_FORM, LAUNCH, "        import time\n        time.sleep(10**6)\n")
+    reports = list(Examination([(SMALL, "small: batch")] * 2, CPU, seconds=1.0))
+    assert [report.good for report in reports] == [None, None]
+    assert {report.seen for report in reports} == {"out of time"}
+
+
+@pytest.mark.parametrize(
+    ("error", "good"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory"), None),
+        (RuntimeError("CUDA-capable device(s) is/are busy or unavailable"), None),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), False),
+        (AssertionError(), False),
+    ],
+)
+def test_errors_in_a_trial(error, good, monkeypatch) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(trial, "judge", fail)
+    outcome = trial.attempt(SMALL, known_answers.CASES[0], CPU)
+    assert outcome.good is good
+    assert type(error).__name__ in outcome.seen
+
+
+def test_a_killed_process_says_nothing_about_kernels(package) -> None:
+    """The system takes memory back like that."""
+    kill = "        import os, signal\n        os.kill(os.getpid(), signal.SIGKILL)\n"
+    package(GRAM_FORM, LAUNCH, kill)
+    (report,) = Examination([(SMALL, "small: batch")], CPU)
+    assert report.good is None
+    assert "killed" in report.seen
+
+
+def test_a_case_that_changes_from_run_to_run(monkeypatch) -> None:
+    measure, count = trial.ops.measure, iter(range(10))
+
+    def drift(*arguments: object) -> torch.Tensor:
+        return measure(*arguments) * (1 + 1e-7 * next(count))
+
+    monkeypatch.setattr(trial.ops, "measure", drift)
+    case = known_answers.CASES[0]
+    outcome = trial.attempt(Kernels("eager", "small", "float32"), case, CPU)
+    assert outcome == (False, "masked layers: results differ from one run to the next", None, None)
+
+
+@pytest.mark.parametrize("what", ["value", "gradient"])
+def test_nan_is_wrong(what, monkeypatch) -> None:
+    grad = torch.autograd.grad
+
+    def spoiled(*arguments: object) -> list[torch.Tensor]:
+        found = list(grad(*arguments))
+        found[0][3, 3] = float("nan")
+        return found
+
+    measure = trial.ops.measure
+    if what == "gradient":
+        monkeypatch.setattr(torch.autograd, "grad", spoiled)
+    else:
+        monkeypatch.setattr(trial.ops, "measure", lambda *a: measure(*a) * float("nan"))
+    monkeypatch.setattr(trial, "REPEATS", 1)
+    case = known_answers.CASES[2]
+    outcome = trial.attempt(Kernels("eager", "small", "float32"), case, CPU)
+    assert outcome.good is False
+    assert f"{what} off by nan" in outcome.seen
+
+
+# ---------------------------------------------------------------- CUDA's, in the emulator
+
+
+def here(tasks, device) -> list[Report]:
+    """In this process, whose CUDA kernels are emulated."""
+    named = {known_answers.key(case): case for case in known_answers.CASES}
+    return [Report(k, name, *trial.attempt(k, named[name], device)) for k, name in tasks]
+
+
+@pytest.fixture
+def emulated_choice(monkeypatch, emulate) -> Callable[..., str]:
+    """What `auto` takes where the CUDA kernels are the emulator's."""
+
+    def make(gpu: str) -> str:
+        emulate(gpu)
+        only(monkeypatch, "cuda")
+        monkeypatch.setattr(self_test, "examine", here)
+        monkeypatch.setattr(trial, "REPEATS", 1)
+        return choose()
+
+    return make
+
+
+def test_emulated_cuda_kernels_are_used(emulated_choice) -> None:
+    assert emulated_choice("clusters") == "cuda"
+
+
+def test_a_launch_that_fails_in_cuda(emulated_choice, monkeypatch) -> None:
+    def refuse(*_: object) -> None:
+        raise RuntimeError("cka_small: cudaErrorInvalidConfiguration: invalid configuration")
+
+    monkeypatch.setattr(cuda, "_launch", refuse)
+    with pytest.warns(UserWarning, match="cudaErrorInvalidConfiguration"):
+        assert emulated_choice("clusters") == "eager"
+
+
+def test_a_missing_barrier(tmp_path, monkeypatch) -> None:
+    """Of cka_small: diagonals are overwritten, and offsets read, by threads that run ahead."""
+    for name in ("csrc", "tests/support/emulator"):
+        shutil.copytree(PACKAGE.parent / name, tmp_path / name)
+    path = tmp_path / "csrc" / "cka_small" / "cka_small.cuh"
+    text = path.read_text()
+    written = text.index("u_center_offset(offsets[unit]")
+    head, tail = text[:written], text[written:]
+    assert "__syncthreads();" in tail
+    path.write_text(head + tail.replace("__syncthreads();", "", 1))
+    # In a process of its own, as an extension is never alone with its name in another's.
+    done = subprocess.run(
+        [sys.executable, "-c", _BROKEN, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONPATH": str(PACKAGE.parent), "RIFT_EMULATED_THREADS": "64"},
+    )
+    assert done.returncode == 0, done.stderr
+    found = [(Kernels(*kernels), *rest) for kernels, *rest in json.loads(done.stdout)]
+    only(monkeypatch, "cuda")
+    monkeypatch.setattr(self_test, "examine", lambda *_: [Report(*one) for one in found])
+    with pytest.warns(UserWarning, match="off by"):
+        assert choose() == "eager"
+
+
+# Compiles what lies in a folder, and tries it.
+_BROKEN = """
+import json, os, sys
+from pathlib import Path
+import torch
+from rift_kernels.commands import trial
+from rift_kernels.trust import known_answers
+from rift_kernels.trust.verdicts import Kernels
+from tests import as_gpu
+from tests.support import emulated
+
+folder = Path(sys.argv[1])
+sources = [folder / s.relative_to(emulated.TESTS.parent) for s in emulated.SOURCES]
+emulated.TESTS, emulated.SOURCES = folder / "tests", sources
+major, shared = emulated.GPUS["clusters"]
+os.environ.update(RIFT_EMULATED_MAJOR=major, RIFT_EMULATED_SHARED=shared, RIFT_EMULATED_SEED="0")
+trial.REPEATS = 1
+kernels = Kernels("cuda", "small", "bfloat16")
+with as_gpu.cuda("sm90", emulated.build(folder), 3, "gram"):
+    cases = known_answers.cases_of(kernels, False)
+    found = [(kernels, c.name, *trial.attempt(kernels, c, torch.device("cpu"))) for c in cases]
+print(json.dumps(found))
+"""
+
+
+def test_every_family_of_cuda(emulate, monkeypatch) -> None:
+    """What the emulator makes of the cases that `auto` asks for, of many rows as well."""
+    monkeypatch.setattr(trial, "REPEATS", 1)
+    kernels = Kernels("cuda", "covariance", "bfloat16")
+    emulate("clusters", form="covariance")
+    case = next(c for c in known_answers.cases_of(kernels, False) if c.batch)
+    assert trial.attempt(kernels, case, CPU).good

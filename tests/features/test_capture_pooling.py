@@ -1,0 +1,97 @@
+"""How a captured output becomes rows, and the masks that select tokens."""
+
+import pytest
+import torch
+
+import rift_kernels as rk
+from rift_kernels.features import capture as capture_module
+from tests.support.captured import captured, net, tokens
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_pooling(dtype) -> None:
+    x = tokens(3, 5).to(dtype)
+    images = torch.randn(3, 4, 2, 5, dtype=torch.float64).to(dtype)
+    rows = images.permute(0, 2, 3, 1)
+    for output, pooling, expected in (
+        (x, "cls", x[:, 0]),
+        (x, "mean", x.double().mean(1).to(dtype)),
+        (x, "tokens", torch.cat(list(x))),
+        *((x[:, 0], pooling, x[:, 0]) for pooling in capture_module.POOLINGS),
+        (images, "mean", images.double().mean((2, 3)).to(dtype)),
+        (images, "tokens", rows.reshape(-1, 4)),
+    ):
+        features = captured(output, pooling)
+        assert features.dtype == dtype
+        torch.testing.assert_close(features, expected)
+
+
+@pytest.mark.parametrize("mask", [None, torch.arange(5000).expand(2, -1) < 4001])
+def test_means_of_half_precision_are_accumulated_in_float32(mask) -> None:
+    """The sum is beyond float16, and the count no number of it."""
+    x = torch.full((2, 5000, 3), 100.0, dtype=torch.float16)
+    assert torch.equal(captured(x, "mean", mask), x[:, 0])
+
+
+def test_masked_mean_selects() -> None:
+    x = tokens(2, 5).requires_grad_()
+    mask = torch.tensor([[True, True, False, False, False], [False, True, True, True, True]])
+    with torch.no_grad():
+        x[~mask] = float("nan")
+    features = captured(x, "mean", mask)
+    torch.testing.assert_close(features, torch.stack([x[0, :2].mean(0), x[1, 1:].mean(0)]))
+    features.sum().backward()
+    expected = mask / mask.sum(1, keepdim=True)
+    torch.testing.assert_close(x.grad, expected.unsqueeze(-1).expand(2, 5, 4))
+
+
+def test_mask_of_rows() -> None:
+    model, x = net(), tokens()
+    mask = torch.tensor([[True, True, False, False, True], [False, True, True, True, True]])
+    for pooling in capture_module.POOLINGS:
+        with rk.FeatureCapture(model, "embed", pooling) as capture:
+            model(x)
+            rows, features = capture.mask(mask), capture.features(mask)["embed"]
+        assert capture.mask(None) is None
+        if pooling == "tokens":
+            assert torch.equal(features[rows], model.embed(x)[mask])
+        else:
+            assert rows is None
+            assert len(features) == 2
+
+
+SOME = torch.ones(2, 5, dtype=torch.bool)
+
+
+@pytest.mark.parametrize(
+    ("pooling", "output", "mask", "error", "message"),
+    [
+        ("cls", torch.ones(2, 4, 3, 3), None, ValueError, "must be 'mean' or 'tokens' for"),
+        ("mean", torch.ones(2, 5, 4).long(), None, TypeError, "layer '' must be floating point"),
+        ("mean", torch.ones(4), None, ValueError, r"layer '' must be \(batch.*; got \(4,\)"),
+        ("mean", torch.ones(2, 3, 4, 5, 6), None, ValueError, r"got \(2, 3, 4, 5, 6\)"),
+        ("cls", tokens(), [True], TypeError, "mask must be a boolean tensor or None; got list"),
+        ("cls", tokens(), SOME.long(), TypeError, r"mask must be boolean, .*int64.*mask\.bool\(\)"),
+        ("mean", tokens(), SOME[0], ValueError, r"mask must be \(batch, tokens\); got \(5,\)"),
+        ("mean", tokens(), SOME[:, :4], ValueError, r"be \(2, 5\) for layer ''.*; got \(2, 4\)"),
+        ("tokens", tokens(), SOME[:1], ValueError, r"be \(2, 5\) for layer ''.*; got \(1, 5\)"),
+        ("mean", torch.ones(2, 4, 1, 5), SOME, ValueError, "mask must be None for layer ''"),
+        ("mean", tokens(), SOME.to("meta"), ValueError, "on the same device; got meta and cpu"),
+        (
+            *("mean", tokens(), SOME & torch.tensor([[True], [False]]), ValueError),
+            "at least one valid token a row; row 1 has none",
+        ),
+    ],
+)
+def test_errors_of_features(pooling, output, mask, error, message) -> None:
+    with pytest.raises(error, match=message):
+        captured(output, pooling, mask)
+
+
+def test_a_row_without_tokens_is_an_error_of_means_alone() -> None:
+    assert captured(tokens(), "cls", ~SOME).isfinite().all()
+    assert captured(tokens()[:, 0], "mean", ~SOME).isfinite().all()
+    # As on a GPU, whose masks are not read.
+    assert capture_module._mean(tokens(), ~SOME).isnan().all()
+    with pytest.raises(TypeError, match="mask must be boolean"):
+        rk.FeatureCapture(net(), "embed").mask(SOME.long())

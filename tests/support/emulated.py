@@ -1,0 +1,74 @@
+"""``rift_kernels._C`` for a CPU: csrc's own bindings and kernels, compiled by g++, with the GPU of
+``tests/support/emulator`` in place of CUDA's launches."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+import subprocess
+import sysconfig
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from tests.support import cases
+
+TESTS = Path(__file__).parents[1]
+# Before sm_90, blocks have no clusters to meet in, and less memory.
+GPUS = {"clusters": ("9", str(227 * 1024)), "global memory": ("8", str(163 * 1024))}
+SOURCES = (
+    TESTS.parent / "csrc" / "bindings.cpp",
+    TESTS / "support" / "emulator" / "launchers.cpp",
+    TESTS / "support" / "emulator" / "runtime.cpp",
+)
+
+
+def build(folder: Path) -> ModuleType:
+    """Compiles and imports it."""
+    if shutil.which("g++") is None:
+        pytest.skip("needs g++")
+    pybind11 = pytest.importorskip("pybind11", reason="needs pybind11")
+    target = folder / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
+    command = [
+        *("g++", "-std=c++17", "-O2", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"),
+        *("-fPIC", "-shared", "-fvisibility=hidden"),
+        *("-DRIFT_EMULATOR", "-DRIFT_ARCHS=emulated_architectures()"),
+        # It would take a jump from one fiber's stack to another's for an error.
+        "-U_FORTIFY_SOURCE",
+        # Its runtime and driver, not CUDA's.
+        *("-I", str(TESTS / "support" / "emulator"), "-I", str(TESTS.parent / "csrc")),
+        *("-isystem", pybind11.get_include(), "-isystem", sysconfig.get_path("include")),
+        *(*map(str, SOURCES), "-o", str(target)),
+    ]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    specification = importlib.util.spec_from_file_location("_C", target)
+    assert specification is not None
+    assert specification.loader is not None
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
+
+
+def close(
+    measure, x, y, mask=None, *, dtype: torch.dtype | None = None, scale: float = 1.0
+) -> None:
+    """Values and gradients are the oracle's, to what its dtype allows."""
+    exact = (x.double(), y.double())
+    expected = cases.value_and_gradients(measure.reference, *exact, mask=mask, scale=scale)
+    actual = cases.value_and_gradients(measure, x, y, mask=mask, scale=scale)
+    assert actual[0].dtype == torch.float32
+    assert actual[0].shape == expected[0].shape
+    tolerance = cases.VALUE_TOLERANCE[dtype or x.dtype]
+    assert float((actual[0] - expected[0]).abs().max()) <= tolerance
+    for got, wanted, features in zip(actual[1:], expected[1:], (x, y), strict=True):
+        assert got.dtype == features.dtype
+        assert got.shape == features.shape
+        if float(wanted.norm()) * float(features.double().norm()) < 1e-9:
+            assert float(got.double().norm() * features.double().norm()) < 1e-4
+        else:
+            assert cases.relative_error(got, wanted) <= cases.GRADIENT_TOLERANCE[features.dtype]
+        if mask is not None:
+            assert not got[~mask].any()

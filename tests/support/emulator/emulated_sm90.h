@@ -1,0 +1,204 @@
+// Hopper's instructions as csrc/common/sm90.cuh names them, on a CPU. What is asynchronous there is late
+// here: copies are made some rounds after, in any order, and products when they are waited for.
+#pragma once
+
+#include <array>
+
+#include "common/primitives.cuh"
+
+namespace rift {
+
+// A row-major matrix of 16-bit elements, in the 128 bytes that on a GPU only its driver knows.
+struct alignas(64) TensorMap {
+  const uint16_t* elements;
+  long long stride;
+  int rows, columns, box_rows;
+  unsigned char nothing[100];
+};
+
+inline uint32_t shared_address(const void* pointer) {
+  return static_cast<uint32_t>(static_cast<const unsigned char*>(pointer) - shared_memory());
+}
+
+// In the 8 bytes that a GPU has for one.
+struct Mbarrier {
+  uint8_t phase, expected, pending, unused;
+  int32_t bytes;
+
+  void end_phase() {
+    if (pending > 0 || bytes > 0) return;
+    if (bytes < 0) throw std::runtime_error("more bytes than a barrier expects");
+    phase ^= 1;
+    pending = expected;
+  }
+};
+static_assert(sizeof(Mbarrier) == 8);
+
+inline void init_barrier(Mbarrier* barrier, int arrivals) {
+  *barrier = {0, static_cast<uint8_t>(arrivals), static_cast<uint8_t>(arrivals), 0, 0};
+}
+
+inline void fence_barriers() {}
+
+inline void arrive(Mbarrier* barrier) {
+  if (barrier->pending == 0) throw std::runtime_error("more arrivals than a barrier expects");
+  --barrier->pending;
+  barrier->end_phase();
+}
+
+// The same place in the memory of a block of the cluster.
+template <typename T>
+T* place_at(T* mine, int rank) {
+  const auto offset = reinterpret_cast<unsigned char*>(mine) - shared_memory();
+  return reinterpret_cast<T*>(emulator::grid->neighbour(rank).shared.bytes.get() + offset);
+}
+
+inline void arrive_at(Mbarrier* barrier, int rank) { arrive(place_at(barrier, rank)); }
+
+inline void arrive_and_expect(Mbarrier* barrier, int bytes) {
+  barrier->bytes += bytes;
+  arrive(barrier);
+}
+
+inline void wait_barrier(const Mbarrier* barrier, unsigned parity) {
+  while (barrier->phase == parity) emulator::yield();
+}
+
+// The address of 16 bytes in 1024, as the copy engine and the products see it.
+inline uint32_t swizzled(uint32_t address) { return address ^ (address >> 7 & 7) << 4; }
+
+inline void copy_now(unsigned char* shared, uint32_t start, const TensorMap& map, int column,
+                     int row, Mbarrier* barrier) {
+  for (int r = 0; r < map.box_rows; ++r) {
+    for (int c = 0; c < 64; ++c) {
+      const bool inside = row + r < map.rows && column + c < map.columns;
+      const uint16_t x = inside ? map.elements[(row + r) * map.stride + column + c] : 0;
+      const uint32_t at = start + static_cast<uint32_t>(r * 128 + c * 2);
+      std::memcpy(shared + swizzled(at), &x, 2);
+    }
+  }
+  barrier->bytes -= map.box_rows * 128;
+  // From outside of any fiber. What the other block of a cluster sends may come before it is expected.
+  if (barrier->bytes < 0 && barrier->pending == 0) {
+    throw std::runtime_error("more bytes than a barrier expects");
+  }
+  barrier->end_phase();
+}
+
+inline void copy_box_to(int rank, void* to, const TensorMap* map, int column, int row,
+                        Mbarrier* barrier) {
+  if (shared_address(to) % 1024 != 0) throw std::runtime_error("a box is misaligned");
+  unsigned char* shared = emulator::grid->neighbour(rank).shared.bytes.get();
+  const uint32_t start = shared_address(to);
+  const TensorMap from = *map;
+  Mbarrier* there = place_at(barrier, rank);
+  emulator::grid->copies.push_back([=] { copy_now(shared, start, from, column, row, there); });
+}
+
+inline void copy_box(void* to, const TensorMap* map, int column, int row, Mbarrier* barrier) {
+  copy_box_to(emulator::grid->rank(), to, map, column, row, barrier);
+}
+
+inline void copy_box_to_pair(void* to, const TensorMap* map, int column, int row,
+                             Mbarrier* barrier) {
+  for (int rank = 0; rank < 2; ++rank) copy_box_to(rank, to, map, column, row, barrier);
+}
+
+inline void fewer_registers() {}
+inline void more_registers() {}
+
+inline void prefetch(const TensorMap*) {}
+
+inline uint64_t describe(const void* box, int next) {
+  return uint64_t{1} << 62 | uint64_t{1024 >> 4} << 32 | static_cast<uint64_t>(next >> 4) << 16 |
+         (shared_address(box) & 0x3FFFF) >> 4;
+}
+
+inline void begin_products() {}
+
+inline void commit_products() { emulator::grid->current->products.emplace_back(); }
+
+template <int GROUPS>
+void wait_products() {
+  emulator::finish(emulator::grid->current->products, GROUPS);
+}
+
+inline void meet_multipliers() { emulator::wait(emulator::grid->block().multipliers); }
+
+// Element (row, inner) of an operand whose rows are 128 bytes each.
+inline float row_operand(uint64_t descriptor, int row, int inner) {
+  if (descriptor >> 62 != 1) throw std::runtime_error("only rows of 128 bytes, swizzled");
+  const uint32_t start = (descriptor & 0x3FFF) << 4, eight_rows = (descriptor >> 32 & 0x3FFF) << 4;
+  const uint32_t at = start + row / 8 * eight_rows + row % 8 * 128 + inner * 2;
+  uint16_t bits;
+  std::memcpy(&bits, shared_memory() + swizzled(at), 2);
+  return bits_to_float(uint32_t{bits} << 16);
+}
+
+// Element (inner, column) of an operand whose columns lie side by side.
+inline float operand(uint64_t descriptor, int inner, int column) {
+  if (descriptor >> 62 != 1) throw std::runtime_error("only rows of 128 bytes, swizzled");
+  const uint32_t start = (descriptor & 0x3FFF) << 4, next = (descriptor >> 16 & 0x3FFF) << 4;
+  const uint32_t eight_rows = (descriptor >> 32 & 0x3FFF) << 4;
+  const uint32_t at = start + column / 64 * next + inner / 8 * eight_rows + inner % 8 * 128 +
+                      column % 64 * 2;
+  uint16_t bits;
+  std::memcpy(&bits, shared_memory() + swizzled(at), 2);
+  return bits_to_float(uint32_t{bits} << 16);
+}
+
+// `left(half, k)`: this thread's rows of the left operand.
+template <typename Left>
+void multiply_now(float* c, Left left, uint64_t b) {
+  const int lane = threadIdx.x % 32;
+  double rows[2][16], column[16];
+  for (int half = 0; half < 2; ++half) {
+    for (int k = 0; k < 16; ++k) rows[half][k] = left(half, k);
+  }
+  for (int n = 0; n < 32; ++n) {
+    for (int i = 0; i < 2; ++i) {
+      for (int k = 0; k < 16; ++k) column[k] = operand(b, k, 8 * n + lane % 4 * 2 + i);
+      for (int half = 0; half < 2; ++half) {
+        float& sum = c[4 * n + 2 * half + i];
+        sum = emulator::add_products<16>(sum, [&](int k) { return rows[half][k] * column[k]; });
+      }
+    }
+  }
+}
+
+// When it is waited for. All 128 threads of a warpgroup come here, or none.
+template <typename Left>
+void multiply_later(float (&c)[128], Left left, uint64_t b) {
+  emulator::wait(emulator::grid->block().warpgroups[threadIdx.x / 128]);
+  float* where = c;
+  emulator::grid->current->products.back().push_back([=] { multiply_now(where, left, b); });
+}
+
+inline int first_row() { return threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4; }
+
+inline void multiply_add(float (&c)[128], uint64_t a, uint64_t b) {
+  multiply_later(c, [=](int half, int k) { return operand(a, k, first_row() + 8 * half); }, b);
+}
+
+inline void multiply_add_rows(float (&c)[128], uint64_t a, uint64_t b) {
+  multiply_later(c, [=](int half, int k) { return row_operand(a, first_row() + 8 * half, k); }, b);
+}
+
+inline void multiply_add(float (&c)[128], const uint32_t (&a)[4], uint64_t b) {
+  emulator::Warp& warp = emulator::grid->warp();
+  const unsigned lane = threadIdx.x % 32;
+  std::array<std::array<uint32_t, 4>, 32> all;
+  std::copy(a, a + 4, warp.a[lane]);
+  emulator::wait(warp.barrier);
+  for (int other = 0; other < 32; ++other) std::copy_n(warp.a[other], 4, all[other].begin());
+  emulator::wait(warp.barrier);
+  multiply_later(
+      c,
+      [=](int half, int k) {
+        const uint32_t pair = all[lane / 4 * 4 + k % 8 / 2][half + k / 8 * 2];
+        return half_of(pair, static_cast<unsigned>(k % 2));
+      },
+      b);
+}
+
+}  // namespace rift
