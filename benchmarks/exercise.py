@@ -17,7 +17,7 @@ from torch import Tensor
 
 import rift_kernels as rk
 from rift_kernels.backends import cuda
-from rift_kernels.dispatch import plan
+from rift_kernels.dispatch import availability
 
 TOLERANCE = 1e-2
 # Many rows by the kernels for any GPU, on a Hopper GPU as well.
@@ -56,9 +56,9 @@ def _value_and_gradient(
 def compare(device: torch.device, few: bool = False) -> int:
     """How often kernels disagree; ``few``: one of each kind, which a slow tool has time for."""
     failures = 0
-    has_cuda = plan.reason_against("cuda") is None
+    has_cuda = availability.reason_against("cuda") is None
     if not has_cuda:
-        print(f"without the CUDA kernels: {plan.reason_against('cuda')}")
+        print(f"without the CUDA kernels: {availability.reason_against('cuda')}")
     for rows, width in FEW_SHAPES if few else SHAPES:
         for dtype in (torch.bfloat16,) if few else (torch.bfloat16, torch.float32):
             generator = torch.Generator(device).manual_seed(0)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 import rift_kernels as rk
 from rift_kernels.backends import cuda
-from rift_kernels.dispatch import plan
+from rift_kernels.dispatch import availability
 
 from . import tables
 
@@ -76,7 +76,9 @@ def stages(backend: str, device: torch.device) -> dict[str, Call]:
         found["backend's forward: memory and a launch"] = lambda: backend_forward(
             *arguments, True, False
         )
-    found["the same as an operator"] = lambda: operator(*arguments, backend, True, False)
+    found["the same as an operator"] = lambda: operator(
+        *arguments, backend, backend != "eager", True, False
+    )
     found["linear_cka, no gradient wanted"] = lambda: rk.linear_cka(x, y, backend=backend)
     found["linear_cka, forward"] = lambda: rk.linear_cka(student, y, backend=backend)
     found["linear_cka, forward and backward"] = whole
@@ -118,8 +120,8 @@ def table() -> str:
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda" if on_gpu else "cpu")
     rows = [["an autograd.Function of one input", _cell(floor(device))]]
-    for backend in plan.BACKENDS:
-        if plan.reason_against(backend) is None:
+    for backend in availability.BACKENDS:
+        if availability.reason_against(backend) is None:
             for name, call in stages(backend, device).items():
                 rows.append([f"{backend}: {name}", _cell(call)])
     if not on_gpu:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from rift_kernels.backends import cuda
-from rift_kernels.dispatch import plan
+from rift_kernels.dispatch import availability
 
 SHAPES = ((12608, 768), (50432, 1024), (65536, 4096))
 BLOCK = 128
@@ -88,8 +88,8 @@ def _seconds(calls: list[Callable[[], object]]) -> float:
 
 
 def main() -> int:
-    if plan.reason_against("cuda") is not None:
-        print(f"moments is not done: {plan.reason_against('cuda')}")
+    if availability.reason_against("cuda") is not None:
+        print(f"moments is not done: {availability.reason_against('cuda')}")
         return 0
     processors = torch.cuda.get_device_properties("cuda").multi_processor_count
     kinds = {"moments_sm80": False}

@@ -44,18 +44,18 @@ def compiling(target: str) -> Iterator[list[Any]]:
     """
     import pytest
 
-    from rift_kernels.dispatch import plan
+    from rift_kernels.dispatch import availability, plan
 
     stand_in = importlib.import_module("tests.support.stand_in_gpu")
     recorder = importlib.import_module("tests.support.triton_compile")
-    kept = {name: getattr(plan, name) for name in ("choose_backend", "reason_against")}
+    choose_backend, reason_against = plan.choose_backend, availability.reason_against
     with pytest.MonkeyPatch.context() as patch, recorder.recording(target) as launched:
         stand_in.install(patch.setattr)
-        for name, function in kept.items():
-            patch.setattr(plan, name, function)
+        patch.setattr(plan, "choose_backend", choose_backend)
+        patch.setattr(availability, "reason_against", reason_against)
         patch.setattr(plan, "_has_kernels", lambda _: True)
         patch.setattr(
-            plan,
+            availability,
             "_reason_against_triton",
             lambda _, dtypes: "float64" if torch.float64 in dtypes else None,
         )

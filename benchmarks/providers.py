@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import rift_kernels
-from rift_kernels.dispatch import plan
+from rift_kernels.dispatch import availability, plan
 
 from . import baselines, flops
 from .workloads import AUTOTUNED, CKA_MEASURES, COMPILED, Inputs, Workload
@@ -62,7 +62,7 @@ def providers(device: torch.device, compiled: Sequence[str] = (COMPILED,)) -> li
     """
     return [
         Provider(NAIVE, _each_layer(baselines.NAIVE), flops=flops.naive),
-        *(_ours(backend) for backend in plan.BACKENDS),
+        *(_ours(backend) for backend in availability.BACKENDS),
         Provider(
             HAND_DERIVED,
             _each_layer({"cka_biased": baselines.hand_derived_cka}),
@@ -154,7 +154,7 @@ def _ours(backend: str) -> Provider:
     return Provider(
         OURS + backend,
         {measure: partial(values, function) for measure, function in functions.items()},
-        plan.reason_against(backend),
+        availability.reason_against(backend),
         flops.rift_kernels,
         torch.float32 if backend == "eager" else None,
         _suits_cuda if backend == "cuda" else lambda _: True,

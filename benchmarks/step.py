@@ -21,7 +21,8 @@ import torch
 from torch.nn.functional import cross_entropy
 from torch.utils.flop_counter import FlopCounterMode
 
-from rift_kernels.dispatch.plan import Problem, reason_against, use_gram
+from rift_kernels.dispatch.availability import Problem, reason_against
+from rift_kernels.dispatch.plan import use_gram
 
 from . import command, environment, files, measure, step_table
 from .finetuning import CLASS_TOKENS, TOKENS, Features, Finetuning, Step, Way

@@ -3,11 +3,18 @@
 from . import reference
 from ._version import __version__
 from .commands.info import backend_report
-from .dispatch.second_moments import SecondMoments, cross_covariance, second_moments
+from .dispatch.second_moments import SecondMoments
 from .features.capture import FeatureCapture
 from .features.collect import collect_teacher_statistics
 from .features.statistics import TeacherStatistics, load_statistics, save_statistics
-from .functional import bures_distance, covariance_distance, linear_cka, procrustes_similarity
+from .functional import (
+    bures_distance,
+    covariance_distance,
+    cross_covariance,
+    linear_cka,
+    procrustes_similarity,
+    second_moments,
+)
 from .losses import RIFTLoss
 from .regularizer import RIFTRegularizer
 from .weighting import AdaptiveWeight

@@ -48,14 +48,17 @@ What all functions share
 
 from __future__ import annotations
 
-from typing import Any
+import numbers
+from collections.abc import Sequence
+from typing import overload
 
 from torch import Tensor
 
-from .dispatch import autograd, checks, moment_matching, plan, shared_batch
+from .dispatch import call, checks, moment_matching
 from .dispatch.checks import Features, Mask
 from .dispatch.moment_matching import Teacher
 from .dispatch.ranks import Group
+from .dispatch.second_moments import SecondMoments
 
 
 def linear_cka(
@@ -100,7 +103,7 @@ def linear_cka(
     """
     checks.flag("debiased", debiased)
     checks.flag("distance", distance)
-    return _measure(
+    return call.measure(
         "cka",
         (debiased, distance),
         student,
@@ -149,7 +152,7 @@ def procrustes_similarity(
     checks.option("method", method, ("newton_schulz", "svd"))
     checks.flag("distance", distance)
     settings = (method, distance)
-    return _measure("procrustes", settings, student, teacher, mask, precision, backend, group)
+    return call.measure("procrustes", settings, student, teacher, mask, precision, backend, group)
 
 
 def covariance_distance(
@@ -204,9 +207,19 @@ def covariance_distance(
     checks.option("scale", scale, checks.SCALES)
     mean_weight = checks.number("mean_weight", mean_weight)
     if isinstance(rotation, str) or not checks.is_features(teacher):
-        how = (scale, mean_weight, rotation, debiased, precision, backend, group)
-        return moment_matching.covariance_distance(student, teacher, mask, *how)
-    return _measure(
+        return moment_matching.covariance_distance(
+            student,
+            teacher,
+            mask,
+            scale,
+            mean_weight,
+            rotation,
+            debiased,
+            precision,
+            backend,
+            group,
+        )
+    return call.measure(
         "covariance",
         (scale, mean_weight),
         student,
@@ -258,7 +271,7 @@ def bures_distance(
     checks.flag("squared", squared)
     mean_weight = checks.number("mean_weight", mean_weight)
     checks.option("method", method, ("newton_schulz", "eigh"))
-    return _measure(
+    return call.measure(
         "bures",
         (squared, mean_weight, method),
         student,
@@ -271,62 +284,117 @@ def bures_distance(
     )
 
 
-def _measure(
-    name: str,
-    settings: tuple[Any, ...],
+@overload
+def cross_covariance(
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    mask: Mask = ...,
+    correction: int = ...,
+    precision: str = ...,
+    backend: str = ...,
+    group: Group = ...,
+) -> Tensor: ...
+
+
+@overload
+def cross_covariance(
+    student: Sequence[Tensor],
+    teacher: Sequence[Tensor],
+    *,
+    mask: Mask = ...,
+    correction: int = ...,
+    precision: str = ...,
+    backend: str = ...,
+    group: Group = ...,
+) -> list[Tensor]: ...
+
+
+def cross_covariance(
     student: Features,
     teacher: Features,
-    mask: Mask,
-    precision: str,
-    backend: str,
-    group: Group,
     *,
-    min_rows: int = 2,
-    equal_widths: bool = False,
-    rotation: Features | None = None,
-) -> Tensor:
-    checks.option("precision", precision, checks.PRECISIONS)
+    mask: Mask = None,
+    correction: int = 1,
+    precision: str = "high",
+    backend: str = "auto",
+    group: Group = None,
+) -> Tensor | list[Tensor]:
+    """Centered cross-covariance ``Xc^T Yc / (n - correction)``.
 
-    def check() -> checks.Layers:
-        given = checks.layers(student, teacher, mask, equal_widths=equal_widths)
-        checks.rotations(rotation, given)
-        return given
+    Args:
+        student: (..., N, D1), or a list of (N, D1_l).
+        teacher: (..., N, D2), or a list of (N, D2_l).
+        mask: boolean (..., N), True = valid; n >= 2 and n > ``correction``.
+        correction: 1 for the unbiased estimate, 0 to divide by n.
+        precision, backend, group: see :mod:`rift_kernels.functional`.
 
-    asked = (name, *settings, rotation is not None, precision)
-    given, ranks = shared_batch.share(group, check, min_rows, asked)
-    matrices = checks.rotations(rotation, given)
-    if ranks is not None and matrices:
-        # Q's gradient has to be the same on all ranks, so Q is applied to what they share.
-        scale, mean_weight = settings
-        how = (scale, mean_weight, precision, backend)
-        return moment_matching.of_moments(given, ranks, matrices, *how)
-    teachers = given.teachers
-    # A rotation makes the teacher as wide as the student.
-    others = given.students if matrices else teachers
-    shapes = [(*x.shape[-2:], y.shape[-1]) for x, y in zip(given.students, others, strict=True)]
-    # Moments that ranks share are those of the covariance form.
-    gram = tuple(ranks is None and plan.use_gram(name, *shape) for shape in shapes)
-    rows, width = max(n for n, _, _ in shapes), max(max(d1, d2) for _, d1, d2 in shapes)
-    kind = name if ranks is None else "moments"
-    problem = plan.Problem(kind, gram, rows, width, len(given.masks) > 0)
-    if matrices:
-        teachers = _rotate(given, matrices, precision)
-
-    def values_by(chosen: str) -> Tensor:
-        call = autograd.Call(name, settings, gram, precision, chosen, ranks, backend)
-        return autograd.measure(call, given.students, teachers, given.masks)
-
-    device, alone = teachers[0].device, ranks is None
-    # Of ranks that talk to one another, none can do so once more by itself.
-    values = plan.run(values_by, backend, device, given.dtypes, problem, repeatable=alone)
-    return values.unsqueeze(0) if given.is_list and len(teachers) == 1 else values
+    Returns:
+        (..., D1, D2), or a list of (D1_l, D2_l). Differentiable in both inputs.
+    """
+    if isinstance(correction, bool) or not isinstance(correction, numbers.Integral):
+        raise TypeError(f"correction must be an integer; got {correction!r}")
+    if correction < 0:
+        raise ValueError(f"correction must not be negative; got {correction}")
+    min_rows = max(2, correction + 1)
+    settings = (f"cross_covariance, {correction}", precision)
+    layers = call.moments(
+        student, teacher, mask, min_rows, group, settings, "xy", precision, backend
+    )
+    results = []
+    for layer in layers:
+        divisor = (layer.count - correction).to(layer.cross.dtype)[..., None, None]
+        divisor = divisor.masked_fill(divisor <= 0, float("nan"))
+        results.append(layer.cross / divisor)
+    return results[0] if isinstance(student, Tensor) else results
 
 
-def _rotate(given: checks.Layers, matrices: list[Tensor], precision: str) -> list[Tensor]:
-    teachers = []
-    for i, ((x, y), q) in enumerate(zip(given.pairs, matrices, strict=True)):
-        for mask in given.mask(i):
-            # The rotation's gradient sums over rows, and 0 * NaN is not 0.
-            y = y.masked_fill(~mask.unsqueeze(-1), 0.0)
-        teachers.append(autograd.rotate(x, y, q, precision))
-    return teachers
+@overload
+def second_moments(
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    mask: Mask = ...,
+    precision: str = ...,
+    backend: str = ...,
+    group: Group = ...,
+) -> SecondMoments: ...
+
+
+@overload
+def second_moments(
+    student: Sequence[Tensor],
+    teacher: Sequence[Tensor],
+    *,
+    mask: Mask = ...,
+    precision: str = ...,
+    backend: str = ...,
+    group: Group = ...,
+) -> list[SecondMoments]: ...
+
+
+def second_moments(
+    student: Features,
+    teacher: Features,
+    *,
+    mask: Mask = None,
+    precision: str = "high",
+    backend: str = "auto",
+    group: Group = None,
+) -> SecondMoments | list[SecondMoments]:
+    """Count, means and the centered second moments that every measure here is made of.
+
+    Args:
+        student: (..., N, D1), or a list of (N, D1_l).
+        teacher: (..., N, D2), or a list of (N, D2_l).
+        mask: boolean (..., N), True = valid; n >= 2.
+        precision, backend, group: see :mod:`rift_kernels.functional`.
+
+    Returns:
+        :class:`SecondMoments`, or a list of them. All but the count are differentiable.
+    """
+    settings = ("second_moments", precision)
+    layers = call.moments(
+        student, teacher, mask, 2, group, settings, "xx xy yy", precision, backend
+    )
+    return layers[0] if isinstance(student, Tensor) else layers

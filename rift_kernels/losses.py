@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 from . import functional
-from .dispatch import checks, plan
+from .dispatch import availability, checks
 from .dispatch.checks import Features, Mask
 from .dispatch.moment_matching import Teacher
 from .dispatch.ranks import Group
@@ -91,7 +91,7 @@ class RIFTLoss(nn.Module):
         checks.option("rotation", rotation, ROTATIONS)
         checks.option("scale", scale, checks.SCALES)
         checks.option("precision", precision, checks.PRECISIONS)
-        checks.option("backend", backend, ("auto", *plan.BACKENDS))
+        checks.option("backend", backend, ("auto", *availability.BACKENDS))
         checks.flag("debiased", debiased)
         self.measure = measure
         self.debiased = debiased

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from rift_kernels.backends import cuda as cuda_backend
-from rift_kernels.dispatch import plan
+from rift_kernels.dispatch import availability, plan
 
 
 def patch_cuda(
@@ -74,7 +74,7 @@ def triton(name: str, processors: int = 5, descriptor_rows: float | None = None)
     missing = set(replaced)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            plan,
+            availability,
             "_reason_against_triton",
             lambda _, dtypes: "float64" if torch.float64 in dtypes else None,
         )

@@ -11,7 +11,7 @@ import torch
 from torch import distributed
 
 from rift_kernels.backends import cuda
-from rift_kernels.dispatch import plan
+from rift_kernels.dispatch import availability, plan
 from rift_kernels.trust import decisions, self_test
 from tests import as_gpu
 from tests.support import emulated
@@ -89,7 +89,9 @@ def device() -> torch.device:
 @pytest.fixture(scope="session")
 def has_kernels(device: torch.device) -> bool:
     """Whether ``backend="auto"`` takes the Triton kernels in these tests."""
-    return INTERPRETED or (device.type == "cuda" and plan.reason_against("triton", device) is None)
+    return INTERPRETED or (
+        device.type == "cuda" and availability.reason_against("triton", device) is None
+    )
 
 
 @pytest.fixture(scope="session")

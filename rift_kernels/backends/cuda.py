@@ -3,12 +3,12 @@
 Of few rows (Gram form), value and gradients in one launch for all layers; no features are kept:
 
     cka_fwd      cka_small: values, and gradients of a loss whose own gradient is 1
-    fused_bwd    scale: those, times the incoming gradient
+    cka_bwd      scale: those, times the incoming gradient
 
 Of many bfloat16 rows (covariance form), one layer after another, on Hopper its own kernels:
 
     cka_fwd      statistics, longest and rows (debiased), moments_sm80 or _sm90, covariance_head
-    fused_bwd    backward_sm80 or _sm90
+    cka_bwd      backward_sm80 or _sm90
 """
 
 from __future__ import annotations
@@ -306,7 +306,7 @@ def _covariance_bwd(
     return grads
 
 
-def fused_bwd(
+def cka_bwd(
     grad_values: Tensor,
     students: list[Tensor],
     teachers: list[Tensor],
@@ -315,7 +315,6 @@ def fused_bwd(
     gram: list[bool],
     wanted: tuple[bool, bool],
     dtypes: tuple[torch.dtype, torch.dtype],
-    _is_cka: bool,
 ) -> list[Tensor]:
     """The wanted gradients, all students first."""
     if not all(gram):

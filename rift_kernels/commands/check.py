@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from rift_kernels._version import __version__
-from rift_kernels.dispatch import plan
+from rift_kernels.dispatch import availability
 from rift_kernels.trust import known_answers, self_test, verdicts
 from rift_kernels.trust.self_test import Report
 from rift_kernels.trust.verdicts import Kernels, Verdict
@@ -38,10 +38,10 @@ STATES = {True: "agrees", False: "WRONG", None: "not tried"}
 def reasons(device: torch.device) -> dict[str, str | None]:
     """Of each backend that has kernels, why it cannot run on ``device``; None if it can."""
     if device.type == "cuda" and not torch.cuda.is_available():
-        return {backend: plan.reason_against(backend) for backend in known_answers.FAMILIES}
-    problem = plan.Problem("cka", (True,), 16, 16)
+        return {backend: availability.reason_against(backend) for backend in known_answers.FAMILIES}
+    problem = availability.Problem("cka", (True,), 16, 16)
     return {
-        backend: plan.reason_against(backend, device, (torch.bfloat16,), problem)
+        backend: availability.reason_against(backend, device, (torch.bfloat16,), problem)
         for backend in known_answers.FAMILIES
     }
 

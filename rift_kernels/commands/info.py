@@ -8,13 +8,8 @@ import platform
 import torch
 
 from rift_kernels._version import __version__
-from rift_kernels.dispatch.plan import (
-    BACKENDS,
-    ENVIRONMENT_VARIABLE,
-    INSTALLED,
-    PREFERRED,
-    reason_against,
-)
+from rift_kernels.dispatch import availability
+from rift_kernels.dispatch.plan import ENVIRONMENT_VARIABLE, PREFERRED
 from rift_kernels.trust import known_answers, self_test, verdicts
 
 
@@ -23,7 +18,7 @@ def backend_report() -> str:
 
     Never raises; imports neither triton nor a CUDA extension.
     """
-    found = INSTALLED["triton"]
+    found = availability.INSTALLED["triton"]
     if torch.cuda.is_available():
         name, capability = torch.cuda.get_device_name(), torch.cuda.get_device_capability()
         gpu = f"{name} (sm_{capability[0]}{capability[1]})"
@@ -38,8 +33,8 @@ def backend_report() -> str:
         f"  {ENVIRONMENT_VARIABLE}={os.environ.get(ENVIRONMENT_VARIABLE, '(not set)')}",
         "backends",
     ]
-    for backend in BACKENDS:
-        reason = reason_against(backend)
+    for backend in availability.BACKENDS:
+        reason = availability.reason_against(backend)
         lines.append(f"  {backend:<8} {'ready' if reason is None else 'no: ' + reason}")
     lines.append("on a GPU, the first that can run and was seen to work")
     lines += [
@@ -51,7 +46,7 @@ def backend_report() -> str:
 
 def _verdict_lines() -> list[str]:
     """What is known of the kernels that could run on this GPU."""
-    able = [name for name, _ in PREFERRED if reason_against(name) is None]
+    able = [name for name, _ in PREFERRED if availability.reason_against(name) is None]
     device = torch.device("cuda", torch.cuda.current_device() if torch.cuda.is_available() else 0)
     if not able or not torch.cuda.is_available():
         return []

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 
 from rift_kernels.dispatch import autograd
+from rift_kernels.dispatch.availability import Problem
+from rift_kernels.dispatch.plan import with_backend
 from rift_kernels.trust import verdicts
 from rift_kernels.trust.known_answers import CASES, DTYPES, Case, answers, features, key, sketch
 from rift_kernels.trust.verdicts import Kernels
@@ -51,7 +53,9 @@ def judge(kernels: Kernels, case: Case, device: torch.device) -> Outcome:
     students = _rounded(case, given.students, dtype, case.sides[0])
     teachers = _rounded(case, given.teachers, torch.float32 if case.mixed else dtype, case.sides[1])
     gram = (case.gram,) * len(students)
-    call = autograd.Call(case.measure, case.settings, gram, "high", kernels.backend)
+    problem = Problem(case.measure, gram, 0, 0)
+    plan = with_backend(problem, kernels.backend, (students[0].dtype, teachers[0].dtype))
+    call = autograd.Call(case.measure, case.settings, plan, "high")
     found: list[list[Tensor]] = []
     for _ in range(REPEATS):
         values = autograd.measure(call, students, teachers, given.masks)

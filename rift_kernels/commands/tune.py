@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from rift_kernels.dispatch import plan
+from rift_kernels.dispatch import availability
 from rift_kernels.functional import linear_cka
 
 if TYPE_CHECKING:
@@ -245,7 +245,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     reason = "it needs a GPU that torch can use, and there is none"
     if torch.cuda.is_available():
-        reason = plan.reason_against("triton", torch.device("cuda")) or ""
+        reason = availability.reason_against("triton", torch.device("cuda")) or ""
     if reason:
         print(f"rift_kernels tune cannot run: {reason}", file=sys.stderr)
         return 2

@@ -8,27 +8,27 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from rift_kernels.measures import heads
+from rift_kernels.measures import self_hsic
+from rift_kernels.measures.centered import compute_dtype
+from rift_kernels.measures.coefficients import Coefficients
 
-from . import operators, plan
+from . import operators
+from .plan import Plan, gives_way
 from .ranks import Ranks
+
+_OPERATORS = torch.ops.rift_kernels
+Sides = tuple[bool, bool]  # student, teacher
+Dtypes = tuple[torch.dtype, torch.dtype]
 
 
 class Call(NamedTuple):
     """What a measure needs beside its tensors."""
 
     measure: str
-    settings: tuple[Any, ...]
-    gram: tuple[bool, ...]
+    settings: tuple[Any, ...]  # in the order of the operator's last arguments
+    plan: Plan
     precision: str
-    backend: str
     ranks: Ranks | None = None  # with whom moments are summed
-    asked: str = "eager"  # for which backend, "auto" for whichever runs
-
-    @property
-    def fused(self) -> bool:
-        """Whether the backend has kernels for all of it; never where ranks sum moments."""
-        return self.ranks is None and operators.is_fused(self.measure, self.backend, self.gram)
 
 
 def _refuse_double_backward() -> None:
@@ -52,107 +52,112 @@ def _savable(tensor: Tensor) -> Tensor:
 
 class _Measure(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, call: Call, sides: tuple[bool, bool], *tensors: Tensor) -> Tensor:
-        layers = len(call.gram)
+    def forward(ctx: Any, call: Call, sides: Sides, *tensors: Tensor) -> Tensor:
+        layers = len(call.plan.gram)
         students, teachers = list(tensors[:layers]), list(tensors[layers : 2 * layers])
         masks = list(tensors[2 * layers :])
         values, saved = _forward(call, sides, students, teachers, masks)
-        own, other = _inputs(call, sides, students, teachers)
-        ctx.save_for_backward(*map(_savable, (*masks, *own, *other)), *saved)
-        ctx.call, ctx.sides, ctx.kept = call, sides, (len(masks), len(own), len(other))
+        keeps = call.plan.keeps
+        kept_x = students if sides[0] or (keeps == "both" and any(sides)) else []
+        kept_y = teachers if sides[1] or (keeps == "both" and any(sides)) else []
+        if keeps == "none":
+            kept_x, kept_y = [], []
+        ctx.save_for_backward(*map(_savable, (*masks, *kept_x, *kept_y)), *saved)
+        ctx.call, ctx.sides = call, sides
+        ctx.counts = len(masks), len(kept_x), len(kept_y)
         ctx.dtypes = students[0].dtype, teachers[0].dtype
         return values
 
     @staticmethod
     def backward(ctx: Any, grad_values: Tensor) -> tuple[Tensor | None, ...]:
         _refuse_double_backward()
-        call, (student_grad, teacher_grad) = ctx.call, ctx.sides
-        layers = len(call.gram)
+        call, sides = ctx.call, ctx.sides
+        layers = len(call.plan.gram)
         if call.ranks is not None:
             # Data-parallel training divides by this when it averages gradients.
             grad_values = grad_values * call.ranks.size
         # Read once: activation checkpointing recomputes at the first look and forbids a second.
         tensors = list(ctx.saved_tensors)
-        masks, own, other = ctx.kept
-        how = (tensors[masks : masks + own], tensors[masks + own : masks + own + other])
-        kept = tensors[masks + own + other :], tensors[:masks]
-        grads = _gradients(call, ctx.sides, ctx.dtypes, grad_values, *how, *kept)
+        masks, students, teachers, saved = _split(tensors, ctx.counts)
+        grads = _gradients(call, sides, ctx.dtypes, grad_values, students, teachers, saved, masks)
         missing = [None] * layers
-        grad_students = grads[:layers] if student_grad else missing
-        grad_teachers = grads[-layers:] if teacher_grad else missing
-        return (None, None, *grad_students, *grad_teachers, *([None] * masks))
+        grad_students = grads[:layers] if sides[0] else missing
+        grad_teachers = grads[-layers:] if sides[1] else missing
+        return (None, None, *grad_students, *grad_teachers, *([None] * len(masks)))
 
 
-def _gradients(
+def _split(tensors: list[Tensor], counts: tuple[int, ...]) -> list[list[Tensor]]:
+    """Consecutive parts of these lengths, and the rest."""
+    parts, start = [], 0
+    for count in counts:
+        parts.append(tensors[start : start + count])
+        start += count
+    return [*parts, tensors[start:]]
+
+
+def _forward(
+    call: Call, sides: Sides, students: list[Tensor], teachers: list[Tensor], masks: list[Tensor]
+) -> operators.Forward:
+    """Values, and what the backward needs."""
+    plan, measure, settings = call.plan, call.measure, call.settings
+    arguments = (students, teachers, masks, list(plan.gram), *sides, call.precision, plan.backend)
+    # An operator takes no process group, so ranks call the function behind it.
+    source: Any = _OPERATORS if call.ranks is None else operators
+    ranks = () if call.ranks is None else (call.ranks,)
+    if measure == "cka":
+        return source.cka_fwd(*arguments, plan.fused, *settings, *ranks)
+    if measure == "procrustes":
+        return source.procrustes_fwd(*arguments, *settings, *ranks)
+    if measure == "covariance":
+        return source.covariance_fwd(*arguments, plan.fused, *settings, *ranks)
+    return source.bures_fwd(*arguments, *settings, *ranks)
+
+
+def _backward(
     call: Call,
-    sides: tuple[bool, bool],
-    dtypes: tuple[torch.dtype, torch.dtype],
+    sides: Sides,
+    dtypes: Dtypes,
     grad_values: Tensor,
     students: list[Tensor],
     teachers: list[Tensor],
     saved: list[Tensor],
     masks: list[Tensor],
 ) -> list[Tensor]:
-    """The wanted ones; of the eager backend where a GPU refuses a launch that ``auto`` chose.
-
-    That needs all features of fused measures, which may not be there any more.
-    """
-    measure = call.measure if call.fused else ""
-    operator = torch.ops.rift_kernels.features_bwd
-
-    def by(backend: str, *features_and_saved: list[Tensor]) -> list[Tensor]:
-        how = (masks, call.gram, *sides, call.precision, backend, *dtypes, measure)
-        return operator(grad_values, *features_and_saved, *how)
-
-    if call.asked != "auto" or torch.compiler.is_compiling():
-        return by(call.backend, students, teachers, saved)
-    try:
-        return by(call.backend, students, teachers, saved)
-    except Exception as error:
-        rows = max((t.shape[-2] for t in students or teachers), default=0)
-        kind_of_sums = "moments" if call.ranks else call.measure
-        problem = plan.Problem(kind_of_sums, call.gram, rows, 0)
-        kind = plan.kind_of(call.backend, grad_values.device, dtypes, problem)
-        lost = call.fused and not (students and teachers)
-        if not plan.gives_way(error, call.asked, kind) or lost:
-            raise
-    if call.fused:
-        _, saved = _forward(call._replace(backend="eager"), sides, students, teachers, masks)
-    return by("eager", [], [], saved)
+    """The wanted gradients, all students first."""
+    backend, gram, fused, *_ = call.plan
+    if not fused:
+        return _OPERATORS.features_bwd(
+            grad_values, saved, masks, gram, *sides, call.precision, backend, *dtypes
+        )
+    operator = _OPERATORS.cka_bwd if call.measure == "cka" else _OPERATORS.covariance_bwd
+    return operator(grad_values, students, teachers, saved, masks, gram, *sides, backend, *dtypes)
 
 
-def _inputs(
-    call: Call, sides: tuple[bool, bool], students: list[Tensor], teachers: list[Tensor]
-) -> tuple[list[Tensor], list[Tensor]]:
-    """The features that the backward of fused measures reads; of few rows in CUDA, none."""
-    few_rows = call.backend == "cuda" and all(call.gram)
-    if few_rows or not call.fused:
-        return [], []
-    measure, gram = call.measure, call.gram
-    both = measure == "cka" and not all(gram)
-    # One side alone would be taken for what was computed in its dtype.
-    both = both or students[0].dtype != teachers[0].dtype
-    if both and any(sides):
-        return students, teachers
-    return (students if sides[0] else []), (teachers if sides[1] else [])
-
-
-def _forward(
+def _gradients(
     call: Call,
-    sides: tuple[bool, bool],
+    sides: Sides,
+    dtypes: Dtypes,
+    grad_values: Tensor,
     students: list[Tensor],
     teachers: list[Tensor],
+    saved: list[Tensor],
     masks: list[Tensor],
-) -> tuple[Tensor, list[Tensor]]:
-    gram = list(call.gram)
-    how = (students, teachers, masks, gram, *sides, call.precision, call.backend)
-    if call.ranks is not None:
-        # Not through an operator, which takes no process group.
-        forward = partial(
-            operators.measure_fwd, operators.head(call.measure, call.settings), ranks=call.ranks
-        )
-        return forward(*how)
-    return getattr(torch.ops.rift_kernels, f"{call.measure}_fwd")(*how, *call.settings)
+) -> list[Tensor]:
+    """The wanted gradients; by the eager backend where a GPU refuses a launch that `auto` chose."""
+    features = (students, teachers)
+    if call.plan.kind is None:
+        return _backward(call, sides, dtypes, grad_values, *features, saved, masks)
+    try:
+        return _backward(call, sides, dtypes, grad_values, *features, saved, masks)
+    except Exception as error:
+        # A fused measure is computed anew, for which the features of one side are not enough.
+        is_complete = not call.plan.fused or all(features)
+        if not gives_way(error, call.plan) or not is_complete:
+            raise
+    eager = call._replace(plan=call.plan.on_eager())
+    if call.plan.fused:
+        _, saved = _forward(eager, sides, *features, masks)
+    return _backward(eager, sides, dtypes, grad_values, [], [], saved, masks)
 
 
 def measure(
@@ -179,23 +184,22 @@ class _Moments(torch.autograd.Function):
         ctx: Any,
         wanted: str,
         precision: str,
-        backend: str,
+        plan: Plan,
         ranks: Ranks | None,
-        asked: str,
         x: Tensor,
         y: Tensor,
         *masks: Tensor,
     ) -> tuple[Tensor, ...]:
-        how = (x, y, list(masks), wanted, precision, backend)
+        arguments = (x, y, list(masks), wanted, precision, plan.backend)
         if ranks is None:
-            centered_x, centered_y, *rest = torch.ops.rift_kernels.moments_fwd(*how)
+            centered_x, centered_y, *rest = _OPERATORS.moments_fwd(*arguments)
         else:
-            centered_x, centered_y, *rest = operators.moments_fwd(*how, ranks)
-        ctx.ranks = 1 if ranks is None else ranks.size
+            centered_x, centered_y, *rest = operators.moments_fwd(*arguments, ranks)
         mean_x, mean_y, count, *blocks = rest
         ctx.save_for_backward(centered_x, centered_y, count, *map(_savable, masks))
-        ctx.sides, ctx.dtypes = ctx.needs_input_grad[5:7], (x.dtype, y.dtype)
-        ctx.call = Call("moments", (), (False,), precision, backend, None, asked)
+        ctx.sides, ctx.dtypes = ctx.needs_input_grad[4:6], (x.dtype, y.dtype)
+        ctx.call = Call("moments", (), plan._replace(gram=(False,)), precision)
+        ctx.size = 1 if ranks is None else ranks.size
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(count)
         return mean_x, mean_y, count, *blocks
@@ -209,7 +213,7 @@ class _Moments(torch.autograd.Function):
         grad_xx, grad_xy, grad_yy = (None if g is None or g.dim() < 2 else g for g in blocks)
         per_row = (1 / count).to(centered_x.dtype).unsqueeze(-1)
         # <G, Xc^T Xc> has the gradient Xc (G + G^T).
-        coefficients = heads.Coefficients(
+        coefficients = Coefficients(
             xx=None if grad_xx is None else grad_xx + grad_xx.mT,
             xy=grad_xy,
             yy=None if grad_yy is None else grad_yy + grad_yy.mT,
@@ -217,12 +221,12 @@ class _Moments(torch.autograd.Function):
             by=None if grad_mean_y is None else grad_mean_y * per_row,
         )
         saved = [centered_x, centered_y, *operators.tensors_of(coefficients, centered_x)]
-        incoming = torch.full_like(count, ctx.ranks)
-        found = _gradients(ctx.call, ctx.sides, ctx.dtypes, incoming, [], [], saved, masks)
-        student_grad, teacher_grad = ctx.sides
-        grad_x = found[0] if student_grad else None
-        grad_y = found[-1] if teacher_grad else None
-        return (None, None, None, None, None, grad_x, grad_y, *([None] * len(masks)))
+        incoming = torch.full_like(count, ctx.size)
+        sides = ctx.sides
+        gradients = _gradients(ctx.call, sides, ctx.dtypes, incoming, [], [], saved, masks)
+        grad_x = gradients[0] if sides[0] else None
+        grad_y = gradients[-1] if sides[1] else None
+        return (None, None, None, None, grad_x, grad_y, *([None] * len(masks)))
 
 
 def moments(
@@ -231,12 +235,52 @@ def moments(
     masks: list[Tensor],
     wanted: str,
     precision: str,
-    backend: str,
+    plan: Plan,
     ranks: Ranks | None,
-    asked: str,
 ) -> tuple[Tensor, ...]:
     """``mean_x, mean_y, count, xx, xy, yy``, differentiable once; blocks not wanted are empty."""
-    return _Moments.apply(wanted, precision, backend, ranks, asked, student, teacher, *masks)
+    return _Moments.apply(wanted, precision, plan, ranks, student, teacher, *masks)
+
+
+class _SelfHsic(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, precision: str, plan: Plan, ranks: Ranks | None, x: Tensor, *masks: Tensor
+    ) -> tuple[Tensor, ...]:
+        arguments = (x, list(masks), precision, plan.backend)
+        if ranks is None:
+            tensors = _OPERATORS.self_hsic_fwd(*arguments)
+        else:
+            tensors = operators.self_hsic_fwd(*arguments, ranks)
+        mean, count, scatter, square, *saved = tensors
+        ctx.save_for_backward(count, *saved, *map(_savable, masks))
+        ctx.dtypes = x.dtype, x.dtype
+        ctx.call = Call("moments", (), plan._replace(gram=(False,)), precision)
+        ctx.size = 1 if ranks is None else ranks.size
+        ctx.mark_non_differentiable(count)
+        return mean, count, scatter, square
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        _refuse_double_backward()
+        count, *rest = ctx.saved_tensors
+        saved, masks = self_hsic.Saved(*rest[:7]), rest[7:]
+        grad_mean, _, grad_scatter, grad_square = grads
+        coefficients = self_hsic.coefficients(saved, count, grad_mean, grad_scatter, grad_square)
+        tensors = [saved.rows, *operators.tensors_of((None, *coefficients), saved.rows)]
+        incoming = torch.full_like(count, ctx.size)
+        (grad,) = _gradients(ctx.call, (True, False), ctx.dtypes, incoming, [], [], tensors, masks)
+        return None, None, None, grad, *([None] * len(masks))
+
+
+def self_hsic_moments(
+    student: Tensor, masks: list[Tensor], precision: str, plan: Plan, ranks: Ranks | None
+) -> tuple[Tensor, ...]:
+    """:class:`~rift_kernels.measures.self_hsic.Moments`, differentiable once but for the count.
+
+    See :func:`rift_kernels.linear_cka` for HSIC_1.
+    """
+    return _SelfHsic.apply(precision, plan, ranks, student, *masks)
 
 
 class _Rotate(torch.autograd.Function):
@@ -247,13 +291,13 @@ class _Rotate(torch.autograd.Function):
         wide, matrix = features.to(dtype), rotation.to(dtype)
         ctx.save_for_backward(_savable(features), _savable(rotation))
         ctx.precision = precision
-        return torch.ops.rift_kernels.matmul(wide, matrix, precision)
+        return _OPERATORS.matmul(wide, matrix, precision)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         # Where this is part of a double backward, the measure has refused already.
         features, rotation = ctx.saved_tensors
-        product = partial(torch.ops.rift_kernels.matmul, precision=ctx.precision)
+        product = partial(_OPERATORS.matmul, precision=ctx.precision)
         grad_features = grad_rotation = None
         if ctx.needs_input_grad[2]:
             grad_features = product(grad, rotation.to(grad.dtype).mT).to(features.dtype)
@@ -265,63 +309,5 @@ class _Rotate(torch.autograd.Function):
 
 def rotate(student: Tensor, teacher: Tensor, rotation: Tensor, precision: str) -> Tensor:
     """``teacher @ rotation``, to be compared with this student, differentiable in both factors."""
-    dtype = operators.compute_dtype(student, teacher, rotation)
+    dtype = compute_dtype(student, teacher, rotation)
     return _Rotate.apply(precision, dtype, teacher, rotation)
-
-
-class _OwnMoments(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, precision: str, backend: str, ranks: Ranks | None, x: Tensor, *masks: Tensor
-    ) -> tuple[Tensor, ...]:
-        how = (x, list(masks), precision, backend)
-        if ranks is None:
-            mean, count, *rest = torch.ops.rift_kernels.own_moments_fwd(*how)
-        else:
-            mean, count, *rest = operators.own_moments_fwd(*how, ranks)
-        block, square, *saved = rest
-        ctx.save_for_backward(count, *saved, *map(_savable, masks))
-        ctx.ranks = 1 if ranks is None else ranks.size
-        ctx.how = (True, False, precision, backend, x.dtype, x.dtype)
-        ctx.mark_non_differentiable(count)
-        return mean, count, block, square
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        _refuse_double_backward()
-        count, x, moved, block, inverse, weight, left, right, *masks = ctx.saved_tensors
-        grad_mean, _, grad_block, grad_square = grads
-        # H(X, X) has X in four places, and half of one is what the coefficients are of. Theirs are
-        # in units of the energy, of which H is the square.
-        factor = 4 * grad_square * heads.safe_inverse(inverse)
-        own = grad_block + grad_block.mT
-        per_row = (1 / count).to(x.dtype).unsqueeze(-1)
-        coefficients = heads.Coefficients(
-            # In the sum the features of one half are about another mean than those of the other.
-            xx=own + heads.times(heads.times(block, inverse), factor),
-            bx=grad_mean * per_row - (moved.unsqueeze(-2) @ own).squeeze(-2),
-            wx=(weight * (factor * heads.safe_inverse(inverse)).unsqueeze(-1)).to(x.dtype),
-            left_x=left,
-            right_x=heads.times(right, factor * heads.safe_inverse(inverse)),
-        )
-        (grad,) = torch.ops.rift_kernels.features_bwd(
-            torch.full_like(count, ctx.ranks),
-            [],
-            [],
-            [x, *operators.tensors_of((None, *coefficients), x)],
-            masks,
-            [False],
-            *ctx.how,
-            "",
-        )
-        return None, None, None, grad, *([None] * len(masks))
-
-
-def own_moments(
-    student: Tensor, masks: list[Tensor], ranks: Ranks | None, precision: str, backend: str
-) -> tuple[Tensor, ...]:
-    """Mean, count, ``Xc^T Xc`` and ``n (n-3)`` HSIC_1 of X with itself, float64.
-
-    All but the count are differentiable once. See :func:`rift_kernels.linear_cka` of HSIC_1.
-    """
-    return _OwnMoments.apply(precision, backend, ranks, student, *masks)

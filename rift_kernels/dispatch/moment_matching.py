@@ -1,7 +1,7 @@
-"""Covariance distances made of moments, by native autograd.
+"""Covariance distances from moments, by native autograd.
 
-For what the kernels' way from two sets of features to a value does not serve: a teacher known by
-its statistics alone, the best of all rotations, and a rotation of what many ranks share.
+The operators take two sets of features. This module serves the rest: a teacher known by its
+statistics alone, the best of all rotations, and a rotation of what many ranks share.
 """
 
 from __future__ import annotations
@@ -17,8 +17,11 @@ from rift_kernels.measures.centering import center
 from rift_kernels.measures.matrix_functions import eigenvalues
 
 from . import autograd, checks, plan, second_moments, shared_batch
-from .checks import Features, Mask, Statistics
+from .availability import Problem
+from .checks import Features, Layers, Mask, Statistics
+from .plan import Plan
 from .ranks import Group, Ranks
+from .second_moments import SecondMoments
 
 Teacher = Features | Statistics | Sequence[Statistics]
 
@@ -49,36 +52,34 @@ def covariance_distance(
     if optimal:
         _only_spectra(rotation, mean_weight, backend)
 
-    def check() -> checks.Layers:
+    def check() -> Layers:
         if checks.is_features(teacher):
             return checks.layers(student, teacher, mask, equal_widths=True)
-        given = checks.layers(student, _one_column(student), mask, equal_widths=False)
-        _statistics(teacher, given, matrices)
-        return given
+        layers = checks.layers(student, _one_column(student), mask, equal_widths=False)
+        _statistics(teacher, layers, matrices)
+        return layers
 
     kinds = (optimal, matrices is not None, checks.is_features(teacher))
     debiased = debiased and not optimal and not checks.is_features(teacher)
-    settings = ("matching", scale, mean_weight, *kinds, debiased, precision)
-    given, ranks = shared_batch.share(group, check, 4 if debiased else 2, settings)
-    stored = [] if checks.is_features(teacher) else _statistics(teacher, given, matrices)
+    agreed = ("matching", scale, mean_weight, *kinds, debiased, precision)
+    layers, ranks = shared_batch.share(group, check, 4 if debiased else 2, agreed)
+    statistics = [] if checks.is_features(teacher) else _statistics(teacher, layers, matrices)
     if optimal:
-        values = _distances_of_spectra(given, ranks, stored, scale, precision, backend)
+        values = _distances_of_spectra(layers, ranks, statistics, scale, precision, backend)
     else:
-        turned = checks.rotations(matrices, given, [one.width for one in stored])
+        rotations = checks.rotations(matrices, layers, [each.width for each in statistics])
+        estimate = _debiased if debiased else _biased
         values = []
-        for i, one in enumerate(stored):
-            student, unbiased = (_debiased if debiased else _biased)(
-                given, i, ranks, precision, backend
-            )
-            teachers = _stored(one, student.covariance.dtype)
-            q = turned[i] if turned else None
-            how = (scale, mean_weight, precision)
-            values.append(_distance(student, teachers, q, *how, unbiased))
-    return torch.stack(values) if given.is_list else values[0]
+        for i, of_layer in enumerate(statistics):
+            gaussian, unbiased = estimate(layers, i, ranks, precision, backend)
+            target = _stored(of_layer, gaussian.covariance.dtype)
+            q = rotations[i] if rotations else None
+            values.append(_distance(gaussian, target, q, scale, mean_weight, precision, unbiased))
+    return torch.stack(values) if layers.is_list else values[0]
 
 
-def of_moments(
-    given: checks.Layers,
+def at_rotations(
+    layers: Layers,
     ranks: Ranks,
     rotations: list[Tensor],
     scale: str,
@@ -86,13 +87,13 @@ def of_moments(
     precision: str,
     backend: str,
 ) -> Tensor:
-    """The distance at these rotations, of moments that ranks sum."""
-    found = second_moments.of_layers(given, ranks, "xx yy", precision, backend)
+    """The distance at these rotations, from moments that ranks sum."""
+    moments = second_moments.of_layers(layers, ranks, "xx yy", precision, backend)
     values = [
-        _distance(_students(own), _teachers(own), q, scale, mean_weight, precision)
-        for own, q in zip(found, rotations, strict=True)
+        _distance(_student(pair), _teacher(pair), q, scale, mean_weight, precision)
+        for pair, q in zip(moments, rotations, strict=True)
     ]
-    return torch.stack(values) if given.is_list else values[0]
+    return torch.stack(values) if layers.is_list else values[0]
 
 
 def _only_spectra(rotation: object, mean_weight: float, backend: str) -> None:
@@ -118,87 +119,93 @@ def _one_column(student: Features) -> Features:
     return columns[0] if isinstance(student, Tensor) else columns
 
 
-def _statistics(teacher: Any, given: checks.Layers, rotation: Features | None) -> list[Statistics]:
+def _statistics(teacher: Any, layers: Layers, rotation: Features | None) -> list[Statistics]:
     """One a layer, of the student's width and on its device."""
     several = isinstance(teacher, list | tuple)
-    stored: list[Statistics] = list(teacher) if several else [teacher]
-    if several != given.is_list or len(stored) != len(given.students):
+    statistics: list[Statistics] = list(teacher) if several else [teacher]
+    if several != layers.is_list or len(statistics) != len(layers.students):
         raise ValueError(
             "teacher must be TeacherStatistics for a tensor, and for a list one a layer; got "
-            f"{len(stored) if several else 'one'} for "
-            f"{f'{len(given.students)} layers' if given.is_list else 'a tensor'}"
+            f"{len(statistics) if several else 'one'} for "
+            f"{f'{len(layers.students)} layers' if layers.is_list else 'a tensor'}"
         )
-    for i, (one, x) in enumerate(zip(stored, given.students, strict=True)):
+    for i, (of_layer, x) in enumerate(zip(statistics, layers.students, strict=True)):
         name = f"teacher[{i}]" if several else "teacher"
-        if not checks.is_statistics(one):
-            raise TypeError(f"{name} must be TeacherStatistics; got {type(one).__name__}")
-        if one.mean.device != x.device:
+        if not checks.is_statistics(of_layer):
+            raise TypeError(f"{name} must be TeacherStatistics; got {type(of_layer).__name__}")
+        if of_layer.mean.device != x.device:
             raise ValueError(
-                f"{name} and student must be on the same device; got {one.mean.device} and "
+                f"{name} and student must be on the same device; got {of_layer.mean.device} and "
                 f"{x.device}: move it with .to(device)"
             )
-        if rotation is None and one.width != x.shape[-1]:
+        if rotation is None and of_layer.width != x.shape[-1]:
             raise ValueError(
                 f"{name} must have the student's width, {x.shape[-1]}, without a rotation; got "
-                f"{one.width}"
+                f"{of_layer.width}"
             )
-        if x.device.type == "cpu" and not torch.compiler.is_compiling() and float(one.count) <= 1:
+        is_readable = x.device.type == "cpu" and not torch.compiler.is_compiling()
+        if is_readable and float(of_layer.count) <= 1:
             raise ValueError(
-                f"{name} must be of at least 2 rows; got {float(one.count):g}: give it the "
+                f"{name} must be of at least 2 rows; got {float(of_layer.count):g}: give it the "
                 "teacher's features with update()"
             )
-    checks.rotations(rotation, given, [one.width for one in stored])
-    return stored
+    checks.rotations(rotation, layers, [each.width for each in statistics])
+    return statistics
 
 
 def _degrees(count: Tensor, dtype: torch.dtype) -> Tensor:
-    """What a sum of squares is divided by, NaN of too few rows; to divide a block."""
+    """The divisor of a sum of squares, in the shape of a block; NaN for too few rows."""
     return (count - 1).masked_fill(count < 2, float("nan")).to(dtype)[..., None, None]
 
 
-def _students(own: second_moments.SecondMoments) -> Gaussian:
-    return Gaussian(own.student_mean, own.student / _degrees(own.count, own.student.dtype))
+def _student(moments: SecondMoments) -> Gaussian:
+    scatter = moments.student
+    return Gaussian(moments.student_mean, scatter / _degrees(moments.count, scatter.dtype))
 
 
-def _teachers(own: second_moments.SecondMoments) -> Gaussian:
-    return Gaussian(own.teacher_mean, own.teacher / _degrees(own.count, own.teacher.dtype))
+def _teacher(moments: SecondMoments) -> Gaussian:
+    scatter = moments.teacher
+    return Gaussian(moments.teacher_mean, scatter / _degrees(moments.count, scatter.dtype))
 
 
-def _stored(one: Statistics, dtype: torch.dtype) -> Gaussian:
-    return Gaussian(one.mean.to(dtype), one.covariance().to(dtype))
+def _stored(statistics: Statistics, dtype: torch.dtype) -> Gaussian:
+    return Gaussian(statistics.mean.to(dtype), statistics.covariance().to(dtype))
 
 
 class _Unbiased(NamedTuple):
-    """What is unbiased of a few rows, while their covariance's norm and their mean's are not."""
+    """What is unbiased with few rows, where the norms of covariance and mean are not."""
 
     square: Tensor  # of ||Sigma||^2: HSIC_1 of the rows with themselves
     excess: Tensor  # by how much ||mean||^2 is larger than that of the data: tr(S) / n
 
 
-Student = tuple[Gaussian, _Unbiased | None]
+Estimate = tuple[Gaussian, _Unbiased | None]
 
 
-def _biased(given: checks.Layers, i: int, ranks: Ranks | None, *how: str) -> Student:
-    layer = given._replace(
-        students=given.students[i : i + 1], teachers=given.teachers[i : i + 1], masks=given.mask(i)
+def _biased(layers: Layers, i: int, ranks: Ranks | None, precision: str, backend: str) -> Estimate:
+    layer = layers._replace(
+        students=layers.students[i : i + 1],
+        teachers=layers.teachers[i : i + 1],
+        masks=layers.mask(i),
     )
-    (own,) = second_moments.of_layers(layer, ranks, "xx", *how)
-    return _students(own), None
+    (moments,) = second_moments.of_layers(layer, ranks, "xx", precision, backend)
+    return _student(moments), None
 
 
-def _debiased(given: checks.Layers, i: int, ranks: Ranks | None, *how: str) -> Student:
-    precision, backend = how
-    x = given.students[i]
-    problem = plan.Problem("moments", (), *x.shape[-2:])
+def _debiased(
+    layers: Layers, i: int, ranks: Ranks | None, precision: str, backend: str
+) -> Estimate:
+    x = layers.students[i]
+    problem = Problem("moments", (), *x.shape[-2:])
 
-    def by(chosen: str) -> tuple[Tensor, ...]:
-        return autograd.own_moments(x, given.mask(i), ranks, precision, chosen)
+    def compute(plan: Plan) -> tuple[Tensor, ...]:
+        return autograd.self_hsic_moments(x, layers.mask(i), precision, plan, ranks)
 
-    alone = ranks is None
-    found = plan.run(by, backend, x.device, given.dtypes, problem, repeatable=alone)
-    mean, count, block, square = found
+    mean, count, scatter, square = plan.run(
+        compute, problem, backend, x.device, layers.dtypes, repeatable=ranks is None
+    )
     n = count.masked_fill(count < 4, float("nan"))
-    covariance = block / _degrees(n, block.dtype)
+    covariance = scatter / _degrees(n, scatter.dtype)
     trace = covariance.diagonal(dim1=-2, dim2=-1).double().sum(-1)
     return Gaussian(mean, covariance), _Unbiased(square / (n * (n - 3)), trace / n)
 
@@ -250,31 +257,32 @@ def _distance(
 
 
 def _distances_of_spectra(
-    given: checks.Layers,
+    layers: Layers,
     ranks: Ranks | None,
-    stored: list[Statistics],
+    statistics: list[Statistics],
     scale: str,
     precision: str,
     backend: str,
 ) -> list[Tensor]:
-    sides = 1 if stored else 2
-    found: list[second_moments.SecondMoments] = []
+    sides = 1 if statistics else 2
+    moments: list[SecondMoments] = []
     if ranks is not None:
-        found = second_moments.of_layers(given, ranks, "xx yy"[: 3 * sides - 1], precision, backend)
+        wanted = "xx" if statistics else "xx yy"
+        moments = second_moments.of_layers(layers, ranks, wanted, precision, backend)
     values = []
-    for i, pair in enumerate(given.pairs):
-        if found:
-            both = (_students(found[i]), _teachers(found[i]))[:sides]
-            spectra = [eigenvalues(side.covariance.double()) for side in both]
+    for i, pair in enumerate(layers.pairs):
+        if moments:
+            gaussians = (_student(moments[i]), _teacher(moments[i]))[:sides]
+            spectra = [eigenvalues(gaussian.covariance.double()) for gaussian in gaussians]
         else:
-            spectra = [_spectrum(side, given.mask(i)) for side in pair[:sides]]
-        if stored:
-            spectra.append(eigenvalues(stored[i].covariance()))
-        own, other = spectra
-        unit = _unit(_square(other, (-1,)), other.shape[-1], scale)
-        wide = torch.float64 in given.dtypes
-        value = _square(own - other, (-1,)) * unit
-        values.append(value.to(torch.float64 if wide else torch.float32))
+            spectra = [_spectrum(side, layers.mask(i)) for side in pair[:sides]]
+        if statistics:
+            spectra.append(eigenvalues(statistics[i].covariance()))
+        student, teacher = spectra
+        unit = _unit(_square(teacher, (-1,)), teacher.shape[-1], scale)
+        is_wide = torch.float64 in layers.dtypes
+        value = _square(student - teacher, (-1,)) * unit
+        values.append(value.to(torch.float64 if is_wide else torch.float32))
     return values
 
 

@@ -1,8 +1,11 @@
-"""Which backend runs a call and in which form; every "no" comes with its reason, as a sentence."""
+"""The plan of a call, made once: which backend computes it, in which form, fused or not.
+
+The reasons against a backend are in :mod:`.availability`, and whether ``auto`` trusts its kernels
+is decided in :mod:`rift_kernels.trust`.
+"""
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import warnings
 from collections.abc import Callable, Sequence
@@ -12,138 +15,75 @@ import torch
 
 from rift_kernels.trust import decisions, refusals
 
-BACKENDS = ("eager", "triton", "cuda")
+from . import availability
+from .availability import BACKENDS, Problem
+
 ENVIRONMENT_VARIABLE = "RIFT_KERNELS_BACKEND"
-# Asked once: torch 2.11 compiles nothing that asks.
-INSTALLED = {
-    name: importlib.util.find_spec(name) is not None for name in ("triton", "rift_kernels._C")
-}
 # In Gram form other kernels take more.
 SMALL_ROWS = 128
-Result = TypeVar("Result")
-
-
-class Problem(NamedTuple):
-    """What is asked of a backend: a measure of layers in these forms, of at most these sizes."""
-
-    measure: str
-    gram: tuple[bool, ...]
-    rows: int
-    width: int
-    masked: bool = False
-
-
 # What `auto` takes on a GPU, predicted, not measured: a small loss costs what its launches cost the
 # host. Both kinds make two, forward and backward, and one from C++ goes through less Python.
 PREFERRED = (
     ("cuda", "linear CKA in Gram form of up to 128 rows"),
     ("triton", "every measure, but no float64"),
 )
+Result = TypeVar("Result")
 
 
-def reason_against(
-    backend: str,
-    device: torch.device | None = None,
-    dtypes: Sequence[torch.dtype] = (),
-    problem: Problem | None = None,
-) -> str | None:
-    """None if ``backend`` can run this problem on features of these dtypes there, else why not.
+class Plan(NamedTuple):
+    """How a call is computed."""
 
-    Without a device: whether it can run anything on this machine.
+    backend: str  # "eager", "triton" or "cuda"
+    gram: tuple[bool, ...]  # the form of each layer: Gram (N x N), else covariance (D x D)
+    # Whether the backend goes from features to values and gradients without blocks in between.
+    fused: bool = False
+    # The sides whose features the backward reads: "both", "wanted" (those that get a gradient), or
+    # "none", where the forward saves all that the backward needs.
+    keeps: str = "none"
+    # What `auto` has chosen, and gives up where a GPU refuses a launch; else None.
+    kind: decisions.Kind | None = None
+
+    def on_eager(self) -> Plan:
+        """The same forms on the eager backend, which can run whatever the kernels can."""
+        return Plan("eager", self.gram)
+
+
+def make(
+    problem: Problem, requested: str, device: torch.device, dtypes: Sequence[torch.dtype]
+) -> Plan:
+    """The plan of a call.
+
+    Args:
+        problem: what is computed; with measure ``"moments"`` second moments alone, of one layer
+            after another.
+        requested: ``"auto"`` or a backend.
+        device, dtypes: of the features, student first.
     """
-    if backend == "triton":
-        return _reason_against_triton(device, dtypes)
-    if backend == "cuda":
-        return _reason_against_cuda(device, dtypes, problem)
-    return None
+    backend = choose_backend(requested, device, dtypes, problem)
+    kind = None
+    if backend != "eager" and not torch.compiler.is_compiling() and is_automatic(requested):
+        kind = kind_of(backend, device, dtypes, problem)
+    return with_backend(problem, backend, dtypes)._replace(kind=kind)
 
 
-def _reason_against_cuda(
-    device: torch.device | None, dtypes: Sequence[torch.dtype], problem: Problem | None
-) -> str | None:
-    if not INSTALLED["rift_kernels._C"]:
-        return (
-            "rift_kernels was installed without its CUDA kernels: put the toolkit's nvcc on PATH "
-            "and install it again with RIFT_KERNELS_CUDA=1"
-        )
-    if torch.version.hip is not None:
-        return "the CUDA kernels are for NVIDIA's GPUs"
-    if device is None and not torch.cuda.is_available():
-        return "the CUDA kernels need a GPU that torch can use, and there is none"
-    if device is not None and device.type != "cuda":
-        return f"the CUDA kernels take features on a GPU; got {device.type}"
-    if torch.float64 in dtypes:
-        return "the CUDA kernels take no float64, which the eager backend does"
-    capability = torch.cuda.get_device_capability(device)
-    if capability[0] < 8:
-        return "the CUDA kernels need compute capability 8.0; got {}.{}".format(*capability)
-    return None if device is None else _too_much_for_cuda(device, dtypes, problem)
+def with_backend(problem: Problem, backend: str, dtypes: Sequence[torch.dtype]) -> Plan:
+    """The plan of a call whose backend is known."""
+    measure, gram = problem.measure, problem.gram
+    fused = measure == "cka" or (measure == "covariance" and not any(gram))
+    if backend == "eager" or not fused:
+        return Plan(backend, gram)
+    if backend == "cuda" and all(gram):
+        # The kernel of few rows computes the gradients with the values.
+        return Plan(backend, gram, fused)
+    crossed = measure == "cka" and not all(gram)
+    # One side alone would be taken for what was computed in its dtype.
+    both = crossed or len(set(dtypes)) > 1
+    return Plan(backend, gram, fused, "both" if both else "wanted")
 
 
-def _too_much_for_cuda(
-    device: torch.device, dtypes: Sequence[torch.dtype], problem: Problem | None
-) -> str | None:
-    from rift_kernels.backends import cuda
-
-    if problem is None or problem.measure != "cka":
-        got = "any measure" if problem is None else problem.measure
-        return f"the CUDA kernels compute linear CKA; got {got}"
-    capability = torch.cuda.get_device_capability(device)
-    if not cuda.compiled_for(capability):
-        return (
-            "the CUDA kernels were not compiled for compute capability {}.{}: install again with "
-            "RIFT_KERNELS_CUDA_ARCHS".format(*capability)
-        )
-    if not all(problem.gram):
-        return _too_much_in_covariance_form(dtypes, problem, cuda.most_columns(device))
-    if problem.rows > cuda.MAX_ROWS:
-        return f"the CUDA kernels take up to {cuda.MAX_ROWS} rows; got {problem.rows}"
-    if not cuda.fits(device, problem.rows, problem.width):
-        return f"{problem.rows} rows of {problem.width} columns do not fit the GPU's shared memory"
-    return None
-
-
-def _too_much_in_covariance_form(
-    dtypes: Sequence[torch.dtype], problem: Problem, most_columns: int
-) -> str | None:
-    """Of more rows than student and teacher have columns together."""
-    if any(problem.gram):
-        return (
-            "the CUDA kernels take layers with few rows or layers with many, not both in one call"
-        )
-    if set(dtypes) != {torch.bfloat16}:
-        return f"the CUDA kernels for many rows take bfloat16; got {' and '.join(map(str, dtypes))}"
-    if problem.masked:
-        return "the CUDA kernels for many rows take no mask"
-    if problem.width > most_columns:
-        return (
-            f"the CUDA kernels for many rows take up to {most_columns} columns on this GPU; got "
-            f"{problem.width}"
-        )
-    return None
-
-
-def _reason_against_triton(
-    device: torch.device | None, dtypes: Sequence[torch.dtype]
-) -> str | None:
-    if not INSTALLED["triton"]:
-        return "triton is not installed"
-    if torch.float64 in dtypes:
-        return "the Triton kernels take no float64, which the eager backend does"
-    if os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y"):
-        return None
-    if device is None and not torch.cuda.is_available():
-        return (
-            "Triton needs a GPU that torch can use, and there is none (on a CPU, its interpreter "
-            "runs the kernels where TRITON_INTERPRET=1 is set from the start)"
-        )
-    if device is not None and device.type != "cuda":
-        return f"the Triton kernels take features on a GPU; got {device.type}"
-    if torch.version.hip is None:
-        major, minor = torch.cuda.get_device_capability(device)
-        if major < 8:
-            return f"the Triton kernels need compute capability 8.0; got {major}.{minor}"
-    return None
+def is_automatic(requested: str) -> bool:
+    """Whether neither the argument nor the environment names a backend."""
+    return requested == "auto" and not os.environ.get(ENVIRONMENT_VARIABLE)
 
 
 def choose_backend(
@@ -171,7 +111,7 @@ def choose_backend(
                 f"{source} must be one of {', '.join(map(repr, ('auto', *BACKENDS)))}; "
                 f"got {backend!r}"
             )
-        reason = reason_against(backend, device, dtypes, problem)
+        reason = availability.reason_against(backend, device, dtypes, problem)
         if reason is not None:
             raise RuntimeError(f"{source}={backend!r} cannot run: {reason}")
         return backend
@@ -181,7 +121,7 @@ def choose_backend(
         # Many rows in CUDA only if asked for, as long as that has not been measured.
         if preferred == "cuda" and not (problem and all(problem.gram)):
             continue
-        reason = reason_against(preferred, device, dtypes, problem)
+        reason = availability.reason_against(preferred, device, dtypes, problem)
         if reason is None and _is_trusted(kind_of(preferred, device, dtypes, problem)):
             return preferred
     if reason is not None:
@@ -215,37 +155,36 @@ def _is_trusted(kind: decisions.Kind) -> bool:
 
 
 def run(
-    function: Callable[[str], Result],
-    backend: str,
+    function: Callable[[Plan], Result],
+    problem: Problem,
+    requested: str,
     device: torch.device,
     dtypes: Sequence[torch.dtype],
-    problem: Problem,
     repeatable: bool = True,
 ) -> Result:
-    """``function`` of the backend chosen; where a GPU refuses a launch of it, ``auto`` goes on.
+    """``function`` of the plan; where a GPU refuses a launch, ``auto`` makes the next plan.
 
-    ``repeatable``: it may be called once more. Inside a compiled graph nothing can be replaced.
+    ``repeatable``: the function may be called again. A compiled graph can replace nothing.
     """
-    chosen = choose_backend(backend, device, dtypes, problem)
-    while repeatable and chosen != "eager" and not torch.compiler.is_compiling():
+    plan = make(problem, requested, device, dtypes)
+    while repeatable and plan.kind is not None:
         try:
-            return function(chosen)
+            return function(plan)
         except Exception as error:
-            if not gives_way(error, backend, kind_of(chosen, device, dtypes, problem)):
+            if not gives_way(error, plan):
                 raise
-            following = choose_backend(backend, device, dtypes, problem)
-            if following == chosen:
+            successor = make(problem, requested, device, dtypes)
+            if successor.backend == plan.backend:
                 raise
-            chosen = following
-    return function(chosen)
+            plan = successor
+    return function(plan)
 
 
-def gives_way(error: Exception, backend: str, kind: decisions.Kind) -> bool:
-    """Whether ``auto`` does without these kernels from now on, because of how a launch failed."""
-    automatic = backend == "auto" and not os.environ.get(ENVIRONMENT_VARIABLE)
-    if not automatic or not refusals.is_refusal(error):
+def gives_way(error: Exception, plan: Plan) -> bool:
+    """Whether ``auto`` does without the plan's kernels from now on, because a launch failed."""
+    if plan.kind is None or not refusals.is_refusal(error):
         return False
-    decisions.withdraw(kind, f"a launch failed: {refusals.first_line(error)}")
+    decisions.withdraw(plan.kind, f"a launch failed: {refusals.first_line(error)}")
     return True
 
 

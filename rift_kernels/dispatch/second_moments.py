@@ -1,19 +1,16 @@
-"""The second moments that every measure is made of, public and differentiable.
-
-What all functions share, and the alphabet of dimensions, stands in :mod:`rift_kernels.functional`.
-"""
+"""Second moments of checked layers, one layer after another."""
 
 from __future__ import annotations
 
-import numbers
-from collections.abc import Sequence
-from typing import NamedTuple, overload
+from typing import NamedTuple
 
 from torch import Tensor
 
-from . import autograd, checks, plan, shared_batch
-from .checks import Features, Mask
-from .ranks import Group, Ranks
+from . import autograd, plan
+from .availability import Problem
+from .checks import Layers
+from .plan import Plan
+from .ranks import Ranks
 
 
 class SecondMoments(NamedTuple):
@@ -32,150 +29,23 @@ class SecondMoments(NamedTuple):
     teacher: Tensor
 
 
-@overload
-def cross_covariance(
-    student: Tensor,
-    teacher: Tensor,
-    *,
-    mask: Mask = ...,
-    correction: int = ...,
-    precision: str = ...,
-    backend: str = ...,
-    group: Group = ...,
-) -> Tensor: ...
-
-
-@overload
-def cross_covariance(
-    student: Sequence[Tensor],
-    teacher: Sequence[Tensor],
-    *,
-    mask: Mask = ...,
-    correction: int = ...,
-    precision: str = ...,
-    backend: str = ...,
-    group: Group = ...,
-) -> list[Tensor]: ...
-
-
-def cross_covariance(
-    student: Features,
-    teacher: Features,
-    *,
-    mask: Mask = None,
-    correction: int = 1,
-    precision: str = "high",
-    backend: str = "auto",
-    group: Group = None,
-) -> Tensor | list[Tensor]:
-    """Centered cross-covariance ``Xc^T Yc / (n - correction)``.
-
-    Args:
-        student: (..., N, D1), or a list of (N, D1_l).
-        teacher: (..., N, D2), or a list of (N, D2_l).
-        mask: boolean (..., N), True = valid; n >= 2 and n > ``correction``.
-        correction: 1 for the unbiased estimate, 0 to divide by n.
-        precision, backend, group: see :mod:`rift_kernels.functional`.
-
-    Returns:
-        (..., D1, D2), or a list of (D1_l, D2_l). Differentiable in both inputs.
-    """
-    if isinstance(correction, bool) or not isinstance(correction, numbers.Integral):
-        raise TypeError(f"correction must be an integer; got {correction!r}")
-    if correction < 0:
-        raise ValueError(f"correction must not be negative; got {correction}")
-    min_rows = max(2, correction + 1)
-    settings = (f"cross_covariance, {correction}", precision)
-    given, ranks = _given(student, teacher, mask, min_rows, group, settings)
-    moments = of_layers(given, ranks, "xy", precision, backend)
-    results = []
-    for layer in moments:
-        divisor = (layer.count - correction).to(layer.cross.dtype)[..., None, None]
-        divisor = divisor.masked_fill(divisor <= 0, float("nan"))
-        results.append(layer.cross / divisor)
-    return results[0] if isinstance(student, Tensor) else results
-
-
-@overload
-def second_moments(
-    student: Tensor,
-    teacher: Tensor,
-    *,
-    mask: Mask = ...,
-    precision: str = ...,
-    backend: str = ...,
-    group: Group = ...,
-) -> SecondMoments: ...
-
-
-@overload
-def second_moments(
-    student: Sequence[Tensor],
-    teacher: Sequence[Tensor],
-    *,
-    mask: Mask = ...,
-    precision: str = ...,
-    backend: str = ...,
-    group: Group = ...,
-) -> list[SecondMoments]: ...
-
-
-def second_moments(
-    student: Features,
-    teacher: Features,
-    *,
-    mask: Mask = None,
-    precision: str = "high",
-    backend: str = "auto",
-    group: Group = None,
-) -> SecondMoments | list[SecondMoments]:
-    """Count, means and the centered second moments that every measure here is made of.
-
-    Args:
-        student: (..., N, D1), or a list of (N, D1_l).
-        teacher: (..., N, D2), or a list of (N, D2_l).
-        mask: boolean (..., N), True = valid; n >= 2.
-        precision, backend, group: see :mod:`rift_kernels.functional`.
-
-    Returns:
-        :class:`SecondMoments`, or a list of them. All but the count are differentiable.
-    """
-    given, ranks = _given(student, teacher, mask, 2, group, ("second_moments", precision))
-    moments = of_layers(given, ranks, "xx xy yy", precision, backend)
-    return moments[0] if isinstance(student, Tensor) else moments
-
-
-def _given(
-    student: Features,
-    teacher: Features,
-    mask: Mask,
-    min_rows: int,
-    group: Group,
-    settings: tuple[str, str],
-) -> tuple[checks.Layers, Ranks | None]:
-    checks.option("precision", settings[1], checks.PRECISIONS)
-
-    def check() -> checks.Layers:
-        return checks.layers(student, teacher, mask, equal_widths=False)
-
-    return shared_batch.share(group, check, min_rows, settings)
-
-
 def of_layers(
-    given: checks.Layers, ranks: Ranks | None, wanted: str, precision: str, backend: str
+    layers: Layers, ranks: Ranks | None, wanted: str, precision: str, backend: str
 ) -> list[SecondMoments]:
     """The moments of checked layers; blocks that are not ``wanted`` are empty."""
-    rows, width = given.students[0].shape[-2:]
-    problem = plan.Problem("moments", (), rows, width)
+    rows, width = layers.students[0].shape[-2:]
+    problem = Problem("moments", (), rows, width)
 
-    def by(chosen: str) -> list[SecondMoments]:
+    def compute(plan: Plan) -> list[SecondMoments]:
         results = []
-        for i, (x, y) in enumerate(given.pairs):
-            how = (given.mask(i), wanted, precision, chosen, ranks, backend)
-            mean_x, mean_y, count, *blocks = autograd.moments(x, y, *how)
+        for i, (x, y) in enumerate(layers.pairs):
+            masks = layers.mask(i)
+            mean_x, mean_y, count, *blocks = autograd.moments(
+                x, y, masks, wanted, precision, plan, ranks
+            )
             results.append(SecondMoments(count, mean_x, mean_y, *blocks))
         return results
 
-    device, alone = given.teachers[0].device, ranks is None
-    # Of ranks that talk to one another, none can do so once more by itself.
-    return plan.run(by, backend, device, given.dtypes, problem, repeatable=alone)
+    device, is_alone = layers.teachers[0].device, ranks is None
+    # A rank among others cannot repeat by itself what all do together.
+    return plan.run(compute, problem, backend, device, layers.dtypes, repeatable=is_alone)

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .centering import mean_over_ranks, row_energy, subtract
+from .centering import Alone, mean_over_ranks, row_energy, subtract
 
 MOST = 8  # and at most half of all rows, or the others' mean would lie far from most of them
 
@@ -71,13 +71,21 @@ def _filled(count: Tensor, slots: int) -> Tensor:
 
 
 def center(
-    sides: list[Tensor], mask: Tensor | None, dtype: torch.dtype
+    sides: list[Tensor], mask: Tensor | None, dtype: torch.dtype, ranks: Any = Alone
 ) -> tuple[list[Tensor], list[Tensor], Tensor, LongRows]:
     """Sides about the mean of the rows that are not long, those means, count, and the long rows.
 
-    Masked rows and long ones are exact zeros. A mean is subtracted twice, for the reason that
-    :func:`.features.center` has.
+    Masked rows and long ones are exact zeros. The rows may be spread over ranks.
     """
+    if ranks is Alone:
+        return _center(sides, mask, dtype)
+    return _center_over_ranks(sides, mask, dtype, ranks)
+
+
+def _center(
+    sides: list[Tensor], mask: Tensor | None, dtype: torch.dtype
+) -> tuple[list[Tensor], list[Tensor], Tensor, LongRows]:
+    """Without ranks. A mean is subtracted twice, for the reason that ``centering.center`` has."""
     sides = [side.to(dtype) for side in sides]
     shape, device = sides[0].shape[:-1], sides[0].device
     if mask is None:
@@ -118,10 +126,10 @@ def center(
     return centered, middles, count, LongRows(long, index, place, energy)
 
 
-def center_over_ranks(
+def _center_over_ranks(
     sides: list[Tensor], mask: Tensor | None, dtype: torch.dtype, ranks: Any
 ) -> tuple[list[Tensor], list[Tensor], Tensor, LongRows]:
-    """:func:`center` of rows that are spread over ranks, of which this one may have none."""
+    """With rows spread over ranks; this rank may have none."""
     sides = [side.to(dtype) for side in sides]
     means, count, _ = mean_over_ranks(sides, mask, ranks.total)
     centered = [subtract(side, mean, mask) for side, mean in zip(sides, means, strict=True)]

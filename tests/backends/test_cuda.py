@@ -185,9 +185,10 @@ def test_no_variance_and_too_few_rows(emulate) -> None:
         assert not any(grad.any() for grad in grads)
     students, mask = x.expand(2, 20, 12), torch.ones(2, 20, dtype=torch.bool)
     mask[1, 3:] = False
-    values = torch.ops.rift_kernels.cka_fwd(
-        [students], [y.expand(2, 20, 12)], [mask], [True], False, False, "high", "cuda", True, False
-    )[0]
+    layers = ([students], [y.expand(2, 20, 12)], [mask], [True])
+    values, _ = torch.ops.rift_kernels.cka_fwd(
+        *layers, False, False, "high", "cuda", True, True, False
+    )
     assert values.isnan().tolist() == [False, True]
 
 

@@ -54,7 +54,7 @@ def test_gradient_close_to_the_teacher(near) -> None:
 def is_full(x: torch.Tensor, y: torch.Tensor, precision: str = "high") -> bool:
     """Whether the student's backward multiplies the low halves as well."""
     _, saved = torch.ops.rift_kernels.cka_fwd(
-        [x], [y], [], [False], True, True, precision, "cuda", True, False
+        [x], [y], [], [False], True, True, precision, "cuda", True, True, False
     )
     # The scalars come last.
     return bool(saved[0][-128:].view(torch.float32)[3])

@@ -9,7 +9,7 @@ import torch
 
 import rift_kernels as rk
 from rift_kernels.backends import eager
-from rift_kernels.dispatch import operators, plan
+from rift_kernels.dispatch import availability, operators, plan
 from rift_kernels.trust import decisions, refusals
 from tests.support import cases
 
@@ -22,17 +22,17 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """A backend called triton, on a CPU: eager's, until a test makes a launch of it fail."""
 
     def cka_fwd(*call):
-        *how, debiased, distance = call
+        *arguments, debiased, distance = call
         backend.launches += 1
-        values, _ = torch.ops.rift_kernels.cka_fwd(*how, "eager", debiased, distance)
+        values, _ = operators.cka_fwd(*arguments, "eager", False, debiased, distance)
         return values, []
 
-    backend = SimpleNamespace(**vars(eager), launches=0, cka_fwd=cka_fwd, fused_bwd=refuse)
-    find = operators._backend
-    monkeypatch.setattr(operators, "_backend", lambda n: backend if n == "triton" else find(n))
+    backend = SimpleNamespace(**vars(eager), launches=0, cka_fwd=cka_fwd, cka_bwd=refuse)
+    find = operators._module
+    monkeypatch.setattr(operators, "_module", lambda n: backend if n == "triton" else find(n))
     monkeypatch.setattr(plan, "_has_kernels", lambda _: True)
     monkeypatch.setattr(
-        plan, "reason_against", lambda name, *_: "not here" if name == "cuda" else None
+        availability, "reason_against", lambda name, *_: "not here" if name == "cuda" else None
     )
     return backend
 

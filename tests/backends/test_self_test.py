@@ -16,7 +16,7 @@ import torch
 import rift_kernels as rk
 from rift_kernels.backends import cuda
 from rift_kernels.commands import trial
-from rift_kernels.dispatch import plan
+from rift_kernels.dispatch import availability, plan
 from rift_kernels.trust import decisions, known_answers, self_test, verdicts
 from rift_kernels.trust.self_test import Examination, Report
 from rift_kernels.trust.verdicts import Kernels, Verdict
@@ -27,7 +27,7 @@ pytest.importorskip("triton", reason="needs triton")
 CPU = torch.device("cpu")
 BF16 = (torch.bfloat16, torch.bfloat16)
 SMALL = Kernels("triton", "small", "bfloat16")
-PROBLEM = plan.Problem("cka", (True,), 16, 64)
+PROBLEM = availability.Problem("cka", (True,), 16, 64)
 # As the suite's own fixtures replace it where they emulate a GPU.
 choose_backend = plan.choose_backend
 PACKAGE = Path(rk.__file__).parent
@@ -46,7 +46,7 @@ def _first_call(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 def only(monkeypatch: pytest.MonkeyPatch, backend: str) -> None:
     """Of the kernels, those of this backend can run."""
     monkeypatch.setattr(
-        plan,
+        availability,
         "reason_against",
         lambda name, *_: None if name in (backend, "eager") else f"{name} is not for this test",
     )
@@ -76,7 +76,7 @@ def answers(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Answers]:
     return make
 
 
-def choose(problem: plan.Problem = PROBLEM, backend: str = "auto", dtypes=BF16) -> str:
+def choose(problem: availability.Problem = PROBLEM, backend: str = "auto", dtypes=BF16) -> str:
     return choose_backend(backend, CPU, dtypes, problem)
 
 
@@ -108,7 +108,7 @@ def test_bad_kernels_are_never_used_and_say_so_once(answers, recwarn) -> None:
 
 
 def test_the_next_backend_takes_its_place(monkeypatch) -> None:
-    monkeypatch.setattr(plan, "reason_against", lambda *_: None)
+    monkeypatch.setattr(availability, "reason_against", lambda *_: None)
     monkeypatch.setattr(
         self_test,
         "examine",
@@ -188,10 +188,10 @@ def test_compiled_losses_take_eager_until_kernels_were_tested(dynamic, answers) 
 
 def test_which_kernels_a_call_runs(answers) -> None:
     found = answers()
-    choose(plan.Problem("cka", (True, False), 300, 64))
-    choose(plan.Problem("covariance", (False,), 300, 64))
-    choose(plan.Problem("covariance", (True,), 30, 64))
-    choose(plan.Problem("procrustes", (False,), 300, 64))
+    choose(availability.Problem("cka", (True, False), 300, 64))
+    choose(availability.Problem("covariance", (False,), 300, 64))
+    choose(availability.Problem("covariance", (True,), 30, 64))
+    choose(availability.Problem("procrustes", (False,), 300, 64))
     assert [sorted({name.split("/", 1)[1] for name in one}) for one in found.asked] == [
         ["covariance/bfloat16", "gram/bfloat16", "small/bfloat16"],
         ["distance/bfloat16"],

@@ -13,6 +13,7 @@ from torch import Tensor
 
 import rift_kernels as rk
 from rift_kernels.dispatch import autograd, plan
+from rift_kernels.dispatch.plan import Plan
 from tests.support import cases
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -448,12 +449,16 @@ class _OneRank:
     blocks = total
 
 
+# Not fused, in covariance form.
+SUMMED = Plan("triton", (False,))
+
+
 @pytest.mark.parametrize("measure", [cases.CKA, cases.COVARIANCE], ids=lambda m: m.name)
 @pytest.mark.parametrize("dtype", [BFLOAT16, torch.float32], ids=str)
 def test_moments_that_ranks_sum(measure, dtype, device) -> None:
-    """Not fused, in covariance form, and the gradient times the number of ranks."""
+    """The gradient is multiplied by the number of ranks."""
     settings = {"cka": (True, False), "covariance": ("relative", 0.0)}[measure.name]
-    call = autograd.Call(measure.name, settings, (False,), "high", "triton", _OneRank())
+    call = autograd.Call(measure.name, settings, SUMMED, "high", _OneRank())
     x, y, mask = cases.Case("", 50, 20, 20, masked=True).features(dtype)
 
     def summed(x: Tensor, y: Tensor) -> Tensor:
@@ -468,7 +473,7 @@ def test_moments_that_ranks_sum(measure, dtype, device) -> None:
 
 
 def test_a_rank_without_rows(device) -> None:
-    call = autograd.Call("cka", (True, False), (False,), "high", "triton", _OneRank())
+    call = autograd.Call("cka", (True, False), SUMMED, "high", _OneRank())
     x = torch.empty(0, 20, device=device, requires_grad=True)
     value = autograd.measure(call, [x], [x.detach()], [])
     value.backward()

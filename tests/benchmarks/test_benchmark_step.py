@@ -17,7 +17,7 @@ from benchmarks.finetuning import CLASS_TOKENS, TOKENS, Features, Finetuning, St
 from benchmarks.oracle import GRADIENT_TOLERANCE
 from benchmarks.providers import NAIVE, WIDE, Provider, providers
 from benchmarks.vit import VIT_B_16, Size, ViT
-from rift_kernels.dispatch import plan
+from rift_kernels.dispatch import availability
 
 CPU = torch.device("cpu")
 EAGER = "rift_kernels eager"
@@ -81,7 +81,7 @@ def test_the_loss_is_in_the_graph_and_the_same_by_all(
 
 
 def test_a_loss_is_by_the_backend_that_it_names() -> None:
-    for backend in plan.BACKENDS:
+    for backend in availability.BACKENDS:
         found = [finetuning.loss_of(f"rift_kernels {backend}", f) for f in FEATURES]
         assert [(loss.backend, loss.debiased) for loss in found] == [
             (backend, True),
@@ -156,8 +156,8 @@ def test_result_is_complete(result: dict[str, Any]) -> None:
         assert not way["wrong"]
         assert way["memory"]["both"] > 0
     reasons = {entry["loss"]: entry["reason"] for entry in result["left_out"]}
-    for backend in plan.BACKENDS:
-        expected = plan.reason_against(backend) or plan.reason_against(backend, CPU)
+    for backend in availability.BACKENDS:
+        expected = availability.reason_against(backend) or availability.reason_against(backend, CPU)
         assert reasons.get(f"rift_kernels {backend}") == expected
 
 
@@ -189,7 +189,7 @@ def test_a_backend_that_does_not_take_the_features_says_so(
         refused = backend == "cuda" and not all(problem.gram) and torch.float32 in dtypes
         return "takes bfloat16" if refused else None
 
-    monkeypatch.setattr(plan, "reason_against", reason)
+    monkeypatch.setattr(availability, "reason_against", reason)
     names = (NAIVE, EAGER, "rift_kernels triton", "rift_kernels cuda")
     candidates = {name: Provider(name) for name in names}
     candidates["rift_kernels triton"] = Provider("rift_kernels triton", reason="no GPU")

@@ -30,7 +30,7 @@ from benchmarks import (
 )
 from benchmarks.providers import HALF, NAIVE, TF32, WIDE, Provider, providers
 from benchmarks.workloads import MEASURES, Inputs, Workload, features
-from rift_kernels.dispatch import plan
+from rift_kernels.dispatch import availability, plan
 
 CPU = torch.device("cpu")
 
@@ -59,8 +59,8 @@ def test_result_is_complete(result: dict[str, Any]) -> None:
 def test_unavailable_backends_say_why(result: dict[str, Any]) -> None:
     reasons = {provider["name"]: provider["reason"] for provider in result["providers"]}
     text = tables.summary(result)
-    for backend in plan.BACKENDS:
-        reason = plan.reason_against(backend)
+    for backend in availability.BACKENDS:
+        reason = availability.reason_against(backend)
         assert reasons[f"rift_kernels {backend}"] == reason
         assert reason is None or f"rift_kernels {backend}: {reason}" in text
 

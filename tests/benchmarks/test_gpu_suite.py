@@ -29,7 +29,6 @@ from benchmarks import (
 )
 from benchmarks.measure import CLOCKS
 from benchmarks.providers import NAIVE, TF32
-from rift_kernels.dispatch import plan
 from tests.support import stand_in_gpu
 
 GPU = torch.device("cuda")
@@ -187,7 +186,7 @@ def test_what_the_sanitizer_watches(few, _gpu, monkeypatch) -> None:  # noqa: PT
         return torch.zeros(2)
 
     monkeypatch.setattr(exercise, "_value_and_gradient", value_and_gradient)
-    monkeypatch.setattr(plan, "reason_against", lambda _: None)
+    monkeypatch.setattr(availability, "reason_against", lambda _: None)
     assert exercise.main(["--few"] if few else []) == 0
     names, shapes, _, masked, backends = (set(column) for column in zip(*seen, strict=True))
     assert backends == {"eager", "triton", "cuda"}

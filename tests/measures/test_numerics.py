@@ -8,7 +8,8 @@ import torch
 import rift_kernels as rk
 from rift_kernels import reference
 from rift_kernels.dispatch import checks
-from rift_kernels.measures import centering, heads
+from rift_kernels.measures import centering, cka, coefficients
+from rift_kernels.measures.centered import Centered
 from tests.support import cases
 
 INVARIANT = [cases.CKA, cases.CKA_BIASED, cases.PROCRUSTES, cases.PROCRUSTES_SVD]
@@ -477,7 +478,7 @@ def test_covariance_and_cka_measure_different_things(device) -> None:
 
 @pytest.mark.eager_only
 def test_safe_inverse() -> None:
-    got = heads.safe_inverse(torch.tensor([0.0, 2.0, math.inf, math.nan]))
+    got = coefficients.safe_inverse(torch.tensor([0.0, 2.0, math.inf, math.nan]))
     assert got[:2].tolist() == [0.0, 0.5]
     assert got[2:].isnan().all()
 
@@ -487,7 +488,7 @@ def test_u_centering_an_overflow_is_nan() -> None:
     k = torch.rand(2, 6, 6)
     k[0, 0, 0] = math.inf
     count = torch.tensor(6.0, dtype=torch.float64)
-    norm = heads._u_center_(k, heads.Centered(k, k, k, k, count, None))
+    norm = cka._u_center_(k, Centered(k, k, k, k, count, None))
     assert norm.isnan().tolist() == [True, False]
 
 

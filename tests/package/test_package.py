@@ -15,7 +15,7 @@ import torch
 
 import rift_kernels as rk
 from rift_kernels.backends import cuda
-from rift_kernels.dispatch import plan
+from rift_kernels.dispatch import availability, plan
 
 PACKAGE = Path(rk.__file__).parent
 # Which rooms may import which; "" is what users import. Within a room, a module imports those that
@@ -115,8 +115,8 @@ def test_report() -> None:
     )
     assert result.stdout.strip() == rk.backend_report().strip()
     assert "eager    ready" in result.stdout
-    for backend in plan.BACKENDS:
-        assert (plan.reason_against(backend) or "ready") in result.stdout
+    for backend in availability.BACKENDS:
+        assert (availability.reason_against(backend) or "ready") in result.stdout
 
 
 def test_public_names() -> None:
@@ -132,7 +132,7 @@ def test_eager_on_a_gpu_warns_once(
     monkeypatch.setattr(plan, "_warned", False)
     gpu = torch.device("cuda")
     monkeypatch.setattr(
-        plan,
+        availability,
         "reason_against",
         lambda backend, *_: None if backend == "eager" else "the reason",
     )
@@ -167,27 +167,27 @@ def test_cheaper_form(measure, gram, covariance) -> None:
 def test_reasons_against_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    assert "float64" in plan.reason_against("triton", gpu, (torch.float64, torch.float32))
-    assert "features on a GPU; got cpu" in plan.reason_against("triton", cpu)
+    assert "float64" in availability.reason_against("triton", gpu, (torch.float64, torch.float32))
+    assert "features on a GPU; got cpu" in availability.reason_against("triton", cpu)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert "needs a GPU" in plan.reason_against("triton")
+    assert "needs a GPU" in availability.reason_against("triton")
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
-    assert "capability 8.0; got 7.5" in plan.reason_against("triton", gpu)
+    assert "capability 8.0; got 7.5" in availability.reason_against("triton", gpu)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
-    assert plan.reason_against("triton", gpu, (torch.bfloat16,)) is None
+    assert availability.reason_against("triton", gpu, (torch.bfloat16,)) is None
     with monkeypatch.context() as patch:
         # Nobody looks for modules then: torch 2.11 cannot trace that.
         patch.delattr(importlib.util, "find_spec")
         assert plan.choose_backend("auto", gpu, (torch.bfloat16,)) == "triton"
     assert plan.choose_backend("auto", cpu) == "eager"
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert plan.reason_against("triton", cpu) is None
+    assert availability.reason_against("triton", cpu) is None
     # Not unasked: the interpreter is slow.
     assert plan.choose_backend("auto", cpu) == "eager"
     assert plan.choose_backend("triton", cpu) == "triton"
-    monkeypatch.setitem(plan.INSTALLED, "triton", False)
-    assert plan.reason_against("triton", cpu) == "triton is not installed"
+    monkeypatch.setitem(availability.INSTALLED, "triton", False)
+    assert availability.reason_against("triton", cpu) == "triton is not installed"
 
 
 def test_reasons_against_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -195,11 +195,11 @@ def test_reasons_against_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
         asked = {"measure": "cka", "gram": (True,), "rows": 64, "width": 768, **problem}
         where = None if device is None else torch.device(device)
         dtypes = asked.pop("dtypes", (torch.bfloat16,))
-        return plan.reason_against("cuda", where, dtypes, plan.Problem(**asked))
+        return availability.reason_against("cuda", where, dtypes, availability.Problem(**asked))
 
-    monkeypatch.setitem(plan.INSTALLED, "rift_kernels._C", False)
+    monkeypatch.setitem(availability.INSTALLED, "rift_kernels._C", False)
     assert "installed without its CUDA kernels: put" in reason()
-    monkeypatch.setitem(plan.INSTALLED, "rift_kernels._C", True)
+    monkeypatch.setitem(availability.INSTALLED, "rift_kernels._C", True)
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert "need a GPU" in reason(None)
@@ -220,7 +220,7 @@ def test_reasons_against_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "up to 28928 columns on this GPU; got 30000" in reason(**many, width=30000)
     assert "bfloat16; got torch.float32" in reason(**many, dtypes=(torch.float32,))
     assert "64 rows of 100000 columns do not fit" in reason(width=100000)
-    gpu, asked = torch.device("cuda"), plan.Problem("cka", (True,), 64, 768)
+    gpu, asked = torch.device("cuda"), availability.Problem("cka", (True,), 64, 768)
     assert plan.choose_backend("auto", gpu, (torch.bfloat16,), asked) == "cuda"
     # Not before it is measured.
     most = asked._replace(rows=4096, gram=(False,))

@@ -100,7 +100,7 @@ def _query(*command: str, **_: Any) -> Any:
 def install(put: Set = setattr) -> None:
     """``put`` sets an attribute, and may remember to set it back."""
     from benchmarks import environment, frontier, graphs, host, step, workloads
-    from rift_kernels.dispatch import plan
+    from rift_kernels.dispatch import availability
 
     properties = SimpleNamespace(L2_cache_size=2**12, multi_processor_count=2, total_memory=2**30)
     found: dict[str, Any] = {
@@ -124,9 +124,9 @@ def install(put: Set = setattr) -> None:
         put(torch.cuda, name, what)
     put(graphs, "profile", _profile)
     put(torch, "Generator", Generator)
-    reason = plan.reason_against
+    reason = availability.reason_against
     put(
-        plan,
+        availability,
         "reason_against",
         lambda name, *rest: reason(name, *rest) if name == "eager" else "a stand-in has no kernels",
     )

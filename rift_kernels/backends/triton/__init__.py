@@ -122,7 +122,7 @@ def covariance_fwd(
     return _forward(students, teachers, masks, gram, measure)
 
 
-def fused_bwd(
+def _bwd(
     grad_values: Tensor,
     students: list[Tensor],
     teachers: list[Tensor],
@@ -156,6 +156,34 @@ def fused_bwd(
                     for i, grad in zip(indices, some, strict=True):
                         grads[side * count + i] = grad.view(tensors[i].shape)
     return (grads[:count] if wanted[0] else []) + (grads[count:] if wanted[1] else [])
+
+
+def cka_bwd(
+    grad_values: Tensor,
+    students: list[Tensor],
+    teachers: list[Tensor],
+    saved: list[Tensor],
+    masks: list[Tensor],
+    gram: list[bool],
+    wanted: tuple[bool, bool],
+    dtypes: tuple[torch.dtype, torch.dtype],
+) -> list[Tensor]:
+    """The wanted gradients, all students first."""
+    return _bwd(grad_values, students, teachers, saved, masks, gram, wanted, dtypes, True)
+
+
+def covariance_bwd(
+    grad_values: Tensor,
+    students: list[Tensor],
+    teachers: list[Tensor],
+    saved: list[Tensor],
+    masks: list[Tensor],
+    gram: list[bool],
+    wanted: tuple[bool, bool],
+    dtypes: tuple[torch.dtype, torch.dtype],
+) -> list[Tensor]:
+    """The wanted gradients, all students first."""
+    return _bwd(grad_values, students, teachers, saved, masks, gram, wanted, dtypes, False)
 
 
 def moments(x: Tensor, y: Tensor, gram: bool, wanted: str) -> tuple[Tensor | None, ...]:

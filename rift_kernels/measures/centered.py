@@ -1,0 +1,55 @@
+"""Both sides of a layer about their means: what every measure begins with."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import centering, long_rows
+from .centering import Alone
+from .long_rows import LongRows
+
+
+class Centered(NamedTuple):
+    """What is known of one layer before a measure is chosen; leading axes are a batch."""
+
+    x: Tensor  # (..., N, D1), centered, masked rows zero
+    y: Tensor  # (..., N, D2)
+    mean_x: Tensor  # (..., D1)
+    mean_y: Tensor  # (..., D2)
+    count: Tensor  # type: ignore[assignment]  # (...), float64: the number of valid rows
+    mask: Tensor | None  # (..., N), True = valid
+    ranks: Any = Alone  # who has the other rows
+    # Where debiasing would cancel: x and y are about the mean of the others, and 0 in these.
+    long: LongRows | None = None
+
+
+def compute_dtype(*tensors: Tensor) -> torch.dtype:
+    """float64 where an input is float64, else float32."""
+    return torch.float64 if torch.float64 in {t.dtype for t in tensors} else torch.float32
+
+
+def center(
+    student: Tensor,
+    teacher: Tensor,
+    mask: Tensor | None,
+    ranks: Any = Alone,
+    exclude_long_rows: bool = False,
+) -> Centered:
+    """Both sides about the means of all rows of all ranks, or of all but the longest rows."""
+    dtype = compute_dtype(student, teacher)
+    if exclude_long_rows:
+        sides = [student, teacher]
+        (x, y), (mean_x, mean_y), count, long = long_rows.center(sides, mask, dtype, ranks)
+        return Centered(x, y, mean_x, mean_y, count, mask, ranks, long)
+    if ranks is not Alone:
+        sides = [student.to(dtype), teacher.to(dtype)]
+        means, count, _ = centering.mean_over_ranks(sides, mask, ranks.total)
+        x, y = (centering.subtract(*side, mask) for side in zip(sides, means, strict=True))
+        mean_x, mean_y = (mean.to(dtype) for mean in means)
+        return Centered(x, y, mean_x, mean_y, count, mask, ranks)
+    x, mean_x, count = centering.center(student, mask, dtype)
+    y, mean_y, _ = centering.center(teacher, mask, dtype)
+    return Centered(x, y, mean_x, mean_y, count, mask)

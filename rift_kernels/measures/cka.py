@@ -1,0 +1,183 @@
+"""Linear CKA, biased and debiased: value and coefficients of the gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import hsic
+from .centered import Centered
+from .coefficients import (
+    Coefficients,
+    ValueAndCoefficients,
+    Wanted,
+    inner,
+    nan_below,
+    norm,
+    safe_inverse,
+    scale_,
+    similarity,
+    times,
+)
+
+# Of so few, centered rows have inner products of about -D / n, which U-centering takes off, and
+# independent ones leave sqrt(D): float32 would lose sqrt(D) / n times its rounding.
+_FEW_ROWS = 16
+
+
+def cka(
+    features: Centered,
+    backend: ModuleType,
+    gram: bool,
+    wanted: Wanted,
+    debiased: bool,
+    distance: bool,
+) -> ValueAndCoefficients:
+    """Linear CKA: ``H(X, Y) / sqrt(H(X, X) H(Y, Y))``; biased, ``H(X, Y) = <Kx, Ky> = ||C||^2``."""
+    return (_cka_gram if gram else _cka_covariance)(features, backend, wanted, debiased, distance)
+
+
+def _cka_gram(
+    features: Centered, backend: ModuleType, wanted: Wanted, debiased: bool, distance: bool
+) -> ValueAndCoefficients:
+    """``<Kx, Ky>`` of Gram matrices of unit norm; debiased, of U-centered ones."""
+    x, y = features.x, features.y
+    if debiased and x.shape[-2] <= _FEW_ROWS:
+        x, y = x.double(), y.double()
+    # Stacked, because a small call costs what its operations cost.
+    k = torch.stack(backend.moments(x, y, True, "xx yy")[::2], -3)
+    inverse = safe_inverse(_u_center_(k, features) if debiased else norm(k))
+    xx, yy = scale_(k, inverse).unbind(-3)
+    value = nan_below(inner(xx, yy), features.count, 4 if debiased else 2)
+    result, sign = similarity(value, distance)
+    slope_x, slope_y = (2 * sign * inverse).unbind(-1)
+    return result, Coefficients(
+        xx=scale_(yy - times(xx, value), slope_x).to(features.x.dtype) if wanted.student else None,
+        yy=scale_(xx - times(yy, value), slope_y).to(features.x.dtype) if wanted.teacher else None,
+    )
+
+
+def _u_center_(k: Tensor, features: Centered) -> Tensor:
+    """U-center Gram matrices (..., 2, N, N) in place, diagonals and row sums becoming 0.
+
+    ``<Kx, Ky> / (n (n-3))`` of such matrices is the unbiased estimator of HSIC (Szekely & Rizzo
+    2014). It is summed from what is left, and so does not cancel where one row is far longer than
+    all others, as ``||C||^2 - sum_i r_i q_i + ...`` does.
+
+    Returns:
+        Their norms (..., 2), 0 where what is left is rounding.
+    """
+    n = features.count[..., None, None]
+    diagonal = k.diagonal(dim1=-2, dim2=-1)
+    noise = 4 * torch.finfo(features.x.dtype).eps * diagonal.amax(-1)
+    diagonal.zero_()
+    rows = k.sum(-1).double()
+    shift = (rows - rows.sum(-1, keepdim=True) / (2 * (n - 1))) / (n - 2)
+    shift = shift.to(k.dtype)
+    k.sub_(shift.unsqueeze(-1)).sub_(shift.unsqueeze(-2))
+    k.diagonal(dim1=-2, dim2=-1).zero_()
+    if features.mask is not None:
+        masked = ~features.mask.unsqueeze(-2)
+        k.masked_fill_(masked.unsqueeze(-1), 0.0).masked_fill_(masked.unsqueeze(-2), 0.0)
+    size = norm(k)
+    # NaN where k had overflowed.
+    return size.masked_fill(size <= noise, 0.0) + (noise - noise)
+
+
+def _cka_covariance(
+    features: Centered, backend: ModuleType, wanted: Wanted, debiased: bool, distance: bool
+) -> ValueAndCoefficients:
+    """``||C||^2`` of unit-norm A and B; debiased, the unbiased HSIC of :mod:`.hsic`."""
+    pending = features.ranks.blocks(*backend.moments(features.x, features.y, False, "xx xy yy"))
+    if debiased:
+        return _cka_debiased(features, pending, wanted, distance)
+    xx, xy, yy = pending()
+    norms = torch.stack([norm(xx), norm(yy)], -1)
+    inverse = safe_inverse(norms)
+    cross = (norm(xy) * inverse.sqrt().prod(-1)).square()
+    # 1, or 0 where there is no variance, or NaN.
+    h = norms * inverse
+    value = nan_below(cross * h.prod(-1), features.count, 2)
+    result, sign = similarity(value, distance)
+    alpha, beta = -2 * sign * value.unsqueeze(-1) * h, 2 * sign * h.prod(-1)
+    return result, _cka_blocks(xx, xy, yy, inverse, alpha, beta, wanted)
+
+
+def _cka_debiased(
+    features: Centered, blocks: Callable[[], tuple[Any, ...]], wanted: Wanted, distance: bool
+) -> ValueAndCoefficients:
+    """From second moments without the long rows."""
+    long = features.long
+    assert long is not None
+    sides = [features.x, features.y]
+    inverse = safe_inverse(long.energy)
+    pairs = hsic.pairs(sides, long, inverse)
+    root = inverse.sqrt()
+    xx, xy, yy = blocks()
+    norms = torch.stack([norm(block) for block in (xx, xy, xy, yy)], -1).unflatten(-1, (2, 2))
+    squares = (norms * (root.unsqueeze(-1) * root.unsqueeze(-2))).square()
+    h, size, total = hsic.estimate(pairs, squares, features.count, features.ranks)
+    own = h.diagonal(dim1=-2, dim2=-1)
+    # What is left of the sums by less than this is made of rounding, and counts as nothing.
+    inverse_h = own.reciprocal().masked_fill_(own <= 16 * torch.finfo(xx.dtype).eps * size, 0.0)
+    inverse_root = inverse_h.prod(-1).sqrt()
+    value = nan_below(h[..., 0, 1] * inverse_root, features.count, 4)
+    result, sign = similarity(value, distance)
+    if not any(wanted):
+        return result, Coefficients()
+    alpha, beta = -2 * sign * value.unsqueeze(-1) * inverse_h, 2 * sign * inverse_root
+    alpha_x, alpha_y = alpha.unbind(-1)
+    factors = torch.stack([alpha_x, beta, beta, alpha_y], -1).unflatten(-1, (2, 2))
+    slopes = [
+        hsic.slope(
+            pairs,
+            total,
+            features.count,
+            factors[..., i, :],
+            i,
+            sides[i],
+            long,
+            root,
+            features.ranks,
+        )
+        if is_wanted
+        else hsic.NO_SLOPE
+        for i, is_wanted in enumerate(wanted)
+    ]
+    # Products with blocks are those of long rows, too.
+    for side, rows in zip(sides, long.sides, strict=True):
+        long.put_(side, rows)
+    student, teacher = slopes
+    return result, _cka_blocks(xx, xy, yy, inverse, alpha, beta, wanted)._replace(
+        wx=student.weight,
+        wy=teacher.weight,
+        left_x=student.left,
+        left_y=teacher.left,
+        right_x=student.right,
+        right_y=teacher.right,
+    )
+
+
+def _cka_blocks(
+    xx: Tensor,
+    xy: Tensor,
+    yy: Tensor,
+    inverse: Tensor,
+    alpha: Tensor,
+    beta: Tensor,
+    wanted: Wanted,
+) -> Coefficients:
+    """Both factors of A, C and B, for those in units of which ``inverse`` (..., 2) is one over."""
+    inverse_x, inverse_y = inverse.unbind(-1)
+    alpha_x, alpha_y = alpha.unbind(-1)
+    cross_scale = inverse.sqrt().prod(-1)
+    return Coefficients(
+        # Two factors each, because their product may not be a float32.
+        xx=scale_(xx, inverse_x, alpha_x * inverse_x) if wanted.student else None,
+        xy=scale_(xy, cross_scale, beta * cross_scale),
+        yy=scale_(yy, inverse_y, alpha_y * inverse_y) if wanted.teacher else None,
+    )

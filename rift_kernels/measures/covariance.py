@@ -1,0 +1,83 @@
+"""Covariance distance: value and coefficients of the gradient."""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import torch
+
+from .centered import Centered
+from .coefficients import (
+    Coefficients,
+    ValueAndCoefficients,
+    Wanted,
+    inner,
+    mean_term,
+    nan_below,
+    norm,
+    safe_inverse,
+    times,
+)
+
+
+def covariance(
+    features: Centered,
+    backend: ModuleType,
+    gram: bool,
+    wanted: Wanted,
+    scale: str,
+    mean_weight: float,
+) -> ValueAndCoefficients:
+    """``||S_s - S_t||^2``, divided by ``||S_t||^2``, by ``4 D^2``, or by nothing.
+
+    The Gram form works on ``U = Xc - Yc`` and ``V = Xc + Yc``, because then
+    ``||S_s - S_t||^2 = (<U U^T, V V^T> + <U V^T, V U^T>) / 2 (n-1)^2`` is small with U, while
+    ``||Kx||^2 - 2 ||Xc Yc^T||^2 + ||Ky||^2`` is a difference of large numbers.
+    """
+    inverse_n = 1 / (features.count - 1)
+    if gram:
+        uu, uv, vv = backend.moments(
+            features.x - features.y, features.x + features.y, gram, "xx xy yy"
+        )
+        both = uv + uv.mT
+        yy = (uu + vv - both) / 4
+        # Tensor cores leave a rest of what cancels: what does not vary is told by itself.
+        flat_x, flat_y = ((side == 0).flatten(-2).all(-1) for side in (features.x, features.y))
+        norm_y = norm(yy).masked_fill(flat_y, 0.0)
+    else:
+        xx, _, yy = features.ranks.blocks(*backend.moments(features.x, features.y, gram, "xx yy"))()
+        difference = xx - yy
+        norm_y = norm(yy)
+    if scale == "relative":
+        inverse_unit = safe_inverse(norm_y)
+    else:
+        unit = 2 * features.x.shape[-1] if scale == "coral" else 1
+        inverse_unit = inverse_n / unit
+    if gram:
+        uu, vv, uv = (times(block, inverse_unit) for block in (uu, vv, uv))
+        value = (0.5 * (inner(uu, vv) + inner(uv, uv.mT))).clamp(min=0)
+    else:
+        difference = times(difference, inverse_unit)
+        value = norm(difference).square()
+    mean_value, bias = mean_term(features, mean_weight)
+    # What the teacher's own norm in the denominator adds to its gradient.
+    denominator = value if scale == "relative" else torch.zeros_like(value)
+    outer = nan_below(4 * inverse_unit, features.count, 2)
+    value = nan_below(value + mean_value, features.count, 2)
+    yy = times(yy, inverse_unit)
+    if gram:
+        both = uv + uv.mT
+        coefficients = Coefficients(
+            xx=times((uu + vv + both) / 4, outer) if wanted.student else None,
+            # - Xc Yc^T
+            xy=times((uu - vv - uv + uv.mT) / 4, outer).masked_fill(
+                (flat_x | flat_y)[..., None, None], 0.0
+            ),
+            yy=times(yy, outer * (1 - denominator)) if wanted.teacher else None,
+        )
+    else:
+        coefficients = Coefficients(
+            xx=times(difference, outer) if wanted.student else None,
+            yy=-times(difference + times(yy, denominator), outer) if wanted.teacher else None,
+        )
+    return value, coefficients._replace(bx=bias, by=None if bias is None else -bias)

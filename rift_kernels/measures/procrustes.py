@@ -1,0 +1,54 @@
+"""Procrustes similarity: value and coefficients of the gradient."""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+from . import duals
+from .centered import Centered
+from .centering import row_energy
+from .coefficients import (
+    Coefficients,
+    ValueAndCoefficients,
+    Wanted,
+    nan_below,
+    plus_diagonal_,
+    safe_inverse,
+    scale_,
+    similarity,
+    times,
+)
+
+
+def procrustes(
+    features: Centered, backend: ModuleType, gram: bool, wanted: Wanted, method: str, distance: bool
+) -> ValueAndCoefficients:
+    """Nuclear norm of the cross-covariance over the norms of the features.
+
+    The nuclear norm is ``<C, polar(C)>``; in Gram form it is the fidelity of Kx and Ky.
+    """
+    exact = method == "svd"
+    energy_x, energy_y = features.ranks.total(
+        row_energy(features.x).sum(-1), row_energy(features.y).sum(-1)
+    )()
+    inverse_x, inverse_y = safe_inverse(energy_x), safe_inverse(energy_y)
+    scale = inverse_x.sqrt() * inverse_y.sqrt()
+    if gram:
+        forth, back, nuclear = duals.transport(features, backend, gram, exact)
+    else:
+        factor, nuclear = duals.polar(features, backend, gram, exact)
+    value = nan_below(nuclear * scale, features.count, 2)
+    result, sign = similarity(value, distance)
+    scale = sign * scale
+    own_x, own_y = -sign * value * inverse_x, -sign * value * inverse_y
+    if gram:
+        # A difference of near-equal terms: one matrix, formed in float64 and kept so.
+        return result, Coefficients(
+            xx=plus_diagonal_(scale_(forth, scale), own_x) if wanted.student else None,
+            yy=plus_diagonal_(scale_(back, scale), own_y) if wanted.teacher else None,
+        )
+    return result, Coefficients(
+        xy=times(factor, scale).to(features.x.dtype),
+        wx=own_x.to(features.x.dtype).unsqueeze(-1),
+        wy=own_y.to(features.x.dtype).unsqueeze(-1),
+    )
