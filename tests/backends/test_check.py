@@ -136,4 +136,4 @@ def test_without_a_gpu(tmp_path) -> None:
     assert [one["name"] for one in result["backends"] if one["reason"]] == ["triton", "cuda"]
     wrong = subprocess.run([*command[:3], "chekc"], capture_output=True, text=True, check=False)
     assert wrong.returncode == 1
-    assert "usage: python -m rift_kernels [check ...]; got 'chekc'" in wrong.stderr
+    assert "usage: python -m rift_kernels [check ... | tune ...]; got 'chekc'" in wrong.stderr

@@ -15,7 +15,7 @@ import torch
 
 import rift_kernels as rk
 from rift_kernels.backends import cuda
-from rift_kernels.commands import trial
+from rift_kernels.commands import info, trial
 from rift_kernels.dispatch import availability, plan
 from rift_kernels.trust import decisions, known_answers, self_test, verdicts
 from rift_kernels.trust.self_test import Examination, Report
@@ -213,7 +213,7 @@ def test_the_report_has_the_verdicts(monkeypatch) -> None:
     monkeypatch.setenv(self_test.ENVIRONMENT_VARIABLE, "nonsense")  # it never raises
     verdicts.write(machine, SMALL, Verdict(True))
     verdicts.write(machine, SMALL._replace(family="gram"), Verdict(False, "batch: off by 1e+00"))
-    lines = [" ".join(line.split()) for line in plan.backend_report().splitlines()]
+    lines = [" ".join(line.split()) for line in info.backend_report().splitlines()]
     assert "triton/small/bfloat16 works" in lines
     assert "triton/gram/bfloat16 batch: off by 1e+00" in lines
     assert "triton/products/float32 not yet" in lines
@@ -354,12 +354,12 @@ def test_a_killed_process_says_nothing_about_kernels(package) -> None:
 
 
 def test_a_case_that_changes_from_run_to_run(monkeypatch) -> None:
-    measure, count = trial.ops.measure, iter(range(10))
+    measure, count = trial.autograd.measure, iter(range(10))
 
     def drift(*arguments: object) -> torch.Tensor:
         return measure(*arguments) * (1 + 1e-7 * next(count))
 
-    monkeypatch.setattr(trial.ops, "measure", drift)
+    monkeypatch.setattr(trial.autograd, "measure", drift)
     case = known_answers.CASES[0]
     outcome = trial.attempt(Kernels("eager", "small", "float32"), case, CPU)
     assert outcome == (False, "masked layers: results differ from one run to the next", None, None)
@@ -374,11 +374,11 @@ def test_nan_is_wrong(what, monkeypatch) -> None:
         found[0][3, 3] = float("nan")
         return found
 
-    measure = trial.ops.measure
+    measure = trial.autograd.measure
     if what == "gradient":
         monkeypatch.setattr(torch.autograd, "grad", spoiled)
     else:
-        monkeypatch.setattr(trial.ops, "measure", lambda *a: measure(*a) * float("nan"))
+        monkeypatch.setattr(trial.autograd, "measure", lambda *a: measure(*a) * float("nan"))
     monkeypatch.setattr(trial, "REPEATS", 1)
     case = known_answers.CASES[2]
     outcome = trial.attempt(Kernels("eager", "small", "float32"), case, CPU)

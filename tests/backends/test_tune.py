@@ -149,7 +149,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     properties = SimpleNamespace(major=9, minor=0, name="H100", shared_memory_per_block_optin=LIMIT)
     monkeypatch.setattr(tune, "GpuTrials", trials)
-    monkeypatch.setattr(tune.dispatch, "reason_against", lambda *_: None)
+    monkeypatch.setattr(tune.availability, "reason_against", lambda *_: None)
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
@@ -193,7 +193,7 @@ def test_without_tqdm(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFix
 
 def test_without_a_gpu(tmp_path: Path) -> None:
     result = subprocess.run(
-        [sys.executable, "-m", "rift_kernels.commands.tune", "--out", str(tmp_path / "mine.json")],
+        [sys.executable, "-m", "rift_kernels", "tune", "--out", str(tmp_path / "mine.json")],
         cwd=Path(__file__).parents[2],
         # Whatever this machine has.
         env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},

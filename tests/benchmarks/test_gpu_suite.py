@@ -29,6 +29,7 @@ from benchmarks import (
 )
 from benchmarks.measure import CLOCKS
 from benchmarks.providers import NAIVE, TF32
+from rift_kernels.dispatch import availability
 from tests.support import stand_in_gpu
 
 GPU = torch.device("cuda")

@@ -92,7 +92,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     """What each process has in the end."""
     pytest.importorskip("safetensors", reason="needs safetensors")
     folder = tmp_path_factory.mktemp("gloo")
-    code = "import sys, pathlib; from tests.test_statistics_distributed import worker; "
+    code = "import sys, pathlib; from tests.distributed.test_statistics_distributed import worker; "
     code += "worker(int(sys.argv[1]), pathlib.Path(sys.argv[2]))"
     processes = [
         subprocess.Popen(
