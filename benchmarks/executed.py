@@ -29,7 +29,7 @@ NEVER = "not yet"
 def kernels() -> Iterator[tuple[str, str]]:
     """Backend and name of all there are, as the sources define them."""
     for backend, (folder, pattern, definition) in SOURCES.items():
-        for path in sorted((environment.ROOT / folder).rglob(pattern)):
+        for path in sorted((environment.ROOT / folder).rglob(pattern), key=lambda path: path.name):
             for name in re.findall(definition, path.read_text(encoding="utf-8"), re.MULTILINE):
                 yield backend, name
 

@@ -46,15 +46,15 @@ class _Identity(torch.autograd.Function):
 @contextmanager
 def without_launches() -> Iterator[None]:
     """The CUDA backend on CPU tensors, all of it but what the GPU would do."""
-    plan = SimpleNamespace(cluster=True)
+    launch = SimpleNamespace(cluster=True)
     nothing = SimpleNamespace(
-        cka_small_plan=lambda *_: plan, cka_small=lambda *_: None, scale=lambda *_: None
+        cka_small_plan=lambda *_: launch, cka_small=lambda *_: None, scale=lambda *_: None
     )
     with (
         mock.patch.object(plan, "choose_backend", return_value="cuda"),
         mock.patch.object(cuda, "extension", return_value=nothing),
         mock.patch.object(cuda, "_stream", return_value=0),
-        mock.patch.object(cuda, "_plan", return_value=plan),
+        mock.patch.object(cuda, "_plan", return_value=launch),
     ):
         yield
 

@@ -21,7 +21,7 @@ import torch
 from torch.nn.functional import cross_entropy
 from torch.utils.flop_counter import FlopCounterMode
 
-from rift_kernels.dispatch.availability import Problem, reason_against
+from rift_kernels.dispatch import availability
 from rift_kernels.dispatch.plan import use_gram
 
 from . import command, environment, files, measure, step_table
@@ -119,8 +119,8 @@ def _refusal(name: str, features: Features, profile: Profile, device: torch.devi
     """Why a backend does not take these features, if it does not."""
     w = features.workload(profile.size, profile.batch)
     gram = use_gram("cka", w.rows, w.width, w.width)
-    problem = Problem("cka", (gram,) * w.layers, w.rows, w.width)
-    return reason_against(name.removeprefix(OURS), device, [w.dtype], problem)
+    problem = availability.Problem("cka", (gram,) * w.layers, w.rows, w.width)
+    return availability.reason_against(name.removeprefix(OURS), device, [w.dtype], problem)
 
 
 def predicted(

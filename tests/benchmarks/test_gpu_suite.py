@@ -142,7 +142,7 @@ def test_gpu_check_measures_in_processes(check: Path, monkeypatch, tmp_path) -> 
 def test_gpu_check_tests_the_stand_in(check: Path, monkeypatch) -> None:
     """As the tests do on a GPU; some of them, on tensors of the CPU."""
     tests = next(step for step in gpu_check.STEPS if step.name == "tests")
-    few = tests._replace(command=tests.command + "/test_golden.py -k values")
+    few = tests._replace(command=tests.command + "/measures/test_golden.py -k values")
     monkeypatch.setattr(gpu_check, "STEPS", (few,))
     monkeypatch.setattr(gpu_check, "SPARE", ())
     status = gpu_check.main(["--minutes", "60", "--jobs", "1"])
