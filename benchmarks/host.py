@@ -21,8 +21,7 @@ from torch import Tensor
 
 import rift_kernels as rk
 from rift_kernels.backends import cuda
-from rift_kernels.dispatch import plan
-from rift_kernels.dispatch import availability
+from rift_kernels.dispatch import availability, plan
 
 from . import tables
 
