@@ -63,7 +63,7 @@ def stages(backend: str, device: torch.device) -> dict[str, Call]:
     """What contains the stage before it, from the backend's own function to the whole."""
     x, y = torch.randn(2, ROWS, WIDTH, device=device).bfloat16()
     student = x.clone().requires_grad_()
-    arguments: tuple[Any, ...] = ([x], [y], [], [True], True, False, "high")
+    arguments: tuple[Any, ...] = ([x], [y], [], [True], True, False, "highest")
     operator = torch.ops.rift_kernels.cka_fwd
 
     def whole() -> object:

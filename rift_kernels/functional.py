@@ -24,9 +24,10 @@ What all functions share
     deterministic: on a CPU for a given number of threads, in the kernels for a given GPU.
     NaN or Inf in a valid row makes that layer's value NaN.
 
-    ``precision="high"`` keeps products at full precision of their operands; ``"medium"`` lets them
-    follow torch's TF32/bf16 settings for matrix products, and in the GPU kernels rounds the
-    gradient's coefficients to bfloat16. ``backend`` is ``"auto"``, ``"eager"``, ``"triton"`` or
+    ``precision`` has the values of ``torch.set_float32_matmul_precision``. ``"highest"`` keeps
+    products at the full precision of their operands. ``"high"`` lets products of the eager backend
+    follow torch's TF32/bf16 settings. ``"medium"`` does so as well, and rounds the gradient's
+    coefficients to bfloat16 in the GPU kernels. ``backend`` is ``"auto"``, ``"eager"``, ``"triton"`` or
     ``"cuda"``; an explicit choice that cannot run raises ``RuntimeError``. Features must not change
     in place between a call and its backward on a GPU, where the kernels keep no copy: autograd
     raises then.
@@ -68,7 +69,7 @@ def linear_cka(
     mask: Mask = None,
     debiased: bool = True,
     distance: bool = False,
-    precision: str = "high",
+    precision: str = "highest",
     backend: str = "auto",
     group: Group = None,
 ) -> Tensor:
@@ -123,7 +124,7 @@ def procrustes_similarity(
     mask: Mask = None,
     method: str = "newton_schulz",
     distance: bool = False,
-    precision: str = "high",
+    precision: str = "highest",
     backend: str = "auto",
     group: Group = None,
 ) -> Tensor:
@@ -164,7 +165,7 @@ def covariance_distance(
     mean_weight: float = 0.0,
     debiased: bool = True,
     rotation: Features | str | None = None,
-    precision: str = "high",
+    precision: str = "highest",
     backend: str = "auto",
     group: Group = None,
 ) -> Tensor:
@@ -241,7 +242,7 @@ def bures_distance(
     squared: bool = True,
     mean_weight: float = 0.0,
     method: str = "newton_schulz",
-    precision: str = "high",
+    precision: str = "highest",
     backend: str = "auto",
     group: Group = None,
 ) -> Tensor:
@@ -316,7 +317,7 @@ def cross_covariance(
     *,
     mask: Mask = None,
     correction: int = 1,
-    precision: str = "high",
+    precision: str = "highest",
     backend: str = "auto",
     group: Group = None,
 ) -> Tensor | list[Tensor]:
@@ -378,7 +379,7 @@ def second_moments(
     teacher: Features,
     *,
     mask: Mask = None,
-    precision: str = "high",
+    precision: str = "highest",
     backend: str = "auto",
     group: Group = None,
 ) -> SecondMoments | list[SecondMoments]:

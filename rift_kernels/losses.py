@@ -81,7 +81,7 @@ class RIFTLoss(nn.Module):
         teacher_width: int | None = None,
         scale: str = "relative",
         mean_weight: float = 0.0,
-        precision: str = "high",
+        precision: str = "highest",
         backend: str = "auto",
         group: Group = None,
     ) -> None:
@@ -131,7 +131,7 @@ class RIFTLoss(nn.Module):
 
     def forward(self, student: Features, teacher: Teacher, mask: Mask = None) -> Tensor:
         """The loss of these features; see the class."""
-        return self.of(self.distances(student, teacher, mask))
+        return self.from_distances(self.distances(student, teacher, mask))
 
     def distances(self, student: Features, teacher: Teacher, mask: Mask = None) -> Tensor:
         """The distance of each layer, ``1 - similarity`` where there is one, and no weight."""
@@ -163,7 +163,7 @@ class RIFTLoss(nn.Module):
         }
         return functional.covariance_distance(student, teacher, **how)
 
-    def of(self, distances: Tensor) -> Tensor:
+    def from_distances(self, distances: Tensor) -> Tensor:
         """The loss of these distances: margin, weight and reduction. An adaptive weight moves."""
         weight = self.weight
         if isinstance(weight, AdaptiveWeight):

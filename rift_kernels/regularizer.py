@@ -158,7 +158,7 @@ class RIFTRegularizer(nn.Module):
         self.distances = dict(zip(self.layers, values.detach().reshape(-1).unbind(), strict=True))
         # What was compared is not compared again by mistake, and its graph is not kept.
         self._student.clear()
-        loss = self.loss.of(values)
+        loss = self.loss.from_distances(values)
         if self.schedule is not None:
             loss = self.schedule(self.step) * loss
         if self.training and torch.is_grad_enabled():

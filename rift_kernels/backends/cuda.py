@@ -132,7 +132,7 @@ def cka_fwd(
     sides = (student_grad, teacher_grad)
     if all(gram):
         return _small_fwd(students, teachers, masks, sides, debiased, distance)
-    return _covariance_fwd(students, teachers, (*sides, debiased, distance, precision == "high"))
+    return _covariance_fwd(students, teachers, (*sides, debiased, distance, precision != "medium"))
 
 
 def _small_fwd(

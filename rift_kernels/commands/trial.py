@@ -55,7 +55,7 @@ def judge(kernels: Kernels, case: Case, device: torch.device) -> Outcome:
     gram = (case.gram,) * len(students)
     problem = Problem(case.measure, gram, 0, 0)
     plan = with_backend(problem, kernels.backend, (students[0].dtype, teachers[0].dtype))
-    call = autograd.Call(case.measure, case.settings, plan, "high")
+    call = autograd.Call(case.measure, case.settings, plan, "highest")
     found: list[list[Tensor]] = []
     for _ in range(REPEATS):
         values = autograd.measure(call, students, teachers, given.masks)

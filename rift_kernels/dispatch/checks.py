@@ -13,7 +13,7 @@ from torch import Tensor, nn
 Features = Tensor | Sequence[Tensor]
 Mask = Tensor | Sequence[Tensor] | None
 
-PRECISIONS = ("high", "medium")
+PRECISIONS = ("highest", "high", "medium")
 SCALES = ("relative", "coral", "none")
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 

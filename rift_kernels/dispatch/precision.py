@@ -12,11 +12,11 @@ import torch
 
 @contextmanager
 def full_precision(device: torch.device, precision: str) -> Iterator[None]:
-    """Products in the dtype of their operands: no autocast and, for ``"high"``, no TF32 or bf16."""
+    """Products in their operands' dtype: no autocast and, for ``"highest"``, no TF32 or bf16."""
     with ExitStack() as stack:
         if torch.is_autocast_enabled(device.type):
             stack.enter_context(torch.autocast(device.type, enabled=False))
-        if precision == "high":
+        if precision == "highest":
             switch = _CUDA if device.type == "cuda" else _CPU
             if switch.enter():
                 stack.callback(switch.leave)

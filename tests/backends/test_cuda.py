@@ -187,7 +187,7 @@ def test_no_variance_and_too_few_rows(emulate) -> None:
     mask[1, 3:] = False
     layers = ([students], [y.expand(2, 20, 12)], [mask], [True])
     values, _ = torch.ops.rift_kernels.cka_fwd(
-        *layers, False, False, "high", "cuda", True, True, False
+        *layers, False, False, "highest", "cuda", True, True, False
     )
     assert values.isnan().tolist() == [False, True]
 

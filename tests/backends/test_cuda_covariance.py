@@ -51,7 +51,7 @@ def test_gradient_close_to_the_teacher(near) -> None:
         close(cases.CKA, (1.5 * x).bfloat16(), y.bfloat16())
 
 
-def is_full(x: torch.Tensor, y: torch.Tensor, precision: str = "high") -> bool:
+def is_full(x: torch.Tensor, y: torch.Tensor, precision: str = "highest") -> bool:
     """Whether the student's backward multiplies the low halves as well."""
     _, saved = torch.ops.rift_kernels.cka_fwd(
         [x], [y], [], [False], True, True, precision, "cuda", True, True, False

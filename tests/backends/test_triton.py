@@ -458,7 +458,7 @@ SUMMED = Plan("triton", (False,))
 def test_moments_that_ranks_sum(measure, dtype, device) -> None:
     """The gradient is multiplied by the number of ranks."""
     settings = {"cka": (True, False), "covariance": ("relative", 0.0)}[measure.name]
-    call = autograd.Call(measure.name, settings, SUMMED, "high", _OneRank())
+    call = autograd.Call(measure.name, settings, SUMMED, "highest", _OneRank())
     x, y, mask = cases.Case("", 50, 20, 20, masked=True).features(dtype)
 
     def summed(x: Tensor, y: Tensor) -> Tensor:
@@ -473,7 +473,7 @@ def test_moments_that_ranks_sum(measure, dtype, device) -> None:
 
 
 def test_a_rank_without_rows(device) -> None:
-    call = autograd.Call("cka", (True, False), SUMMED, "high", _OneRank())
+    call = autograd.Call("cka", (True, False), SUMMED, "highest", _OneRank())
     x = torch.empty(0, 20, device=device, requires_grad=True)
     value = autograd.measure(call, [x], [x.detach()], [])
     value.backward()

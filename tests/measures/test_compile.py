@@ -92,7 +92,7 @@ def operator_calls() -> Iterator[tuple[str, tuple]]:
         for masks in several if BACKEND == "eager" else several[::2]:
             students, teachers = [x, x[:, :3].contiguous()], [y, y[:, :3].contiguous()]
             layers = (students, teachers, masks, [gram, gram])
-            call, form, sides = (True, True, "high", BACKEND), [gram, gram], (True, True)
+            call, form, sides = (True, True, "highest", BACKEND), [gram, gram], (True, True)
             fused = BACKEND == "triton"
             yield "cka_fwd", (*layers, *call, fused, True, False)
             yield "covariance_fwd", (*layers, *call, fused and not gram, "relative", 0.5)
@@ -111,11 +111,11 @@ def operator_calls() -> Iterator[tuple[str, tuple]]:
                     settings = (True, "relative", 0.5)
                     _, saved = torch.ops.rift_kernels.covariance_fwd(*layers, *call, *settings)
                     yield "covariance_bwd", (grad, students, teachers, saved, *rest)
-    yield "moments_fwd", (x, y, [mask], "xx xy yy", "high", BACKEND)
-    yield "moments_fwd", (x, y, [], "xy", "high", BACKEND)
+    yield "moments_fwd", (x, y, [mask], "xx xy yy", "highest", BACKEND)
+    yield "moments_fwd", (x, y, [], "xy", "highest", BACKEND)
     for masks in ([], [mask]):
-        yield "self_hsic_fwd", (x, masks, "high", BACKEND)
-    yield "matmul", (x, y.T.contiguous(), "high")
+        yield "self_hsic_fwd", (x, masks, "highest", BACKEND)
+    yield "matmul", (x, y.T.contiguous(), "highest")
 
 
 @pytest.mark.parametrize(("name", "arguments"), list(operator_calls()))
@@ -130,7 +130,7 @@ def test_operators_return_no_two_views_of_one_tensor() -> None:
     x, y, _ = cases.Case("", 9, 4, 4).features(torch.float32)
     for gram in (False, True):
         _, saved = torch.ops.rift_kernels.cka_fwd(
-            [x], [y], [], [gram], True, True, "high", BACKEND, BACKEND == "triton", True, False
+            [x], [y], [], [gram], True, True, "highest", BACKEND, BACKEND == "triton", True, False
         )
         kept = [tensor for tensor in saved if tensor.numel()]
         assert len({tensor.untyped_storage().data_ptr() for tensor in kept}) == len(kept)

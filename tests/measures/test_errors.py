@@ -44,7 +44,7 @@ ANY_FUNCTION = [
     (ValueError, r"mask must have one entry a layer, 2; got 1", ([X, X], [X, X]), {"mask": [MASK]}),
     (ValueError, r"mask and student must be on the same device", (X, SQUARE), {"mask": "meta"}),
     (ValueError, r"at least \d valid rows? for this measure; got 0", (X, SQUARE), {"mask": ~MASK}),
-    (ValueError, r"precision must be one of 'high', 'medium'; got 'low'", (X, SQUARE), {"precision": "low"}),
+    (ValueError, r"precision must be one of 'highest', 'high', 'medium'; got 'low'", (X, SQUARE), {"precision": "low"}),
     (ValueError, r"backend must be one of 'auto', 'eager', .*; got 'jax'", (X, SQUARE), {"backend": "jax"}),
     (RuntimeError, r"backend='triton' cannot run: .*Triton", (X, SQUARE), {"backend": "triton"}),
     (RuntimeError, r"backend='cuda' cannot run: .*CUDA", (X, SQUARE), {"backend": "cuda"}),

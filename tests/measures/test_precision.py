@@ -22,7 +22,7 @@ def test_full_precision_leaves_the_settings_as_they_were(library) -> None:
 
     def inside() -> ExitStack:
         stack = ExitStack()
-        stack.enter_context(precision.full_precision(device, "high"))
+        stack.enter_context(precision.full_precision(device, "highest"))
         assert backend.matmul.fp32_precision == "ieee"
         return stack
 
@@ -47,18 +47,20 @@ def test_full_precision_leaves_the_settings_as_they_were(library) -> None:
 
 @pytest.mark.parametrize("setting", ["high", "medium"])
 def test_matmul_precision_settings(setting, device) -> None:
-    """TF32 or bf16 products, which many training scripts allow, do not reach precision="high"."""
+    """TF32 or bf16 products, which many training scripts allow, do not reach precision="highest"."""
     x, y = (t.detach().to(device) for t in cases.pair(300, 64))
     expected = cases.value_and_gradients(cases.CKA, x, y)
     try:
         torch.set_float32_matmul_precision(setting)
         actual = cases.value_and_gradients(cases.CKA, x, y)
-        allowed = rk.linear_cka(x, y, precision="medium")
+        allowed, medium = (rk.linear_cka(x, y, precision=name) for name in ("high", "medium"))
         assert torch.get_float32_matmul_precision() == setting
     finally:
         torch.set_float32_matmul_precision("highest")
     for got, wanted in zip(actual, expected, strict=True):
         assert torch.equal(got, wanted)
+    # The kernels' coefficients alone tell these two from one another.
+    assert torch.equal(allowed, medium)
     assert float(allowed) == pytest.approx(float(expected[0]), abs=1e-2)
 
 
@@ -106,7 +108,7 @@ def test_precision_reaches_every_operator(monkeypatch) -> None:
     monkeypatch.setattr(operators, "full_precision", recorded)
     x, y = cases.pair()
     q = torch.eye(5, requires_grad=True)
-    for wanted in ("high", "medium"):
+    for wanted in ("highest", "high", "medium"):
         asked.clear()
         rk.covariance_distance(x, y, rotation=q, precision=wanted).backward()
         rk.cross_covariance(x, y, precision=wanted).sum().backward()

@@ -132,7 +132,7 @@ def test_ascent_finds_the_target(measure, target) -> None:
         optimiser.zero_grad()
         distance = loss.distances(student, teacher)
         task = (student - 3 * away).square().mean() / 10
-        (task + loss.of(distance)).backward()
+        (task + loss.from_distances(distance)).backward()
         optimiser.step()
         if step >= 700:
             similarities.append(1 - float(distance.detach()))

@@ -97,7 +97,7 @@ def cka_fwd(
     def measure(layers: Layers, form: bool) -> tuple[Tensor, list[Tensor]]:
         if form:
             return gram_form.cka_fwd(layers, debiased, distance, any(sides))
-        return covariance_form.cka_fwd(layers, debiased, distance, *sides, precision == "high")
+        return covariance_form.cka_fwd(layers, debiased, distance, *sides, precision != "medium")
 
     return _forward(students, teachers, masks, gram, measure)
 
