@@ -27,8 +27,8 @@ What all functions share
     ``precision`` has the values of ``torch.set_float32_matmul_precision``. ``"highest"`` keeps
     products at the full precision of their operands. ``"high"`` lets products of the eager backend
     follow torch's TF32/bf16 settings. ``"medium"`` does so as well, and rounds the gradient's
-    coefficients to bfloat16 in the GPU kernels. ``backend`` is ``"auto"``, ``"eager"``, ``"triton"`` or
-    ``"cuda"``; an explicit choice that cannot run raises ``RuntimeError``. Features must not change
+    coefficients to bfloat16 in the GPU kernels. ``backend`` is ``"auto"``, ``"eager"``,
+    ``"triton"`` or ``"cuda"``; an explicit choice that cannot run raises ``RuntimeError``. Features must not change
     in place between a call and its backward on a GPU, where the kernels keep no copy: autograd
     raises then.
 

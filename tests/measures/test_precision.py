@@ -47,7 +47,7 @@ def test_full_precision_leaves_the_settings_as_they_were(library) -> None:
 
 @pytest.mark.parametrize("setting", ["high", "medium"])
 def test_matmul_precision_settings(setting, device) -> None:
-    """TF32 or bf16 products, which many training scripts allow, do not reach precision="highest"."""
+    """TF32 or bf16 products, which many training scripts allow, do not reach "highest"."""
     x, y = (t.detach().to(device) for t in cases.pair(300, 64))
     expected = cases.value_and_gradients(cases.CKA, x, y)
     try:
