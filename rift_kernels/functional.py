@@ -28,9 +28,9 @@ What all functions share
     products at the full precision of their operands. ``"high"`` lets products of the eager backend
     follow torch's TF32/bf16 settings. ``"medium"`` does so as well, and rounds the gradient's
     coefficients to bfloat16 in the GPU kernels. ``backend`` is ``"auto"``, ``"eager"``,
-    ``"triton"`` or ``"cuda"``; an explicit choice that cannot run raises ``RuntimeError``. Features must not change
-    in place between a call and its backward on a GPU, where the kernels keep no copy: autograd
-    raises then.
+    ``"triton"`` or ``"cuda"``; an explicit choice that cannot run raises ``RuntimeError``. Features
+    must not change in place between a call and its backward on a GPU, where the kernels keep no
+    copy: autograd raises then.
 
     ``group`` is for a batch whose rows are spread over processes: a
     ``torch.distributed.ProcessGroup``, or ``"world"`` for all processes (this one alone where

@@ -32,10 +32,7 @@ ENVIRONMENT_VARIABLE = "RIFT_KERNELS_CACHE_DIR"
 SCHEMA = "rift_kernels verdict 1"
 PACKAGE = Path(__file__).parent.parent
 # What is between a call and the kernels, and what they are tried on.
-_AROUND = (
-    *("ops.py", "operators.py", "measures.py", "features.py", "matrix_functions.py"),
-    *("known_answers.py", "known_answers.json", "trial.py"),
-)
+_SOURCES = ("backends", "dispatch", "measures", "trust/known_answers.*", "commands/trial.py")
 
 Identity = dict[str, str]
 
@@ -125,11 +122,18 @@ def _version(package: str) -> str:
         return "none"
 
 
+def sources() -> list[Path]:
+    """The files that a verdict holds for."""
+    found = [path for pattern in _SOURCES for path in PACKAGE.glob(pattern)]
+    files = [path for path in found if path.is_file()]
+    files += [path for folder in found if folder.is_dir() for path in folder.rglob("*")]
+    return sorted(path for path in files if path.suffix in (".py", ".json"))
+
+
 @cache
 def _fingerprint(backend: str, configurations: str) -> str:
     """Of everything that kernels are made of, and of what they are tried on."""
-    files = [PACKAGE / name for name in _AROUND]
-    files += [file for file in (PACKAGE / "backends").rglob("*") if file.suffix in (".py", ".json")]
+    files = sources()
     if configurations:
         files.append(Path(configurations))
     extension = importlib.util.find_spec("rift_kernels._C") if backend == "cuda" else None

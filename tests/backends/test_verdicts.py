@@ -223,3 +223,15 @@ def test_a_rank_that_is_stuck_holds_nobody_for_ever_and_a_dead_one_nobody_at_all
     holder.join()
     with verdicts.alone(MACHINE, 3600.0):
         pass
+
+
+def test_a_verdict_is_of_everything_between_a_call_and_the_kernels() -> None:
+    names = {path.relative_to(verdicts.PACKAGE).as_posix() for path in verdicts.sources()}
+    assert names >= {
+        *("backends/cuda.py", "backends/triton/configs.json", "dispatch/operators.py"),
+        *("dispatch/autograd.py", "measures/cka.py", "trust/known_answers.json"),
+        *("trust/known_answers.py", "commands/trial.py"),
+    }
+    # Every pattern still finds something.
+    for pattern in verdicts._SOURCES:
+        assert list(verdicts.PACKAGE.glob(pattern)), pattern
