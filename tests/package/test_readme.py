@@ -1,4 +1,4 @@
-"""The documents' code runs as it stands there."""
+"""The documents' code runs as it stands there, and their links and paths lead somewhere."""
 
 from __future__ import annotations
 
@@ -45,6 +45,35 @@ def block(name: str) -> str:
 
 def test_every_block_is_run() -> None:
     assert sorted(BLOCKS) == sorted(map(block, WORDS))
+
+
+def prose(page: Path) -> str:
+    return re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+
+
+def anchors(page: Path) -> set[str]:
+    """As GitHub makes them of headings."""
+    titles = re.findall(r"^#+ (.*)$", prose(page), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_and_paths_resolve(page) -> None:
+    text = prose(page)
+    links = re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r'(?:src|srcset)="([^"]+)"', text)
+    for link in links:
+        path, _, anchor = link.partition("#")
+        if re.match(r"https?:", link):
+            continue
+        target = page.parent / path if path else page
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target), link
+    if page.parent.name == "examples":  # which names files that its commands write
+        return
+    folders = [ROOT, ROOT / "rift_kernels", ROOT / "csrc", ROOT / "csrc/cka_large"]
+    folders += [ROOT / "rift_kernels/backends/triton", ROOT / "tests/support/emulator"]
+    for path in re.findall(r"`([\w./-]+\.(?:py|cuh?|h|cpp|json|md))`", text):
+        assert any((folder / path).exists() for folder in folders), path
 
 
 class Encoder(nn.Module):
