@@ -12,15 +12,19 @@ OLDEST_VENV := .venv-oldest
 PYTHON_OLDEST ?= $(firstword $(shell for python in python3.12 ~/.pyenv/versions/3.12.*/bin/python3 \
 	$(PYTHON); do $$python -c "" 2> /dev/null && echo $$python; done))
 
-.PHONY: demo test test-oldest test-isa lint bench report gpu-check clean
+.PHONY: demo test coverage test-oldest test-isa lint bench report gpu-check clean
 
 demo: $(VENV)/ready
 	$(BIN)/python -m examples.finetune_digits $(ARGS)
 
 # Twice: once as users run it, once with the Triton kernels in their interpreter.
 test: $(VENV)/ready
-	$(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -n auto --dist loadfile $(COVERAGE) $(ARGS)
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n auto $(ARGS)
+
+# The same; the first time with a table of how much of the package was run.
+coverage: COVERAGE = --cov=rift_kernels --cov-report=term:skip-covered
+coverage: test
 
 test-oldest: export RIFT_KERNELS_CUDA = 0
 test-oldest: $(OLDEST_VENV)/ready
@@ -59,7 +63,7 @@ gpu-check:
 
 clean:
 	rm -rf $(VENV) $(OLDEST_VENV) build rift_kernels/_C*.so *.egg-info demo ablations continual \
-		.pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+		.pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks .coverage*
 	find . -name __pycache__ -type d -exec rm -rf {} +
 
 $(VENV)/ready: pyproject.toml constraints.txt setup.py $(wildcard csrc/* csrc/*/*)

@@ -1,4 +1,4 @@
-"""The cost of RIFT in a LoRA finetuning step as a Markdown table, for terminal and README."""
+"""The cost of RIFT in a LoRA finetuning step as a Markdown table, for terminal and documents."""
 
 from __future__ import annotations
 

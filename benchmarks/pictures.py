@@ -1,4 +1,4 @@
-"""What the README shows of frontier and scaling results: pictures, and the same in words.
+"""What docs/benchmarks.md shows of frontier and scaling results: pictures, and the same in words.
 
 A picture is an SVG file for each theme. Its metadata name the result file that it comes from and a
 digest of what is drawn, so that one of other numbers is found without comparing drawings, which
@@ -22,7 +22,7 @@ from .charts import Chart, Line, Panel
 from .files import Result
 from .schema import FRONTIER, SCALING
 
-FOLDER = Path("docs") / "pictures"  # beside the README
+FOLDER = Path("pictures")  # beside docs/benchmarks.md
 ROUNDING = "rounding alone"
 _DUBLIN_CORE = "{http://purl.org/dc/elements/1.1/}"
 

@@ -4,8 +4,10 @@ Written before they have run on one. A launch takes the longer of its floating p
 the machine's rate and its bytes at the machine's bandwidth, and a gap before the next; nothing is
 assumed to be lost, so this is a floor, and its share of a target is how good the kernels have to
 be. The two parts of the first launch follow one another. Both rates were measured on such a
-machine. The table stands in DESIGN.md, and so do the ones of what the kernels compile to and how
-they were executed, of which this writes the newest, and the one of :mod:`benchmarks.traffic`.
+machine.
+
+The table stands in docs/kernels.md. This command also writes the tables of what the kernels compile
+to, of how they were executed, and of :mod:`benchmarks.traffic`.
 """
 
 from __future__ import annotations
@@ -19,7 +21,8 @@ from . import environment, executed, resources, traffic
 from .files import RESULTS
 from .report import updated
 
-DOCUMENT = environment.ROOT / "DESIGN.md"
+DOCS = environment.ROOT / "docs"
+KERNELS, DISTRIBUTED, STATUS = "kernels.md", "distributed.md", "status.md"
 COMPILED = RESULTS / "triton-resources.json"
 COMPILED_CUDA = RESULTS / "cuda-resources.json"
 EXECUTED = RESULTS / "executed.json"
@@ -124,22 +127,30 @@ def table() -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Write the tables of DESIGN.md.")
+    parser = argparse.ArgumentParser(description="Write the tables that nothing is measured for.")
     parser.add_argument("--check", action="store_true", help="only say whether they are there")
-    parser.add_argument("--document", type=Path, default=DOCUMENT)
+    parser.add_argument("--docs", type=Path, default=DOCS, help="folder of the pages")
     options = parser.parse_args(arguments)
-    text = options.document.read_text(encoding="utf-8")
-    wanted = updated(text, "predicted", table())
-    wanted = updated(wanted, "traffic", traffic.table())
-    wanted = updated(wanted, "resources", resources.section(COMPILED))
-    wanted = updated(wanted, "cuda-resources", resources.cuda_section(COMPILED_CUDA))
-    wanted = updated(wanted, "executed", executed.section(EXECUTED))
+    sections = (
+        (KERNELS, "predicted", table()),
+        (KERNELS, "resources", resources.section(COMPILED)),
+        (KERNELS, "cuda-resources", resources.cuda_section(COMPILED_CUDA)),
+        (DISTRIBUTED, "traffic", traffic.table()),
+        (STATUS, "executed", executed.section(EXECUTED)),
+    )
+    paths = {page: options.docs / page for page, _, _ in sections}
+    before = {page: path.read_text(encoding="utf-8") for page, path in paths.items()}
+    after = dict(before)
+    for page, name, text in sections:
+        after[page] = updated(after[page], name, text)
+    changed = [page for page in paths if before[page] != after[page]]
     if options.check:
-        if text != wanted:
-            print(f"{options.document.name} differs from what python -m benchmarks.predict writes")
-        return int(text != wanted)
-    options.document.write_text(wanted, encoding="utf-8")
-    print(f"wrote {options.document}")
+        for page in changed:
+            print(f"{page} differs from what python -m benchmarks.predict writes")
+        return int(bool(changed))
+    for page in changed:
+        paths[page].write_text(after[page], encoding="utf-8")
+        print(f"wrote {paths[page]}")
     return 0
 
 

@@ -1,9 +1,9 @@
-"""``python -m benchmarks.report``: write the README's tables and pictures from result files.
+"""``python -m benchmarks.report``: write the documents' tables and pictures from result files.
 
-The demo's, and of each kind of benchmark, for each device, the newest. ``--check`` writes nothing
-and exits with 1 where the README or a picture is not what the files that the README names say;
-newer ones are no error, so that a run of one's own may lie beside them. Pictures that are of these
-results stay as they are, and matplotlib is only needed to draw others.
+Each section shows the newest result of its kind for each device, and the demo's. ``--check`` writes
+nothing. It exits with 1 where a page or a picture differs from the files that the page names. Newer
+files are no error: a run of one's own may lie beside them. Pictures of these results stay as they
+are, and only other pictures need matplotlib.
 """
 
 from __future__ import annotations
@@ -21,34 +21,37 @@ from .files import Result
 from .schema import BENCHMARK, FRONTIER, LORA, SCALING, STEP
 
 DEMO = environment.ROOT / "examples" / "results" / "results.json"
+# Pages, from the repository's root: where most sections stand, and where the others do.
+MEASURED, README, EXAMPLES = "docs/benchmarks.md", "README.md", "examples/README.md"
 
 
 class ReportError(Exception):
     """Why there is no report; the message is for the user."""
 
 
-def named(readme: str, name: str, folder: Path) -> dict[Path, Result]:
-    """The results that a section of the README says it comes from; none if it is still pending."""
-    found = _file_names(readme, name)
-    if not found and _inside(readme, name) != pending(name):
-        raise ReportError(f"the README names no result for {name}: run python -m benchmarks.report")
-    for path in (folder / file for file in found):
+def named(page: str, name: str, folder: Path) -> dict[Path, Result]:
+    """The results that a section of a page says it comes from; none if it is still pending."""
+    sources = _file_names(page, name)
+    where = SECTIONS[name].page
+    if not sources and _inside(page, name) != pending(name):
+        raise ReportError(f"{where} names no result for {name}: run python -m benchmarks.report")
+    for path in (folder / file for file in sources):
         if not path.exists():
-            raise ReportError(f"the README names {path}, which does not exist")
-    return {folder / file: files.read(folder / file) for file in found}
+            raise ReportError(f"{where} names {path}, which does not exist")
+    return {folder / file: files.read(folder / file) for file in sources}
 
 
-def _file_names(readme: str, name: str) -> list[str]:
-    return re.findall(r"^From `(?:.*/)?([^/`]+\.json)`\.$", _inside(readme, name), re.MULTILINE)
+def _file_names(page: str, name: str) -> list[str]:
+    return re.findall(r"^From `(?:.*/)?([^/`]+\.json)`\.$", _inside(page, name), re.MULTILINE)
 
 
-def _inside(readme: str, name: str) -> str:
+def _inside(page: str, name: str) -> str:
     first, last = _markers(name)
-    return readme[readme.find(first) + len(first) : readme.find(last)].strip()
+    return page[page.find(first) + len(first) : page.find(last)].strip()
 
 
 def with_tables(
-    summary: Callable[[Result], str], explanation: str
+    summary: Callable[[Result], str], explanation: str = ""
 ) -> Callable[[dict[Path, Result]], str]:
     """The text of a section of tables: of each result, and what explains them all."""
 
@@ -56,7 +59,7 @@ def with_tables(
         parts = []
         for path, result in results.items():
             parts += [summary(result), f"From `{_short(path)}`."]
-        return "\n\n".join([*parts, explanation])
+        return "\n\n".join([*parts, explanation]).rstrip()
 
     return text
 
@@ -80,18 +83,21 @@ def with_pictures(explanation: str) -> Callable[[dict[Path, Result]], str]:
 
 @dataclass(frozen=True)
 class Section:
-    """A section of the README: the kind of result that it shows, what writes it, and its text.
+    """A section of a page: the kind of result that it shows, what writes it, and its text.
 
-    Of the ``reduced`` profiles it shows nothing.
+    Results of the ``reduced`` profiles are not shown.
     """
 
     schema: str
     command: str
     text: Callable[[dict[Path, Result]], str]
     reduced: tuple[str, ...] = ("smoke",)
+    page: str = MEASURED
 
 
 SECTIONS = {
+    "speed": Section(BENCHMARK, "run", with_tables(tables.best_and_worst), page=README),
+    "cost": Section(STEP, "step", with_tables(step_table.cost), page=README),
     "benchmarks": Section(BENCHMARK, "run", with_tables(tables.summary, tables.EXPLANATION)),
     "step": Section(STEP, "step", with_tables(step_table.summary, step_table.EXPLANATION)),
     "lora": Section(
@@ -130,26 +136,26 @@ def pending(name: str) -> str:
     )
 
 
-def section(name: str, readme: str, folder: Path, check: bool) -> tuple[dict[Path, Result], str]:
-    """The results that a section is about, and what it has to say."""
+def section(name: str, page: str, folder: Path, check: bool) -> tuple[dict[Path, Result], str]:
+    """The results that a section of a page is about, and its text."""
     kind = SECTIONS[name]
     if check:
-        results = named(readme, name, folder)
+        results = named(page, name, folder)
     else:
         results = files.newest(folder, kind.schema, kind.reduced)
     # A table that is there is not given up for the lack of a file.
-    if not results and not check and _file_names(readme, name):
+    if not results and not check and _file_names(page, name):
         raise ReportError(f"no result of the kind {kind.schema!r} in {folder}")
     return results, kind.text(results) if results else pending(name)
 
 
-def updated(readme: str, name: str, text: str) -> str:
-    """The README, or another page, with ``text`` between the markers called ``name``."""
+def updated(page: str, name: str, text: str) -> str:
+    """The page with ``text`` between the markers called ``name``."""
     first, last = _markers(name)
-    begin, end = readme.find(first), readme.find(last)
+    begin, end = page.find(first), page.find(last)
     if begin < 0 or end < begin:
         raise ReportError(f"the page needs the markers {first} and {last}, in this order")
-    return f"{readme[: begin + len(first)]}\n{text}\n{readme[end:]}"
+    return f"{page[: begin + len(first)]}\n{text}\n{page[end:]}"
 
 
 def _markers(name: str) -> tuple[str, str]:
@@ -168,21 +174,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
     parser.add_argument("--check", action="store_true", help="write nothing; 1 if it would change")
     parser.add_argument("--redraw", action="store_true", help="draw current pictures, too")
-    parser.add_argument("--readme", type=Path, default=environment.ROOT / "README.md")
+    parser.add_argument("--root", type=Path, default=environment.ROOT, help="folder of the pages")
     parser.add_argument("--results", type=Path, default=files.RESULTS)
     parser.add_argument("--demo", type=Path, default=DEMO, help="the demo's results.json")
     options = parser.parse_args(arguments)
-    drawn = options.readme.parent / pictures.FOLDER
+    drawn = (options.root / MEASURED).parent / pictures.FOLDER
+    paths = {page: options.root / page for page in (MEASURED, README, EXAMPLES)}
     try:
-        before = options.readme.read_text(encoding="utf-8")
-        after = before
+        before = {page: path.read_text(encoding="utf-8") for page, path in paths.items()}
+        after = dict(before)
         shown: dict[Path, Result] = {}
-        for name in SECTIONS:
-            results, text = section(name, before, options.results, options.check)
-            after = updated(after, name, text)
+        for name, kind in SECTIONS.items():
+            results, text = section(name, before[kind.page], options.results, options.check)
+            after[kind.page] = updated(after[kind.page], name, text)
             shown |= results
         record = json.loads(options.demo.read_text(encoding="utf-8"))
-        after = updated(after, "demo", demo.section(record))
+        after[EXAMPLES] = updated(after[EXAMPLES], "demo", demo.section(record))
         stale = list(pictures.stale(shown, drawn, everything=options.redraw))
         if not options.check:
             for picture, theme in stale:
@@ -190,15 +197,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (OSError, ReportError, ValueError, charts.NoMatplotlibError) as error:
         print(f"benchmarks.report: {error}", file=sys.stderr)
         return 1
+    changed = [page for page in paths if before[page] != after[page]]
     if options.check:
-        wrong = [options.readme] if before != after else []
+        wrong = [paths[page] for page in changed]
         wrong += [drawn / picture.file(theme) for picture, theme in stale]
         for path in wrong:
             print(f"{path} is not what the results say: run python -m benchmarks.report")
         return 1 if wrong else 0
-    if before != after:
-        options.readme.write_text(after, encoding="utf-8")
-        print(f"wrote {options.readme}")
+    for page in changed:
+        paths[page].write_text(after[page], encoding="utf-8")
+        print(f"wrote {paths[page]}")
     return 0
 
 

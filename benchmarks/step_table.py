@@ -1,4 +1,4 @@
-"""The cost of a finetuning step as a Markdown table, for the terminal and for the README."""
+"""The cost of a finetuning step as a Markdown table, for terminal and documents."""
 
 from __future__ import annotations
 
@@ -35,6 +35,25 @@ def summary(result: Result) -> str:
     if missing:
         parts.append("Not measured:\n" + "\n".join(f"- {line}" for line in missing))
     return "\n\n".join(parts)
+
+
+def cost(result: Result) -> str:
+    """A sentence for the README: what our fastest right loss and the teacher add to a step."""
+    losses = [
+        way
+        for way in _cached(result)
+        if way["seconds"] and (way["loss"] or "").startswith(OURS) and not way["wrong"]
+    ]
+    plain, teacher = (_way(result, None, None, runs) for runs in (False, True))
+    where = f"On {result['environment']['device']}, a finetuning step of a ViT"
+    if not losses or not plain["seconds"]:
+        return f"{where} was not measured."
+    way = min(losses, key=_seconds)
+    return (
+        f"{where} takes {milliseconds(_seconds(plain))}. The loss ({way['features']}) adds "
+        f"{_adds(result, way)} (`~`: within the noise), the teacher's forward pass "
+        f"**{_teacher_adds(result, plain, teacher)}**."
+    )
 
 
 def predictions(result: Result) -> str:

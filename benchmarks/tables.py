@@ -1,4 +1,4 @@
-"""Results as Markdown tables, for the terminal and for the README."""
+"""Results as Markdown tables, for the terminal and for the documents."""
 
 from __future__ import annotations
 
@@ -58,6 +58,24 @@ def summary(result: Result) -> str:
     if missing:
         parts.append("Not measured:\n" + "\n".join(f"- {line}" for line in missing))
     return "\n\n".join(parts)
+
+
+def best_and_worst(result: Result) -> str:
+    """A sentence for the README: the largest and the smallest ratio to right naive code."""
+    ratios = {
+        _full_label(w): ratio
+        for w in result["workloads"]
+        if (naive := _measured(w, NAIVE)) and not naive["wrong"] and (ratio := _ratio(w, _best(w)))
+    }
+    where = f"On {result['environment']['device']}"
+    if not ratios:
+        return f"{where}, no workload was measured."
+    best, worst = max(ratios, key=ratios.__getitem__), min(ratios, key=ratios.__getitem__)
+    return (
+        f"{where}, the best of {len(ratios)} workloads is {best}: "
+        f"**{_ratio_text(ratios[best])}** as fast as naive code. The worst is {worst}: "
+        f"**{_ratio_text(ratios[worst])}**."
+    )
 
 
 def predictions(workloads: Sequence[Result]) -> str:
@@ -171,6 +189,12 @@ def _names(entries: Iterable[Result]) -> list[str]:
 
 def _label(w: Result) -> str:
     return f"{_TITLES[w['measure']]}, {w['shape']}"
+
+
+def _full_label(w: Result) -> str:
+    """The label outside of the tables, whose captions say what is linear CKA."""
+    cka = " CKA" if w["measure"] in CKA_MEASURES else ""
+    return f"{_TITLES[w['measure']]}{cka}, {w['shape']}"
 
 
 def _measured(w: Result, name: str | None) -> Result | None:

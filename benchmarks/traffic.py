@@ -1,4 +1,4 @@
-"""What a batch over many GPUs should cost: bytes and time of both ways, for a table of DESIGN.md.
+"""What a batch over many GPUs should cost: bytes and time of both ways, for docs/distributed.md.
 
 Bytes are those that ``rift_kernels.dispatch.shared_batch`` chooses by. Time is a model, not a
 measurement: a message takes its bytes at the rate of the slowest link that it crosses, and a
@@ -92,7 +92,7 @@ def _size(count: float) -> str:
 
 
 def table() -> str:
-    """The section of DESIGN.md."""
+    """The table of docs/distributed.md."""
     lines = [
         f"A model, not measured: bfloat16, debiased CKA, one layer; {NODE} GPUs a node, "
         f"{FAST / 1e9:.0f} GB/s into a GPU within a node and {SLOW / 1e9:.0f} GB/s between nodes, "

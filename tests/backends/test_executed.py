@@ -1,4 +1,4 @@
-"""The table in DESIGN.md of how every kernel was executed, and what it is read from."""
+"""The table in docs/status.md of how every kernel was executed, and what it is read from."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import executed, files
-from benchmarks.predict import COMPILED, COMPILED_CUDA, DOCUMENT
+from benchmarks.predict import COMPILED, COMPILED_CUDA, DOCS, STATUS
 from tests.support import executed as recorder
 
 pytestmark = pytest.mark.eager_only
@@ -49,7 +49,7 @@ def test_every_kernel_has_a_row() -> None:
     found = list(executed.kernels())
     assert len(names) > 15
     assert names <= set(found)
-    text = DOCUMENT.read_text(encoding="utf-8")
+    text = (DOCS / STATUS).read_text(encoding="utf-8")
     for backend, name in found:
         assert text.count(f"\n| `{name}` ({backend}) ") == 1, name
 

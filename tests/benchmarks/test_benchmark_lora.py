@@ -301,17 +301,17 @@ def test_what_a_gpu_would_run_runs_on_a_cpu() -> None:
     assert "tokens in bfloat16 autocast" in lora_table.summary(found)
 
 
-def test_the_readme_shows_the_full_size_only(result: dict[str, Any], tmp_path: Path) -> None:
-    readme = "<!-- lora:begin -->\n<!-- lora:end -->"
+def test_the_documents_show_the_full_size_only(result: dict[str, Any], tmp_path: Path) -> None:
+    page = "<!-- lora:begin -->\n<!-- lora:end -->"
     files.write({**result, "profile": "cpu"}, tmp_path)
-    pending = report.section("lora", readme, tmp_path, check=False)
+    pending = report.section("lora", page, tmp_path, check=False)
     assert pending == ({}, report.pending("lora"))
     assert "benchmarks.lora --profile full" in pending[1]
     path = files.write({**result, "profile": "full"}, tmp_path)
-    shown, text = report.section("lora", readme, tmp_path, check=False)
+    shown, text = report.section("lora", page, tmp_path, check=False)
     assert list(shown) == [path]
     assert f"From `{path.name}`." in text
-    again = report.section("lora", report.updated(readme, "lora", text), tmp_path, check=True)
+    again = report.section("lora", report.updated(page, "lora", text), tmp_path, check=True)
     assert again == (shown, text)
 
 

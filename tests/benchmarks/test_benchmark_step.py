@@ -322,14 +322,14 @@ def test_a_row_of_the_table() -> None:
     assert [row["gradient error"] for row in rows] == ["-", "1e-1, **wrong**", "1e-6"]
 
 
-def test_the_readmes_section(result: dict[str, Any], tmp_path: Path) -> None:
-    readme = "<!-- step:begin -->\n<!-- step:end -->"
+def test_the_section_of_the_documents(result: dict[str, Any], tmp_path: Path) -> None:
+    page = "<!-- step:begin -->\n<!-- step:end -->"
     path = files.write({**result, "profile": "cpu"}, tmp_path)
-    shown, text = report.section("step", readme, tmp_path, check=False)
+    shown, text = report.section("step", page, tmp_path, check=False)
     assert list(shown) == [path]
     assert f"From `{path.name}`." in text
     assert "| tokens, 136 x 16 float32" in text
-    again = report.section("step", report.updated(readme, "step", text), tmp_path, check=True)
+    again = report.section("step", report.updated(page, "step", text), tmp_path, check=True)
     assert again == (shown, text)
 
 

@@ -1,4 +1,4 @@
-"""The benchmarks run, say what is wrong or missing, and write the README's tables."""
+"""The benchmarks run, say what is wrong or missing, and write the documents' tables."""
 
 from __future__ import annotations
 
@@ -281,7 +281,6 @@ def test_large_oracle_is_the_definition(debiased: bool) -> None:
 
 
 def test_report(result: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    readme = tmp_path / "README.md"
     record = {
         "runs": [
             {
@@ -298,40 +297,85 @@ def test_report(result: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFi
     }
     demo = tmp_path / "demo.txt"
     demo.write_text(json.dumps(record))
-    options = ["--readme", str(readme), "--results", str(tmp_path), "--demo", str(demo)]
-    readme.write_text("# Title\n")
+    options = ["--root", str(tmp_path), "--results", str(tmp_path), "--demo", str(demo)]
+    pages = {page: tmp_path / page for page in (report.MEASURED, report.README, report.EXAMPLES)}
+    for path in pages.values():
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("# Title\n")
     files.write({**result, "profile": "cpu"}, tmp_path)
     assert report.main(options) == 1
     assert "needs the markers" in capsys.readouterr().err
 
-    names = ("demo", *report.SECTIONS)
-    sections = (f"<!-- {name}:begin -->\n<!-- {name}:end -->" for name in names)
-    readme.write_text("\n\n".join(["# Title", *sections, "The rest.\n"]))
+    for page, path in pages.items():
+        names = [name for name, kind in report.SECTIONS.items() if kind.page == page]
+        names += ["demo"] if page == report.EXAMPLES else []
+        sections = (f"<!-- {name}:begin -->\n<!-- {name}:end -->" for name in names)
+        path.write_text("\n\n".join(["# Title", *sections, "The rest.\n"]))
     assert report.main([*options, "--check"]) == 1
-    assert "names no result for benchmarks" in capsys.readouterr().err
+    assert "README.md names no result for speed" in capsys.readouterr().err
     assert report.main(options) == 0
     assert report.main([*options, "--check"]) == 0
-    text = readme.read_text()
-    assert text.startswith("# Title\n")
-    assert text.endswith("The rest.\n")
-    assert result["environment"]["commit"][:12] in text
-    assert "biased, 16 x 8 float32" in text
-    assert "80.5 ± 0.7" in text
+    texts = {page: path.read_text() for page, path in pages.items()}
+    for text in texts.values():
+        assert text.startswith("# Title\n")
+        assert text.endswith("The rest.\n")
+    assert result["environment"]["commit"][:12] in texts[report.MEASURED]
+    assert "biased, 16 x 8 float32" in texts[report.MEASURED]
+    assert "80.5 ± 0.7" in texts[report.EXAMPLES]
+    assert "as fast as naive code. The worst is " in texts[report.README]
 
     later = {**result["environment"], "date": "2099-01-01", "cores": 99}
     newer = files.write({**result, "profile": "cpu", "environment": later}, tmp_path)
     assert report.main([*options, "--check"]) == 0
     assert report.main(options) == 0
-    assert newer.name in readme.read_text()
+    assert newer.name in pages[report.MEASURED].read_text()
+    assert newer.name in pages[report.README].read_text()
     newer.unlink()
     assert report.main([*options, "--check"]) == 1
     assert f"{newer}, which does not exist" in capsys.readouterr().err
 
-    readme.write_text(text.replace("16 x 8", "16 x 9"))
-    assert report.main([*options, "--check"]) == 1
+    for page, old, new in (
+        (report.MEASURED, "16 x 8", "16 x 9"),
+        (report.README, "as fast", "as slow"),
+        (report.EXAMPLES, "80.5", "80.6"),
+    ):
+        files.write({**result, "profile": "cpu", "environment": later}, tmp_path)
+        assert report.main(options) == 0
+        assert report.main([*options, "--check"]) == 0
+        pages[page].write_text(pages[page].read_text().replace(old, new))
+        capsys.readouterr()
+        assert report.main([*options, "--check"]) == 1
+        assert capsys.readouterr().out.startswith(f"{pages[page]} is not what the results say")
 
 
-def test_readme_is_what_the_results_say() -> None:
+def test_best_and_worst_leave_out_what_is_wrong() -> None:
+    """By hand: naive code that is wrong is no measure of speed, nor is a wrong answer of ours."""
+
+    def workload(measure: str, seconds: float, naive_wrong: bool = False, wrong: bool = False):
+        def entry(taken: float, is_wrong: bool) -> dict[str, Any]:
+            return {"reason": None, "seconds": {"both": {"q50": taken}}, "wrong": is_wrong}
+
+        results = {NAIVE: entry(1.0, naive_wrong), "rift_kernels eager": entry(seconds, wrong)}
+        return {"measure": measure, "shape": f"{seconds} s", "results": results}
+
+    workloads = [
+        workload("cka_biased", 0.5),
+        workload("cka_debiased", 0.1),
+        workload("bures", 4.0),
+        workload("bures", 9.0, naive_wrong=True),
+        workload("procrustes", 0.01, wrong=True),
+    ]
+    environment = {"device": "a machine"}
+    text = tables.best_and_worst({"environment": environment, "workloads": workloads})
+    assert text == (
+        "On a machine, the best of 3 workloads is debiased CKA, 0.1 s: **10.0x** as fast as naive "
+        "code. The worst is Bures, 4.0 s: **0.250x**."
+    )
+    text = tables.best_and_worst({"environment": environment, "workloads": workloads[3:]})
+    assert text == "On a machine, no workload was measured."
+
+
+def test_the_documents_are_what_the_results_say() -> None:
     assert report.main(["--check"]) == 0
 
 
@@ -369,16 +413,28 @@ def test_wrong_options_are_refused_before_anything_is_measured(
     assert message in capsys.readouterr().err
 
 
-def test_the_tables_of_the_design_are_current(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("page", "word"),
+    [(predict.KERNELS, "GFLOP"), (predict.DISTRIBUTED, "GB/s"), (predict.STATUS, "not yet")],
+)
+def test_the_tables_of_the_documents_are_current(
+    page: str, word: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert predict.main(["--check"]) == 0
-    document = tmp_path / "DESIGN.md"
-    document.write_text(predict.DOCUMENT.read_text(encoding="utf-8").replace("GFLOP", "FLOP", 1))
-    assert predict.main(["--check", "--document", str(document)]) == 1
-    assert "differs" in capsys.readouterr().out
-    assert predict.main(["--document", str(document)]) == 0
-    assert document.read_text(encoding="utf-8") == predict.DOCUMENT.read_text(encoding="utf-8")
+    texts = {
+        name: (predict.DOCS / name).read_text(encoding="utf-8")
+        for name in (predict.KERNELS, predict.DISTRIBUTED, predict.STATUS)
+    }
+    for name, text in texts.items():
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    marked = texts[page].index(":begin -->")
+    wrong = texts[page][:marked] + texts[page][marked:].replace(word, "?", 1)
+    (tmp_path / page).write_text(wrong, encoding="utf-8")
+    assert predict.main(["--check", "--docs", str(tmp_path)]) == 1
+    assert f"{page} differs" in capsys.readouterr().out
+    assert predict.main(["--docs", str(tmp_path)]) == 0
+    for name, text in texts.items():
+        assert (tmp_path / name).read_text(encoding="utf-8") == text
 
 
 def test_predicted_floors() -> None:

@@ -1,4 +1,4 @@
-"""The frontier of errors, curves of time, and the pictures that the README shows of them."""
+"""The frontier of errors, curves of time, and the pictures that the documents show of them."""
 
 from __future__ import annotations
 
@@ -265,17 +265,22 @@ def test_report_draws_and_checks(
     results = tmp_path / "results"
     results.mkdir()
     (results / path.name).write_text(json.dumps(result))
-    readme = tmp_path / "README.md"
-    names = ("demo", "frontier", "scaling")
-    readme.write_text("".join(f"<!-- {n}:begin -->\n<!-- {n}:end -->\n" for n in names))
-    options = ["--readme", str(readme), "--results", str(results)]
+    page = tmp_path / report.MEASURED
+    page.parent.mkdir()
+    names = ("frontier", "scaling")
+    page.write_text("".join(f"<!-- {n}:begin -->\n<!-- {n}:end -->\n" for n in names))
+    (tmp_path / report.README).write_text("# Title\n")
+    examples = tmp_path / report.EXAMPLES
+    examples.parent.mkdir()
+    examples.write_text("<!-- demo:begin -->\n<!-- demo:end -->\n")
+    options = ["--root", str(tmp_path), "--results", str(results)]
     assert report.main(options) == 0
     assert report.main([*options, "--check"]) == 0
-    text = readme.read_text()
+    text = page.read_text()
     assert "Not measured yet: `python -m benchmarks.scaling`" in text
     folder = tmp_path / "docs" / "pictures"
     for link in re.findall(r'(?:srcset|src)="([^"]+)"', text):
-        assert (tmp_path / link).parent == folder
+        assert (page.parent / link).parent == folder
     shown = sorted(folder.iterdir())
     assert [file.name.rsplit("-", 1)[1] for file in shown] == ["dark.svg", "light.svg"]
 
@@ -289,8 +294,8 @@ def test_report_draws_and_checks(
     assert report.main(options) == 1
     assert "which cannot be imported" in capsys.readouterr().err
 
-    before = readme.read_text()
+    before = page.read_text()
     (results / path.name).unlink()
     assert report.main(options) == 1
     assert f"no result of the kind '{schema.FRONTIER}'" in capsys.readouterr().err
-    assert readme.read_text() == before
+    assert page.read_text() == before

@@ -176,8 +176,8 @@ def test_a_newer_compiler_that_has_dropped_all(tmp_path: Path, monkeypatch) -> N
         planned(tmp_path, "13.0")
 
 
-def test_readme_names_the_architectures() -> None:
-    assert f'`"{build.ARCHITECTURES}"`' in (ROOT / "README.md").read_text()
+def test_the_documents_name_the_architectures() -> None:
+    assert f'`"{build.ARCHITECTURES}"`' in (ROOT / "docs" / "kernels.md").read_text()
 
 
 @pytest.mark.parametrize("text", ["sm_80", "8.0", "80;", "80 90a", "9", "native", "90b"])

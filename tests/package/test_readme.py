@@ -1,7 +1,8 @@
-"""The README's code runs as it stands there."""
+"""The documents' code runs as it stands there, and their links and paths lead somewhere."""
 
 from __future__ import annotations
 
+import copy
 import re
 from pathlib import Path
 from typing import Any
@@ -14,18 +15,69 @@ from torch.nn.functional import cross_entropy
 import rift_kernels as rk
 from tests.training import test_trainers as trainers
 
-README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+ROOT = Path(__file__).parents[2]
+PAGES = (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("examples/*.md"))
+BLOCKS = [
+    text
+    for page in PAGES
+    for text in re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+]
+# Words of each block, by the test that runs it.
+WORDS = {
+    "loop": "for images, labels in loader",
+    "regulariser": 'layers=["encoder.layer.5"',
+    "adapters": "peft.get_peft_model",
+    "statistics": "rk.collect_teacher_statistics",
+    "weight": "rk.AdaptiveWeight",
+    "transformers": "RIFTTrainer(model=model",
+    "lightning": "RIFTCallback(rift)",
+    "accelerate": "accelerator.prepare",
+    "losses": "teacher_features = pretrained.features(batch)",
+    "layers": "list_of_student_layers",
+}
 
 
-def block(words: str) -> str:
+def block(name: str) -> str:
     """The one block with these words."""
-    (found,) = [text for text in BLOCKS if words in text]
-    return found
+    (match,) = [text for text in BLOCKS if WORDS[name] in text]
+    return match
+
+
+def test_every_block_is_run() -> None:
+    assert sorted(BLOCKS) == sorted(map(block, WORDS))
+
+
+def prose(page: Path) -> str:
+    return re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+
+
+def anchors(page: Path) -> set[str]:
+    """As GitHub makes them of headings."""
+    titles = re.findall(r"^#+ (.*)$", prose(page), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_and_paths_resolve(page) -> None:
+    text = prose(page)
+    links = re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r'(?:src|srcset)="([^"]+)"', text)
+    for link in links:
+        path, _, anchor = link.partition("#")
+        if re.match(r"https?:", link):
+            continue
+        target = page.parent / path if path else page
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target), link
+    if page.parent.name == "examples":  # which names files that its commands write
+        return
+    folders = [ROOT, ROOT / "rift_kernels", ROOT / "csrc", ROOT / "csrc/cka_large"]
+    folders += [ROOT / "rift_kernels/backends/triton", ROOT / "tests/support/emulator"]
+    for path in re.findall(r"`([\w./-]+\.(?:py|cuh?|h|cpp|json|md))`", text):
+        assert any((folder / path).exists() for folder in folders), path
 
 
 class Encoder(nn.Module):
-    """Layers by the names of the README."""
+    """Layers by the names of the documents."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -51,11 +103,51 @@ def test_training_loop() -> None:
         "optimizer": torch.optim.SGD(model.parameters(), 0.1),
         "cross_entropy": cross_entropy,
     }
-    exec(block("for images, labels in loader"), names)
+    exec(block("loop"), names)
     assert set(names["rift"].metrics()) == {"rift/similarity/encoder.layer.11", "rift/weight"}
     assert names["rift"].metrics()["rift/similarity/encoder.layer.11"] < 1
     after = list(model.parameters())
     assert not any(torch.equal(old, new) for old, new in zip(before, after, strict=True))
+
+
+def test_regulariser_and_weight() -> None:
+    model, x = Encoder(), torch.randn(12, 8)
+    names: dict[str, Any] = {"copy": copy, "rk": rk, "model": model}
+    exec(block("regulariser"), names)
+    regularizers = [names["rift"]]
+    exec(block("weight"), names)
+    for rift in (*regularizers, names["rift"]):
+        model(x)
+        assert rift(x).item() == pytest.approx(0, abs=1e-5)
+    assert list(regularizers[0].distances) == ["encoder.layer.5", "encoder.layer.11"]
+    assert names["rift"].step == 1
+    assert names["rift"].schedule(50) == 0.5
+
+
+def test_adapters(monkeypatch) -> None:
+    peft = pytest.importorskip("peft", reason="needs peft")
+    transformers = pytest.importorskip("transformers", reason="needs transformers")
+    monkeypatch.setattr(transformers.integrations.peft, "check_peft_version", lambda **_: None)
+    model = twelve_layers()
+    names: dict[str, Any] = {"peft": peft, "rk": rk, "model": model}
+    exec(block("adapters"), names)
+    assert any("lora" in name for name, _ in names["model"].named_parameters())
+    pixels = torch.randn(6, 3, 8, 8)
+    names["model"](pixels)
+    assert names["rift"](pixels).item() == pytest.approx(0, abs=1e-5)
+
+
+def test_statistics(tmp_path, monkeypatch) -> None:
+    pytest.importorskip("safetensors", reason="needs safetensors")
+    pytest.importorskip("tqdm", reason="needs tqdm")
+    monkeypatch.chdir(tmp_path)
+    model, x = Encoder(), torch.randn(12, 8)
+    names = {"rk": rk, "model": model, "teacher": copy.deepcopy(model), "loader": [x, x, x]}
+    exec(block("statistics"), names)
+    model(x)
+    names["rift"]().backward()
+    assert len(names["rift"].layers) == 12
+    assert (tmp_path / "teacher.safetensors").exists()
 
 
 def test_losses() -> None:
@@ -71,31 +163,35 @@ def test_losses() -> None:
         "features": model.features(batch),
         "labels": torch.arange(12) % 2,
     }
-    exec(block("teacher_features = pretrained.features(batch)"), names)
+    exec(block("losses"), names)
     names["loss"].backward()
     layers = [torch.randn(12, 4), torch.randn(12, 6)]
     names |= {"list_of_student_layers": layers, "list_of_teacher_layers": layers}
-    exec(block("list_of_student_layers"), names)
+    exec(block("layers"), names)
 
 
-def test_transformers(tmp_path) -> None:
-    import copy
-
-    from transformers import TrainingArguments, ViTConfig, ViTForImageClassification
+def twelve_layers() -> nn.Module:
+    from transformers import ViTConfig, ViTForImageClassification
 
     sizes = {"hidden_size": 8, "num_hidden_layers": 12, "num_attention_heads": 2}
     config = ViTConfig(image_size=8, patch_size=4, intermediate_size=8, num_labels=3, **sizes)
+    return ViTForImageClassification(config)
+
+
+def test_transformers(tmp_path) -> None:
+    from transformers import TrainingArguments
+
     args = TrainingArguments(
         output_dir=str(tmp_path), max_steps=2, use_cpu=True, report_to="none", disable_tqdm=True
     )
     names = {
         "rk": rk,
         "copy": copy,
-        "model": ViTForImageClassification(config),
+        "model": twelve_layers(),
         "args": args,
         "data": trainers.Images(),
     }
-    exec(block("RIFTTrainer(model=model"), names)
+    exec(block("transformers"), names)
     assert names["rift"].step == 2
 
 
@@ -114,6 +210,25 @@ def test_lightning(tmp_path, monkeypatch) -> None:
     def trainer(**given: Any) -> Any:
         return trainers.lightning.Trainer(**given, **quiet, enable_progress_bar=False)
 
-    code = block("RIFTCallback(rift)").replace("lightning.Trainer(", "trainer(")
+    code = block("lightning").replace("lightning.Trainer(", "trainer(")
     exec(code, names | {"trainer": trainer})
     assert names["rift"].step == 2
+
+
+def test_accelerate() -> None:
+    from accelerate import Accelerator
+
+    model = twelve_layers().train()
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    names: dict[str, Any] = {
+        "rk": rk,
+        "accelerator": Accelerator(cpu=True),
+        "model": model,
+        "teacher": copy.deepcopy(model),
+        "optimizer": torch.optim.SGD(model.parameters(), 0.1),
+        "loader": torch.utils.data.DataLoader(trainers.Images(), 12),
+    }
+    exec(block("accelerate"), names)
+    assert names["rift"].step == 4
+    after = list(model.parameters())
+    assert not any(torch.equal(old, new) for old, new in zip(before, after, strict=True))
