@@ -33,8 +33,9 @@ test-oldest: $(OLDEST_VENV)/ready
 
 # What is computed, with other instructions and other sums than this processor's own: of SSE, of
 # AVX2, and of two threads.
-NUMERICS := tests/features/test_statistics.py $(addprefix tests/measures/test_,autograd.py golden.py \
-	inputs.py matching.py matrix_functions.py measures.py numerics.py precision.py properties.py)
+NUMERICS := tests/features/test_statistics.py $(addprefix tests/measures/,test_autograd.py \
+	test_golden.py test_inputs.py test_matching.py test_matrix_functions.py test_measures.py \
+	test_numerics.py test_precision.py test_properties.py)
 test-isa: $(VENV)/ready
 	ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_CBWR=COMPATIBLE \
 		$(BIN)/python -m pytest -n auto $(NUMERICS) $(ARGS)

@@ -1,5 +1,5 @@
 // Hopper's own instructions: barriers that count bytes, the copy engine, products of a warpgroup.
-// tests/support/emulator/sm90.h has the same for a CPU.
+// tests/support/emulator/emulated_sm90.h has the same for a CPU.
 #pragma once
 
 #ifdef RIFT_EMULATOR
