@@ -36,7 +36,7 @@ FOREIGN = {"cuda_runtime.h", "cuda.h"}
 VARIABLES = {
     *("self", "model", "module", "rift", "regularizer", "statistics", "accelerator", "loader"),
     *("trainer", "capture", "mask", "args", "batch", "student", "teacher", "layer", "mesh"),
-    *("base_model", "environment", "peaks"),
+    *("base_model", "backend", "environment", "peaks"),
 }
 ALIASES = {"rk": "rift_kernels", "nn": "torch.nn", "tl": "triton.language"}
 DATA = (".json", ".safetensors", ".pt")
@@ -109,6 +109,8 @@ def name_exists(dotted: str) -> bool:
     first, *rest = dotted.lstrip(".").split(".")
     if first in VARIABLES | INSTRUCTIONS or dotted == "rift_kernels._C":
         return True
+    if not rest and first in all_names():
+        return True
     parts = [*ALIASES.get(first, first).split("."), *rest]
     for end in range(len(parts), 0, -1):
         for module in MODULES.get(".".join(parts[:end]), []):
@@ -134,8 +136,9 @@ def is_importable(parts: list[str]) -> bool:
 
 def is_member(parts: list[str]) -> bool:
     """Of a class of this repository, or of a builtin one."""
+    is_class = parts[0][0].isupper() or hasattr(builtins, parts[0])
     known = all_names()
-    return (parts[0] in known or hasattr(builtins, parts[0])) and parts[-1] in known
+    return is_class and parts[0] in known | set(dir(builtins)) and parts[-1] in known
 
 
 @cache
