@@ -39,7 +39,7 @@ VARIABLES = {
     *("base_model", "backend", "environment", "peaks"),
 }
 ALIASES = {"rk": "rift_kernels", "nn": "torch.nn", "tl": "triton.language"}
-DATA = (".json", ".safetensors", ".pt")
+DATA = (".csv", ".json", ".safetensors", ".pt")
 INSTRUCTIONS = {"cp", "mma", "wgmma", "mbarrier", "setmaxnreg", "cvt", "ldmatrix", "stmatrix"}
 
 
