@@ -146,7 +146,8 @@ def all_names() -> set[str]:
     return {name for module in FILES if module.endswith(".py") for name in names(module)}
 
 
-READ = [name for name in FILES if next(texts(name), None) is not None]
+# But for the changelog, which speaks of names that are gone.
+READ = [n for n in FILES if n != "CHANGELOG.md" and next(texts(n), None) is not None]
 
 
 @pytest.mark.parametrize("name", READ)
