@@ -145,7 +145,7 @@ void cka_small(const rift::CkaSmallPlan& plan, const std::vector<Layer>& layers,
 // elements, stride of a row, columns
 using Features = std::array<long long, 3>;
 
-rift::CovarianceSide side_of(const char* name, const Features& v) {
+rift::CkaLargeSide side_of(const char* name, const Features& v) {
   if (v[0] % 16 != 0 || v[1] % 8 != 0) {
     throw py::value_error(std::string(name) + " must have rows at multiples of 16 bytes; got " +
                           std::to_string(v[0]) + " with a stride of " + std::to_string(v[1]) +
@@ -180,7 +180,7 @@ void check_hopper(const char* kernel) {
 void moments(const Features& x, const Features& y, int rows, int processors, bool pairs,
              Address tiles, Address spill, int device, Address stream) {
   const auto matrix = [&](const char* name, const Features& v) {
-    const rift::CovarianceSide side = side_of(name, v);
+    const rift::CkaLargeSide side = side_of(name, v);
     return rift::Matrix{side.features, side.stride, rows, side.width};
   };
   rift::MomentsArguments arguments{};
@@ -195,7 +195,7 @@ void moments(const Features& x, const Features& y, int rows, int processors, boo
   launcher(arguments, left, right, reinterpret_cast<cudaStream_t>(stream));
 }
 
-rift::CovarianceCall covariance_call(const Features& x, const Features& y, int rows, bool student,
+rift::CkaLargeCall cka_large_call(const Features& x, const Features& y, int rows, bool student,
                                      bool teacher, bool debiased, bool distance, bool high,
                                      int processors, bool hopper) {
   return {side_of("x", x), side_of("y", y), within("rows", rows, 1 << 30), student, teacher,
@@ -203,30 +203,30 @@ rift::CovarianceCall covariance_call(const Features& x, const Features& y, int r
 }
 
 // Bytes of scratch memory, and of memory that the backward needs.
-std::array<long long, 2> covariance_memory(const rift::CovarianceCall& call) {
-  rift::CovarianceMemory memory{};
-  rift::covariance_arguments(call, memory);
+std::array<long long, 2> cka_large_memory(const rift::CkaLargeCall& call) {
+  rift::CkaLargeMemory memory{};
+  rift::cka_large_arguments(call, memory);
   return {memory.scratch_bytes, memory.saved_bytes};
 }
 
-void covariance_forward(const rift::CovarianceCall& call, Address scratch, Address saved,
+void cka_large_forward(const rift::CkaLargeCall& call, Address scratch, Address saved,
                         Address value, int device, Address stream) {
-  rift::CovarianceMemory memory{there<unsigned char>("scratch", scratch),
+  rift::CkaLargeMemory memory{there<unsigned char>("scratch", scratch),
                                 there<unsigned char>("saved", saved), 0, 0};
-  rift::CovarianceArguments arguments = rift::covariance_arguments(call, memory);
+  rift::CkaLargeArguments arguments = rift::cka_large_arguments(call, memory);
   arguments.value = there<float>("value", value);
   const rift::OnDevice here(device);
   if (call.hopper) check_hopper("moments_sm90");
-  rift::covariance_forward(arguments, reinterpret_cast<cudaStream_t>(stream));
+  rift::cka_large_forward(arguments, reinterpret_cast<cudaStream_t>(stream));
 }
 
-void covariance_backward(const rift::CovarianceCall& call, int side, Address saved,
+void cka_large_backward(const rift::CkaLargeCall& call, int side, Address saved,
                          Address incoming, Address grad, int device, Address stream) {
   if (side != 0 && side != 1) {
     throw py::value_error("side must be 0 (student) or 1 (teacher); got " + std::to_string(side));
   }
-  rift::CovarianceMemory memory{nullptr, there<unsigned char>("saved", saved), 0, 0};
-  const rift::CovarianceArguments arguments = rift::covariance_arguments(call, memory);
+  rift::CkaLargeMemory memory{nullptr, there<unsigned char>("saved", saved), 0, 0};
+  const rift::CkaLargeArguments arguments = rift::cka_large_arguments(call, memory);
   if (!(side == 0 ? arguments.planes_x : arguments.planes_y)) {
     throw py::value_error("side must be one whose gradient the forward was asked for; got " +
                           std::to_string(side));
@@ -235,7 +235,7 @@ void covariance_backward(const rift::CovarianceCall& call, int side, Address sav
   void* to = there<void>("grad", grad);
   const rift::OnDevice here(device);
   if (call.hopper) check_hopper("backward_sm90");
-  rift::covariance_backward(arguments, side, from, to, reinterpret_cast<cudaStream_t>(stream));
+  rift::cka_large_backward(arguments, side, from, to, reinterpret_cast<cudaStream_t>(stream));
 }
 
 // unit, out, count, entries, incoming
@@ -305,10 +305,10 @@ PYBIND11_MODULE(_C, module) {
       });
   module.def("moments_schedule", &moments_schedule, "Who multiplies what; see csrc/cka_large/schedule.h.");
   module.def("moments", &moments, "Raw second moments; see csrc/cka_large/moments.h.");
-  py::class_<rift::CovarianceCall>(module, "CovarianceCall", py::module_local())
-      .def(py::init(&covariance_call));
-  module.def("covariance_memory", &covariance_memory, "Bytes of scratch, and for the backward.");
-  module.def("covariance_forward", &covariance_forward, "The value; see csrc/cka_large/cka_large.h.");
-  module.def("covariance_backward", &covariance_backward, "A gradient; see csrc/cka_large/cka_large.h.");
+  py::class_<rift::CkaLargeCall>(module, "CkaLargeCall", py::module_local())
+      .def(py::init(&cka_large_call));
+  module.def("cka_large_memory", &cka_large_memory, "Bytes of scratch, and for the backward.");
+  module.def("cka_large_forward", &cka_large_forward, "The value; see csrc/cka_large/cka_large.h.");
+  module.def("cka_large_backward", &cka_large_backward, "A gradient; see csrc/cka_large/cka_large.h.");
   module.def("scale", &scale, "out = incoming * unit; see csrc/cka_small/scale.h.");
 }

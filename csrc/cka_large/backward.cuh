@@ -2,7 +2,7 @@
 //
 //   grad = g * (scale * (W P + Other R) [+ w * own + V long rows - mean]),    W = c own + c' other
 //
-// `own` and `other` centered, P and R given as two bfloat16 each (the planes of covariance_head). W is
+// `own` and `other` centered, P and R given as two bfloat16 each (the planes of cka_large_head). W is
 // formed in float32; `other` is multiplied as it is, and what its means add to every row comes off at
 // the end. The low halves are multiplied where the scalars say so. Debiased, a row has its weight w,
 // 0 for a long one, and its V: what U-centering leaves of alpha K + beta L in the columns of the long
@@ -18,14 +18,14 @@ namespace rift {
 constexpr int BACKWARD_ROWS = 128;
 
 struct BackwardArguments {
-  CovarianceArguments forward;
+  CkaLargeArguments forward;
   const float* incoming;
   unsigned short* grad;  // (rows, width) contiguous
   int side;              // 0: of X
 
   RIFT_BOTH constexpr bool is_y() const { return side == 1; }
-  RIFT_BOTH constexpr const CovarianceSide& own() const { return is_y() ? forward.y : forward.x; }
-  RIFT_BOTH constexpr const CovarianceSide& other() const { return is_y() ? forward.x : forward.y; }
+  RIFT_BOTH constexpr const CkaLargeSide& own() const { return is_y() ? forward.y : forward.x; }
+  RIFT_BOTH constexpr const CkaLargeSide& other() const { return is_y() ? forward.x : forward.y; }
   // Of equal widths; else W has no `other`.
   RIFT_BOTH constexpr bool near() const { return forward.x.width == forward.y.width; }
 
@@ -82,7 +82,7 @@ struct BackwardColumn {
 };
 
 __device__ inline BackwardColumn backward_column(const BackwardArguments& arguments, int column) {
-  const CovarianceArguments& forward = arguments.forward;
+  const CkaLargeArguments& forward = arguments.forward;
   const int width = forward.width;
   BackwardColumn result = {};
   if (column >= width) return result;
@@ -97,7 +97,7 @@ __device__ inline BackwardColumn backward_column(const BackwardArguments& argume
   if (!forward.debiased) return result;
   const float* sums = forward.weights + 2 * arguments.side * width + column;
   result.weights = arguments.taken_off(sums[0], sums[width]);
-  const CovarianceSide& own = arguments.own();
+  const CkaLargeSide& own = arguments.own();
   const auto* features = static_cast<const Bf16*>(own.features);
   for (int s = 0; s < LONGEST; ++s) {
     const int row = forward.longest[s];
@@ -114,7 +114,7 @@ struct BackwardRow {
 __device__ inline BackwardRow backward_row(const BackwardArguments& arguments,
                                            const Longest& longest, int row) {
   BackwardRow result = {};
-  const CovarianceArguments& forward = arguments.forward;
+  const CkaLargeArguments& forward = arguments.forward;
   if (!forward.debiased) return result;
   const float alpha = arguments.scalar(ROW_OWN), beta = arguments.scalar(ROW_OTHER);
   const int side = arguments.side;
@@ -144,7 +144,7 @@ __device__ inline BackwardRow backward_row(const BackwardArguments& arguments,
 __device__ inline void store_gradient(const BackwardArguments& arguments, float g, int row,
                                       int column, float sum, const BackwardRow& of_row,
                                       int longest, const BackwardColumn& of_column) {
-  const CovarianceSide& own = arguments.own();
+  const CkaLargeSide& own = arguments.own();
   if (column >= own.width) return;
   const float inverse = arguments.scalar(INVERSE_OWN);
   float value = (sum - of_column.shift) * (inverse * arguments.scalar(SCALE)) *

@@ -22,7 +22,7 @@ constexpr int BACKWARD_RING_SHARED =
     BACKWARD_RING_STAGES * BACKWARD_RING_STAGE + TILE * static_cast<int>(sizeof(BackwardColumn));
 static_assert(BACKWARD_RING_SHARED <= 99 * 1024);
 
-RIFT_BOTH constexpr int backward_tiles(const CovarianceArguments& forward, int side) {
+RIFT_BOTH constexpr int backward_tiles(const CkaLargeArguments& forward, int side) {
   const int width = side == 0 ? forward.x.width : forward.y.width;
   return cut(forward.rows, TILE) * cut(width, TILE);
 }

@@ -30,7 +30,7 @@ constexpr int BACKWARD_SHARED =
     1024 + BACKWARD_STAGES * BACKWARD_STAGE_BYTES + static_cast<int>(sizeof(BackwardScratch));
 
 // Clusters of two blocks.
-RIFT_BOTH constexpr int backward_pairs(const CovarianceArguments& forward, int side) {
+RIFT_BOTH constexpr int backward_pairs(const CkaLargeArguments& forward, int side) {
   const int width = side == 0 ? forward.x.width : forward.y.width;
   return cut(forward.rows, PAIR * BACKWARD_ROWS) * cut(width, BACKWARD_COLUMNS);
 }

@@ -10,13 +10,13 @@
 namespace rift {
 namespace {
 
-Matrix matrix_of(const CovarianceSide& side, int rows) {
+Matrix matrix_of(const CkaLargeSide& side, int rows) {
   return {side.features, side.stride, rows, side.width};
 }
 
 }  // namespace
 
-void covariance_forward(const CovarianceArguments& arguments, cudaStream_t stream) {
+void cka_large_forward(const CkaLargeArguments& arguments, cudaStream_t stream) {
   launch({"statistics", arguments.statistics_programs(), STATISTICS_THREADS,
           sizeof(StatisticsScratch)},
          stream, statistics_kernel, arguments);
@@ -31,8 +31,8 @@ void covariance_forward(const CovarianceArguments& arguments, cudaStream_t strea
                                  arguments.longest,  arguments.patches, arguments.width};
   const Matrix x = matrix_of(arguments.x, arguments.rows), y = matrix_of(arguments.y, arguments.rows);
   (arguments.hopper ? moments_sm90 : moments_sm80)(moments, x, y, stream);
-  launch({"covariance_head", arguments.head_programs(), HEAD_THREADS, sizeof(HeadScratch)}, stream,
-         covariance_head_kernel, arguments);
+  launch({"cka_large_head", arguments.head_programs(), HEAD_THREADS, sizeof(HeadScratch)}, stream,
+         cka_large_head_kernel, arguments);
 }
 
 namespace {
@@ -56,7 +56,7 @@ void backward_sm80(const BackwardArguments& all, const BackwardMatrices& matrice
 
 }  // namespace
 
-void covariance_backward(const CovarianceArguments& arguments, int side, const float* incoming,
+void cka_large_backward(const CkaLargeArguments& arguments, int side, const float* incoming,
                          void* grad, cudaStream_t stream) {
   const BackwardArguments all{arguments, incoming, static_cast<unsigned short*>(grad), side};
   const void* planes = side == 0 ? arguments.planes_x : arguments.planes_y;

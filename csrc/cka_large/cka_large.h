@@ -7,10 +7,10 @@
 
 namespace rift {
 
-void covariance_forward(const CovarianceArguments& arguments, cudaStream_t stream);
+void cka_large_forward(const CkaLargeArguments& arguments, cudaStream_t stream);
 
 // Of side 0, the student, or 1.
-void covariance_backward(const CovarianceArguments& arguments, int side, const float* incoming,
+void cka_large_backward(const CkaLargeArguments& arguments, int side, const float* incoming,
                          void* grad, cudaStream_t stream);
 
 }  // namespace rift

@@ -31,7 +31,7 @@ struct HeadScratch {
 
 // This thread's elements of a strip of a tile, over all parts that there are of it; `flipped`: of the
 // tile's transpose.
-__device__ inline void read_strip(const CovarianceArguments& arguments, Pair tile, int part,
+__device__ inline void read_strip(const CkaLargeArguments& arguments, Pair tile, int part,
                                   bool flipped, float (&x)[HEAD_ROWS], HeadScratch& scratch) {
   const MomentsArguments moments{arguments.schedule, arguments.tiles, arguments.spill,
                                  nullptr, nullptr, 0};
@@ -64,7 +64,7 @@ __device__ inline void read_strip(const CovarianceArguments& arguments, Pair til
 }
 
 // A strip into both halves of a plane whose rows are the strip's rows.
-__device__ inline void store_direct(const CovarianceArguments& arguments, unsigned short* plane,
+__device__ inline void store_direct(const CkaLargeArguments& arguments, unsigned short* plane,
                                     int i, int j, const float (&x)[HEAD_ROWS]) {
   const long long half = 2LL * arguments.width * arguments.width;
   const int column = threadIdx.x % MOMENT_BLOCK, row = threadIdx.x / MOMENT_BLOCK * HEAD_ROWS;
@@ -77,7 +77,7 @@ __device__ inline void store_direct(const CovarianceArguments& arguments, unsign
 }
 
 // The same with the strip's columns as rows, through scratch.strip, which holds it afterwards.
-__device__ inline void store_turned(const CovarianceArguments& arguments, unsigned short* plane,
+__device__ inline void store_turned(const CkaLargeArguments& arguments, unsigned short* plane,
                                     int i, int j, const float (&x)[HEAD_ROWS],
                                     HeadScratch& scratch) {
   const long long half = 2LL * arguments.width * arguments.width;
@@ -102,7 +102,7 @@ __device__ inline float low_half(float x) {
 
 // What the means of the left operand's columns add to every row of the gradient, for both halves:
 // of the strip in scratch.strip, along its rows or down its columns.
-__device__ inline void store_shift_along(const CovarianceArguments& arguments, int block_j, int i,
+__device__ inline void store_shift_along(const CkaLargeArguments& arguments, int block_j, int i,
                                          HeadScratch& scratch) {
   constexpr int THREADS_A_ROW = HEAD_THREADS / STRIP;
   const long long half = static_cast<long long>(arguments.width / STRIP) * arguments.width;
@@ -122,7 +122,7 @@ __device__ inline void store_shift_along(const CovarianceArguments& arguments, i
   }
 }
 
-__device__ inline void store_shift_down(const CovarianceArguments& arguments, int strip, int j,
+__device__ inline void store_shift_down(const CkaLargeArguments& arguments, int strip, int j,
                                         const float (&x)[HEAD_ROWS], HeadScratch& scratch) {
   const long long half = static_cast<long long>(arguments.width / STRIP) * arguments.width;
   const int column = threadIdx.x % MOMENT_BLOCK, part = threadIdx.x / MOMENT_BLOCK;
@@ -155,7 +155,7 @@ __device__ inline double squares(const float (&x)[HEAD_ROWS]) {
 }
 
 // A strip of C less t times the same of A or B, of unit norm.
-__device__ inline void subtract_own(const CovarianceArguments& arguments, const Longest& longest,
+__device__ inline void subtract_own(const CkaLargeArguments& arguments, const Longest& longest,
                                     const UnitScales& scales,
                                     const MomentTile& tile, int part, bool is_y,
                                     const float (&cross)[HEAD_ROWS], float (&rest)[HEAD_ROWS],
@@ -180,7 +180,7 @@ __device__ inline void subtract_own(const CovarianceArguments& arguments, const 
   }
 }
 
-__device__ inline void strip_of_tile(const CovarianceArguments& arguments, const UnitScales& scales,
+__device__ inline void strip_of_tile(const CkaLargeArguments& arguments, const UnitScales& scales,
                                      double (&sums)[HEAD_SUMS], HeadScratch& scratch) {
   const int slot = blockIdx.x / STRIPS, part = blockIdx.x % STRIPS;
   const MomentTile tile = arguments.schedule.tile(slot);
@@ -241,9 +241,9 @@ __device__ inline void strip_of_tile(const CovarianceArguments& arguments, const
   }
 }
 
-__device__ inline void finish(const CovarianceArguments& arguments, const UnitScales& scales,
+__device__ inline void finish(const CkaLargeArguments& arguments, const UnitScales& scales,
                               const double (&statistics)[STATISTICS], HeadScratch& scratch) {
-  CovarianceSums sums{};
+  CkaLargeSums sums{};
 #pragma unroll
   for (int kind = 0; kind < HEAD_SUMS; ++kind) {
     for (int i = threadIdx.x; i < arguments.strip_programs(); i += HEAD_THREADS) {
@@ -272,13 +272,13 @@ __device__ inline void finish(const CovarianceArguments& arguments, const UnitSc
   sums.varies_y = statistics[PIVOT_Y];
   if (threadIdx.x == 0) {
     *arguments.value =
-        covariance_head(sums, arguments.rows, scales.x, scales.y, scales.t, arguments.debiased,
+        cka_large_head(sums, arguments.rows, scales.x, scales.y, scales.t, arguments.debiased,
                         arguments.distance, arguments.high, arguments.scalars);
   }
 }
 
 __global__ void __launch_bounds__(HEAD_THREADS)
-    covariance_head_kernel(const __grid_constant__ CovarianceArguments arguments) {
+    cka_large_head_kernel(const __grid_constant__ CkaLargeArguments arguments) {
   auto& scratch = *reinterpret_cast<HeadScratch*>(shared_memory());
   double statistics[STATISTICS];
   read_statistics(arguments, statistics, scratch.sums);

@@ -21,7 +21,7 @@
 
 namespace rift {
 
-struct CovarianceSums {
+struct CkaLargeSums {
   double blocks[HEAD_SUMS];
   double rows[ROW_SUMS];
   double varies_x, varies_y;  // energies about the pivot
@@ -35,7 +35,7 @@ RIFT_BOTH inline double debiased_hsic(double square, double pairs, double k, dou
 }
 
 // Writes [2][SCALARS]; returns the value. `t` is 0 where the widths differ.
-RIFT_BOTH inline float covariance_head(const CovarianceSums& sums, double n, float inverse_x,
+RIFT_BOTH inline float cka_large_head(const CkaLargeSums& sums, double n, float inverse_x,
                                        float inverse_y, float t, bool debiased, bool distance,
                                        bool high, float* scalars) {
   double square_a = sums.blocks[SQUARE_A], square_b = sums.blocks[SQUARE_B];

@@ -1,6 +1,6 @@
 // Arguments of the launches that make linear CKA in covariance form:
 //
-//   statistics, [longest, rows], moments_sm80 or _sm90, covariance_head, backward_sm80 or _sm90
+//   statistics, [longest, rows], moments_sm80 or _sm90, cka_large_head, backward_sm80 or _sm90
 #pragma once
 
 #include "cka_large/moments_layout.h"
@@ -8,7 +8,7 @@
 namespace rift {
 
 // bfloat16, rows contiguous, at multiples of 16 bytes; all rows count.
-struct CovarianceSide {
+struct CkaLargeSide {
   const void* features;
   long long stride;
   int width;
@@ -18,14 +18,14 @@ struct CovarianceSide {
 constexpr int STATISTICS_COLUMNS = 64;
 // Energies about the pivot, see statistics.cuh, about the mean, and of both sides together.
 enum Statistic { PIVOT_X, PIVOT_Y, ENERGY_X, ENERGY_Y, ENERGY_XY, STATISTICS };
-// Rows of a tile that a block of `covariance_head` owns.
+// Rows of a tile that a block of `cka_large_head` owns.
 constexpr int STRIP = 32;
 constexpr int STRIPS = MOMENT_BLOCK / STRIP;
 // Debiased, a row with more than LONG_SHARE times the mean energy is kept apart, and of few rows any;
 // see longest.cuh.
 constexpr float LONG_SHARE = 4;
 constexpr int FEW_ROWS = 64;
-// What blocks of `covariance_head` leave to the last one.
+// What blocks of `cka_large_head` leave to the last one.
 enum HeadSum { SQUARE_A, SQUARE_B, SQUARE_C, SQUARE_FX, SQUARE_FY, HEAD_SUMS };
 // What blocks of `rows` leave to it. K and L are the rows' sums of their products with all other rows;
 // PAIRS_XY sums K_ij L_ij over all pairs i, j of which a row is long, less r q of all other rows; then
@@ -39,8 +39,8 @@ enum RowTerm { ENERGY, ROW_SUM = 2, ROW_PRODUCTS = 4, ROW_TERMS = 4 + 2 * LONGES
 // A side's scalars for the backward.
 enum Scalar { SCALE, OWN, OTHER, FULL, ROW, ROW_OWN, ROW_OTHER, INVERSE_OWN, INVERSE_OTHER, SCALARS = 16 };
 
-struct CovarianceArguments {
-  CovarianceSide x, y;
+struct CkaLargeArguments {
+  CkaLargeSide x, y;
   int rows;
   int width;     // of both sides in memory: the wider one's, in whole tiles
   int segments;  // of rows, for statistics
@@ -83,8 +83,8 @@ struct CovarianceArguments {
 };
 
 // What a call is about; everything else follows.
-struct CovarianceCall {
-  CovarianceSide x, y;
+struct CkaLargeCall {
+  CkaLargeSide x, y;
   int rows;
   bool student, teacher, debiased, distance, high;
   int processors;
@@ -92,7 +92,7 @@ struct CovarianceCall {
 };
 
 // Two pieces of memory: what the forward needs, and what the backward does.
-struct CovarianceMemory {
+struct CkaLargeMemory {
   unsigned char *scratch, *saved;
   long long scratch_bytes, saved_bytes;
 
@@ -110,9 +110,9 @@ struct CovarianceMemory {
 RIFT_BOTH constexpr int cut(int value, int step) { return (value + step - 1) / step; }
 
 // The arguments of a call, in memory of which only the addresses have to be known; counts its bytes.
-RIFT_BOTH constexpr CovarianceArguments covariance_arguments(const CovarianceCall& call,
-                                                             CovarianceMemory& memory) {
-  CovarianceArguments all{};
+RIFT_BOTH constexpr CkaLargeArguments cka_large_arguments(const CkaLargeCall& call,
+                                                             CkaLargeMemory& memory) {
+  CkaLargeArguments all{};
   all.x = call.x;
   all.y = call.y;
   all.rows = call.rows;

@@ -26,7 +26,7 @@ struct Longest {
   }
 };
 
-__device__ inline Longest read_longest(const CovarianceArguments& arguments) {
+__device__ inline Longest read_longest(const CkaLargeArguments& arguments) {
   Longest longest;
   longest.count = 0;
 #pragma unroll
@@ -37,17 +37,17 @@ __device__ inline Longest read_longest(const CovarianceArguments& arguments) {
   return longest;
 }
 
-__device__ inline int rest_of(const CovarianceArguments& arguments, const Longest& longest) {
+__device__ inline int rest_of(const CkaLargeArguments& arguments, const Longest& longest) {
   return arguments.rows - longest.count;
 }
 
 // Of the rest; of all rows where there is no rest.
-__device__ inline float column_mean(const CovarianceArguments& arguments, const Longest& longest,
+__device__ inline float column_mean(const CkaLargeArguments& arguments, const Longest& longest,
                                     bool is_y, int column) {
   double total = column_sum(arguments, is_y, column);
   const float pivot = pivot_of(arguments, is_y, column);
   const int rest = rest_of(arguments, longest);
-  const CovarianceSide& side = is_y ? arguments.y : arguments.x;
+  const CkaLargeSide& side = is_y ? arguments.y : arguments.x;
   if (longest.count == 0 || rest == 0 || column >= side.width) {
     return static_cast<float>(pivot + total / arguments.rows);
   }
@@ -119,7 +119,7 @@ __device__ inline void find_longest(int begin, int end, Read read, Found found,
 
 // A block owns a run of rows; the last one to finish compares the longest of all.
 __global__ void __launch_bounds__(STATISTICS_THREADS)
-    longest_kernel(const __grid_constant__ CovarianceArguments arguments) {
+    longest_kernel(const __grid_constant__ CkaLargeArguments arguments) {
   auto& scratch = *reinterpret_cast<LongestScratch*>(shared_memory());
   auto* means = reinterpret_cast<float*>(&scratch + 1);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, width = arguments.width;
@@ -133,7 +133,7 @@ __global__ void __launch_bounds__(STATISTICS_THREADS)
   read_statistics(arguments, statistics, scratch.sums);
   const float inverse[2] = {inverse_scale(statistics[ENERGY_X], statistics[PIVOT_X]),
                             inverse_scale(statistics[ENERGY_Y], statistics[PIVOT_Y])};
-  const CovarianceSide sides[2] = {arguments.x, arguments.y};
+  const CkaLargeSide sides[2] = {arguments.x, arguments.y};
   for (int row = run.begin + warp; row < run.end; row += LONGEST_WARPS) {
     float share = 0;
 #pragma unroll

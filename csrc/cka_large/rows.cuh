@@ -23,7 +23,7 @@ struct RowProducts {
 };
 
 // The rows from `first` on, by a warp; 0 from `end` on.
-__device__ inline RowProducts row_products(const CovarianceSide& side, const Longest& longest,
+__device__ inline RowProducts row_products(const CkaLargeSide& side, const Longest& longest,
                                            const float* means, float inverse, int first, int end) {
   RowProducts result = {};
   const auto* features = static_cast<const Bf16*>(side.features);
@@ -58,7 +58,7 @@ __device__ inline RowProducts row_products(const CovarianceSide& side, const Lon
 }
 
 // A row's terms, and what it adds to the sums: by one thread.
-__device__ inline void add_row(const CovarianceArguments& arguments, const Longest& longest, int row,
+__device__ inline void add_row(const CkaLargeArguments& arguments, const Longest& longest, int row,
                                const float (&energy)[2], const float (&x)[LONGEST],
                                const float (&y)[LONGEST], double (&totals)[ROW_SUMS]) {
   double k = -static_cast<double>(energy[0]), l = -static_cast<double>(energy[1]);
@@ -100,11 +100,11 @@ __device__ inline void add_row(const CovarianceArguments& arguments, const Longe
 }
 
 // 128 columns of the chunk of a long row, without the long rows.
-__device__ inline void make_patch(const CovarianceArguments& arguments, const Longest& longest,
+__device__ inline void make_patch(const CkaLargeArguments& arguments, const Longest& longest,
                                   int program) {
   const int blocks = arguments.width / MOMENT_BLOCK;
   const int slot = program / (2 * blocks), is_y = program / blocks % 2;
-  const CovarianceSide& side = is_y ? arguments.y : arguments.x;
+  const CkaLargeSide& side = is_y ? arguments.y : arguments.x;
   const auto* features = static_cast<const Bf16*>(side.features);
   const long long before = is_y ? 1LL * PATCH_ROWS * arguments.width : 0;
   unsigned short* to = arguments.patches + before;
@@ -123,7 +123,7 @@ __device__ inline void make_patch(const CovarianceArguments& arguments, const Lo
 
 // A block owns a run of rows, or some columns of a patch.
 __global__ void __launch_bounds__(STATISTICS_THREADS)
-    rows_kernel(const __grid_constant__ CovarianceArguments arguments) {
+    rows_kernel(const __grid_constant__ CkaLargeArguments arguments) {
   constexpr int WARPS = STATISTICS_THREADS / 32;
   const Longest longest = read_longest(arguments);
   if (static_cast<int>(blockIdx.x) >= arguments.row_programs) {
@@ -170,7 +170,7 @@ __global__ void __launch_bounds__(STATISTICS_THREADS)
   }
   // block_sums has met since the terms were stored.
   float* weighted = arguments.weighted + static_cast<long long>(blockIdx.x) * 4 * width;
-  const CovarianceSide sides[2] = {arguments.x, arguments.y};
+  const CkaLargeSide sides[2] = {arguments.x, arguments.y};
 #pragma unroll
   for (int side = 0; side < 2; ++side) {
     const auto* features = static_cast<const Bf16*>(sides[side].features);

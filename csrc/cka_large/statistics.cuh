@@ -25,7 +25,7 @@ __device__ inline float middle(float a, float b, float c) {
 
 // A block owns 64 columns of both sides over a segment of rows; a warp every 8th row of them.
 __global__ void __launch_bounds__(STATISTICS_THREADS)
-    statistics_kernel(const __grid_constant__ CovarianceArguments arguments) {
+    statistics_kernel(const __grid_constant__ CkaLargeArguments arguments) {
   constexpr int WARPS = STATISTICS_THREADS / 32, COLUMNS = STATISTICS_COLUMNS, KINDS = 5;
   auto& scratch = *reinterpret_cast<StatisticsScratch*>(shared_memory());
   const int blocks = arguments.width / COLUMNS;
@@ -37,7 +37,7 @@ __global__ void __launch_bounds__(STATISTICS_THREADS)
   const int end = min(begin + length, arguments.rows);
   const auto* x = static_cast<const Bf16*>(arguments.x.features);
   const auto* y = static_cast<const Bf16*>(arguments.y.features);
-  const auto read = [&](const Bf16* features, const CovarianceSide& side, int row, int column) {
+  const auto read = [&](const Bf16* features, const CkaLargeSide& side, int row, int column) {
     return column < side.width ? to_float(features[row * side.stride + column]) : 0;
   };
 #pragma unroll
@@ -96,7 +96,7 @@ __global__ void __launch_bounds__(STATISTICS_THREADS)
 }
 
 // The statistics over all blocks, for every thread of a block.
-__device__ inline void read_statistics(const CovarianceArguments& arguments,
+__device__ inline void read_statistics(const CkaLargeArguments& arguments,
                                        double (&totals)[STATISTICS], double* scratch) {
   const int programs = arguments.statistics_programs();
 #pragma unroll
@@ -115,12 +115,12 @@ __device__ inline float inverse_scale(double energy, double pivot) {
   return e == 0 ? 1 : static_cast<float>(1 / sqrt(e));
 }
 
-__device__ inline float pivot_of(const CovarianceArguments& arguments, bool is_y, int column) {
+__device__ inline float pivot_of(const CkaLargeArguments& arguments, bool is_y, int column) {
   return arguments.pivots[is_y * arguments.width + column];
 }
 
 // About the pivot.
-__device__ inline double column_sum(const CovarianceArguments& arguments, bool is_y, int column) {
+__device__ inline double column_sum(const CkaLargeArguments& arguments, bool is_y, int column) {
   const float* sums = arguments.sums + (is_y ? arguments.segments * arguments.width : 0) + column;
   double total = 0;
   for (int segment = 0; segment < arguments.segments; ++segment) {
@@ -134,7 +134,7 @@ struct RowRun {
   int begin, end;
 };
 
-__device__ inline RowRun row_run(const CovarianceArguments& arguments) {
+__device__ inline RowRun row_run(const CkaLargeArguments& arguments) {
   const int length = (arguments.rows + arguments.row_programs - 1) / arguments.row_programs;
   const int begin = min(static_cast<int>(blockIdx.x) * length, arguments.rows);
   return {begin, min(begin + length, arguments.rows)};

@@ -7,7 +7,7 @@ Of few rows (Gram form), value and gradients in one launch for all layers; no fe
 
 Of many bfloat16 rows (covariance form), one layer after another, on Hopper its own kernels:
 
-    cka_fwd      statistics, longest and rows (debiased), moments_sm80 or _sm90, covariance_head
+    cka_fwd      statistics, longest and rows (debiased), moments_sm80 or _sm90, cka_large_head
     cka_bwd      backward_sm80 or _sm90
 """
 
@@ -232,15 +232,15 @@ def _call(x: Tensor, y: Tensor, settings: tuple[bool, ...]) -> Any:
     sides = [(t.data_ptr(), t.stride(0), t.shape[1]) for t in (x, y)]
     device = x.device
     machine = _processors(device), _is_hopper(device)
-    return extension().CovarianceCall(*sides, x.shape[0], *settings, *machine)
+    return extension().CkaLargeCall(*sides, x.shape[0], *settings, *machine)
 
 
 def _sizes(x: Tensor, y: Tensor, settings: tuple[bool, ...]) -> tuple[int, int]:
     """Bytes of scratch memory, and of what is saved: known from shapes alone."""
     sides = [(16, -(-int(t.shape[1]) // 8) * 8, int(t.shape[1])) for t in (x, y)]
     machine = _processors(x.device), _is_hopper(x.device)
-    call = extension().CovarianceCall(*sides, int(x.shape[0]), *settings, *machine)
-    scratch, saved = extension().covariance_memory(call)
+    call = extension().CkaLargeCall(*sides, int(x.shape[0]), *settings, *machine)
+    scratch, saved = extension().cka_large_memory(call)
     return scratch, saved
 
 
@@ -265,7 +265,7 @@ def _covariance_fwd(
             scratch = torch.empty(scratch_bytes, dtype=torch.uint8, device=x.device)
             x, y = _aligned(x), _aligned(y)
             address = values.data_ptr() + 4 * i
-            extension().covariance_forward(
+            extension().cka_large_forward(
                 _call(x, y, settings), scratch.data_ptr(), saved.data_ptr(), address,
                 _device(x), _stream(x.device),
             )  # fmt: skip
@@ -299,7 +299,7 @@ def _covariance_bwd(
             x, y = _aligned(x), _aligned(y)
             call = _call(x, y, settings)
             for out, side in zip(outs, [i for i in (0, 1) if wanted[i]], strict=True):
-                extension().covariance_backward(
+                extension().cka_large_backward(
                     call, side, saved[i].data_ptr(), incoming.data_ptr() + 4 * i,
                     out[i].data_ptr(), _device(x), _stream(x.device),
                 )  # fmt: skip

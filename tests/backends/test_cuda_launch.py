@@ -143,12 +143,12 @@ def test_a_plan_that_cannot_be_made(emulate, emulated_extension, runtime, monkey
 
 def test_the_drivers_error_is_named(emulated_extension) -> None:
     """That of a thread without a device, where nobody names one."""
-    call = emulated_extension.CovarianceCall(
+    call = emulated_extension.CkaLargeCall(
         (4096, 8, 8), (4096, 8, 8), 60, True, True, True, False, True, 4, True
     )
 
     def backward() -> None:
-        emulated_extension.covariance_backward(call, 0, 4096, 4096, 4096, -1, 0)
+        emulated_extension.cka_large_backward(call, 0, 4096, 4096, 4096, -1, 0)
 
     text = r"^backward_sm90: cuTensorMapEncodeTiled: CUDA_ERROR_INVALID_CONTEXT \(201\)$"
     with pytest.raises(RuntimeError, match=text):
@@ -166,12 +166,12 @@ def test_hopper_kernels_that_are_empty_are_not_launched(
     monkeypatch.setenv("RIFT_EMULATED_MAJOR", major)
     monkeypatch.setenv("RIFT_EMULATED_ARCHS", architectures)
     side = (4096, 8, 8)
-    call = emulated_extension.CovarianceCall(side, side, 60, True, True, True, False, True, 4, True)
+    call = emulated_extension.CkaLargeCall(side, side, 60, True, True, True, False, True, 4, True)
     got = rf"9\.0; got {architectures} and {major}\.0"
     for kernel, function, arguments in (
         ("moments_sm90", "moments", (side, side, 60, 4, True, 4096, 4096)),
-        ("moments_sm90", "covariance_forward", (call, 4096, 4096, 4096)),
-        ("backward_sm90", "covariance_backward", (call, 0, 4096, 4096, 4096)),
+        ("moments_sm90", "cka_large_forward", (call, 4096, 4096, 4096)),
+        ("backward_sm90", "cka_large_backward", (call, 0, 4096, 4096, 4096)),
     ):
         with pytest.raises(RuntimeError, match=f"^{kernel}: needs .* with 90a .* {got}$"):
             getattr(emulated_extension, function)(*arguments, 0, 0)

@@ -146,5 +146,5 @@ def test_errors_by_name() -> None:
     assert refusals.is_refusal(errors.OutOfResources(300000, 232448, "shared memory"))
     assert not refusals.is_refusal(ValueError("too many resources requested for launch"))
     assert not refusals.is_refusal(torch.OutOfMemoryError("CUDA out of memory"))
-    text = "covariance_forward: cudaErrorNoKernelImageForDevice: no kernel image is available"
+    text = "cka_large_forward: cudaErrorNoKernelImageForDevice: no kernel image is available"
     assert refusals.is_refusal(RuntimeError(text))
