@@ -51,7 +51,7 @@ class Moments:
             square = _pair_index(i // schedule.side, j // schedule.side)
             for part in range(1, schedule.parts(square)):
                 within = i % schedule.side, j % schedule.side
-                tiles[slot] += self.spill[schedule.spill_of(square, part)][within]
+                tiles[slot] += self.spill[schedule.spill_index(square, part)][within]
         return tiles
 
     def cross(self) -> Tensor:

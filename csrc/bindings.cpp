@@ -25,9 +25,10 @@ namespace {
 
 using Address = unsigned long long;
 
-rift::Type type_of(const char* name, int value) {
-  if (value >= 0 && value <= 2) return static_cast<rift::Type>(value);
-  throw py::value_error(std::string(name) + " must be 0 (bfloat16), 1 (float16) or 2 (float32); got " +
+rift::ElementType type_of(const char* name, int value) {
+  if (value >= 0 && value <= 2) return static_cast<rift::ElementType>(value);
+  throw py::value_error(std::string(name) +
+                        " must be 0 (bfloat16), 1 (float16) or 2 (float32); got " +
                         std::to_string(value));
 }
 
@@ -73,7 +74,7 @@ rift::CkaSmallPlan cka_small_plan(int device, int rows, int width) {
   within("rows", rows, rift::MAX_ROWS);
   // Far more than fits, and its bytes still an int.
   within("width", width, 1 << 20);
-  const rift::OnDevice here(device);
+  const rift::DeviceGuard guard(device);
   rift::CkaSmallPlan plan = rift::cka_small_plan(rows, width);
   plan.device = device;
   return plan;
@@ -81,9 +82,9 @@ rift::CkaSmallPlan cka_small_plan(int device, int rows, int width) {
 
 // Strides of a batch in bytes, for the pieces of it that one launch takes.
 void advance(rift::CkaSmallLayer& layer, const std::array<long long, 5>& batch, long long entries,
-             rift::Type type) {
-  const long long bytes = type == rift::Type::fp32 ? 4 : 2;
-  const long long grad_bytes = type == rift::Type::bf16 ? 2 : 4;
+             rift::ElementType type) {
+  const long long bytes = type == rift::ElementType::fp32 ? 4 : 2;
+  const long long grad_bytes = type == rift::ElementType::bf16 ? 2 : 4;
   const auto move = [&](auto*& pointer, long long by) {
     if (!pointer) return;
     using Pointer = std::remove_reference_t<decltype(pointer)>;
@@ -101,13 +102,13 @@ void cka_small(const rift::CkaSmallPlan& plan, const std::vector<Layer>& layers,
                const std::optional<std::array<long long, 5>>& batch, int type_number, int rows,
                int entries, bool debiased, bool distance, Address values, Address workspace,
                Address counters, Address stream) {
-  const rift::Type type = type_of("type", type_number);
+  const rift::ElementType type = type_of("type", type_number);
   if (plan.blocks == 0) throw py::value_error("plan must be one that fits; got one of no blocks");
   within("rows", rows, rift::MAX_ROWS);
   if (entries < 0) {
     throw py::value_error("entries must not be negative; got " + std::to_string(entries));
   }
-  const int width = plan.share * plan.blocks;
+  const int width = plan.block_columns * plan.blocks;
   if (batch ? layers.size() != 1 : static_cast<int>(layers.size()) != entries) {
     throw py::value_error("layers must be one for each entry, or one for a batch; got " +
                           std::to_string(layers.size()) + " for " + std::to_string(entries));
@@ -124,12 +125,12 @@ void cka_small(const rift::CkaSmallPlan& plan, const std::vector<Layer>& layers,
   }
   arguments.debiased = debiased;
   arguments.distance = distance;
-  arguments.share = plan.share;
+  arguments.block_columns = plan.block_columns;
   if (!plan.cluster) {
     arguments.workspace = there<float>("workspace", workspace);
     arguments.counters = there<unsigned>("counters", counters);
   }
-  const rift::OnDevice here(plan.device);
+  const rift::DeviceGuard guard(plan.device);
   const int most = batch ? plan.entries : std::min(plan.entries, rift::MAX_LAYERS);
   for (int begin = 0; begin < entries; begin += most) {
     const int count = std::min(most, entries - begin);
@@ -172,7 +173,8 @@ void check_hopper(const char* kernel) {
                      rift::device_attribute(cudaDevAttrComputeCapabilityMinor);
   const std::string built = ";" + std::string(RIFT_ARCHS) + ";";
   if (number == 90 && built.find(";90a;") != std::string::npos) return;
-  throw std::runtime_error(std::string(kernel) + ": needs RIFT_KERNELS_CUDA_ARCHS with 90a and a GPU of " +
+  throw std::runtime_error(std::string(kernel) +
+                           ": needs RIFT_KERNELS_CUDA_ARCHS with 90a and a GPU of " +
                            "compute capability 9.0; got " + RIFT_ARCHS + " and " +
                            std::to_string(number / 10) + "." + std::to_string(number % 10));
 }
@@ -189,17 +191,25 @@ void moments(const Features& x, const Features& y, int rows, int processors, boo
   arguments.tiles = there<float>("tiles", tiles);
   if (rift::spill_floats(arguments.schedule) > 0) arguments.spill = there<float>("spill", spill);
   const rift::Matrix left = matrix("x", x), right = matrix("y", y);
-  const rift::OnDevice here(device);
+  const rift::DeviceGuard guard(device);
   if (pairs) check_hopper("moments_sm90");
   const auto launcher = pairs ? rift::moments_sm90 : rift::moments_sm80;
   launcher(arguments, left, right, reinterpret_cast<cudaStream_t>(stream));
 }
 
 rift::CkaLargeCall cka_large_call(const Features& x, const Features& y, int rows, bool student,
-                                     bool teacher, bool debiased, bool distance, bool high,
-                                     int processors, bool hopper) {
-  return {side_of("x", x), side_of("y", y), within("rows", rows, 1 << 30), student, teacher,
-          debiased, distance, high, within("processors", processors, 1 << 16), hopper};
+                                  bool teacher, bool debiased, bool distance, bool high,
+                                  int processors, bool hopper) {
+  return {side_of("x", x),
+          side_of("y", y),
+          within("rows", rows, 1 << 30),
+          student,
+          teacher,
+          debiased,
+          distance,
+          high,
+          within("processors", processors, 1 << 16),
+          hopper};
 }
 
 // Bytes of scratch memory, and of memory that the backward needs.
@@ -210,18 +220,18 @@ std::array<long long, 2> cka_large_memory(const rift::CkaLargeCall& call) {
 }
 
 void cka_large_forward(const rift::CkaLargeCall& call, Address scratch, Address saved,
-                        Address value, int device, Address stream) {
+                       Address value, int device, Address stream) {
   rift::CkaLargeMemory memory{there<unsigned char>("scratch", scratch),
-                                there<unsigned char>("saved", saved), 0, 0};
+                              there<unsigned char>("saved", saved), 0, 0};
   rift::CkaLargeArguments arguments = rift::cka_large_arguments(call, memory);
   arguments.value = there<float>("value", value);
-  const rift::OnDevice here(device);
+  const rift::DeviceGuard guard(device);
   if (call.hopper) check_hopper("moments_sm90");
   rift::cka_large_forward(arguments, reinterpret_cast<cudaStream_t>(stream));
 }
 
-void cka_large_backward(const rift::CkaLargeCall& call, int side, Address saved,
-                         Address incoming, Address grad, int device, Address stream) {
+void cka_large_backward(const rift::CkaLargeCall& call, int side, Address saved, Address incoming,
+                        Address grad, int device, Address stream) {
   if (side != 0 && side != 1) {
     throw py::value_error("side must be 0 (student) or 1 (teacher); got " + std::to_string(side));
   }
@@ -233,7 +243,7 @@ void cka_large_backward(const rift::CkaLargeCall& call, int side, Address saved,
   }
   const auto* from = there<const float>("incoming", incoming);
   void* to = there<void>("grad", grad);
-  const rift::OnDevice here(device);
+  const rift::DeviceGuard guard(device);
   if (call.hopper) check_hopper("backward_sm90");
   rift::cka_large_backward(arguments, side, from, to, reinterpret_cast<cudaStream_t>(stream));
 }
@@ -242,14 +252,14 @@ void cka_large_backward(const rift::CkaLargeCall& call, int side, Address saved,
 using Tensor = std::array<long long, 5>;
 
 void scale(const std::vector<Tensor>& tensors, int unit, int out, int device, Address stream) {
-  const rift::Type unit_type = type_of("unit", unit), out_type = type_of("out", out);
-  if (unit_type == rift::Type::fp16 ||
-      (unit_type == rift::Type::bf16 && out_type != rift::Type::bf16)) {
+  const rift::ElementType unit_type = type_of("unit", unit), out_type = type_of("out", out);
+  if (unit_type == rift::ElementType::fp16 ||
+      (unit_type == rift::ElementType::bf16 && out_type != rift::ElementType::bf16)) {
     throw py::value_error("unit must be 2 (float32), or 0 (bfloat16) as out is; got " +
                           std::to_string(unit) + " and " + std::to_string(out));
   }
   if (tensors.empty()) return;
-  const rift::OnDevice here(device);
+  const rift::DeviceGuard guard(device);
   rift::ScaledTensors all;
   for (size_t begin = 0; begin < tensors.size(); begin += rift::MAX_TENSORS) {
     all.size = static_cast<int>(std::min<size_t>(rift::MAX_TENSORS, tensors.size() - begin));
@@ -278,7 +288,7 @@ PYBIND11_MODULE(_C, module) {
   py::class_<rift::CkaSmallPlan>(module, "CkaSmallPlan", py::module_local())
       .def_readonly("cluster", &rift::CkaSmallPlan::cluster)
       .def_readonly("blocks", &rift::CkaSmallPlan::blocks)
-      .def_readonly("share", &rift::CkaSmallPlan::share)
+      .def_readonly("block_columns", &rift::CkaSmallPlan::block_columns)
       .def_readonly("shared_bytes", &rift::CkaSmallPlan::shared_bytes)
       .def_readonly("entries", &rift::CkaSmallPlan::entries)
       .def_readonly("workspace", &rift::CkaSmallPlan::workspace);
@@ -298,17 +308,19 @@ PYBIND11_MODULE(_C, module) {
       .def_property_readonly("spill_floats", &rift::spill_floats)
       .def("tile", &rift::Schedule::tile)
       .def("parts", &rift::Schedule::parts)
-      .def("spill_of", &rift::Schedule::spill_of)
+      .def("spill_index", &rift::Schedule::spill_index)
       .def("piece", [](const rift::Schedule& schedule, int program, int index) {
         const rift::Piece piece = schedule.piece(program, index);
         return std::array<int, 4>{piece.square, piece.part, piece.first, piece.last};
       });
-  module.def("moments_schedule", &moments_schedule, "Who multiplies what; see csrc/cka_large/schedule.h.");
+  module.def("moments_schedule", &moments_schedule,
+             "Who multiplies what; see csrc/cka_large/schedule.h.");
   module.def("moments", &moments, "Raw second moments; see csrc/cka_large/moments.h.");
   py::class_<rift::CkaLargeCall>(module, "CkaLargeCall", py::module_local())
       .def(py::init(&cka_large_call));
   module.def("cka_large_memory", &cka_large_memory, "Bytes of scratch, and for the backward.");
   module.def("cka_large_forward", &cka_large_forward, "The value; see csrc/cka_large/cka_large.h.");
-  module.def("cka_large_backward", &cka_large_backward, "A gradient; see csrc/cka_large/cka_large.h.");
+  module.def("cka_large_backward", &cka_large_backward,
+             "A gradient; see csrc/cka_large/cka_large.h.");
   module.def("scale", &scale, "out = incoming * unit; see csrc/cka_small/scale.h.");
 }

@@ -22,9 +22,9 @@ constexpr int BACKWARD_RING_SHARED =
     BACKWARD_RING_STAGES * BACKWARD_RING_STAGE + TILE * static_cast<int>(sizeof(BackwardColumn));
 static_assert(BACKWARD_RING_SHARED <= 99 * 1024);
 
-RIFT_BOTH constexpr int backward_tiles(const CkaLargeArguments& forward, int side) {
+RIFT_HOST_DEVICE constexpr int backward_tiles(const CkaLargeArguments& forward, int side) {
   const int width = side == 0 ? forward.x.width : forward.y.width;
-  return cut(forward.rows, TILE) * cut(width, TILE);
+  return ceil_div(forward.rows, TILE) * ceil_div(width, TILE);
 }
 
 struct BackwardMatrices {
@@ -52,7 +52,7 @@ struct BackwardRing {
       const BackwardStep step = steps.at(i);
       const int stage = i % BACKWARD_RING_STAGES;
       if (step.is_own) fetch_tile<TILE, STEP>(own(stage), matrices.own, row, step.inner);
-      if (!step.is_own || arguments.near()) {
+      if (!step.is_own || arguments.equal_widths()) {
         fetch_tile<TILE, STEP>(other(stage), matrices.other, row, step.inner);
       }
       fetch_tile<STEP, TILE>(plane(stage), matrices.planes, step.plane_row(arguments.forward.width),
@@ -64,20 +64,20 @@ struct BackwardRing {
   // 16 columns of W for this warp's 64 rows, in their high or in their low halves.
   __device__ void form(Fragments& fragments, const BackwardStep& step, int stage, int inner) const {
     const float c_own = arguments.scalar(OWN);
-    const float c_other = arguments.near() ? arguments.scalar(OTHER) : 0;
+    const float c_other = arguments.equal_widths() ? arguments.scalar(OTHER) : 0;
     // Of this lane's columns: two neighbours, and two 8 further on.
     float mean_own[2][2], mean_other[2][2] = {};
 #pragma unroll
     for (int n = 0; n < 4; ++n) {
       const int at = step.inner + inner + threadIdx.x % 4 * 2 + n / 2 * 8 + n % 2;
       mean_own[n / 2][n % 2] = arguments.means_of_own()[at];
-      if (arguments.near()) mean_other[n / 2][n % 2] = arguments.means_of_other()[at];
+      if (arguments.equal_widths()) mean_other[n / 2][n % 2] = arguments.means_of_other()[at];
     }
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       uint32_t x[4], y[4] = {};
       load_inner_columns<BACKWARD_RING_STEP>(x, own(stage), warp_row() + 16 * i, inner);
-      if (arguments.near()) {
+      if (arguments.equal_widths()) {
         load_inner_columns<BACKWARD_RING_STEP>(y, other(stage), warp_row() + 16 * i, inner);
       }
 #pragma unroll
@@ -88,11 +88,12 @@ struct BackwardRing {
           const float own_x = bits_to_float(pair ? x[part] & 0xFFFF0000 : x[part] << 16);
           const float other_x = bits_to_float(pair ? y[part] & 0xFFFF0000 : y[part] << 16);
           sum[pair] = c_own * (own_x - mean_own[part / 2][pair]);
-          if (arguments.near()) sum[pair] += c_other * (other_x - mean_other[part / 2][pair]);
+          if (arguments.equal_widths())
+            sum[pair] += c_other * (other_x - mean_other[part / 2][pair]);
         }
         uint32_t high, low;
         split_pair(sum[0], sum[1], high, low);
-        fragments.a[i][part] = step.turn == 2 ? low : high;
+        fragments.a[i][part] = step.pass == 2 ? low : high;
       }
     }
   }
@@ -120,17 +121,17 @@ struct BackwardRing {
   __device__ void store(const float (&c)[4][4][4]) const {
     const float g = *arguments.incoming;
     const int lane = threadIdx.x % 32;
-    const Longest longest = read_longest(arguments.forward);
+    const LongRows long_rows = read_long_rows(arguments.forward);
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
       const int at = row + warp_row() + 8 * i + lane / 4;
       if (at >= arguments.forward.rows) continue;
-      const BackwardRow of_row = backward_row(arguments, longest, at);
+      const BackwardRow of_row = backward_row(arguments, long_rows, at);
 #pragma unroll
       for (int j = 0; j < 8; ++j) {
         const int within = warp_column() + 8 * (j / 2) + lane % 4 * 2 + j % 2;
-        store_gradient(arguments, g, at, column + within, c[i / 2][j / 2][i % 2 * 2 + j % 2], of_row,
-                       longest.count, columns()[within]);
+        store_gradient(arguments, g, at, column + within, c[i / 2][j / 2][i % 2 * 2 + j % 2],
+                       of_row, long_rows.count, columns()[within]);
       }
     }
   }
@@ -140,7 +141,7 @@ __global__ void __launch_bounds__(TILE_THREADS, 1)
     backward_sm80_kernel(const __grid_constant__ BackwardArguments arguments,
                          const __grid_constant__ BackwardMatrices matrices) {
   // Blocks that share rows run together, and find them in the L2 cache.
-  const int across = cut(arguments.own().width, TILE);
+  const int across = ceil_div(arguments.own().width, TILE);
   const int row = static_cast<int>(blockIdx.x) / across * TILE;
   const int column = static_cast<int>(blockIdx.x) % across * TILE;
   const BackwardSteps steps = backward_steps(arguments, BACKWARD_RING_STEP);

@@ -11,16 +11,16 @@
 
 #include "cka_large/backward.cuh"
 #include "common/elements.cuh"
-#include "common/ring.h"
+#include "common/pipeline_state.h"
 #include "common/sm90.cuh"
 
 namespace rift {
 
-constexpr int BACKWARD_COLUMNS = PAIR * MOMENT_BLOCK;
+constexpr int BACKWARD_COLUMNS = CLUSTER_SIZE * MOMENT_BLOCK;
 constexpr int BACKWARD_STAGES = 3;
 // 64 columns of 128 rows of features; 64 rows of 256 columns of a plane.
 constexpr int FEATURES_BYTES = BACKWARD_ROWS * BOX_COLUMNS * 2;
-constexpr int PLANE_BYTES = PAIR * OPERAND_BYTES;
+constexpr int PLANE_BYTES = CLUSTER_SIZE * OPERAND_BYTES;
 constexpr int BACKWARD_STAGE_BYTES = 2 * FEATURES_BYTES + PLANE_BYTES;
 struct BackwardScratch {
   Mbarrier full[BACKWARD_STAGES], empty[BACKWARD_STAGES];
@@ -30,9 +30,9 @@ constexpr int BACKWARD_SHARED =
     1024 + BACKWARD_STAGES * BACKWARD_STAGE_BYTES + static_cast<int>(sizeof(BackwardScratch));
 
 // Clusters of two blocks.
-RIFT_BOTH constexpr int backward_pairs(const CkaLargeArguments& forward, int side) {
+RIFT_HOST_DEVICE constexpr int backward_clusters(const CkaLargeArguments& forward, int side) {
   const int width = side == 0 ? forward.x.width : forward.y.width;
-  return cut(forward.rows, PAIR * BACKWARD_ROWS) * cut(width, BACKWARD_COLUMNS);
+  return ceil_div(forward.rows, CLUSTER_SIZE * BACKWARD_ROWS) * ceil_div(width, BACKWARD_COLUMNS);
 }
 
 struct BackwardMaps {
@@ -52,21 +52,21 @@ struct BackwardBlock {
 
 __device__ inline void fetch_backward(const BackwardArguments& arguments, const BackwardMaps& maps,
                                       const BackwardBlock& block) {
-  Turn<BACKWARD_STAGES> turn;
-  for (int i = 0; i < block.steps.count(); ++i, turn.next()) {
+  PipelineState<BACKWARD_STAGES> state;
+  for (int i = 0; i < block.steps.count(); ++i, state.advance()) {
     const BackwardStep step = block.steps.at(i);
-    Mbarrier* full = block.scratch->full + turn.stage;
-    wait_barrier(block.scratch->empty + turn.stage, turn.parity ^ 1);
-    const bool has_other = !step.is_own || arguments.near();
-    arrive_and_expect(full, PLANE_BYTES + (step.is_own + has_other) * FEATURES_BYTES);
-    if (step.is_own) copy_box(block.own(turn.stage), &maps.own, step.inner, block.row, full);
-    if (has_other) copy_box(block.other(turn.stage), &maps.other, step.inner, block.row, full);
+    Mbarrier* full = block.scratch->full + state.stage;
+    wait_barrier(block.scratch->empty + state.stage, state.parity ^ 1);
+    const bool has_other = !step.is_own || arguments.equal_widths();
+    arrive_expect_tx(full, PLANE_BYTES + (step.is_own + has_other) * FEATURES_BYTES);
+    if (step.is_own) copy_box(block.own(state.stage), &maps.own, step.inner, block.row, full);
+    if (has_other) copy_box(block.other(state.stage), &maps.other, step.inner, block.row, full);
 #pragma unroll
     for (int k = 0; k < 2; ++k) {
       const int box = 2 * block.rank + k;
-      copy_box_to_pair(block.plane(turn.stage) + box * BOX_BYTES, &maps.planes,
-                       block.column + box * BOX_COLUMNS, step.plane_row(arguments.forward.width),
-                       full);
+      copy_box_multicast(block.plane(state.stage) + box * BOX_BYTES, &maps.planes,
+                         block.column + box * BOX_COLUMNS, step.plane_row(arguments.forward.width),
+                         full);
     }
   }
 }
@@ -98,7 +98,7 @@ struct Backward {
   __device__ void prepare() const {
     const int thread = threadIdx.x - 128;
     block.scratch->columns[thread] = backward_column(arguments, block.column + thread);
-    meet_multipliers();
+    consumer_barrier();
   }
 
   __device__ StepMeans means_of(const BackwardStep& step) const {
@@ -111,7 +111,7 @@ struct Backward {
 #pragma unroll
       for (int pair = 0; pair < 2; ++pair) {
         result.own[k][pair] = own[8 * k + pair];
-        if (arguments.near()) result.other[k][pair] = other[8 * k + pair];
+        if (arguments.equal_widths()) result.other[k][pair] = other[8 * k + pair];
       }
     }
     return result;
@@ -121,7 +121,7 @@ struct Backward {
   __device__ void form(const BackwardStep& step, const StepMeans& means, int stage,
                        uint32_t (&w)[BOX_COLUMNS / 16][4]) const {
     const float c_own = arguments.scalar(OWN);
-    const float c_other = arguments.near() ? arguments.scalar(OTHER) : 0;
+    const float c_other = arguments.equal_widths() ? arguments.scalar(OTHER) : 0;
 #pragma unroll
     for (int k = 0; k < BOX_COLUMNS / 16; ++k) {
 #pragma unroll
@@ -130,46 +130,47 @@ struct Backward {
         const int row = first_row() + part % 2 * 8;
         float x[2], y[2] = {}, sum[2];
         read_features(block.own(stage), row, column, x);
-        if (arguments.near()) read_features(block.other(stage), row, column, y);
+        if (arguments.equal_widths()) read_features(block.other(stage), row, column, y);
 #pragma unroll
         for (int pair = 0; pair < 2; ++pair) {
           sum[pair] = c_own * (x[pair] - means.own[eighth][pair]);
-          if (arguments.near()) sum[pair] += c_other * (y[pair] - means.other[eighth][pair]);
+          if (arguments.equal_widths())
+            sum[pair] += c_other * (y[pair] - means.other[eighth][pair]);
         }
         uint32_t high, low;
         split_pair(sum[0], sum[1], high, low);
-        w[k][part] = step.turn == 2 ? low : high;
+        w[k][part] = step.pass == 2 ? low : high;
       }
     }
   }
 
   // W P: begins the products of one step; `w` stays theirs until those of the next one have begun.
-  __device__ void begin_own(int i, const Turn<BACKWARD_STAGES>& turn, float (&c)[128],
+  __device__ void begin_own(int i, const PipelineState<BACKWARD_STAGES>& state, float (&c)[128],
                             uint32_t (&w)[BOX_COLUMNS / 16][4]) const {
     const BackwardStep step = block.steps.at(i);
     // While the features are on their way.
     const StepMeans means = means_of(step);
-    wait_barrier(block.scratch->full + turn.stage, turn.parity);
-    form(step, means, turn.stage, w);
-    const uint64_t plane = describe(block.plane(turn.stage), BOX_BYTES);
-    begin_products();
+    wait_barrier(block.scratch->full + state.stage, state.parity);
+    form(step, means, state.stage, w);
+    const uint64_t plane = matrix_descriptor(block.plane(state.stage), BOX_BYTES);
+    warpgroup_fence();
 #pragma unroll
     for (int k = 0; k < BOX_COLUMNS / 16; ++k) multiply_add(c, w[k], plane + k * (16 * 128 / 16));
-    commit_products();
+    warpgroup_commit();
   }
 
   // Other R: the same.
-  __device__ void begin_other(const Turn<BACKWARD_STAGES>& turn, float (&c)[128]) const {
-    wait_barrier(block.scratch->full + turn.stage, turn.parity);
-    const uint64_t other = describe(block.other(turn.stage) + half * 64 * 128, 0);
-    const uint64_t plane = describe(block.plane(turn.stage), BOX_BYTES);
-    begin_products();
+  __device__ void begin_other(const PipelineState<BACKWARD_STAGES>& state, float (&c)[128]) const {
+    wait_barrier(block.scratch->full + state.stage, state.parity);
+    const uint64_t other = matrix_descriptor(block.other(state.stage) + half * 64 * 128, 0);
+    const uint64_t plane = matrix_descriptor(block.plane(state.stage), BOX_BYTES);
+    warpgroup_fence();
 #pragma unroll
     for (int k = 0; k < BOX_COLUMNS / 16; ++k) {
       // 16 columns of 2 bytes further in a row.
       multiply_add_rows(c, other + k * (16 * 2 / 16), plane + k * (16 * 128 / 16));
     }
-    commit_products();
+    warpgroup_commit();
   }
 
   // Two loops: what a branch has between products, the compiler waits for.
@@ -177,51 +178,51 @@ struct Backward {
     prepare();
     float c[128] = {};
     uint32_t even[BOX_COLUMNS / 16][4], odd[BOX_COLUMNS / 16][4];
-    Turn<BACKWARD_STAGES> turn;
+    PipelineState<BACKWARD_STAGES> state;
     int before = -1;
     const auto advance = [&] {
       // Those of the step before are through.
-      wait_products<1>();
+      warpgroup_wait<1>();
       if (before >= 0) release(before);
-      before = turn.stage;
-      turn.next();
+      before = state.stage;
+      state.advance();
     };
     const int own_count = block.steps.own_count(), count = block.steps.count();
     for (int i = 0; i < own_count; i += 2) {
-      begin_own(i, turn, c, even);
+      begin_own(i, state, c, even);
       advance();
       if (i + 1 == own_count) break;
-      begin_own(i + 1, turn, c, odd);
+      begin_own(i + 1, state, c, odd);
       advance();
     }
-    wait_products<0>();
+    warpgroup_wait<0>();
     for (int i = own_count; i < count; ++i) {
-      begin_other(turn, c);
+      begin_other(state, c);
       advance();
     }
-    wait_products<0>();
+    warpgroup_wait<0>();
     release(before);
     store(c);
   }
 
   __device__ void release(int stage) const {
     const int lane = threadIdx.x % 32;
-    if (lane < PAIR) arrive_at(block.scratch->empty + stage, lane);
+    if (lane < CLUSTER_SIZE) arrive_remote(block.scratch->empty + stage, lane);
   }
 
   __device__ void store(const float (&c)[128]) const {
     const float g = *arguments.incoming;
-    const Longest longest = read_longest(arguments.forward);
+    const LongRows long_rows = read_long_rows(arguments.forward);
 #pragma unroll
     for (int below = 0; below < 2; ++below) {
       const int row = block.row + first_row() + 8 * below;
       if (row >= arguments.forward.rows) continue;
-      const BackwardRow of_row = backward_row(arguments, longest, row);
+      const BackwardRow of_row = backward_row(arguments, long_rows, row);
 #pragma unroll
       for (int n = 0; n < 64; ++n) {
         const int within = n / 2 * 8 + threadIdx.x % 4 * 2 + n % 2;
         store_gradient(arguments, g, row, block.column + within, c[n / 2 * 4 + 2 * below + n % 2],
-                       of_row, longest.count, block.scratch->columns[within]);
+                       of_row, long_rows.count, block.scratch->columns[within]);
       }
     }
   }
@@ -231,35 +232,35 @@ __device__ inline void run_backward(const BackwardArguments& arguments, const Ba
   unsigned char* memory = shared_memory();
   memory += (1024 - shared_address(memory) % 1024) % 1024;
   // Clusters that share rows run together, and find them in the L2 cache.
-  const int across = cut(arguments.own().width, BACKWARD_COLUMNS);
-  const int pair = static_cast<int>(blockIdx.x) / PAIR;
+  const int across = ceil_div(arguments.own().width, BACKWARD_COLUMNS);
+  const int pair = static_cast<int>(blockIdx.x) / CLUSTER_SIZE;
   BackwardBlock block{};
   block.stages = memory;
   block.scratch =
       reinterpret_cast<BackwardScratch*>(memory + BACKWARD_STAGES * BACKWARD_STAGE_BYTES);
   block.steps = backward_steps(arguments, BOX_COLUMNS);
-  block.rank = static_cast<int>(blockIdx.x) % PAIR;
-  block.row = (pair / across * PAIR + block.rank) * BACKWARD_ROWS;
+  block.rank = static_cast<int>(blockIdx.x) % CLUSTER_SIZE;
+  block.row = (pair / across * CLUSTER_SIZE + block.rank) * BACKWARD_ROWS;
   block.column = pair % across * BACKWARD_COLUMNS;
   if (threadIdx.x == 0) {
-    prefetch(&maps.own);
-    prefetch(&maps.other);
-    prefetch(&maps.planes);
+    prefetch_tensor_map(&maps.own);
+    prefetch_tensor_map(&maps.other);
+    prefetch_tensor_map(&maps.planes);
     for (int stage = 0; stage < BACKWARD_STAGES; ++stage) {
       init_barrier(block.scratch->full + stage, 1);
       // A thread of each warp that multiplies, of both blocks.
-      init_barrier(block.scratch->empty + stage, PAIR * 8);
+      init_barrier(block.scratch->empty + stage, CLUSTER_SIZE * 8);
     }
-    fence_barriers();
+    fence_barrier_init();
   }
   __syncwarp();
   cluster_barrier();
   const int group = threadIdx.x / 128;
   if (group == 0) {
-    fewer_registers();
+    deallocate_registers();
     if (threadIdx.x == 0) fetch_backward(arguments, maps, block);
   } else {
-    more_registers();
+    allocate_registers();
     Backward{arguments, block, group - 1}.run();
   }
   // Nobody leaves while the other block may still write into its memory.
@@ -267,7 +268,7 @@ __device__ inline void run_backward(const BackwardArguments& arguments, const Ba
   cluster_barrier();
 }
 
-// Clusters of PAIR blocks.
+// Clusters of CLUSTER_SIZE blocks.
 __global__ void __launch_bounds__(MOMENT_THREADS, 1)
     backward_sm90_kernel(const __grid_constant__ BackwardArguments arguments,
                          const __grid_constant__ BackwardMaps maps) {

@@ -10,7 +10,7 @@
 namespace rift {
 namespace {
 
-Matrix matrix_of(const CkaLargeSide& side, int rows) {
+Matrix make_matrix(const CkaLargeSide& side, int rows) {
   return {side.features, side.stride, rows, side.width};
 }
 
@@ -27,9 +27,10 @@ void cka_large_forward(const CkaLargeArguments& arguments, cudaStream_t stream) 
             rows_shared(arguments.width)},
            stream, rows_kernel, arguments);
   }
-  const MomentsArguments moments{arguments.schedule, arguments.tiles,   arguments.spill,
-                                 arguments.longest,  arguments.patches, arguments.width};
-  const Matrix x = matrix_of(arguments.x, arguments.rows), y = matrix_of(arguments.y, arguments.rows);
+  const MomentsArguments moments{arguments.schedule,  arguments.tiles,   arguments.spill,
+                                 arguments.long_rows, arguments.patches, arguments.width};
+  const Matrix x = make_matrix(arguments.x, arguments.rows),
+               y = make_matrix(arguments.y, arguments.rows);
   (arguments.hopper ? moments_sm90 : moments_sm80)(moments, x, y, stream);
   launch({"cka_large_head", arguments.head_programs(), HEAD_THREADS, sizeof(HeadScratch)}, stream,
          cka_large_head_kernel, arguments);
@@ -40,29 +41,31 @@ namespace {
 void backward_sm90(const BackwardArguments& all, const BackwardMatrices& matrices,
                    cudaStream_t stream) {
   constexpr const char* NAME = "backward_sm90";
-  const BackwardMaps maps{encode(matrices.own, BACKWARD_ROWS, NAME),
-                          encode(matrices.other, BACKWARD_ROWS, NAME),
-                          encode(matrices.planes, BOX_COLUMNS, NAME)};
-  launch({NAME, PAIR * backward_pairs(all.forward, all.side), MOMENT_THREADS, BACKWARD_SHARED, PAIR},
+  const BackwardMaps maps{encode_tensor_map(matrices.own, BACKWARD_ROWS, NAME),
+                          encode_tensor_map(matrices.other, BACKWARD_ROWS, NAME),
+                          encode_tensor_map(matrices.planes, BOX_COLUMNS, NAME)};
+  launch({NAME, CLUSTER_SIZE * backward_clusters(all.forward, all.side), MOMENT_THREADS,
+          BACKWARD_SHARED, CLUSTER_SIZE},
          stream, backward_sm90_kernel, all, maps);
 }
 
 void backward_sm80(const BackwardArguments& all, const BackwardMatrices& matrices,
                    cudaStream_t stream) {
-  launch({"backward_sm80", backward_tiles(all.forward, all.side), TILE_THREADS,
-          BACKWARD_RING_SHARED},
-         stream, backward_sm80_kernel, all, matrices);
+  launch(
+      {"backward_sm80", backward_tiles(all.forward, all.side), TILE_THREADS, BACKWARD_RING_SHARED},
+      stream, backward_sm80_kernel, all, matrices);
 }
 
 }  // namespace
 
 void cka_large_backward(const CkaLargeArguments& arguments, int side, const float* incoming,
-                         void* grad, cudaStream_t stream) {
+                        void* grad, cudaStream_t stream) {
   const BackwardArguments all{arguments, incoming, static_cast<unsigned short*>(grad), side};
   const void* planes = side == 0 ? arguments.planes_x : arguments.planes_y;
-  const BackwardMatrices matrices{matrix_of(all.own(), arguments.rows),
-                                  matrix_of(all.other(), arguments.rows),
-                                  {planes, arguments.width, 4LL * arguments.width, arguments.width}};
+  const BackwardMatrices matrices{
+      make_matrix(all.own(), arguments.rows),
+      make_matrix(all.other(), arguments.rows),
+      {planes, arguments.width, 4LL * arguments.width, arguments.width}};
   (arguments.hopper ? backward_sm90 : backward_sm80)(all, matrices, stream);
 }
 

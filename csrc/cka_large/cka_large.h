@@ -11,6 +11,6 @@ void cka_large_forward(const CkaLargeArguments& arguments, cudaStream_t stream);
 
 // Of side 0, the student, or 1.
 void cka_large_backward(const CkaLargeArguments& arguments, int side, const float* incoming,
-                         void* grad, cudaStream_t stream);
+                        void* grad, cudaStream_t stream);
 
 }  // namespace rift

@@ -29,16 +29,16 @@ struct HeadScratch {
   int last;
 };
 
-// This thread's elements of a strip of a tile, over all parts that there are of it; `flipped`: of the
+// This thread's elements of a strip of a tile, over all parts that there are of it; `transposed`: of the
 // tile's transpose.
-__device__ inline void read_strip(const CkaLargeArguments& arguments, Pair tile, int part,
-                                  bool flipped, float (&x)[HEAD_ROWS], HeadScratch& scratch) {
-  const MomentsArguments moments{arguments.schedule, arguments.tiles, arguments.spill,
-                                 nullptr, nullptr, 0};
+__device__ inline void read_strip(const CkaLargeArguments& arguments, TileCoord tile, int part,
+                                  bool transposed, float (&x)[HEAD_ROWS], HeadScratch& scratch) {
+  const MomentsArguments moments{
+      arguments.schedule, arguments.tiles, arguments.spill, nullptr, nullptr, 0};
   const int square = arguments.schedule.square_of(tile);
   const int parts = arguments.schedule.parts(square);
-  const float* first = moments.part_of(tile, square, 0);
-  const float* second = parts > 1 ? moments.part_of(tile, square, 1) : nullptr;
+  const float* first = moments.part_address(tile, square, 0);
+  const float* second = parts > 1 ? moments.part_address(tile, square, 1) : nullptr;
   const long long next = 1LL * arguments.schedule.side * arguments.schedule.side * MOMENT_TILE;
   const auto total = [&](int at) {
     float sum = first[at];
@@ -46,7 +46,7 @@ __device__ inline void read_strip(const CkaLargeArguments& arguments, Pair tile,
     return sum;
   };
   const int column = threadIdx.x % MOMENT_BLOCK, row = threadIdx.x / MOMENT_BLOCK * HEAD_ROWS;
-  if (!flipped) {
+  if (!transposed) {
 #pragma unroll
     for (int i = 0; i < HEAD_ROWS; ++i) {
       x[i] = total((part * STRIP + row + i) * MOMENT_BLOCK + column);
@@ -77,9 +77,9 @@ __device__ inline void store_direct(const CkaLargeArguments& arguments, unsigned
 }
 
 // The same with the strip's columns as rows, through scratch.strip, which holds it afterwards.
-__device__ inline void store_turned(const CkaLargeArguments& arguments, unsigned short* plane,
-                                    int i, int j, const float (&x)[HEAD_ROWS],
-                                    HeadScratch& scratch) {
+__device__ inline void store_transposed(const CkaLargeArguments& arguments, unsigned short* plane,
+                                        int i, int j, const float (&x)[HEAD_ROWS],
+                                        HeadScratch& scratch) {
   const long long half = 2LL * arguments.width * arguments.width;
   const int column = threadIdx.x % MOMENT_BLOCK, row = threadIdx.x / MOMENT_BLOCK * HEAD_ROWS;
   __syncthreads();
@@ -96,9 +96,7 @@ __device__ inline void store_turned(const CkaLargeArguments& arguments, unsigned
 }
 
 __device__ inline float high_half(float x) { return bf16_to_float(round_to_bf16(x)); }
-__device__ inline float low_half(float x) {
-  return bf16_to_float(round_to_bf16(x - high_half(x)));
-}
+__device__ inline float low_half(float x) { return bf16_to_float(round_to_bf16(x - high_half(x))); }
 
 // What the means of the left operand's columns add to every row of the gradient, for both halves:
 // of the strip in scratch.strip, along its rows or down its columns.
@@ -113,8 +111,8 @@ __device__ inline void store_shift_along(const CkaLargeArguments& arguments, int
     high += scratch.mean_j[j] * high_half(x);
     low += scratch.mean_j[j] * low_half(x);
   }
-  high = lane_sum(high, THREADS_A_ROW);
-  low = lane_sum(low, THREADS_A_ROW);
+  high = warp_sum(high, THREADS_A_ROW);
+  low = warp_sum(low, THREADS_A_ROW);
   if (threadIdx.x % THREADS_A_ROW == 0) {
     float* out = arguments.shift_x + block_j * arguments.width + i + row;
     out[0] = high;
@@ -155,22 +153,21 @@ __device__ inline double squares(const float (&x)[HEAD_ROWS]) {
 }
 
 // A strip of C less t times the same of A or B, of unit norm.
-__device__ inline void subtract_own(const CkaLargeArguments& arguments, const Longest& longest,
-                                    const UnitScales& scales,
-                                    const MomentTile& tile, int part, bool is_y,
-                                    const float (&cross)[HEAD_ROWS], float (&rest)[HEAD_ROWS],
-                                    HeadScratch& scratch) {
+__device__ inline void subtract_own(const CkaLargeArguments& arguments, const LongRows& long_rows,
+                                    const UnitScales& scales, const MomentTile& tile, int part,
+                                    bool is_y, const float (&cross)[HEAD_ROWS],
+                                    float (&rest)[HEAD_ROWS], HeadScratch& scratch) {
   const int before = is_y ? arguments.schedule.blocks_x : 0;
-  const Pair own{before + min(tile.i, tile.j), before + max(tile.i, tile.j)};
+  const TileCoord own{before + min(tile.i, tile.j), before + max(tile.i, tile.j)};
   const int i = tile.i * MOMENT_BLOCK + part * STRIP, j = tile.j * MOMENT_BLOCK;
   read_strip(arguments, own, part, tile.i > tile.j, rest, scratch);
   const int row = threadIdx.x / MOMENT_BLOCK * HEAD_ROWS, column = threadIdx.x % MOMENT_BLOCK;
   const float scale = is_y ? scales.y : scales.x;
-  const auto n = static_cast<float>(rest_of(arguments, longest));
-  const float mean_j = column_mean(arguments, longest, is_y, j + column);
+  const auto n = static_cast<float>(remaining_rows(arguments, long_rows));
+  const float mean_j = column_mean(arguments, long_rows, is_y, j + column);
   __syncthreads();
   if (threadIdx.x < STRIP) {
-    scratch.own_i[threadIdx.x] = column_mean(arguments, longest, is_y, i + threadIdx.x);
+    scratch.own_i[threadIdx.x] = column_mean(arguments, long_rows, is_y, i + threadIdx.x);
   }
   __syncthreads();
 #pragma unroll
@@ -180,25 +177,27 @@ __device__ inline void subtract_own(const CkaLargeArguments& arguments, const Lo
   }
 }
 
-__device__ inline void strip_of_tile(const CkaLargeArguments& arguments, const UnitScales& scales,
+__device__ inline void process_strip(const CkaLargeArguments& arguments, const UnitScales& scales,
                                      double (&sums)[HEAD_SUMS], HeadScratch& scratch) {
   const int slot = blockIdx.x / STRIPS, part = blockIdx.x % STRIPS;
   const MomentTile tile = arguments.schedule.tile(slot);
   const int i = tile.i * MOMENT_BLOCK + part * STRIP, j = tile.j * MOMENT_BLOCK;
   const int row = threadIdx.x / MOMENT_BLOCK * HEAD_ROWS, column = threadIdx.x % MOMENT_BLOCK;
-  const Longest longest = read_longest(arguments);
+  const LongRows long_rows = read_long_rows(arguments);
   if (threadIdx.x < STRIP) {
-    scratch.mean_i[threadIdx.x] = column_mean(arguments, longest, tile.left_is_y, i + threadIdx.x);
+    scratch.mean_i[threadIdx.x] =
+        column_mean(arguments, long_rows, tile.left_is_y, i + threadIdx.x);
   }
   if (threadIdx.x < MOMENT_BLOCK) {
-    scratch.mean_j[threadIdx.x] = column_mean(arguments, longest, tile.right_is_y, j + threadIdx.x);
+    scratch.mean_j[threadIdx.x] =
+        column_mean(arguments, long_rows, tile.right_is_y, j + threadIdx.x);
   }
   __syncthreads();
   float x[HEAD_ROWS];
-  read_strip(arguments, pair_at(slot), part, false, x, scratch);
+  read_strip(arguments, tile_coord(slot), part, false, x, scratch);
   const float scale_i = tile.left_is_y ? scales.y : scales.x;
   const float scale_j = tile.right_is_y ? scales.y : scales.x;
-  const auto n = static_cast<float>(rest_of(arguments, longest));
+  const auto n = static_cast<float>(remaining_rows(arguments, long_rows));
 #pragma unroll
   for (int k = 0; k < HEAD_ROWS; ++k) {
     const float outer = n * scratch.mean_i[row + k];
@@ -217,7 +216,7 @@ __device__ inline void strip_of_tile(const CkaLargeArguments& arguments, const U
     if (plane) {
       store_direct(arguments, plane, i, j, x);
       // The tile's mirror image; on the diagonal the tile holds it itself.
-      if (tile.i != tile.j) store_turned(arguments, plane, i, j, x, scratch);
+      if (tile.i != tile.j) store_transposed(arguments, plane, i, j, x, scratch);
     }
     return;
   }
@@ -228,13 +227,13 @@ __device__ inline void strip_of_tile(const CkaLargeArguments& arguments, const U
 #pragma unroll
   for (int k = 0; k < HEAD_ROWS; ++k) rest[k] = x[k];
   if (arguments.planes_x) {
-    if (near) subtract_own(arguments, longest, scales, tile, part, false, x, rest, scratch);
+    if (near) subtract_own(arguments, long_rows, scales, tile, part, false, x, rest, scratch);
     sums[SQUARE_FX] = squares(rest);
-    store_turned(arguments, arguments.planes_x + below, i, j, rest, scratch);
+    store_transposed(arguments, arguments.planes_x + below, i, j, rest, scratch);
     store_shift_along(arguments, tile.j, i, scratch);
   }
   if (arguments.planes_y) {
-    if (near) subtract_own(arguments, longest, scales, tile, part, true, x, rest, scratch);
+    if (near) subtract_own(arguments, long_rows, scales, tile, part, true, x, rest, scratch);
     sums[SQUARE_FY] = squares(rest);
     store_direct(arguments, arguments.planes_y + below, i, j, rest);
     store_shift_down(arguments, tile.i * STRIPS + part, j, rest, scratch);
@@ -259,21 +258,21 @@ __device__ inline void finish(const CkaLargeArguments& arguments, const UnitScal
       }
     }
     block_sums(sums.rows, scratch.sums);
-    const Longest longest = read_longest(arguments);
+    const LongRows long_rows = read_long_rows(arguments);
     const float* energies = arguments.row_terms + static_cast<long long>(ENERGY) * arguments.rows;
 #pragma unroll
-    for (int s = 0; s < LONGEST; ++s) {
-      if (s >= longest.count) continue;
-      sums.long_x += energies[longest.rows[s]];
-      sums.long_y += energies[arguments.rows + longest.rows[s]];
+    for (int s = 0; s < MAX_LONG_ROWS; ++s) {
+      if (s >= long_rows.count) continue;
+      sums.long_x += energies[long_rows.rows[s]];
+      sums.long_y += energies[arguments.rows + long_rows.rows[s]];
     }
   }
-  sums.varies_x = statistics[PIVOT_X];
-  sums.varies_y = statistics[PIVOT_Y];
+  sums.pivot_energy_x = statistics[PIVOT_X];
+  sums.pivot_energy_y = statistics[PIVOT_Y];
   if (threadIdx.x == 0) {
     *arguments.value =
         cka_large_head(sums, arguments.rows, scales.x, scales.y, scales.t, arguments.debiased,
-                        arguments.distance, arguments.high, arguments.scalars);
+                       arguments.distance, arguments.high, arguments.scalars);
   }
 }
 
@@ -290,7 +289,7 @@ __global__ void __launch_bounds__(HEAD_THREADS)
   }
   if (static_cast<int>(blockIdx.x) < arguments.strip_programs()) {
     double sums[HEAD_SUMS] = {};
-    strip_of_tile(arguments, scales, sums, scratch);
+    process_strip(arguments, scales, sums, scratch);
     block_sums(sums, scratch.sums);
     if (threadIdx.x == 0) {
 #pragma unroll

@@ -24,33 +24,33 @@ namespace rift {
 struct CkaLargeSums {
   double blocks[HEAD_SUMS];
   double rows[ROW_SUMS];
-  double varies_x, varies_y;  // energies about the pivot
-  double long_x, long_y;      // energies of S
+  double pivot_energy_x, pivot_energy_y;  // energies about the pivot
+  double long_x, long_y;                  // energies of S
 };
 
 // Debiased, of one pair of sides.
-RIFT_BOTH inline double debiased_hsic(double square, double pairs, double k, double l, double kl,
-                                      double n) {
+RIFT_HOST_DEVICE inline double debiased_hsic(double square, double pairs, double k, double l,
+                                             double kl, double n) {
   return square + pairs + k * l / ((n - 1) * (n - 2)) - 2 / (n - 2) * kl;
 }
 
 // Writes [2][SCALARS]; returns the value. `t` is 0 where the widths differ.
-RIFT_BOTH inline float cka_large_head(const CkaLargeSums& sums, double n, float inverse_x,
-                                       float inverse_y, float t, bool debiased, bool distance,
-                                       bool high, float* scalars) {
+RIFT_HOST_DEVICE inline float cka_large_head(const CkaLargeSums& sums, double n, float inverse_x,
+                                             float inverse_y, float t, bool debiased, bool distance,
+                                             bool high, float* scalars) {
   double square_a = sums.blocks[SQUARE_A], square_b = sums.blocks[SQUARE_B];
   double square_c = sums.blocks[SQUARE_C];
-  bool dead = sums.varies_x == 0 || sums.varies_y == 0;
+  bool degenerate = sums.pivot_energy_x == 0 || sums.pivot_energy_y == 0;
   const double* rows = sums.rows;
   const double sums_of[2] = {rows[SUM_K], rows[SUM_L]};
   if (debiased) {
     // What differs from its mean by less than this has no moments but what rounding leaves.
-    const double alike_rounding = n / (1LL << 40);
-    const bool alike_x = rows[REST_X] <= rows[MEAN_X] * alike_rounding;
-    const bool alike_y = rows[REST_Y] <= rows[MEAN_Y] * alike_rounding;
-    if (alike_x) square_a = 0;
-    if (alike_y) square_b = 0;
-    if (alike_x || alike_y) square_c = 0;
+    const double constant_rounding = n / (1LL << 40);
+    const bool constant_x = rows[REST_X] <= rows[MEAN_X] * constant_rounding;
+    const bool constant_y = rows[REST_Y] <= rows[MEAN_Y] * constant_rounding;
+    if (constant_x) square_a = 0;
+    if (constant_y) square_b = 0;
+    if (constant_x || constant_y) square_c = 0;
   }
   double hxx = square_a, hyy = square_b, h = square_c;
   if (debiased) {
@@ -60,14 +60,15 @@ RIFT_BOTH inline float cka_large_head(const CkaLargeSums& sums, double n, float 
     // What long rows add is never taken off again. It is made of the mean's rounding where all other
     // rows are alike, and all but one of these.
     const double rounding = 1.0 / (1 << 19), mean_rounding = n / (1LL << 42);
-    dead = dead || hxx <= square_a * rounding || hyy <= square_b * rounding;
-    dead = dead || hxx <= rows[MEAN_X] * sums.long_x * mean_rounding ||
-           hyy <= rows[MEAN_Y] * sums.long_y * mean_rounding;
+    degenerate = degenerate || hxx <= square_a * rounding || hyy <= square_b * rounding;
+    degenerate = degenerate || hxx <= rows[MEAN_X] * sums.long_x * mean_rounding ||
+                 hyy <= rows[MEAN_Y] * sums.long_y * mean_rounding;
   }
-  double beta = dead ? 0 : 2 / sqrt(hxx * hyy);
+  double beta = degenerate ? 0 : 2 / sqrt(hxx * hyy);
   double value = 0.5 * h * beta;
   // NaN and Inf in the features come through where nothing varies, too.
-  value += (sums.varies_x - sums.varies_x) + (sums.varies_y - sums.varies_y);
+  value +=
+      (sums.pivot_energy_x - sums.pivot_energy_x) + (sums.pivot_energy_y - sums.pivot_energy_y);
   if (n < (debiased ? 4 : 2)) value = NAN;
   beta += value - value;
   // Where the terms are not small, their rounded halves are.
@@ -78,7 +79,7 @@ RIFT_BOTH inline float cka_large_head(const CkaLargeSums& sums, double n, float 
     value = 1 - value;
     beta = -beta;
   }
-  const double u[2] = {dead ? 0 : h / hxx, dead ? 0 : h / hyy};
+  const double u[2] = {degenerate ? 0 : h / hxx, degenerate ? 0 : h / hyy};
   const double b = 1 / ((n - 1) * (n - 2));
   const float inverse[2] = {inverse_x, inverse_y};
   for (int side = 0; side < 2; ++side) {
@@ -87,7 +88,7 @@ RIFT_BOTH inline float cka_large_head(const CkaLargeSums& sums, double n, float 
     out[SCALE] = static_cast<float>(beta);
     out[OWN] = static_cast<float>(-u[side] * inverse[side] / inverse[1 - side]);
     out[OTHER] = t;
-    out[FULL] = full[side] ? 1 : 0;
+    out[LOW_HALVES] = full[side] ? 1 : 0;
     out[ROW] = static_cast<float>(b * (alpha * sums_of[side] + beta * sums_of[1 - side]));
     out[ROW_OWN] = static_cast<float>(alpha);
     out[ROW_OTHER] = static_cast<float>(beta);

@@ -1,7 +1,7 @@
 // The longest rows, which debiased CKA keeps apart from all others.
 //
 // H(X, Y) leaves out a row's product with itself. By moments, that is a difference, and where a row is
-// far longer than the others nearly all of it is taken off again. So up to LONGEST such rows, S, never
+// far longer than the others nearly all of it is taken off again. So up to MAX_LONG_ROWS such rows, S, never
 // enter the sums: moments and means are those of the rest, R, and what S adds is made of products of
 // pairs of rows. All about the rest's means, for H is the same about any center.
 //
@@ -14,48 +14,49 @@
 namespace rift {
 
 // Rows of S, the longest first; everybody knows them in registers.
-struct Longest {
-  int rows[LONGEST];
+struct LongRows {
+  int rows[MAX_LONG_ROWS];
   int count;
 
   __device__ bool has(int row) const {
     bool found = false;
 #pragma unroll
-    for (int s = 0; s < LONGEST; ++s) found = found || rows[s] == row;
+    for (int s = 0; s < MAX_LONG_ROWS; ++s) found = found || rows[s] == row;
     return found;
   }
 };
 
-__device__ inline Longest read_longest(const CkaLargeArguments& arguments) {
-  Longest longest;
-  longest.count = 0;
+__device__ inline LongRows read_long_rows(const CkaLargeArguments& arguments) {
+  LongRows long_rows;
+  long_rows.count = 0;
 #pragma unroll
-  for (int s = 0; s < LONGEST; ++s) {
-    longest.rows[s] = arguments.debiased ? arguments.longest[s] : -1;
-    longest.count += longest.rows[s] >= 0;
+  for (int s = 0; s < MAX_LONG_ROWS; ++s) {
+    long_rows.rows[s] = arguments.debiased ? arguments.long_rows[s] : -1;
+    long_rows.count += long_rows.rows[s] >= 0;
   }
-  return longest;
+  return long_rows;
 }
 
-__device__ inline int rest_of(const CkaLargeArguments& arguments, const Longest& longest) {
-  return arguments.rows - longest.count;
+__device__ inline int remaining_rows(const CkaLargeArguments& arguments,
+                                     const LongRows& long_rows) {
+  return arguments.rows - long_rows.count;
 }
 
 // Of the rest; of all rows where there is no rest.
-__device__ inline float column_mean(const CkaLargeArguments& arguments, const Longest& longest,
+__device__ inline float column_mean(const CkaLargeArguments& arguments, const LongRows& long_rows,
                                     bool is_y, int column) {
   double total = column_sum(arguments, is_y, column);
   const float pivot = pivot_of(arguments, is_y, column);
-  const int rest = rest_of(arguments, longest);
+  const int rest = remaining_rows(arguments, long_rows);
   const CkaLargeSide& side = is_y ? arguments.y : arguments.x;
-  if (longest.count == 0 || rest == 0 || column >= side.width) {
+  if (long_rows.count == 0 || rest == 0 || column >= side.width) {
     return static_cast<float>(pivot + total / arguments.rows);
   }
   const auto* features = static_cast<const Bf16*>(side.features) + column;
 #pragma unroll
-  for (int s = 0; s < LONGEST; ++s) {
-    if (s < longest.count) {
-      total -= static_cast<double>(to_float(features[longest.rows[s] * side.stride]) - pivot);
+  for (int s = 0; s < MAX_LONG_ROWS; ++s) {
+    if (s < long_rows.count) {
+      total -= static_cast<double>(to_float(features[long_rows.rows[s] * side.stride]) - pivot);
     }
   }
   return static_cast<float>(pivot + total / rest);
@@ -83,7 +84,7 @@ struct LongestScratch {
   int last;
 };
 
-RIFT_BOTH constexpr int longest_shared(int width) {
+RIFT_HOST_DEVICE constexpr int longest_shared(int width) {
   return static_cast<int>(sizeof(LongestScratch)) + 2 * width * 4;
 }
 
@@ -101,12 +102,12 @@ __device__ inline LengthKey block_largest(LengthKey key, LengthKey* scratch) {
   return key;
 }
 
-// The LONGEST largest of the keys [begin, end), one after another, by all threads of a block.
+// The MAX_LONG_ROWS largest of the keys [begin, end), one after another, by all threads of a block.
 template <typename Read, typename Found>
 __device__ inline void find_longest(int begin, int end, Read read, Found found,
                                     LengthKey* scratch) {
   LengthKey before = ~LengthKey{0};
-  for (int s = 0; s < LONGEST; ++s) {
+  for (int s = 0; s < MAX_LONG_ROWS; ++s) {
     LengthKey largest = 0;
     for (int i = begin + static_cast<int>(threadIdx.x); i < end; i += blockDim.x) {
       const LengthKey key = read(i);
@@ -145,7 +146,7 @@ __global__ void __launch_bounds__(STATISTICS_THREADS)
         const float x = (to_float(features[column]) - means[side * width + column]) * inverse[side];
         sum += x * x;
       }
-      share = max(share, lane_sum(sum));
+      share = max(share, warp_sum(sum));
     }
     if (lane == 0) arguments.shares[row] = share;
   }
@@ -153,7 +154,8 @@ __global__ void __launch_bounds__(STATISTICS_THREADS)
   LengthKey* candidates = arguments.candidates;
   find_longest(
       run.begin, run.end, [&](int row) { return length_key(arguments.shares[row], row); },
-      [&](int s, LengthKey key) { candidates[blockIdx.x * LONGEST + s] = key; }, scratch.keys);
+      [&](int s, LengthKey key) { candidates[blockIdx.x * MAX_LONG_ROWS + s] = key; },
+      scratch.keys);
   // Thread 0 has written them.
   if (threadIdx.x == 0) {
     __threadfence();
@@ -163,12 +165,12 @@ __global__ void __launch_bounds__(STATISTICS_THREADS)
   __syncthreads();
   if (!scratch.last) return;
   find_longest(
-      0, arguments.row_programs * LONGEST, [&](int i) { return candidates[i]; },
+      0, arguments.row_programs * MAX_LONG_ROWS, [&](int i) { return candidates[i]; },
       [&](int s, LengthKey key) {
         // Of few rows all that there are: the rest may be none.
         const float times = share_of(key) * static_cast<float>(arguments.rows);
         const bool is_long = arguments.rows < FEW_ROWS || times > LONG_SHARE;
-        arguments.longest[s] = is_long ? row_of(key) : -1;
+        arguments.long_rows[s] = is_long ? row_of(key) : -1;
       },
       scratch.keys);
 }

@@ -9,7 +9,7 @@
 namespace rift {
 
 // The patches of a side as a matrix.
-inline Matrix patches_of(const MomentsArguments& arguments, const Matrix& side, bool is_y) {
+inline Matrix patch_matrix(const MomentsArguments& arguments, const Matrix& side, bool is_y) {
   const long long before = is_y ? 1LL * PATCH_ROWS * arguments.patch_width : 0;
   return {arguments.patches + before, arguments.patch_width, PATCH_ROWS, side.columns};
 }

@@ -56,10 +56,10 @@ struct MomentRing {
   // The next one into this stage; also where there is none, it is a group of its own.
   __device__ void fetch(int stage) {
     if (chunk < piece.last) {
-      const Pair tile = pair_at(piece.square);
+      const TileCoord tile = tile_coord(piece.square);
       const bool diagonal = tile.i == tile.j;
       once = (once & ~(1u << stage)) | static_cast<unsigned>(diagonal) << stage;
-      const int patch = arguments.patch_of(chunk);
+      const int patch = arguments.patch_index(chunk);
       fetch_block(left_operand(stage), tile.i, patch);
       if (!diagonal) fetch_block(right_operand(stage), tile.j, patch);
       if (++chunk == piece.last) {
@@ -143,7 +143,8 @@ __global__ void __launch_bounds__(TILE_THREADS, 1)
       }
       if (++done == end) end_run(c, totals, done, next_run(done, count - done));
     }
-    store_tile(arguments.part_of(pair_at(piece.square), piece.square, piece.part), c, totals);
+    store_tile(arguments.part_address(tile_coord(piece.square), piece.square, piece.part), c,
+               totals);
   }
   wait_copies<0>();
 }

@@ -15,7 +15,7 @@
 #include "cka_large/moments_layout.h"
 #include "cka_large/runs.cuh"
 #include "common/elements.cuh"
-#include "common/ring.h"
+#include "common/pipeline_state.h"
 #include "common/sm90.cuh"
 
 namespace rift {
@@ -25,13 +25,15 @@ struct Pipeline {
   Mbarrier *full, *empty;
 
   __device__ unsigned char* right(int stage) const { return stages + stage * STAGE_BYTES; }
-  __device__ unsigned char* left(int stage) const { return right(stage) + PAIR * OPERAND_BYTES; }
+  __device__ unsigned char* left(int stage) const {
+    return right(stage) + CLUSTER_SIZE * OPERAND_BYTES;
+  }
 };
 
 // The blocks of columns of a square's first tile.
-__device__ inline Pair first_tile(int square) {
-  const Pair pair = pair_at(square);
-  return {pair.i * PAIR, pair.j * PAIR};
+__device__ inline TileCoord first_tile(int square) {
+  const TileCoord pair = tile_coord(square);
+  return {pair.i * CLUSTER_SIZE, pair.j * CLUSTER_SIZE};
 }
 
 struct MomentMaps {
@@ -56,7 +58,7 @@ struct Moments {
     for (int box = 0; box < MOMENT_BLOCK / BOX_COLUMNS; ++box) {
       unsigned char* at = to + box * BOX_BYTES;
       if (for_both) {
-        copy_box_to_pair(at, map, column + box * BOX_COLUMNS, row, full);
+        copy_box_multicast(at, map, column + box * BOX_COLUMNS, row, full);
       } else {
         copy_box(at, map, column + box * BOX_COLUMNS, row, full);
       }
@@ -64,22 +66,22 @@ struct Moments {
   }
 
   __device__ void fetch() const {
-    Turn<MOMENT_STAGES> turn;
+    PipelineState<MOMENT_STAGES> state;
     for (int index = 0;; ++index) {
       const Piece piece = arguments.schedule.piece(program, index);
       if (piece.first == piece.last) return;
-      const Pair tile = first_tile(piece.square);
+      const TileCoord tile = first_tile(piece.square);
       const bool diagonal = tile.i == tile.j;
-      for (int chunk = piece.first; chunk < piece.last; ++chunk, turn.next()) {
+      for (int chunk = piece.first; chunk < piece.last; ++chunk, state.advance()) {
         // At first nobody has to make room; later, both blocks.
-        wait_barrier(pipeline.empty + turn.stage, turn.parity ^ 1);
-        Mbarrier* full = pipeline.full + turn.stage;
-        arrive_and_expect(full, diagonal ? PAIR * OPERAND_BYTES : STAGE_BYTES);
-        const int patch = arguments.patch_of(chunk);
-        fetch_block(pipeline.right(turn.stage) + rank * OPERAND_BYTES, tile.j + rank, chunk, patch,
+        wait_barrier(pipeline.empty + state.stage, state.parity ^ 1);
+        Mbarrier* full = pipeline.full + state.stage;
+        arrive_expect_tx(full, diagonal ? CLUSTER_SIZE * OPERAND_BYTES : STAGE_BYTES);
+        const int patch = arguments.patch_index(chunk);
+        fetch_block(pipeline.right(state.stage) + rank * OPERAND_BYTES, tile.j + rank, chunk, patch,
                     true, full);
         if (!diagonal) {
-          fetch_block(pipeline.left(turn.stage), tile.i + rank, chunk, patch, false, full);
+          fetch_block(pipeline.left(state.stage), tile.i + rank, chunk, patch, false, full);
         }
       }
     }
@@ -87,17 +89,17 @@ struct Moments {
 
   // `half`: which 64 rows of its block this warpgroup has.
   __device__ void multiply(int half) const {
-    Turn<MOMENT_STAGES> turn;
+    PipelineState<MOMENT_STAGES> state;
     for (int index = 0;; ++index) {
       const Piece piece = arguments.schedule.piece(program, index);
       if (piece.first == piece.last) return;
-      const Pair tile = first_tile(piece.square);
+      const TileCoord tile = first_tile(piece.square);
       float c[128] = {};
       Totals<128> totals;
       const int count = piece.last - piece.first;
       for (int done = 0; done < count;) {
         const int run = next_run(done, count - done);
-        multiply_run(c, run, tile, half, turn);
+        multiply_run(c, run, tile, half, state);
         done += run;
         totals.end_run(c, done, next_run(done, count - done));
       }
@@ -106,42 +108,42 @@ struct Moments {
   }
 
   // Some chunks, with nothing under way before and behind.
-  __device__ void multiply_run(float (&c)[128], int chunks, Pair tile, int half,
-                               Turn<MOMENT_STAGES>& turn) const {
+  __device__ void multiply_run(float (&c)[128], int chunks, TileCoord tile, int half,
+                               PipelineState<MOMENT_STAGES>& state) const {
     const int lane = threadIdx.x % 32;
     int before = -1;
-    for (int chunk = 0; chunk < chunks; ++chunk, turn.next()) {
-      wait_barrier(pipeline.full + turn.stage, turn.parity);
-      const unsigned char* right = pipeline.right(turn.stage);
+    for (int chunk = 0; chunk < chunks; ++chunk, state.advance()) {
+      wait_barrier(pipeline.full + state.stage, state.parity);
+      const unsigned char* right = pipeline.right(state.stage);
       const unsigned char* left =
-          tile.i == tile.j ? right + rank * OPERAND_BYTES : pipeline.left(turn.stage);
-      const uint64_t a = describe(left + half * BOX_BYTES, BOX_BYTES);
-      const uint64_t b = describe(right, BOX_BYTES);
-      begin_products();
+          tile.i == tile.j ? right + rank * OPERAND_BYTES : pipeline.left(state.stage);
+      const uint64_t a = matrix_descriptor(left + half * BOX_BYTES, BOX_BYTES);
+      const uint64_t b = matrix_descriptor(right, BOX_BYTES);
+      warpgroup_fence();
 #pragma unroll
       for (int step = 0; step < MOMENT_CHUNK / 16; ++step) {
         // 16 rows of 128 bytes further, in the descriptor's units of 16 bytes.
         multiply_add(c, a + step * (16 * 128 / 16), b + step * (16 * 128 / 16));
       }
-      commit_products();
+      warpgroup_commit();
       // The chunk before is through; this one goes on while the next is waited for.
-      wait_products<1>();
-      if (before >= 0 && lane < PAIR) arrive_at(pipeline.empty + before, lane);
-      before = turn.stage;
+      warpgroup_wait<1>();
+      if (before >= 0 && lane < CLUSTER_SIZE) arrive_remote(pipeline.empty + before, lane);
+      before = state.stage;
     }
-    wait_products<0>();
-    if (lane < PAIR) arrive_at(pipeline.empty + before, lane);
+    warpgroup_wait<0>();
+    if (lane < CLUSTER_SIZE) arrive_remote(pipeline.empty + before, lane);
   }
 
-  __device__ void store(const float (&c)[128], const Totals<128>& totals, Pair tile,
+  __device__ void store(const float (&c)[128], const Totals<128>& totals, TileCoord tile,
                         const Piece& piece, int half) const {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
 #pragma unroll
-    for (int across = 0; across < PAIR; ++across) {
-      const Pair at{tile.i, tile.j + across};
+    for (int across = 0; across < CLUSTER_SIZE; ++across) {
+      const TileCoord at{tile.i, tile.j + across};
       // Below the diagonal, or no such columns.
       if (at.i > at.j || at.j >= arguments.schedule.blocks()) continue;
-      float* out = arguments.part_of(at, piece.square, piece.part);
+      float* out = arguments.part_address(at, piece.square, piece.part);
       out += (half * 64 + warp * 16 + lane / 4) * MOMENT_BLOCK + lane % 4 * 2;
 #pragma unroll
       for (int n = 0; n < 16; ++n) {
@@ -162,25 +164,25 @@ __device__ inline void run_moments(const MomentsArguments& arguments, const Mome
   auto* barriers = reinterpret_cast<Mbarrier*>(memory + MOMENT_STAGES * STAGE_BYTES);
   const Pipeline pipeline{memory, barriers, barriers + MOMENT_STAGES};
   if (threadIdx.x == 0) {
-    prefetch(&maps.x);
-    prefetch(&maps.y);
+    prefetch_tensor_map(&maps.x);
+    prefetch_tensor_map(&maps.y);
     for (int stage = 0; stage < MOMENT_STAGES; ++stage) {
       init_barrier(pipeline.full + stage, 1);
       // A thread of each warp that multiplies, of both blocks.
-      init_barrier(pipeline.empty + stage, PAIR * 8);
+      init_barrier(pipeline.empty + stage, CLUSTER_SIZE * 8);
     }
-    fence_barriers();
+    fence_barrier_init();
   }
   __syncwarp();
   cluster_barrier();
   const int group = threadIdx.x / 128;
-  const Moments moments{arguments, maps, pipeline, static_cast<int>(blockIdx.x) / PAIR,
-                        static_cast<int>(blockIdx.x) % PAIR};
+  const Moments moments{arguments, maps, pipeline, static_cast<int>(blockIdx.x) / CLUSTER_SIZE,
+                        static_cast<int>(blockIdx.x) % CLUSTER_SIZE};
   if (group == 0) {
-    fewer_registers();
+    deallocate_registers();
     if (threadIdx.x == 0) moments.fetch();
   } else {
-    more_registers();
+    allocate_registers();
     moments.multiply(group - 1);
   }
   // Nobody leaves while the other block may still write into its memory.
@@ -188,7 +190,7 @@ __device__ inline void run_moments(const MomentsArguments& arguments, const Mome
   cluster_barrier();
 }
 
-// Clusters of PAIR blocks.
+// Clusters of CLUSTER_SIZE blocks.
 __global__ void __launch_bounds__(MOMENT_THREADS, 1)
     moments_sm90_kernel(const __grid_constant__ MomentsArguments arguments,
                         const __grid_constant__ MomentMaps maps) {

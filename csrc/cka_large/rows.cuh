@@ -13,17 +13,17 @@ namespace rift {
 constexpr int ROWS_AT_ONCE = 4;
 
 // Sums over warps, and the means of both sides.
-RIFT_BOTH constexpr int rows_shared(int width) {
+RIFT_HOST_DEVICE constexpr int rows_shared(int width) {
   return ROW_SUMS * STATISTICS_THREADS / 32 * 8 + 2 * width * 4;
 }
 
 // Of some rows of a side.
 struct RowProducts {
-  float energy[ROWS_AT_ONCE], products[ROWS_AT_ONCE][LONGEST];
+  float energy[ROWS_AT_ONCE], products[ROWS_AT_ONCE][MAX_LONG_ROWS];
 };
 
 // The rows from `first` on, by a warp; 0 from `end` on.
-__device__ inline RowProducts row_products(const CkaLargeSide& side, const Longest& longest,
+__device__ inline RowProducts row_products(const CkaLargeSide& side, const LongRows& long_rows,
                                            const float* means, float inverse, int first, int end) {
   RowProducts result = {};
   const auto* features = static_cast<const Bf16*>(side.features);
@@ -37,50 +37,50 @@ __device__ inline RowProducts row_products(const CkaLargeSide& side, const Longe
       x[i] = first + i < end ? centered(first + i) : 0;
       result.energy[i] += x[i] * x[i];
     }
-    if (longest.count == 0) continue;
+    if (long_rows.count == 0) continue;
 #pragma unroll
-    for (int s = 0; s < LONGEST; ++s) {
-      if (s >= longest.count) continue;
-      const float p = centered(longest.rows[s]);
+    for (int s = 0; s < MAX_LONG_ROWS; ++s) {
+      if (s >= long_rows.count) continue;
+      const float p = centered(long_rows.rows[s]);
 #pragma unroll
       for (int i = 0; i < ROWS_AT_ONCE; ++i) result.products[i][s] += x[i] * p;
     }
   }
 #pragma unroll
   for (int i = 0; i < ROWS_AT_ONCE; ++i) {
-    result.energy[i] = lane_sum(result.energy[i]);
+    result.energy[i] = warp_sum(result.energy[i]);
 #pragma unroll
-    for (int s = 0; s < LONGEST; ++s) {
-      if (s < longest.count) result.products[i][s] = lane_sum(result.products[i][s]);
+    for (int s = 0; s < MAX_LONG_ROWS; ++s) {
+      if (s < long_rows.count) result.products[i][s] = warp_sum(result.products[i][s]);
     }
   }
   return result;
 }
 
 // A row's terms, and what it adds to the sums: by one thread.
-__device__ inline void add_row(const CkaLargeArguments& arguments, const Longest& longest, int row,
-                               const float (&energy)[2], const float (&x)[LONGEST],
-                               const float (&y)[LONGEST], double (&totals)[ROW_SUMS]) {
+__device__ inline void add_row(const CkaLargeArguments& arguments, const LongRows& long_rows,
+                               int row, const float (&energy)[2], const float (&x)[MAX_LONG_ROWS],
+                               const float (&y)[MAX_LONG_ROWS], double (&totals)[ROW_SUMS]) {
   double k = -static_cast<double>(energy[0]), l = -static_cast<double>(energy[1]);
   double xx = 0, yy = 0, xy = 0;
-  const bool is_long = longest.has(row);
+  const bool is_long = long_rows.has(row);
   // Each row with a long one, and that one with the row, once.
   const double times = is_long ? 1 : 2;
   float* terms = arguments.row_terms + row;
   const long long rows = arguments.rows;
 #pragma unroll
-  for (int s = 0; s < LONGEST; ++s) {
-    if (s >= longest.count) continue;
+  for (int s = 0; s < MAX_LONG_ROWS; ++s) {
+    if (s >= long_rows.count) continue;
     const double a = x[s], b = y[s];
     k += a;
     l += b;
-    if (row != longest.rows[s]) {
+    if (row != long_rows.rows[s]) {
       xx += a * a;
       yy += b * b;
       xy += a * b;
     }
     terms[(ROW_PRODUCTS + s) * rows] = x[s];
-    terms[(ROW_PRODUCTS + LONGEST + s) * rows] = y[s];
+    terms[(ROW_PRODUCTS + MAX_LONG_ROWS + s) * rows] = y[s];
   }
   terms[ENERGY * rows] = energy[0];
   terms[(ENERGY + 1) * rows] = energy[1];
@@ -100,7 +100,7 @@ __device__ inline void add_row(const CkaLargeArguments& arguments, const Longest
 }
 
 // 128 columns of the chunk of a long row, without the long rows.
-__device__ inline void make_patch(const CkaLargeArguments& arguments, const Longest& longest,
+__device__ inline void make_patch(const CkaLargeArguments& arguments, const LongRows& long_rows,
                                   int program) {
   const int blocks = arguments.width / MOMENT_BLOCK;
   const int slot = program / (2 * blocks), is_y = program / blocks % 2;
@@ -108,14 +108,14 @@ __device__ inline void make_patch(const CkaLargeArguments& arguments, const Long
   const auto* features = static_cast<const Bf16*>(side.features);
   const long long before = is_y ? 1LL * PATCH_ROWS * arguments.width : 0;
   unsigned short* to = arguments.patches + before;
-  const int long_row = arguments.longest[slot];
+  const int long_row = arguments.long_rows[slot];
   if (long_row < 0) return;
   const int first = long_row / MOMENT_CHUNK * MOMENT_CHUNK;
   const int column = program % blocks * MOMENT_BLOCK + static_cast<int>(threadIdx.x) % MOMENT_BLOCK;
 #pragma unroll 4
   for (int i = threadIdx.x / MOMENT_BLOCK; i < MOMENT_CHUNK; i += blockDim.x / MOMENT_BLOCK) {
     const int row = first + i;
-    const bool stays = row < arguments.rows && column < side.width && !longest.has(row);
+    const bool stays = row < arguments.rows && column < side.width && !long_rows.has(row);
     to[static_cast<long long>(slot * MOMENT_CHUNK + i) * arguments.width + column] =
         stays ? features[row * side.stride + column].bits : uint16_t{0};
   }
@@ -125,9 +125,9 @@ __device__ inline void make_patch(const CkaLargeArguments& arguments, const Long
 __global__ void __launch_bounds__(STATISTICS_THREADS)
     rows_kernel(const __grid_constant__ CkaLargeArguments arguments) {
   constexpr int WARPS = STATISTICS_THREADS / 32;
-  const Longest longest = read_longest(arguments);
+  const LongRows long_rows = read_long_rows(arguments);
   if (static_cast<int>(blockIdx.x) >= arguments.row_programs) {
-    make_patch(arguments, longest, static_cast<int>(blockIdx.x) - arguments.row_programs);
+    make_patch(arguments, long_rows, static_cast<int>(blockIdx.x) - arguments.row_programs);
     return;
   }
   auto* scratch = reinterpret_cast<double*>(shared_memory());
@@ -136,22 +136,23 @@ __global__ void __launch_bounds__(STATISTICS_THREADS)
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, width = arguments.width;
   const RowRun run = row_run(arguments);
   for (int i = threadIdx.x; i < 2 * width; i += blockDim.x) {
-    means[i] = column_mean(arguments, longest, i >= width, i >= width ? i - width : i);
+    means[i] = column_mean(arguments, long_rows, i >= width, i >= width ? i - width : i);
   }
   double statistics[STATISTICS];
   read_statistics(arguments, statistics, scratch);
   const float inverse[2] = {inverse_scale(statistics[ENERGY_X], statistics[PIVOT_X]),
                             inverse_scale(statistics[ENERGY_Y], statistics[PIVOT_Y])};
   double totals[ROW_SUMS] = {};
-  for (int first = run.begin + ROWS_AT_ONCE * warp; first < run.end; first += ROWS_AT_ONCE * WARPS) {
-    const RowProducts x = row_products(arguments.x, longest, means, inverse[0], first, run.end);
+  for (int first = run.begin + ROWS_AT_ONCE * warp; first < run.end;
+       first += ROWS_AT_ONCE * WARPS) {
+    const RowProducts x = row_products(arguments.x, long_rows, means, inverse[0], first, run.end);
     const RowProducts y =
-        row_products(arguments.y, longest, means + width, inverse[1], first, run.end);
+        row_products(arguments.y, long_rows, means + width, inverse[1], first, run.end);
 #pragma unroll
     for (int i = 0; i < ROWS_AT_ONCE; ++i) {
       if (lane != 0 || first + i >= run.end) continue;
       const float energy[2] = {x.energy[i], y.energy[i]};
-      add_row(arguments, longest, first + i, energy, x.products[i], y.products[i], totals);
+      add_row(arguments, long_rows, first + i, energy, x.products[i], y.products[i], totals);
     }
   }
   // Of the means, once.
@@ -180,7 +181,7 @@ __global__ void __launch_bounds__(STATISTICS_THREADS)
     for (int column = threadIdx.x; column < width; column += blockDim.x) {
       float by_own = 0, by_other = 0;
       for (int row = run.begin; row < run.end && column < sides[side].width; ++row) {
-        if (longest.count > 0 && longest.has(row)) continue;
+        if (long_rows.count > 0 && long_rows.has(row)) continue;
         const float x =
             to_float(features[row * sides[side].stride + column]) - means[side * width + column];
         by_own += own[row] * x;

@@ -17,7 +17,7 @@ constexpr int MOMENT_RUN = 16;
 
 // Chunks of the run that follows `done` of them: runs double, because what they begin at is a guess
 // from those before.
-RIFT_BOTH constexpr int next_run(int done, int left) {
+RIFT_HOST_DEVICE constexpr int next_run(int done, int left) {
   const int run = done == 0 ? 1 : done < MOMENT_RUN ? done : MOMENT_RUN;
   return run < left ? run : left;
 }

@@ -37,32 +37,34 @@ struct Schedule {
   int share;     // chunks of each of these
   int end;       // chunks of a square that the programs that are over share; 0: none
 
-  RIFT_BOTH constexpr int blocks() const { return blocks_x + blocks_y; }
-  RIFT_BOTH constexpr int tiles() const { return pair_count(blocks()); }
-  RIFT_BOTH constexpr int squares() const { return pair_count((blocks() + side - 1) / side); }
-  RIFT_BOTH constexpr int shared_squares() const { return squares() - whole * programs; }
+  RIFT_HOST_DEVICE constexpr int blocks() const { return blocks_x + blocks_y; }
+  RIFT_HOST_DEVICE constexpr int tiles() const { return tile_count(blocks()); }
+  RIFT_HOST_DEVICE constexpr int squares() const {
+    return tile_count((blocks() + side - 1) / side);
+  }
+  RIFT_HOST_DEVICE constexpr int shared_squares() const { return squares() - whole * programs; }
 
-  RIFT_BOTH constexpr MomentTile tile(int slot) const {
-    const Pair pair = pair_at(slot);
+  RIFT_HOST_DEVICE constexpr MomentTile tile(int slot) const {
+    const TileCoord pair = tile_coord(slot);
     const bool left_is_y = pair.i >= blocks_x, right_is_y = pair.j >= blocks_x;
     return {left_is_y, right_is_y, pair.i - left_is_y * blocks_x, pair.j - right_is_y * blocks_x};
   }
 
   // The square that has the tile of these two blocks.
-  RIFT_BOTH constexpr int square_of(Pair tile) const {
-    return pair_index(tile.i / side, tile.j / side);
+  RIFT_HOST_DEVICE constexpr int square_of(TileCoord tile) const {
+    return tile_index(tile.i / side, tile.j / side);
   }
 
   // Parts of a square in spill: all but the one that begins with its first chunk.
-  RIFT_BOTH constexpr int spilled() const { return end ? segments + 1 : segments - 1; }
-  RIFT_BOTH constexpr int spill_squares() const { return shared_squares() * spilled(); }
+  RIFT_HOST_DEVICE constexpr int spilled() const { return end ? segments + 1 : segments - 1; }
+  RIFT_HOST_DEVICE constexpr int spill_squares() const { return shared_squares() * spilled(); }
 
   // The place in spill of a part of a square.
-  RIFT_BOTH constexpr int spill_of(int square, int part) const {
+  RIFT_HOST_DEVICE constexpr int spill_index(int square, int part) const {
     return (square - whole * programs) * spilled() + part - 1;
   }
 
-  RIFT_BOTH constexpr int parts(int square) const {
+  RIFT_HOST_DEVICE constexpr int parts(int square) const {
     if (square < whole * programs) return 1;
     if (end == 0) return segments;
     const int first = (square - whole * programs) * end, run = end_run();
@@ -70,13 +72,13 @@ struct Schedule {
   }
 
   // Chunks of ends, one square after another, that one program has.
-  RIFT_BOTH constexpr int end_run() const {
+  RIFT_HOST_DEVICE constexpr int end_run() const {
     const int over = programs - segments * shared_squares();
     return (shared_squares() * end + over - 1) / over;
   }
 
   // The index-th piece of a program; none where first == last.
-  RIFT_BOTH constexpr Piece piece(int program, int index) const {
+  RIFT_HOST_DEVICE constexpr Piece piece(int program, int index) const {
     if (index < whole) return {index * programs + program, 0, 0, chunks};
     index -= whole;
     const int begin = whole * programs, shared = shared_squares();
@@ -103,8 +105,8 @@ struct Schedule {
 // What a piece costs beside its chunks, in chunks: its part has to be stored and added up.
 constexpr int PIECE_COST = 4;
 
-RIFT_BOTH constexpr Schedule make_schedule(int blocks_x, int blocks_y, int chunks, int programs,
-                                           int side) {
+RIFT_HOST_DEVICE constexpr Schedule make_schedule(int blocks_x, int blocks_y, int chunks,
+                                                  int programs, int side) {
   Schedule schedule{blocks_x, blocks_y, chunks, programs, side, 0, 1, chunks, 0};
   schedule.whole = schedule.squares() / programs;
   const int shared = schedule.shared_squares();

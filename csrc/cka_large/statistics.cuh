@@ -44,10 +44,12 @@ __global__ void __launch_bounds__(STATISTICS_THREADS)
   for (int k = 0; k < 2; ++k) {
     const int within = lane + 32 * k, column = block * COLUMNS + within;
     const int second = arguments.rows / 3, third = 2 * arguments.rows / 3;
-    const float pivot_x = middle(read(x, arguments.x, 0, column), read(x, arguments.x, second, column),
-                                 read(x, arguments.x, third, column));
-    const float pivot_y = middle(read(y, arguments.y, 0, column), read(y, arguments.y, second, column),
-                                 read(y, arguments.y, third, column));
+    const float pivot_x =
+        middle(read(x, arguments.x, 0, column), read(x, arguments.x, second, column),
+               read(x, arguments.x, third, column));
+    const float pivot_y =
+        middle(read(y, arguments.y, 0, column), read(y, arguments.y, second, column),
+               read(y, arguments.y, third, column));
     if (segment == 0 && warp == 0) {
       arguments.pivots[column] = pivot_x;
       arguments.pivots[arguments.width + column] = pivot_y;
@@ -72,7 +74,8 @@ __global__ void __launch_bounds__(STATISTICS_THREADS)
     float kinds[KINDS] = {};
 #pragma unroll
     for (int kind = 0; kind < KINDS; ++kind) {
-      for (int other = 0; other < WARPS; ++other) kinds[kind] += scratch.parts[other][kind][threadIdx.x];
+      for (int other = 0; other < WARPS; ++other)
+        kinds[kind] += scratch.parts[other][kind][threadIdx.x];
     }
     float* sums = arguments.sums + segment * arguments.width + block * COLUMNS + threadIdx.x;
     sums[0] = kinds[0];

@@ -9,7 +9,7 @@
 #include <stdexcept>
 
 // No such maps yet, and no kernels that take them: sm_90a came with 12.0, too.
-rift::TensorMap rift::encode(const Matrix&, int, const char* kernel) {
+rift::TensorMap rift::encode_tensor_map(const Matrix&, int, const char* kernel) {
   throw std::runtime_error(std::string(kernel) + ": needs a build by CUDA 12.0 or newer");
 }
 
@@ -19,7 +19,7 @@ namespace rift {
 
 static_assert(sizeof(TensorMap) == sizeof(CUtensorMap));
 
-TensorMap encode(const Matrix& matrix, int box_rows, const char* kernel) {
+TensorMap encode_tensor_map(const Matrix& matrix, int box_rows, const char* kernel) {
   static const auto function =
       driver_function<decltype(&cuTensorMapEncodeTiled)>("cuTensorMapEncodeTiled");
   const cuuint64_t size[2] = {static_cast<cuuint64_t>(matrix.columns),

@@ -16,6 +16,6 @@ struct Matrix {
 };
 
 // For a kernel of this name. The thread must have a context.
-TensorMap encode(const Matrix& matrix, int box_rows, const char* kernel);
+TensorMap encode_tensor_map(const Matrix& matrix, int box_rows, const char* kernel);
 
 }  // namespace rift

@@ -22,7 +22,7 @@ struct TileLayout {
   static constexpr int MIXED = VECTORS < 8 ? VECTORS : 8;
   static constexpr int ROWS_A_LINE = 8 / MIXED;
 
-  RIFT_BOTH static constexpr int offset(int row, int vector) {
+  RIFT_HOST_DEVICE static constexpr int offset(int row, int vector) {
     return (row * VECTORS + (vector ^ row / ROWS_A_LINE % MIXED)) * VECTOR_BYTES;
   }
 };
@@ -88,7 +88,7 @@ __device__ inline void multiply_add(float (&c)[4][4][4], const Fragments& fragme
   for (int i = 0; i < 4; ++i) {
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
-      const uint32_t(&b)[4] = fragments.b[j / 2];
+      const uint32_t (&b)[4] = fragments.b[j / 2];
       multiply_add(c[i][j], fragments.a[i], b[j % 2], b[j % 2 + 2]);
     }
   }

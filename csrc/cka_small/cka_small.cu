@@ -11,16 +11,16 @@ namespace {
 using Kernel = void (*)(CkaSmallArguments);
 
 template <int ROWS, bool CLUSTER>
-Kernel kernel_of(Type type) {
+Kernel kernel_of(ElementType type) {
   switch (type) {
-    case Type::bf16: return cka_small_kernel<Bf16, Bf16, ROWS, CLUSTER>;
-    case Type::fp16: return cka_small_kernel<Half, float, ROWS, CLUSTER>;
+    case ElementType::bf16: return cka_small_kernel<Bf16, Bf16, ROWS, CLUSTER>;
+    case ElementType::fp16: return cka_small_kernel<Half, float, ROWS, CLUSTER>;
     default: return cka_small_kernel<float, float, ROWS, CLUSTER>;
   }
 }
 
 template <bool CLUSTER>
-Kernel kernel_of(Type type, int rows) {
+Kernel kernel_of(ElementType type, int rows) {
   switch (padded_rows(rows)) {
     case 16: return kernel_of<16, CLUSTER>(type);
     case 32: return kernel_of<32, CLUSTER>(type);
@@ -29,7 +29,7 @@ Kernel kernel_of(Type type, int rows) {
   }
 }
 
-Kernel kernel_of(Type type, int rows, bool cluster) {
+Kernel kernel_of(ElementType type, int rows, bool cluster) {
   return cluster ? kernel_of<true>(type, rows) : kernel_of<false>(type, rows);
 }
 
@@ -39,7 +39,7 @@ CkaSmallPlan cka_small_plan(int rows, int width) {
   if (rows > MAX_ROWS) return {};
   // Compiled for older GPUs only, the kernels that run here, from PTX, have no clusters.
   cudaFuncAttributes compiled = {};
-  const Kernel kernel = kernel_of(Type::fp32, rows, false);
+  const Kernel kernel = kernel_of(ElementType::fp32, rows, false);
   check(cudaFuncGetAttributes(&compiled, reinterpret_cast<const void*>(kernel)), "cka_small",
         "cudaFuncGetAttributes");
   const int major =
@@ -49,9 +49,9 @@ CkaSmallPlan cka_small_plan(int rows, int width) {
                         device_attribute(cudaDevAttrMultiProcessorCount));
 }
 
-void cka_small(const CkaSmallArguments& arguments, const CkaSmallPlan& plan, Type type, int rows,
-               int entries, cudaStream_t stream) {
-  Launch how{"cka_small", plan.blocks, THREADS, plan.shared_bytes};
+void cka_small(const CkaSmallArguments& arguments, const CkaSmallPlan& plan, ElementType type,
+               int rows, int entries, cudaStream_t stream) {
+  Launch how{"cka_small", plan.blocks, CKA_SMALL_THREADS, plan.shared_bytes};
   how.entries = entries;
   if (plan.cluster) {
     how.cluster = plan.blocks;

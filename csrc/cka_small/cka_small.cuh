@@ -26,17 +26,17 @@ namespace rift {
 
 // Where the blocks of a layer meet.
 template <bool CLUSTER>
-struct Group {
-  float* mine;           // exchange_floats of this block
-  const float* first;    // of the first block, where the others lie behind it
-  unsigned* counter;     // of arrivals, where there is no cluster
+struct BlockGroup {
+  float* local;            // exchange_floats of this block
+  const float* workspace;  // of the first block, where the others lie behind it
+  unsigned* counter;       // of arrivals, where there is no cluster
   int blocks, floats;
 
-  __device__ const float* of(int rank) const {
-    return CLUSTER ? map_to_rank(mine, rank) : first + static_cast<long long>(rank) * floats;
+  __device__ const float* exchange(int rank) const {
+    return CLUSTER ? map_to_rank(local, rank) : workspace + static_cast<long long>(rank) * floats;
   }
 
-  __device__ void meet() const {
+  __device__ void barrier() const {
     if (CLUSTER) {
       cluster_barrier();
       return;
@@ -57,23 +57,24 @@ struct Group {
 
 // Scales both K to features of unit norm and U-centers them if debiased, in place; their sums.
 template <int ROWS>
-__device__ CkaSums finish_grams(float* gram, const unsigned char* valid, int count, bool debiased,
-                                float* offsets, double* scratch, float (&inverse)[2]) {
-  constexpr int PAIRS = pair_count(ROWS / TILE_ROWS);
+__device__ CkaSums normalize_grams(float* gram, const unsigned char* valid, int count,
+                                   bool debiased, float* offsets, double* scratch,
+                                   float (&inverse)[2]) {
+  constexpr int GRAM_TILES = tile_count(ROWS / TILE_ROWS);
   const int threads = blockDim.x;
   CkaSums sums{};
   float* const peaks[2] = {&sums.peak_x, &sums.peak_y};
 #pragma unroll
   for (int side = 0; side < 2; ++side) {
-    const float* k = gram + side * PAIRS * TILE_FLOATS;
+    const float* k = gram + side * GRAM_TILES * TILE_FLOATS;
     // By every warp: that is sooner done than told.
     float energy = 0, peak = 0;
     for (int row = threadIdx.x % 32; row < ROWS; row += 32) {
-      const float x = k[element_at(row, row)];
+      const float x = k[element_offset(row, row)];
       energy += x;
       peak = max(peak, x);
     }
-    energy = lane_sum(energy);
+    energy = warp_sum(energy);
     for (int lane = 16; lane > 0; lane /= 2) {
       peak = max(peak, __shfl_xor_sync(0xffffffffu, peak, lane));
     }
@@ -87,13 +88,13 @@ __device__ CkaSums finish_grams(float* gram, const unsigned char* valid, int cou
     for (int unit = threadIdx.x; unit < 2 * ROWS * parts; unit += threads) {
       const bool is_y = unit >= ROWS * parts;
       const int row = unit / parts % ROWS;
-      const float* k = is_y ? gram + PAIRS * TILE_FLOATS : gram;
+      const float* k = is_y ? gram + GRAM_TILES * TILE_FLOATS : gram;
       const float scale = is_y ? inverse[1] : inverse[0];
       float sum = 0;
       for (int column = unit % parts; column < ROWS; column += parts) {
-        if (column != row) sum += k[element_at(row, column)] * scale * scale;
+        if (column != row) sum += k[element_offset(row, column)] * scale * scale;
       }
-      sum = lane_sum(sum, parts);
+      sum = warp_sum(sum, parts);
       if (unit % parts == 0) {
         offsets[is_y * ROWS + row] = sum;
         totals[0] += is_y ? 0 : sum;
@@ -110,21 +111,21 @@ __device__ CkaSums finish_grams(float* gram, const unsigned char* valid, int cou
   __syncthreads();
   // <Kx, Kx>, <Ky, Ky>, <Kx, Ky>
   double products[3] = {};
-  for (int index = threadIdx.x; index < PAIRS * TILE_ROWS * TILE_ROWS; index += threads) {
-    const Element e = element(index);
+  for (int index = threadIdx.x; index < GRAM_TILES * TILE_ROWS * TILE_ROWS; index += threads) {
+    const Element e = element_at(index);
     const bool kept = valid[e.row] && valid[e.column] && !(debiased && e.row == e.column);
     float centered[2];
 #pragma unroll
     for (int side = 0; side < 2; ++side) {
-      float* at = gram + side * PAIRS * TILE_FLOATS + e.offset;
-      float k = *at * inverse[side] * inverse[side];
+      float* element = gram + side * GRAM_TILES * TILE_FLOATS + e.offset;
+      float k = *element * inverse[side] * inverse[side];
       if (debiased) k -= offsets[side * ROWS + e.row] + offsets[side * ROWS + e.column];
-      centered[side] = *at = kept ? k : 0;
+      centered[side] = *element = kept ? k : 0;
     }
-    const double times = times_of(e.row, e.column);
-    products[0] += times * (centered[0] * centered[0]);
-    products[1] += times * (centered[1] * centered[1]);
-    products[2] += times * (centered[0] * centered[1]);
+    const double weight = multiplicity(e.row, e.column);
+    products[0] += weight * (centered[0] * centered[0]);
+    products[1] += weight * (centered[1] * centered[1]);
+    products[2] += weight * (centered[0] * centered[1]);
   }
   block_sums(products, scratch);
   sums.xx = products[0];
@@ -135,7 +136,7 @@ __device__ CkaSums finish_grams(float* gram, const unsigned char* valid, int cou
 
 // Whether blocks of a kernel meet as this GPU lets them; the other kind of kernel stays empty.
 template <bool CLUSTER>
-__device__ constexpr bool runs_here() {
+__device__ constexpr bool matches_architecture() {
 #ifdef __CUDA_ARCH__
   return CLUSTER == (__CUDA_ARCH__ >= 900);
 #else
@@ -150,21 +151,21 @@ __device__ void run_cka_small(const CkaSmallArguments& arguments) {
   const int threads = blockDim.x, warps = threads / 32, warp = threadIdx.x / 32;
   const CkaSmallLayer& layer = arguments.layers[arguments.batched ? 0 : entry];
   const long long batch = arguments.batched ? entry : 0;
-  const CkaSmallLayout at = cka_small_layout(ROWS, arguments.share, blocks);
+  const CkaSmallLayout layout = cka_small_layout(ROWS, arguments.block_columns, blocks);
   unsigned char* memory = shared_memory();
   auto* planes = reinterpret_cast<uint16_t*>(memory);
-  auto* gram = reinterpret_cast<float*>(memory + at.gram);
-  auto* sums_scratch = reinterpret_cast<double*>(memory + at.sums);
-  auto* offsets = reinterpret_cast<float*>(memory + at.offsets);
-  unsigned char* valid = memory + at.valid;
+  auto* gram = reinterpret_cast<float*>(memory + layout.gram);
+  auto* sums_scratch = reinterpret_cast<double*>(memory + layout.sums);
+  auto* offsets = reinterpret_cast<float*>(memory + layout.offsets);
+  unsigned char* valid = memory + layout.valid;
 
-  Group<CLUSTER> group{};
+  BlockGroup<CLUSTER> group{};
   group.blocks = blocks;
   group.floats = exchange_floats(ROWS, blocks);
-  group.mine = gram;
+  group.local = gram;
   if (!CLUSTER) {
-    group.first = arguments.workspace + static_cast<long long>(entry) * blocks * group.floats;
-    group.mine = const_cast<float*>(group.of(rank));
+    group.workspace = arguments.workspace + static_cast<long long>(entry) * blocks * group.floats;
+    group.local = const_cast<float*>(group.exchange(rank));
     group.counter = arguments.counters + counter_at(entry, blocks);
   }
 
@@ -179,58 +180,59 @@ __device__ void run_cka_small(const CkaSmallArguments& arguments) {
     if (valid[row]) first = row;
   }
 
-  const int begin = rank * arguments.share;
-  const int width_x = min(layer.width_x - begin, arguments.share);
-  const int width_y = min(layer.width_y - begin, arguments.share);
-  const Planes<ROWS> x{planes, planes + at.plane, at.pitch, arguments.share};
-  const Planes<ROWS> y{planes + 2 * at.plane, planes + 3 * at.plane, at.pitch, arguments.share};
+  const int begin = rank * arguments.block_columns;
+  const int width_x = min(layer.width_x - begin, arguments.block_columns);
+  const int width_y = min(layer.width_y - begin, arguments.block_columns);
+  const Planes<ROWS> x{planes, planes + layout.plane, layout.pitch, arguments.block_columns};
+  const Planes<ROWS> y{planes + 2 * layout.plane, planes + 3 * layout.plane, layout.pitch,
+                       arguments.block_columns};
   x.load(static_cast<const T*>(layer.x) + batch * arguments.batch_x + begin * layer.stride_xd,
          layer.stride_xn, layer.stride_xd, valid, width_x);
   y.load(static_cast<const T*>(layer.y) + batch * arguments.batch_y + begin * layer.stride_yd,
          layer.stride_yn, layer.stride_yd, valid, width_y);
   __syncthreads();
-  const float varies_x = x.center(valid, first, count);
-  const float varies_y = y.center(valid, first, count);
+  const float pivot_energy_x = x.center(valid, first, count);
+  const float pivot_energy_y = y.center(valid, first, count);
   __syncthreads();
 
-  constexpr int PAIRS = pair_count(ROWS / TILE_ROWS);
+  constexpr int GRAM_TILES = tile_count(ROWS / TILE_ROWS);
   constexpr int FLOATS = gram_floats(ROWS), ELEMENTS = gram_elements(ROWS);
-  for (int unit = warp; unit < 2 * PAIRS; unit += warps) {
-    const bool is_y = unit >= PAIRS;
-    const Planes<ROWS> side{is_y ? y.high : x.high, is_y ? y.low : x.low, x.pitch, x.share};
-    side.gram_tile(pair_at(is_y ? unit - PAIRS : unit), group.mine + unit * TILE_FLOATS);
+  for (int unit = warp; unit < 2 * GRAM_TILES; unit += warps) {
+    const bool is_y = unit >= GRAM_TILES;
+    const Planes<ROWS> side{is_y ? y.high : x.high, is_y ? y.low : x.low, x.pitch, x.block_columns};
+    side.gram_tile(tile_coord(is_y ? unit - GRAM_TILES : unit), group.local + unit * TILE_FLOATS);
   }
-  double varies[2] = {varies_x, varies_y};
+  double varies[2] = {pivot_energy_x, pivot_energy_y};
   block_sums(varies, sums_scratch);
   if (threadIdx.x == 0) {
-    group.mine[FLOATS] = static_cast<float>(varies[0]);
-    group.mine[FLOATS + 1] = static_cast<float>(varies[1]);
+    group.local[FLOATS] = static_cast<float>(varies[0]);
+    group.local[FLOATS + 1] = static_cast<float>(varies[1]);
   }
-  group.meet();
+  group.barrier();
 
   const int range = ELEMENTS / blocks;
   for (int index = threadIdx.x; index < range; index += threads) {
-    const int from = element(rank * range + index).offset;
+    const int from = element_at(rank * range + index).offset;
     float sum = 0;
-    for (int other = 0; other < blocks; ++other) sum += group.of(other)[from];
-    group.mine[FLOATS + 4 + index] = sum;
+    for (int other = 0; other < blocks; ++other) sum += group.exchange(other)[from];
+    group.local[FLOATS + 4 + index] = sum;
   }
   float energies[2] = {};
   for (int other = 0; other < blocks; ++other) {
-    energies[0] += group.of(other)[FLOATS];
-    energies[1] += group.of(other)[FLOATS + 1];
+    energies[0] += group.exchange(other)[FLOATS];
+    energies[1] += group.exchange(other)[FLOATS + 1];
   }
-  group.meet();
+  group.barrier();
   for (int index = threadIdx.x; index < ELEMENTS; index += threads) {
-    gram[element(index).offset] = group.of(index / range)[FLOATS + 4 + index % range];
+    gram[element_at(index).offset] = group.exchange(index / range)[FLOATS + 4 + index % range];
   }
   __syncthreads();
 
   float inverse[2];
-  CkaSums sums = finish_grams<ROWS>(gram, valid, count, arguments.debiased, offsets, sums_scratch,
-                                    inverse);
-  sums.varies_x = energies[0];
-  sums.varies_y = energies[1];
+  CkaSums sums =
+      normalize_grams<ROWS>(gram, valid, count, arguments.debiased, offsets, sums_scratch, inverse);
+  sums.pivot_energy_x = energies[0];
+  sums.pivot_energy_y = energies[1];
   const CkaResult result = cka_head(sums, count, arguments.debiased, arguments.distance);
   if (rank == 0 && threadIdx.x == 0) arguments.values[entry] = result.value;
 
@@ -252,9 +254,9 @@ __device__ void run_cka_small(const CkaSmallArguments& arguments) {
 
 // T features, G gradients. A row of blocks for each entry, blockIdx.y counting entries.
 template <typename T, typename G, int ROWS, bool CLUSTER>
-__global__ void __launch_bounds__(THREADS, 1)
+__global__ void __launch_bounds__(CKA_SMALL_THREADS, 1)
     cka_small_kernel(const __grid_constant__ CkaSmallArguments arguments) {
-  if constexpr (runs_here<CLUSTER>()) run_cka_small<T, G, ROWS, CLUSTER>(arguments);
+  if constexpr (matches_architecture<CLUSTER>()) run_cka_small<T, G, ROWS, CLUSTER>(arguments);
 }
 
 }  // namespace rift

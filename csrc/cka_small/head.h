@@ -14,9 +14,9 @@
 namespace rift {
 
 struct CkaSums {
-  double xx, yy, xy;        // inner products
-  float peak_x, peak_y;     // the largest diagonal element before U-centering
-  float varies_x, varies_y; // the energy of the features about their first row
+  double xx, yy, xy;                     // inner products
+  float peak_x, peak_y;                  // the largest diagonal element before U-centering
+  float pivot_energy_x, pivot_energy_y;  // the energy of the features about their first row
 };
 
 struct CkaResult {
@@ -24,24 +24,28 @@ struct CkaResult {
 };
 
 // What is taken off row and column i of K: s_i + s_j makes its rows, without the diagonal, sum to 0.
-RIFT_BOTH inline float u_center_offset(float row_sum, float total, float n) {
+RIFT_HOST_DEVICE inline float u_center_offset(float row_sum, float total, float n) {
   return (row_sum - total / (2 * (n - 1))) / (n - 2);
 }
 
-RIFT_BOTH inline CkaResult cka_head(const CkaSums& sums, int n, bool debiased, bool distance) {
-  bool dead = sums.varies_x == 0 || sums.varies_y == 0;
+RIFT_HOST_DEVICE inline CkaResult cka_head(const CkaSums& sums, int n, bool debiased,
+                                           bool distance) {
+  bool degenerate = sums.pivot_energy_x == 0 || sums.pivot_energy_y == 0;
   if (debiased) {
     // What is left of the largest row by less than this is made of rounding.
     const double noise = 4.0 / (1 << 23);
-    dead = dead || sqrt(sums.xx) <= sums.peak_x * noise || sqrt(sums.yy) <= sums.peak_y * noise;
+    degenerate =
+        degenerate || sqrt(sums.xx) <= sums.peak_x * noise || sqrt(sums.yy) <= sums.peak_y * noise;
   }
-  double other = dead ? 0.0 : 2 / sqrt(sums.xx * sums.yy);
+  double other = degenerate ? 0.0 : 2 / sqrt(sums.xx * sums.yy);
   double value = 0.5 * sums.xy * other;
   // NaN and Inf in the features come through where nothing varies, too.
-  value += (sums.varies_x - sums.varies_x) + (sums.varies_y - sums.varies_y);
+  value +=
+      (sums.pivot_energy_x - sums.pivot_energy_x) + (sums.pivot_energy_y - sums.pivot_energy_y);
   if (n < (debiased ? 4 : 2)) value = NAN;
   other += value - value;
-  double own_x = dead ? 0.0 : -2 * value / sums.xx, own_y = dead ? 0.0 : -2 * value / sums.yy;
+  double own_x = degenerate ? 0.0 : -2 * value / sums.xx,
+         own_y = degenerate ? 0.0 : -2 * value / sums.yy;
   if (distance) {
     value = 1 - value;
     own_x = -own_x;

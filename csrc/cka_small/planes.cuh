@@ -7,11 +7,11 @@
 
 namespace rift {
 
-// One side's columns of one block in shared memory: high and low halves, (ROWS, share) each.
+// One side's columns of one block in shared memory: high and low halves, (ROWS, block_columns) each.
 template <int ROWS>
 struct Planes {
   uint16_t *high, *low;
-  int pitch, share;
+  int pitch, block_columns;
 
   // The features as they are, all 32 bits of them; 0 for what is masked or outside.
   template <typename T>
@@ -30,7 +30,7 @@ struct Planes {
                                const unsigned char* valid, int width) const {
     // So many are under way at once.
     constexpr int BATCH = 4;
-    const int threads = blockDim.x, row_steps = share / SIZE, steps = ROWS * row_steps;
+    const int threads = blockDim.x, row_steps = block_columns / SIZE, steps = ROWS * row_steps;
     for (int first = threadIdx.x; first < steps; first += threads * BATCH) {
       Vector<T, SIZE> from[BATCH] = {};
 #pragma unroll
@@ -49,7 +49,8 @@ struct Planes {
       }
 #pragma unroll
       for (int i = 0; i < BATCH; ++i) {
-        const int step = first + i * threads, at = step / row_steps * pitch + step % row_steps * SIZE;
+        const int step = first + i * threads,
+                  at = step / row_steps * pitch + step % row_steps * SIZE;
         if (step >= steps) continue;
         Vector<uint16_t, SIZE> high_bits, low_bits;
 #pragma unroll
@@ -72,7 +73,8 @@ struct Planes {
     constexpr int LANES = 16, STEPS = ROWS / LANES;
     const int lane = threadIdx.x % LANES;
     float varies = 0;
-    for (int column = threadIdx.x / LANES * 2; column < share; column += blockDim.x / LANES * 2) {
+    for (int column = threadIdx.x / LANES * 2; column < block_columns;
+         column += blockDim.x / LANES * 2) {
       float pivot[2] = {}, x[STEPS][2], mean[2] = {};
       if (first < ROWS) read_pair(first * pitch + column, pivot);
 #pragma unroll
@@ -95,7 +97,7 @@ struct Planes {
           for (int i = 0; i < STEPS; ++i) {
             sum += valid[lane + i * LANES] ? x[i][k] - mean[k] : 0;
           }
-          mean[k] += lane_sum(sum, LANES) / static_cast<float>(count);
+          mean[k] += warp_sum(sum, LANES) / static_cast<float>(count);
         }
       }
 #pragma unroll
@@ -127,9 +129,9 @@ struct Planes {
   }
 
   // A tile of X X^T over this block's columns.
-  __device__ void gram_tile(Pair pair, float* out) const {
+  __device__ void gram_tile(TileCoord pair, float* out) const {
     float c[2][4] = {};
-    for (int k = 0; k < share; k += TILE_ROWS) {
+    for (int k = 0; k < block_columns; k += TILE_ROWS) {
       uint32_t a_high[4], a_low[4], b_high[4], b_low[4];
       load_matrices(a_high, high + lane_row(pair.i * TILE_ROWS, k));
       load_matrices(a_low, low + lane_row(pair.i * TILE_ROWS, k));
@@ -170,13 +172,14 @@ struct Planes {
         for (int part = 0; part < 4; ++part) {
           const int m_row = i * TILE_ROWS + row + part % 2 * 8;
           const int m_column = k * TILE_ROWS + column + part / 2 * 8;
-          const int first = element_at(m_row, m_column), second = element_at(m_row, m_column + 1);
+          const int first = element_offset(m_row, m_column),
+                    second = element_offset(m_row, m_column + 1);
           split_pair(own * k_own[first] + other * k_other[first],
                      own * k_own[second] + other * k_other[second], m_high[k][part],
                      m_low[k][part]);
         }
       }
-      for (int j = warp % across * TILE_ROWS; j < share; j += across * TILE_ROWS) {
+      for (int j = warp % across * TILE_ROWS; j < block_columns; j += across * TILE_ROWS) {
         float c[2][4] = {};
 #pragma unroll
         for (int k = 0; k < TILES; ++k) {

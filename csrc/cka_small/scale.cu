@@ -26,11 +26,11 @@ void scale(const ScaledTensors& all, cudaStream_t stream) {
 
 }  // namespace
 
-void scale(const ScaledTensors& all, Type unit, Type out, cudaStream_t stream) {
-  if (unit == Type::bf16) return scale<Bf16, Bf16>(all, stream);
+void scale(const ScaledTensors& all, ElementType unit, ElementType out, cudaStream_t stream) {
+  if (unit == ElementType::bf16) return scale<Bf16, Bf16>(all, stream);
   switch (out) {
-    case Type::bf16: return scale<float, Bf16>(all, stream);
-    case Type::fp16: return scale<float, Half>(all, stream);
+    case ElementType::bf16: return scale<float, Bf16>(all, stream);
+    case ElementType::fp16: return scale<float, Half>(all, stream);
     default: return scale<float, float>(all, stream);
   }
 }

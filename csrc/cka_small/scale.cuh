@@ -36,7 +36,7 @@ __device__ void scale_tensor(const ScaledTensor& tensor) {
 
 // Elements that fill 16 bytes of the wider type.
 template <typename Unit, typename Out>
-RIFT_BOTH constexpr int vector_size() {
+RIFT_HOST_DEVICE constexpr int vector_size() {
   return 16 / static_cast<int>(sizeof(Unit) > sizeof(Out) ? sizeof(Unit) : sizeof(Out));
 }
 

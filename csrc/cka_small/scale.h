@@ -24,6 +24,6 @@ struct ScaledTensors {
 };
 
 // From bfloat16 to bfloat16, from float32 to any type.
-void scale(const ScaledTensors& all, Type unit, Type out, cudaStream_t stream);
+void scale(const ScaledTensors& all, ElementType unit, ElementType out, cudaStream_t stream);
 
 }  // namespace rift

@@ -57,14 +57,14 @@ void check_driver(CUresult result, const std::string& whose, const char* call) {
                            std::to_string(static_cast<int>(result)) + ")");
 }
 
-OnDevice::OnDevice(int device) : entered(device >= 0) {
+DeviceGuard::DeviceGuard(int device) : entered(device >= 0) {
   if (!entered) return;
   static const auto push = driver_function<decltype(&cuCtxPushCurrent)>("cuCtxPushCurrent");
   check_driver(push(primary_context(device)), "device " + std::to_string(device),
                "cuCtxPushCurrent");
 }
 
-OnDevice::~OnDevice() {
+DeviceGuard::~DeviceGuard() {
   if (!entered) return;
   CUcontext context = nullptr;
   // Found, because the other one was; a failure here has nobody to be told.

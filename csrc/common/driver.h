@@ -20,12 +20,12 @@ void check_driver(CUresult result, const std::string& whose, const char* call);
 
 // Makes a device this thread's, which may never have had one, and in the end again the one that was.
 // A negative number, as memory of the host has it, leaves everything as it is.
-class OnDevice {
+class DeviceGuard {
  public:
-  explicit OnDevice(int device);
-  ~OnDevice();
-  OnDevice(const OnDevice&) = delete;
-  OnDevice& operator=(const OnDevice&) = delete;
+  explicit DeviceGuard(int device);
+  ~DeviceGuard();
+  DeviceGuard(const DeviceGuard&) = delete;
+  DeviceGuard& operator=(const DeviceGuard&) = delete;
 
  private:
   bool entered;

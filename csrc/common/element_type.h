@@ -3,6 +3,6 @@
 namespace rift {
 
 // Of features and gradients.
-enum class Type { bf16, fp16, fp32 };
+enum class ElementType { bf16, fp16, fp32 };
 
 }  // namespace rift

@@ -29,19 +29,19 @@ inline int device_attribute(cudaDeviceAttr attribute) {
 struct Launch {
   const char* kernel;  // its name, for errors
   int blocks, threads;
-  int shared = 0;      // bytes of a block
-  int cluster = 0;     // blocks of one; 0: no clusters
-  int entries = 1;     // rows of blocks
+  int shared = 0;         // bytes of a block
+  int cluster = 0;        // blocks of one; 0: no clusters
+  int entries = 1;        // rows of blocks
   bool together = false;  // all blocks run at once: they wait for one another
 };
 
 // Bytes of shared memory that a kernel may have without asking.
-constexpr int SHARED_UNASKED = 48 * 1024;
+constexpr int DEFAULT_SHARED_BYTES = 48 * 1024;
 
 template <typename... Arguments>
 void launch(const Launch& how, cudaStream_t stream, void (*kernel)(Arguments...),
             const Arguments&... arguments) {
-  if (how.shared > SHARED_UNASKED) {
+  if (how.shared > DEFAULT_SHARED_BYTES) {
     // All that there is: a captured launch may need more than the last one of this kernel did.
     const int most = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
     check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),

@@ -74,7 +74,8 @@ __device__ inline void load_matrices_transposed(uint32_t (&r)[4], const void* ro
 //   a  (g, t), (g + 8, t), (g, t + 8), (g + 8, t + 8), each with its right neighbour
 //   b  (t, g), (t + 8, g), each with its lower neighbour
 //   c  (g, t), (g, t + 1), (g + 8, t), (g + 8, t + 1)
-__device__ inline void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+__device__ inline void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0,
+                                    uint32_t b1) {
   asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
       "{%8, %9}, {%0, %1, %2, %3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
@@ -114,9 +115,8 @@ __device__ inline const float* map_to_rank(const float* mine, int rank) {
 // Everything written before it, by any thread of the cluster, is seen after it by all.
 __device__ inline void cluster_barrier() {
 #if __CUDA_ARCH__ >= 900
-  asm volatile(
-      "barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::
-          : "memory");
+  asm volatile("barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::
+                   : "memory");
 #endif
 }
 

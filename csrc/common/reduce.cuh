@@ -7,7 +7,7 @@ namespace rift {
 
 // The sum over the lanes of a warp or of `width` neighbours, the same for each of them.
 template <typename T>
-__device__ inline T lane_sum(T x, int width = 32) {
+__device__ inline T warp_sum(T x, int width = 32) {
   for (int lane = width / 2; lane > 0; lane /= 2) x += __shfl_xor_sync(0xffffffffu, x, lane);
   return x;
 }
@@ -19,7 +19,7 @@ __device__ inline void block_sums(double (&x)[COUNT], double* scratch) {
   __syncthreads();
 #pragma unroll
   for (int i = 0; i < COUNT; ++i) {
-    const double sum = lane_sum(x[i]);
+    const double sum = warp_sum(x[i]);
     if (threadIdx.x % 32 == 0) scratch[i * warps + threadIdx.x / 32] = sum;
   }
   __syncthreads();

@@ -28,16 +28,17 @@ __device__ inline void init_barrier(Mbarrier* barrier, int arrivals) {
 }
 
 // What the copy engine has to see of barriers that were just made.
-__device__ inline void fence_barriers() {
+__device__ inline void fence_barrier_init() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
 
 __device__ inline void arrive(Mbarrier* barrier) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier))
+               : "memory");
 }
 
 // At the barrier in the same place of a block of the cluster.
-__device__ inline void arrive_at(Mbarrier* barrier, int rank) {
+__device__ inline void arrive_remote(Mbarrier* barrier, int rank) {
   asm volatile(
       "{\n\t"
       ".reg .b32 there;\n\t"
@@ -49,11 +50,11 @@ __device__ inline void arrive_at(Mbarrier* barrier, int rank) {
 }
 
 // Arrives, and makes the phase wait for so many bytes as well.
-__device__ inline void arrive_and_expect(Mbarrier* barrier, int bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(
-                   shared_address(barrier)),
-               "r"(bytes)
-               : "memory");
+__device__ inline void arrive_expect_tx(Mbarrier* barrier, int bytes) {
+  asm volatile(
+      "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
+      "r"(bytes)
+      : "memory");
 }
 
 // Until the phase of this parity is over.
@@ -83,49 +84,48 @@ __device__ inline void copy_box(void* to, const TensorMap* map, int column, int 
 }
 
 // The same into both blocks of a cluster of two, each of whose barriers counts the bytes.
-__device__ inline void copy_box_to_pair(void* to, const TensorMap* map, int column, int row,
-                                        Mbarrier* barrier) {
+__device__ inline void copy_box_multicast(void* to, const TensorMap* map, int column, int row,
+                                          Mbarrier* barrier) {
   asm volatile(
       "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
       ".multicast::cluster [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(shared_address(to)),
-      "l"(map), "r"(column), "r"(row), "r"(shared_address(barrier)),
-      "h"(static_cast<uint16_t>(3))
+      "l"(map), "r"(column), "r"(row), "r"(shared_address(barrier)), "h"(static_cast<uint16_t>(3))
       : "memory");
 }
 
 // A warpgroup that fetches leaves its registers to those that multiply.
-__device__ inline void fewer_registers() {
+__device__ inline void deallocate_registers() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 40;" ::: "memory");
 }
-__device__ inline void more_registers() {
+__device__ inline void allocate_registers() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 232;" ::: "memory");
 }
 
-__device__ inline void prefetch(const TensorMap* map) {
+__device__ inline void prefetch_tensor_map(const TensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
 
 // A matrix in boxes of copy_box, rows of the box being the products' inner dimension: 64 columns a
 // box, the next ones `next` bytes on; 8 rows every 1024 bytes.
-__device__ inline uint64_t describe(const void* box, int next) {
+__device__ inline uint64_t matrix_descriptor(const void* box, int next) {
   constexpr uint64_t SWIZZLE_128_BYTES = uint64_t{1} << 62, EIGHT_ROWS = uint64_t{1024 >> 4} << 32;
   return SWIZZLE_128_BYTES | EIGHT_ROWS | static_cast<uint64_t>(next >> 4) << 16 |
          (shared_address(box) & 0x3FFFF) >> 4;
 }
 
-__device__ inline void begin_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-__device__ inline void commit_products() {
+__device__ inline void warpgroup_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ inline void warpgroup_commit() {
   asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
 }
 
 // Until no more than so many groups of products are under way.
 template <int GROUPS>
-__device__ inline void wait_products() {
+__device__ inline void warpgroup_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(GROUPS) : "memory");
 }
 
 // A barrier of the 256 threads that multiply, beside the one that fetches.
-__device__ inline void meet_multipliers() { asm volatile("bar.sync 1, 256;" ::: "memory"); }
+__device__ inline void consumer_barrier() { asm volatile("bar.sync 1, 256;" ::: "memory"); }
 
 #define RIFT_C8(n)                                                                            \
   "+f"(c[n]), "+f"(c[n + 1]), "+f"(c[n + 2]), "+f"(c[n + 3]), "+f"(c[n + 4]), "+f"(c[n + 5]), \
@@ -133,13 +133,13 @@ __device__ inline void meet_multipliers() { asm volatile("bar.sync 1, 256;" ::: 
 #define RIFT_C64(n)                                                                               \
   RIFT_C8(n), RIFT_C8(n + 8), RIFT_C8(n + 16), RIFT_C8(n + 24), RIFT_C8(n + 32), RIFT_C8(n + 40), \
       RIFT_C8(n + 48), RIFT_C8(n + 56)
-#define RIFT_NAMES \
-  "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
-  "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
-  "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
-  "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, " \
-  "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, " \
-  "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, " \
+#define RIFT_NAMES                                                                               \
+  "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "                      \
+  "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "             \
+  "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "             \
+  "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, "             \
+  "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, "             \
+  "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, "             \
   "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, " \
   "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127}, "
 

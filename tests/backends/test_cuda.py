@@ -290,7 +290,7 @@ def test_python_foresees_the_plan(
             if plan.blocks:
                 assert plan.entries > 0
                 assert plan.shared_bytes == cuda.shared_bytes(rows, width, plan.blocks)
-                assert plan.share * plan.blocks >= width
+                assert plan.block_columns * plan.blocks >= width
                 assert plan.cluster == (gpu == "clusters")
     assert (emulated_extension.MAX_ROWS, emulated_extension.MAX_LAYERS) == (
         cuda.MAX_ROWS,

@@ -67,7 +67,7 @@ def test_every_square_and_chunk_is_covered_once(
         assert ordered[-1][1] == schedule.chunks == -(-rows // CHUNK)
         assert all(a[1] == b[0] for a, b in itertools.pairwise(ordered))
         for part in range(1, len(ordered)):
-            place = schedule.spill_of(square, part)
+            place = schedule.spill_index(square, part)
             assert 0 <= place < schedule.spill_floats // (schedule.side * BLOCK) ** 2
             assert place not in places
             places.add(place)

@@ -38,7 +38,7 @@ inline void init_barrier(Mbarrier* barrier, int arrivals) {
   *barrier = {0, static_cast<uint8_t>(arrivals), static_cast<uint8_t>(arrivals), 0, 0};
 }
 
-inline void fence_barriers() {}
+inline void fence_barrier_init() {}
 
 inline void arrive(Mbarrier* barrier) {
   if (barrier->pending == 0) throw std::runtime_error("more arrivals than a barrier expects");
@@ -53,9 +53,9 @@ T* place_at(T* mine, int rank) {
   return reinterpret_cast<T*>(emulator::grid->neighbour(rank).shared.bytes.get() + offset);
 }
 
-inline void arrive_at(Mbarrier* barrier, int rank) { arrive(place_at(barrier, rank)); }
+inline void arrive_remote(Mbarrier* barrier, int rank) { arrive(place_at(barrier, rank)); }
 
-inline void arrive_and_expect(Mbarrier* barrier, int bytes) {
+inline void arrive_expect_tx(Mbarrier* barrier, int bytes) {
   barrier->bytes += bytes;
   arrive(barrier);
 }
@@ -99,31 +99,31 @@ inline void copy_box(void* to, const TensorMap* map, int column, int row, Mbarri
   copy_box_to(emulator::grid->rank(), to, map, column, row, barrier);
 }
 
-inline void copy_box_to_pair(void* to, const TensorMap* map, int column, int row,
-                             Mbarrier* barrier) {
+inline void copy_box_multicast(void* to, const TensorMap* map, int column, int row,
+                               Mbarrier* barrier) {
   for (int rank = 0; rank < 2; ++rank) copy_box_to(rank, to, map, column, row, barrier);
 }
 
-inline void fewer_registers() {}
-inline void more_registers() {}
+inline void deallocate_registers() {}
+inline void allocate_registers() {}
 
-inline void prefetch(const TensorMap*) {}
+inline void prefetch_tensor_map(const TensorMap*) {}
 
-inline uint64_t describe(const void* box, int next) {
+inline uint64_t matrix_descriptor(const void* box, int next) {
   return uint64_t{1} << 62 | uint64_t{1024 >> 4} << 32 | static_cast<uint64_t>(next >> 4) << 16 |
          (shared_address(box) & 0x3FFFF) >> 4;
 }
 
-inline void begin_products() {}
+inline void warpgroup_fence() {}
 
-inline void commit_products() { emulator::grid->current->products.emplace_back(); }
+inline void warpgroup_commit() { emulator::grid->current->products.emplace_back(); }
 
 template <int GROUPS>
-void wait_products() {
+void warpgroup_wait() {
   emulator::finish(emulator::grid->current->products, GROUPS);
 }
 
-inline void meet_multipliers() { emulator::wait(emulator::grid->block().multipliers); }
+inline void consumer_barrier() { emulator::wait(emulator::grid->block().multipliers); }
 
 // Element (row, inner) of an operand whose rows are 128 bytes each.
 inline float row_operand(uint64_t descriptor, int row, int inner) {
@@ -140,8 +140,8 @@ inline float operand(uint64_t descriptor, int inner, int column) {
   if (descriptor >> 62 != 1) throw std::runtime_error("only rows of 128 bytes, swizzled");
   const uint32_t start = (descriptor & 0x3FFF) << 4, next = (descriptor >> 16 & 0x3FFF) << 4;
   const uint32_t eight_rows = (descriptor >> 32 & 0x3FFF) << 4;
-  const uint32_t at = start + column / 64 * next + inner / 8 * eight_rows + inner % 8 * 128 +
-                      column % 64 * 2;
+  const uint32_t at =
+      start + column / 64 * next + inner / 8 * eight_rows + inner % 8 * 128 + column % 64 * 2;
   uint16_t bits;
   std::memcpy(&bits, shared_memory() + swizzled(at), 2);
   return bits_to_float(uint32_t{bits} << 16);

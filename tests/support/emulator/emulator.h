@@ -142,9 +142,7 @@ struct Grid {
     return block;
   }
   int rank() const { return static_cast<int>(blockIdx.x % cluster_size); }
-  Barrier& cluster() {
-    return clusters[(blockIdx.y * gridDim.x + blockIdx.x) / cluster_size];
-  }
+  Barrier& cluster() { return clusters[(blockIdx.y * gridDim.x + blockIdx.x) / cluster_size]; }
   Warp& warp() { return block().warps[threadIdx.x / 32]; }
 };
 
@@ -309,14 +307,16 @@ T __shfl_xor_sync(unsigned, T x, int lane_mask) {
   emulator::Warp& warp = emulator::grid->warp();
   warp.value[threadIdx.x % 32] = static_cast<double>(x);
   emulator::wait(warp.barrier);
-  const T result = static_cast<T>(warp.value[(threadIdx.x % 32) ^ static_cast<unsigned>(lane_mask)]);
+  const T result =
+      static_cast<T>(warp.value[(threadIdx.x % 32) ^ static_cast<unsigned>(lane_mask)]);
   emulator::wait(warp.barrier);
   return result;
 }
 
 inline unsigned atomicAdd(unsigned* counter, unsigned more) {
   emulator::Fiber& fiber = *emulator::grid->current;
-  if (!fiber.fenced) throw std::runtime_error("no fence between an atomic and the barrier before it");
+  if (!fiber.fenced)
+    throw std::runtime_error("no fence between an atomic and the barrier before it");
   fiber.told = true;
   const unsigned before = *counter;
   *counter += more;

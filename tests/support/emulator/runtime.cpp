@@ -19,7 +19,7 @@
 namespace {
 
 constexpr int DEVICES = 2;
-constexpr int SHARED_UNASKED = 48 * 1024;
+constexpr int DEFAULT_SHARED_BYTES = 48 * 1024;
 
 // As on a GPU, a thread's: the context that is current, and the last error till it is asked for.
 thread_local std::vector<CUcontext> contexts;
@@ -65,7 +65,8 @@ unsigned cluster_of(const cudaLaunchConfig_t& config) {
 
 bool cooperative(const cudaLaunchConfig_t& config) {
   for (unsigned i = 0; i < config.numAttrs; ++i) {
-    if (config.attrs[i].id == cudaLaunchAttributeCooperative) return config.attrs[i].val.cooperative;
+    if (config.attrs[i].id == cudaLaunchAttributeCooperative)
+      return config.attrs[i].val.cooperative;
   }
   return false;
 }
@@ -89,7 +90,8 @@ FOR_TESTS const char* emulated_launches() {
     Dl_info library;
     dladdr(kernel, &library);
     lines += std::to_string(static_cast<const char*>(kernel) -
-                            static_cast<const char*>(library.dli_fbase)) + "\n";
+                            static_cast<const char*>(library.dli_fbase)) +
+             "\n";
   }
   launched.clear();
   return lines.c_str();
@@ -107,7 +109,8 @@ namespace emulator {
 
 cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, bool any_threads,
                    std::function<void()> run_kernel) {
-  if (fails("cudaLaunchKernelEx")) return answer(cudaErrorLaunchOutOfResources, "it was told to fail");
+  if (fails("cudaLaunchKernelEx"))
+    return answer(cudaErrorLaunchOutOfResources, "it was told to fail");
   const dim3& grid = config.gridDim;
   const unsigned cluster = cluster_of(config);
   if (grid.x == 0 || grid.y == 0 || grid.y > 65535 || config.blockDim.x == 0 ||
@@ -118,7 +121,7 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, bool an
     return answer(cudaErrorInvalidValue, "no such clusters");
   }
   const auto found = allowed().find(kernel);
-  const int most = found == allowed().end() ? SHARED_UNASKED : found->second;
+  const int most = found == allowed().end() ? DEFAULT_SHARED_BYTES : found->second;
   if (static_cast<int>(config.dynamicSmemBytes) > most) {
     return answer(cudaErrorInvalidValue, "more shared memory than was asked for");
   }
@@ -131,8 +134,8 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, bool an
   launched_on = emulated_device();
   launched.insert(kernel);
   try {
-    const int threads = any_threads ? setting("RIFT_EMULATED_THREADS", 64)
-                                    : static_cast<int>(config.blockDim.x);
+    const int threads =
+        any_threads ? setting("RIFT_EMULATED_THREADS", 64) : static_cast<int>(config.blockDim.x);
     run(std::move(run_kernel), grid.x, grid.y, static_cast<unsigned>(threads),
         config.dynamicSmemBytes, static_cast<unsigned>(setting("RIFT_EMULATED_SEED", 0)), cluster);
   } catch (const std::exception& error) {
@@ -255,7 +258,10 @@ CUresult cuTensorMapEncodeTiled(CUtensorMap* map, CUtensorMapDataType, cuuint32_
     return CUDA_ERROR_INVALID_VALUE;
   }
   new (map) rift::TensorMap{static_cast<const uint16_t*>(address),
-                            static_cast<long long>(stride[0] / 2), static_cast<int>(size[1]),
-                            static_cast<int>(size[0]), static_cast<int>(box[1]), {}};
+                            static_cast<long long>(stride[0] / 2),
+                            static_cast<int>(size[1]),
+                            static_cast<int>(size[0]),
+                            static_cast<int>(box[1]),
+                            {}};
   return CUDA_SUCCESS;
 }

@@ -6,11 +6,11 @@ namespace rift {
 
 // Where a block is in a ring of stages, and how often it has been round.
 template <int STAGES>
-struct Turn {
+struct PipelineState {
   int stage = 0;
   unsigned parity = 0;
 
-  RIFT_BOTH void next() {
+  RIFT_HOST_DEVICE void advance() {
     if (++stage == STAGES) {
       stage = 0;
       parity ^= 1;
