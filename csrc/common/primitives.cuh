@@ -1,8 +1,9 @@
-// The instructions that C++ has no name for. tests/support/emulator/emulator.h has the same for a CPU.
+// Instructions that C++ has no name for. tests/support/emulator/emulated_primitives.h implements
+// them on a CPU.
 #pragma once
 
 #ifdef RIFT_EMULATOR
-#include "emulator.h"
+#include "emulated_primitives.h"
 #else
 
 #include <cuda_runtime.h>
@@ -11,7 +12,8 @@
 
 namespace rift {
 
-// bfloat16 and float16 as bits: the headers of both cost more to compile than all kernels.
+// bfloat16 and float16 as bits: including CUDA's headers for them would take longer to compile than
+// all kernels together.
 struct Bf16 {
   uint16_t bits;
 };
@@ -28,7 +30,7 @@ __device__ inline uint16_t round_to_bf16(float x) {
   return bits;
 }
 
-// Two at once, the first one in the low bits.
+// Rounds two floats; the first is in the low bits.
 __device__ inline uint32_t round_to_bf16_pair(float first, float second) {
   uint32_t bits;
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(second), "f"(first));
@@ -52,8 +54,9 @@ __device__ inline unsigned char* shared_memory() {
   return memory;
 }
 
-// Four 8 x 8 matrices of 16-bit elements; lane l gives the address of row l % 8 of matrix l / 8, and
-// receives of each matrix the elements (l / 4, 2 (l % 4) + {0, 1}), or their transposes.
+// Loads four 8 x 8 matrices of 16-bit elements. Lane l passes the address of row l % 8 of matrix
+// l / 8. It receives elements (l / 4, 2 (l % 4) + {0, 1}) of each matrix or, transposed, their
+// mirror images.
 __device__ inline void load_matrices(uint32_t (&r)[4], const void* row) {
   const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(row));
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
@@ -70,7 +73,8 @@ __device__ inline void load_matrices_transposed(uint32_t (&r)[4], const void* ro
                : "memory");
 }
 
-// c += a b, (16, 16) by (16, 8), bfloat16 in float32. Lane l holds, g = l / 4 and t = 2 (l % 4):
+// c += a b, where a is (16, 16) and b (16, 8), both bfloat16, and c is float32. With g = l / 4 and
+// t = 2 (l % 4), lane l holds:
 //   a  (g, t), (g + 8, t), (g, t + 8), (g + 8, t + 8), each with its right neighbour
 //   b  (t, g), (t + 8, g), each with its lower neighbour
 //   c  (g, t), (g, t + 1), (g + 8, t), (g + 8, t + 1)
@@ -82,37 +86,37 @@ __device__ inline void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint3
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-// Starts a copy of 16 bytes to shared memory: the first `bytes` of `from`, and zeros behind them. Both
-// at multiples of 16. Until it is waited for, nobody may read or write there.
-__device__ inline void copy_async(void* to, const void* from, int bytes) {
+// Starts a copy of 16 bytes to shared memory: the first `bytes` of the source, then zeros. Both
+// addresses are multiples of 16. The target must not be read or written until wait_copies.
+__device__ inline void copy_async(void* target, const void* source, int bytes) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(
-                   static_cast<uint32_t>(__cvta_generic_to_shared(to))),
-               "l"(__cvta_generic_to_global(from)), "r"(bytes)
+                   static_cast<uint32_t>(__cvta_generic_to_shared(target))),
+               "l"(__cvta_generic_to_global(source)), "r"(bytes)
                : "memory");
 }
 
-// Makes a group of what this thread has started since the last one.
+// Makes one group of the copies that this thread has started since its last group.
 __device__ inline void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
-// Until all of this thread's groups but the last ones are there, for this thread.
+// Waits until at most GROUPS of this thread's groups are pending; the others are visible to it.
 template <int GROUPS>
 __device__ inline void wait_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(GROUPS) : "memory");
 }
 
-// A pointer into another block's shared memory: of the same cluster, by its rank.
-__device__ inline const float* map_to_rank(const float* mine, int rank) {
+// The same address in the shared memory of the cluster's block with this rank.
+__device__ inline const float* map_to_rank(const float* local, int rank) {
 #if __CUDA_ARCH__ >= 900
-  const float* theirs;
-  asm("mapa.u64 %0, %1, %2;" : "=l"(theirs) : "l"(mine), "r"(rank));
-  return theirs;
+  const float* remote;
+  asm("mapa.u64 %0, %1, %2;" : "=l"(remote) : "l"(local), "r"(rank));
+  return remote;
 #else
   (void)rank;
-  return mine;
+  return local;
 #endif
 }
 
-// Everything written before it, by any thread of the cluster, is seen after it by all.
+// Barrier of all threads of the cluster; makes their earlier writes visible to one another.
 __device__ inline void cluster_barrier() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::

@@ -1,6 +1,6 @@
 """The CUDA C++ backend on a CPU: its kernels' own source, every thread of them a fiber.
 
-See tests/support/emulator/emulator.h. What a GPU adds is tested by the whole suite on one.
+See tests/support/emulator. What a GPU adds is tested by the whole suite on one.
 """
 
 from __future__ import annotations

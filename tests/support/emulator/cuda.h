@@ -1,4 +1,4 @@
-// As much of the CUDA driver as csrc names.
+// The part of the CUDA driver API that csrc uses.
 #pragma once
 
 #include <cstdint>

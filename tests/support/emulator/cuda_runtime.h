@@ -1,5 +1,5 @@
-// As much of the CUDA runtime as csrc names: launches run at once, on the GPU of emulator.h. The
-// environment says which GPU this is, see runtime.cpp.
+// The part of the CUDA runtime API that csrc uses. Launches run immediately on the emulated GPU,
+// which environment variables describe; see runtime.cpp.
 #pragma once
 
 #include <cstddef>
@@ -62,7 +62,7 @@ cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void* ke
 cudaError_t cudaGetDriverEntryPointByVersion(const char* name, void** function, unsigned version,
                                              unsigned long long flags, void* result);
 
-// What the extension was compiled for.
+// Stands in for RIFT_ARCHS, the architectures that the extension was compiled for.
 const char* emulated_architectures();
 
 namespace rift {
@@ -71,13 +71,13 @@ struct CkaSmallArguments;
 
 namespace emulator {
 cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, bool any_threads,
-                   std::function<void()> run);
+                   std::function<void()> run_kernel);
 }
 
 template <typename... Parameters, typename... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
                                const Arguments&... arguments) {
-  // Fewer threads than on a GPU are the same to this one, and sooner done.
+  // cka_small runs with any number of threads, and fewer of them are faster to emulate.
   constexpr bool ANY_THREADS = (std::is_same_v<Parameters, rift::CkaSmallArguments> || ...);
   return emulator::launch(*config, reinterpret_cast<const void*>(kernel), ANY_THREADS,
                           [&] { kernel(arguments...); });

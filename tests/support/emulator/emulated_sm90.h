@@ -1,5 +1,5 @@
-// Hopper's instructions as csrc/common/sm90.cuh names them, on a CPU. What is asynchronous there is late
-// here: copies are made some rounds after, in any order, and products when they are waited for.
+// Hopper's instructions of csrc/common/sm90.cuh on the emulated GPU. What is asynchronous on a GPU
+// happens late here: copies some rounds later and in any order, products when they are waited for.
 #pragma once
 
 #include <array>
@@ -8,19 +8,19 @@
 
 namespace rift {
 
-// A row-major matrix of 16-bit elements, in the 128 bytes that on a GPU only its driver knows.
+// A row-major matrix of 16-bit elements; it fills the 128 bytes of a CUtensorMap.
 struct alignas(64) TensorMap {
   const uint16_t* elements;
   long long stride;
   int rows, columns, box_rows;
-  unsigned char nothing[100];
+  unsigned char padding[100];
 };
 
 inline uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(static_cast<const unsigned char*>(pointer) - shared_memory());
 }
 
-// In the 8 bytes that a GPU has for one.
+// As large as an mbarrier: 8 bytes.
 struct Mbarrier {
   uint8_t phase, expected, pending, unused;
   int32_t bytes;
@@ -46,14 +46,7 @@ inline void arrive(Mbarrier* barrier) {
   barrier->end_phase();
 }
 
-// The same place in the memory of a block of the cluster.
-template <typename T>
-T* place_at(T* mine, int rank) {
-  const auto offset = reinterpret_cast<unsigned char*>(mine) - shared_memory();
-  return reinterpret_cast<T*>(emulator::grid->neighbour(rank).shared.bytes.get() + offset);
-}
-
-inline void arrive_remote(Mbarrier* barrier, int rank) { arrive(place_at(barrier, rank)); }
+inline void arrive_remote(Mbarrier* barrier, int rank) { arrive(remote_address(barrier, rank)); }
 
 inline void arrive_expect_tx(Mbarrier* barrier, int bytes) {
   barrier->bytes += bytes;
@@ -64,44 +57,45 @@ inline void wait_barrier(const Mbarrier* barrier, unsigned parity) {
   while (barrier->phase == parity) emulator::yield();
 }
 
-// The address of 16 bytes in 1024, as the copy engine and the products see it.
+// Swizzles an address as the copy engine and WGMMA do: vectors of 16 bytes within 1024 bytes.
 inline uint32_t swizzled(uint32_t address) { return address ^ (address >> 7 & 7) << 4; }
 
+// Called by the scheduler, outside of any fiber.
 inline void copy_now(unsigned char* shared, uint32_t start, const TensorMap& map, int column,
                      int row, Mbarrier* barrier) {
   for (int r = 0; r < map.box_rows; ++r) {
     for (int c = 0; c < 64; ++c) {
       const bool inside = row + r < map.rows && column + c < map.columns;
       const uint16_t x = inside ? map.elements[(row + r) * map.stride + column + c] : 0;
-      const uint32_t at = start + static_cast<uint32_t>(r * 128 + c * 2);
-      std::memcpy(shared + swizzled(at), &x, 2);
+      const uint32_t address = start + static_cast<uint32_t>(r * 128 + c * 2);
+      std::memcpy(shared + swizzled(address), &x, 2);
     }
   }
   barrier->bytes -= map.box_rows * 128;
-  // From outside of any fiber. What the other block of a cluster sends may come before it is expected.
+  // The other block of a cluster may send bytes before this block expects them.
   if (barrier->bytes < 0 && barrier->pending == 0) {
     throw std::runtime_error("more bytes than a barrier expects");
   }
   barrier->end_phase();
 }
 
-inline void copy_box_to(int rank, void* to, const TensorMap* map, int column, int row,
+inline void copy_box_to(int rank, void* target, const TensorMap* map, int column, int row,
                         Mbarrier* barrier) {
-  if (shared_address(to) % 1024 != 0) throw std::runtime_error("a box is misaligned");
+  if (shared_address(target) % 1024 != 0) throw std::runtime_error("a box is misaligned");
   unsigned char* shared = emulator::grid->neighbour(rank).shared.bytes.get();
-  const uint32_t start = shared_address(to);
-  const TensorMap from = *map;
-  Mbarrier* there = place_at(barrier, rank);
-  emulator::grid->copies.push_back([=] { copy_now(shared, start, from, column, row, there); });
+  const uint32_t start = shared_address(target);
+  const TensorMap source = *map;
+  Mbarrier* remote = remote_address(barrier, rank);
+  emulator::grid->copies.push_back([=] { copy_now(shared, start, source, column, row, remote); });
 }
 
-inline void copy_box(void* to, const TensorMap* map, int column, int row, Mbarrier* barrier) {
-  copy_box_to(emulator::grid->rank(), to, map, column, row, barrier);
+inline void copy_box(void* target, const TensorMap* map, int column, int row, Mbarrier* barrier) {
+  copy_box_to(emulator::grid->rank(), target, map, column, row, barrier);
 }
 
-inline void copy_box_multicast(void* to, const TensorMap* map, int column, int row,
+inline void copy_box_multicast(void* target, const TensorMap* map, int column, int row,
                                Mbarrier* barrier) {
-  for (int rank = 0; rank < 2; ++rank) copy_box_to(rank, to, map, column, row, barrier);
+  for (int rank = 0; rank < 2; ++rank) copy_box_to(rank, target, map, column, row, barrier);
 }
 
 inline void deallocate_registers() {}
@@ -120,34 +114,45 @@ inline void warpgroup_commit() { emulator::grid->current->products.emplace_back(
 
 template <int GROUPS>
 void warpgroup_wait() {
-  emulator::finish(emulator::grid->current->products, GROUPS);
+  emulator::complete(emulator::grid->current->products, GROUPS);
 }
 
-inline void consumer_barrier() { emulator::wait(emulator::grid->block().multipliers); }
+inline void consumer_barrier() { emulator::wait(emulator::grid->block().consumers); }
 
-// Element (row, inner) of an operand whose rows are 128 bytes each.
-inline float row_operand(uint64_t descriptor, int row, int inner) {
-  if (descriptor >> 62 != 1) throw std::runtime_error("only rows of 128 bytes, swizzled");
-  const uint32_t start = (descriptor & 0x3FFF) << 4, eight_rows = (descriptor >> 32 & 0x3FFF) << 4;
-  const uint32_t at = start + row / 8 * eight_rows + row % 8 * 128 + inner * 2;
+// The bfloat16 at an address before swizzling.
+inline float swizzled_element(uint32_t address) {
   uint16_t bits;
-  std::memcpy(&bits, shared_memory() + swizzled(at), 2);
+  std::memcpy(&bits, shared_memory() + swizzled(address), 2);
   return bits_to_float(uint32_t{bits} << 16);
 }
 
-// Element (inner, column) of an operand whose columns lie side by side.
-inline float operand(uint64_t descriptor, int inner, int column) {
-  if (descriptor >> 62 != 1) throw std::runtime_error("only rows of 128 bytes, swizzled");
-  const uint32_t start = (descriptor & 0x3FFF) << 4, next = (descriptor >> 16 & 0x3FFF) << 4;
-  const uint32_t eight_rows = (descriptor >> 32 & 0x3FFF) << 4;
-  const uint32_t at =
-      start + column / 64 * next + inner / 8 * eight_rows + inner % 8 * 128 + column % 64 * 2;
-  uint16_t bits;
-  std::memcpy(&bits, shared_memory() + swizzled(at), 2);
-  return bits_to_float(uint32_t{bits} << 16);
+// The fields of an operand's descriptor, in bytes.
+struct Descriptor {
+  uint32_t start, next_box, eight_rows;
+
+  explicit Descriptor(uint64_t bits)
+      : start((bits & 0x3FFF) << 4),
+        next_box((bits >> 16 & 0x3FFF) << 4),
+        eight_rows((bits >> 32 & 0x3FFF) << 4) {
+    if (bits >> 62 != 1) throw std::runtime_error("operands must have swizzled rows of 128 bytes");
+  }
+};
+
+// Element (row, inner) of an operand whose columns are the inner dimension.
+inline float row_operand(uint64_t bits, int row, int inner) {
+  const Descriptor operand(bits);
+  return swizzled_element(operand.start + row / 8 * operand.eight_rows + row % 8 * 128 + inner * 2);
 }
 
-// `left(half, k)`: this thread's rows of the left operand.
+// Element (inner, column) of an operand whose rows are the inner dimension.
+inline float column_operand(uint64_t bits, int inner, int column) {
+  const Descriptor operand(bits);
+  return swizzled_element(operand.start + column / 64 * operand.next_box +
+                          inner / 8 * operand.eight_rows + inner % 8 * 128 + column % 64 * 2);
+}
+
+// Multiplies at once. `left(half, k)` returns element k of this thread's two rows of the left
+// operand.
 template <typename Left>
 void multiply_now(float* c, Left left, uint64_t b) {
   const int lane = threadIdx.x % 32;
@@ -157,7 +162,7 @@ void multiply_now(float* c, Left left, uint64_t b) {
   }
   for (int n = 0; n < 32; ++n) {
     for (int i = 0; i < 2; ++i) {
-      for (int k = 0; k < 16; ++k) column[k] = operand(b, k, 8 * n + lane % 4 * 2 + i);
+      for (int k = 0; k < 16; ++k) column[k] = column_operand(b, k, 8 * n + lane % 4 * 2 + i);
       for (int half = 0; half < 2; ++half) {
         float& sum = c[4 * n + 2 * half + i];
         sum = emulator::add_products<16>(sum, [&](int k) { return rows[half][k] * column[k]; });
@@ -166,18 +171,19 @@ void multiply_now(float* c, Left left, uint64_t b) {
   }
 }
 
-// When it is waited for. All 128 threads of a warpgroup come here, or none.
+// Multiplies when it is waited for. All 128 threads of the warpgroup must take part.
 template <typename Left>
 void multiply_later(float (&c)[128], Left left, uint64_t b) {
   emulator::wait(emulator::grid->block().warpgroups[threadIdx.x / 128]);
-  float* where = c;
-  emulator::grid->current->products.back().push_back([=] { multiply_now(where, left, b); });
+  float* sums = c;
+  emulator::grid->current->products.back().push_back([=] { multiply_now(sums, left, b); });
 }
 
 inline int first_row() { return threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4; }
 
 inline void multiply_add(float (&c)[128], uint64_t a, uint64_t b) {
-  multiply_later(c, [=](int half, int k) { return operand(a, k, first_row() + 8 * half); }, b);
+  multiply_later(
+      c, [=](int half, int k) { return column_operand(a, k, first_row() + 8 * half); }, b);
 }
 
 inline void multiply_add_rows(float (&c)[128], uint64_t a, uint64_t b) {
@@ -187,16 +193,16 @@ inline void multiply_add_rows(float (&c)[128], uint64_t a, uint64_t b) {
 inline void multiply_add(float (&c)[128], const uint32_t (&a)[4], uint64_t b) {
   emulator::Warp& warp = emulator::grid->warp();
   const unsigned lane = threadIdx.x % 32;
-  std::array<std::array<uint32_t, 4>, 32> all;
+  std::array<std::array<uint32_t, 4>, 32> registers;
   std::copy(a, a + 4, warp.a[lane]);
   emulator::wait(warp.barrier);
-  for (int other = 0; other < 32; ++other) std::copy_n(warp.a[other], 4, all[other].begin());
+  for (int other = 0; other < 32; ++other) std::copy_n(warp.a[other], 4, registers[other].begin());
   emulator::wait(warp.barrier);
   multiply_later(
       c,
       [=](int half, int k) {
-        const uint32_t pair = all[lane / 4 * 4 + k % 8 / 2][half + k / 8 * 2];
-        return half_of(pair, static_cast<unsigned>(k % 2));
+        const uint32_t pair = registers[lane / 4 * 4 + k % 8 / 2][half + k / 8 * 2];
+        return pair_element(pair, static_cast<unsigned>(k % 2));
       },
       b);
 }

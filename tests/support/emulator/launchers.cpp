@@ -1,4 +1,4 @@
-// csrc's own launchers, for the runtime of this folder.
+// All launchers of csrc, compiled for the CUDA runtime of this folder.
 #include "cka_large/cka_large.cu"
 #include "cka_large/moments_sm80.cu"
 #include "cka_large/moments_sm90.cu"

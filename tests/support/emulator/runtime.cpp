@@ -1,12 +1,12 @@
-// A CUDA runtime and driver that launch on the GPU of emulator.h, and what they say of a wrong call.
-// The environment says which GPU this is:
-//   RIFT_EMULATED_MAJOR    of the compute capability: 8 has no clusters
-//   RIFT_EMULATED_SHARED   bytes of shared memory that a block may have
-//   RIFT_EMULATED_PROCESSORS
-//   RIFT_EMULATED_THREADS  of a block, where the kernel takes any number
-//   RIFT_EMULATED_SEED     of the order in which threads run
-//   RIFT_EMULATED_FAILS    a function of the runtime that answers with an error
-//   RIFT_EMULATED_ARCHS    that the extension was compiled for
+// A CUDA runtime and driver that launch kernels on the emulated GPU, and return errors for wrong
+// calls. Environment variables describe the GPU:
+//   RIFT_EMULATED_MAJOR       major compute capability; 8 has no clusters
+//   RIFT_EMULATED_SHARED      bytes of shared memory that a block may have
+//   RIFT_EMULATED_PROCESSORS  multiprocessors
+//   RIFT_EMULATED_THREADS     threads of a block, for kernels that take any number
+//   RIFT_EMULATED_SEED        seed of the order in which threads run
+//   RIFT_EMULATED_FAILS       function of the runtime that returns an error
+//   RIFT_EMULATED_ARCHS       architectures that the extension was compiled for
 #include <cuda.h>
 #include <cuda_runtime.h>
 #include <dlfcn.h>
@@ -21,24 +21,25 @@ namespace {
 constexpr int DEVICES = 2;
 constexpr int DEFAULT_SHARED_BYTES = 48 * 1024;
 
-// As on a GPU, a thread's: the context that is current, and the last error till it is asked for.
+// The stack of current contexts and the last error, which belong to a thread as in CUDA.
 thread_local std::vector<CUcontext> contexts;
 thread_local cudaError_t last = cudaSuccess;
 thread_local std::string cause;
 int launched_on = -1;
 std::set<const void*> launched;
 
-int setting(const char* name, int otherwise) {
+int setting(const char* name, int default_value) {
   const char* text = std::getenv(name);
-  return text ? std::atoi(text) : otherwise;
+  return text ? std::atoi(text) : default_value;
 }
 
-cudaError_t answer(cudaError_t error, const std::string& why) {
+cudaError_t fail(cudaError_t error, const std::string& reason) {
   last = error;
-  cause = why;
+  cause = reason;
   return error;
 }
 
+// Whether this function was told to fail.
 bool fails(const char* function) {
   const char* name = std::getenv("RIFT_EMULATED_FAILS");
   return name && std::strcmp(name, function) == 0;
@@ -48,14 +49,14 @@ CUcontext primary_context(int device) {
   return reinterpret_cast<CUcontext>(static_cast<intptr_t>(device + 1));
 }
 
-// Of each kernel, what it may have since it was asked for.
-std::map<const void*, int>& allowed() {
-  static std::map<const void*, int> all;
-  return all;
+// The shared memory that each kernel has opted in to.
+std::map<const void*, int>& shared_limits() {
+  static std::map<const void*, int> limits;
+  return limits;
 }
 
-// What a launch runs for; 0: it has no clusters.
-unsigned cluster_of(const cudaLaunchConfig_t& config) {
+// The cluster size of a launch; 0: no clusters.
+unsigned cluster_size(const cudaLaunchConfig_t& config) {
   for (unsigned i = 0; i < config.numAttrs; ++i) {
     const cudaLaunchAttribute& attribute = config.attrs[i];
     if (attribute.id == cudaLaunchAttributeClusterDimension) return attribute.val.clusterDim.x;
@@ -63,7 +64,7 @@ unsigned cluster_of(const cudaLaunchConfig_t& config) {
   return 0;
 }
 
-bool cooperative(const cudaLaunchConfig_t& config) {
+bool is_cooperative(const cudaLaunchConfig_t& config) {
   for (unsigned i = 0; i < config.numAttrs; ++i) {
     if (config.attrs[i].id == cudaLaunchAttributeCooperative)
       return config.attrs[i].val.cooperative;
@@ -73,16 +74,16 @@ bool cooperative(const cudaLaunchConfig_t& config) {
 
 }  // namespace
 
-// What tests ask and do.
+// Functions that tests call through ctypes.
 #define FOR_TESTS extern "C" __attribute__((visibility("default")))
 
-// The device of this thread, -1 for none.
+// The current device of this thread, or -1.
 FOR_TESTS int emulated_device() {
   return contexts.empty() ? -1 : static_cast<int>(reinterpret_cast<intptr_t>(contexts.back())) - 1;
 }
 FOR_TESTS void emulated_enter(int device) { contexts.push_back(primary_context(device)); }
 FOR_TESTS int emulated_device_of_last_launch() { return launched_on; }
-// Where in this library the kernels begin that were launched since it was last asked, a line each.
+// Offsets in this library of the kernels launched since the last call, one per line.
 FOR_TESTS const char* emulated_launches() {
   static std::string lines;
   lines.clear();
@@ -97,11 +98,11 @@ FOR_TESTS const char* emulated_launches() {
   return lines.c_str();
 }
 FOR_TESTS int emulated_last_error() { return last; }
-// What any kernel that asked for more shared memory may have, the least.
+// The smallest shared memory that a kernel has opted in to since the last call.
 FOR_TESTS int emulated_least_allowed() {
   int least = 1 << 30;
-  for (const auto& [kernel, bytes] : allowed()) least = std::min(least, bytes);
-  allowed().clear();
+  for (const auto& [kernel, bytes] : shared_limits()) least = std::min(least, bytes);
+  shared_limits().clear();
   return least;
 }
 
@@ -110,36 +111,37 @@ namespace emulator {
 cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, bool any_threads,
                    std::function<void()> run_kernel) {
   if (fails("cudaLaunchKernelEx"))
-    return answer(cudaErrorLaunchOutOfResources, "it was told to fail");
+    return fail(cudaErrorLaunchOutOfResources, "it was told to fail");
   const dim3& grid = config.gridDim;
-  const unsigned cluster = cluster_of(config);
+  const unsigned cluster = cluster_size(config);
   if (grid.x == 0 || grid.y == 0 || grid.y > 65535 || config.blockDim.x == 0 ||
       config.blockDim.x > 1024 || (cluster > 0 && grid.x % cluster != 0)) {
-    return answer(cudaErrorInvalidConfiguration, "no such grid");
+    return fail(cudaErrorInvalidConfiguration, "no such grid");
   }
   if (cluster > 0 && (setting("RIFT_EMULATED_MAJOR", 9) < 9 || cluster > 8)) {
-    return answer(cudaErrorInvalidValue, "no such clusters");
+    return fail(cudaErrorInvalidValue, "no such clusters");
   }
-  const auto found = allowed().find(kernel);
-  const int most = found == allowed().end() ? DEFAULT_SHARED_BYTES : found->second;
-  if (static_cast<int>(config.dynamicSmemBytes) > most) {
-    return answer(cudaErrorInvalidValue, "more shared memory than was asked for");
+  const auto opted_in = shared_limits().find(kernel);
+  const int limit = opted_in == shared_limits().end() ? DEFAULT_SHARED_BYTES : opted_in->second;
+  if (static_cast<int>(config.dynamicSmemBytes) > limit) {
+    return fail(cudaErrorInvalidValue, "more shared memory than the kernel has opted in to");
   }
-  if (cooperative(config) &&
+  if (is_cooperative(config) &&
       grid.x * grid.y > static_cast<unsigned>(setting("RIFT_EMULATED_PROCESSORS", 132))) {
-    return answer(cudaErrorCooperativeLaunchTooLarge, "more blocks than run at once");
+    return fail(cudaErrorCooperativeLaunchTooLarge, "more blocks than can be resident");
   }
-  // Whoever launches has a context from then on.
+  // A launch makes the primary context current if there is none.
   if (contexts.empty()) contexts.push_back(primary_context(0));
   launched_on = emulated_device();
   launched.insert(kernel);
   try {
     const int threads =
         any_threads ? setting("RIFT_EMULATED_THREADS", 64) : static_cast<int>(config.blockDim.x);
-    run(std::move(run_kernel), grid.x, grid.y, static_cast<unsigned>(threads),
-        config.dynamicSmemBytes, static_cast<unsigned>(setting("RIFT_EMULATED_SEED", 0)), cluster);
+    const GridShape shape{grid.x, grid.y, static_cast<unsigned>(threads), config.dynamicSmemBytes,
+                          cluster};
+    run(std::move(run_kernel), shape, static_cast<unsigned>(setting("RIFT_EMULATED_SEED", 0)));
   } catch (const std::exception& error) {
-    return answer(cudaErrorLaunchFailure, error.what());
+    return fail(cudaErrorLaunchFailure, error.what());
   }
   return cudaSuccess;
 }
@@ -186,23 +188,23 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
 }
 
 cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute, int value) {
-  if (fails("cudaFuncSetAttribute")) return answer(cudaErrorInvalidValue, "it was told to fail");
+  if (fails("cudaFuncSetAttribute")) return fail(cudaErrorInvalidValue, "it was told to fail");
   if (value > setting("RIFT_EMULATED_SHARED", 227 * 1024)) {
-    return answer(cudaErrorInvalidValue, "more shared memory than a block may have");
+    return fail(cudaErrorInvalidValue, "more shared memory than a block may have");
   }
-  allowed()[kernel] = value;
+  shared_limits()[kernel] = value;
   return cudaSuccess;
 }
 
 cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void*) {
-  if (fails("cudaFuncGetAttributes")) return answer(cudaErrorInvalidValue, "it was told to fail");
+  if (fails("cudaFuncGetAttributes")) return fail(cudaErrorInvalidValue, "it was told to fail");
   attributes->ptxVersion = 10 * setting("RIFT_EMULATED_MAJOR", 9);
   return cudaSuccess;
 }
 
 cudaError_t cudaGetDriverEntryPointByVersion(const char* name, void** function, unsigned,
                                              unsigned long long, void*) {
-  static const std::map<std::string, void*> all{
+  static const std::map<std::string, void*> functions{
       {"cuInit", reinterpret_cast<void*>(&cuInit)},
       {"cuDeviceGet", reinterpret_cast<void*>(&cuDeviceGet)},
       {"cuDevicePrimaryCtxRetain", reinterpret_cast<void*>(&cuDevicePrimaryCtxRetain)},
@@ -211,8 +213,8 @@ cudaError_t cudaGetDriverEntryPointByVersion(const char* name, void** function, 
       {"cuGetErrorName", reinterpret_cast<void*>(&cuGetErrorName)},
       {"cuTensorMapEncodeTiled", reinterpret_cast<void*>(&cuTensorMapEncodeTiled)},
   };
-  const auto found = all.find(name);
-  *function = found == all.end() ? nullptr : found->second;
+  const auto entry = functions.find(name);
+  *function = entry == functions.end() ? nullptr : entry->second;
   return cudaSuccess;
 }
 

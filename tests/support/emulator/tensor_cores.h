@@ -1,7 +1,7 @@
-// How tensor cores add, as measured by Fasi et al. (PeerJ Computer Science 7:e330) and by Khattak and
-// Mikaitis (arXiv 2512.07004): the accumulator and a block of products, 8 before Hopper and 16 on it,
-// are aligned to the largest of them, with two bits more than a float32 has, and what lies below is
-// cut off, of each term and of their sum. Nothing is rounded.
+// How tensor cores add, as measured by Fasi et al. (PeerJ Computer Science 7:e330) and by Khattak
+// and Mikaitis (arXiv 2512.07004). The terms are the accumulator and a block of products: 8 before
+// Hopper, 16 on Hopper. All terms are aligned to the largest one and have two bits more than a
+// float32. Lower bits of the terms and of their sum are truncated; nothing is rounded.
 #pragma once
 
 #include <cstdint>
@@ -22,13 +22,13 @@ inline double power_of_two(int exponent) {
   return x;
 }
 
-inline float cut_off(double x) {
+inline float truncate(double x) {
   const uint64_t bits = bits_of(x) & ~((uint64_t{1} << 29) - 1);
   std::memcpy(&x, &bits, 8);
   return static_cast<float>(x);
 }
 
-// c plus BLOCK products, which `product` gives by their number.
+// c plus BLOCK products; product(k) returns the one with index k.
 template <int BLOCK, typename Product>
 float add_block(float c, Product product) {
   constexpr int EXTRA_BITS = 2, NOT_FINITE = 0x7FF;
@@ -48,10 +48,10 @@ float add_block(float c, Product product) {
   const double units = power_of_two(-unit);
   int64_t count = 0;
   for (double term : terms) count += static_cast<int64_t>(term * units);
-  return cut_off(static_cast<double>(count) * power_of_two(unit));
+  return truncate(static_cast<double>(count) * power_of_two(unit));
 }
 
-// c plus the 16 products of one step.
+// c plus the 16 products of one instruction.
 template <int BLOCK, typename Product>
 float add_products(float c, Product product) {
   for (int first = 0; first < 16; first += BLOCK) {
