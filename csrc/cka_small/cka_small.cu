@@ -37,7 +37,7 @@ Kernel kernel_of(ElementType type, int rows, bool cluster) {
 
 CkaSmallPlan cka_small_plan(int rows, int width) {
   if (rows > MAX_ROWS) return {};
-  // Compiled for older GPUs only, the kernels that run here, from PTX, have no clusters.
+  // An extension compiled for older GPUs runs here from their PTX, which has no clusters.
   cudaFuncAttributes compiled = {};
   const Kernel kernel = kernel_of(ElementType::fp32, rows, false);
   check(cudaFuncGetAttributes(&compiled, reinterpret_cast<const void*>(kernel)), "cka_small",
@@ -51,14 +51,14 @@ CkaSmallPlan cka_small_plan(int rows, int width) {
 
 void cka_small(const CkaSmallArguments& arguments, const CkaSmallPlan& plan, ElementType type,
                int rows, int entries, cudaStream_t stream) {
-  Launch how{"cka_small", plan.blocks, CKA_SMALL_THREADS, plan.shared_bytes};
-  how.entries = entries;
+  LaunchSettings settings{"cka_small", plan.blocks, CKA_SMALL_THREADS, plan.shared_bytes};
+  settings.entries = entries;
   if (plan.cluster) {
-    how.cluster = plan.blocks;
+    settings.cluster_size = plan.blocks;
   } else {
-    how.together = true;
+    settings.cooperative = true;
   }
-  launch(how, stream, kernel_of(type, rows, plan.cluster), arguments);
+  launch(settings, stream, kernel_of(type, rows, plan.cluster), arguments);
 }
 
 }  // namespace rift

@@ -1,19 +1,19 @@
-// Linear CKA of up to 128 rows, value and gradients, in one launch.
+// Linear CKA of up to 128 rows: value and gradients in one launch.
 //
-//   value  = <Kx, Ky> / (||Kx|| ||Ky||),  K = Xc Xc^T of either side, U-centered if debiased
+//   value  = <Kx, Ky> / (||Kx|| ||Ky||),  K = Xc Xc^T of each side, U-centered if debiased
 //   grad_X = (own_x Kx + other Ky) Xc,    see head.h
 //
-// A group of blocks owns a layer, each block some columns of all its rows:
-//   1. its columns, centered in float32, into shared memory as two bfloat16 each
-//   2. what they add to Kx and Ky, upper tiles only, three products
-//   3. the group adds up: each block a range of elements, in the order of the blocks; then all take
-//      all ranges, and every block has both K, the same to the last bit
-//   4. every block computes norms, value and coefficients, all the same
-//   5. its columns of the gradients, the coefficients' matrix formed in float32 in registers
-// The group is a cluster that reads one another's shared memory or, before sm_90, blocks that run
-// at once and meet in global memory.
+// A group of blocks owns a layer, and each block owns some columns of all its rows. A block:
+//   1. centers its columns in float32 and stores them in shared memory as two bfloat16 each
+//   2. computes what they add to Kx and Ky: upper tiles only, three products of halves
+//   3. sums a range of elements over all blocks, in their order, and reads the other ranges: every
+//      block then has the same Kx and Ky to the last bit
+//   4. computes norms, value and coefficients, as every other block does
+//   5. computes its columns of the gradients; own_x Kx + other Ky is formed in float32 in registers
+// The group is a cluster, which exchanges data through distributed shared memory. Before sm_90, its
+// blocks are launched cooperatively and exchange data through global memory.
 //
-// Bytes: the features once, the gradients once; between blocks, both K twice.
+// Memory traffic: features and gradients once; between blocks, Kx and Ky twice.
 #pragma once
 
 #include "cka_small/head.h"
@@ -24,12 +24,12 @@
 
 namespace rift {
 
-// Where the blocks of a layer meet.
+// The blocks of a layer: their barrier, and the memory through which they exchange data.
 template <bool CLUSTER>
 struct BlockGroup {
   float* local;            // exchange_floats of this block
-  const float* workspace;  // of the first block, where the others lie behind it
-  unsigned* counter;       // of arrivals, where there is no cluster
+  const float* workspace;  // exchange_floats of each block; null in a cluster
+  unsigned* counter;       // of arrivals at the barrier; null in a cluster
   int blocks, floats;
 
   __device__ const float* exchange(int rank) const {
@@ -44,7 +44,7 @@ struct BlockGroup {
     __syncthreads();
     if (threadIdx.x == 0) {
       __threadfence();
-      // Never set back: every launch adds a multiple of the number of blocks.
+      // The counter is never reset, because every barrier adds the number of blocks.
       const unsigned count = static_cast<unsigned>(blocks);
       const unsigned goal = atomicAdd(counter, 1u) / count * count + count;
       while (static_cast<int>(load_acquire(counter) - goal) < 0) {
@@ -55,7 +55,8 @@ struct BlockGroup {
   }
 };
 
-// Scales both K to features of unit norm and U-centers them if debiased, in place; their sums.
+// Scales both Gram matrices, in place, to those of features of unit norm, and U-centers them if
+// debiased. Returns the sums that cka_head needs.
 template <int ROWS>
 __device__ CkaSums normalize_grams(float* gram, const unsigned char* valid, int count,
                                    bool debiased, float* offsets, double* scratch,
@@ -67,7 +68,7 @@ __device__ CkaSums normalize_grams(float* gram, const unsigned char* valid, int 
 #pragma unroll
   for (int side = 0; side < 2; ++side) {
     const float* k = gram + side * GRAM_TILES * TILE_FLOATS;
-    // By every warp: that is sooner done than told.
+    // Every warp computes this itself, which is faster than broadcasting it.
     float energy = 0, peak = 0;
     for (int row = threadIdx.x % 32; row < ROWS; row += 32) {
       const float x = k[element_offset(row, row)];
@@ -82,7 +83,7 @@ __device__ CkaSums normalize_grams(float* gram, const unsigned char* valid, int 
     *peaks[side] = peak * inverse[side] * inverse[side];
   }
   if (debiased) {
-    // Neighbouring threads share a row where there are more of them than rows.
+    // If there are more threads than rows, adjacent threads share a row.
     const int parts = max(1, threads / (2 * ROWS));
     double totals[2] = {};
     for (int unit = threadIdx.x; unit < 2 * ROWS * parts; unit += threads) {
@@ -107,20 +108,20 @@ __device__ CkaSums normalize_grams(float* gram, const unsigned char* valid, int 
       offsets[unit] = u_center_offset(offsets[unit], total, static_cast<float>(count));
     }
   }
-  // All have read the diagonals, which are overwritten now; and the offsets are there.
+  // All threads have read the diagonals, which are overwritten next, and the offsets are written.
   __syncthreads();
   // <Kx, Kx>, <Ky, Ky>, <Kx, Ky>
   double products[3] = {};
   for (int index = threadIdx.x; index < GRAM_TILES * TILE_ROWS * TILE_ROWS; index += threads) {
     const Element e = element_at(index);
-    const bool kept = valid[e.row] && valid[e.column] && !(debiased && e.row == e.column);
+    const bool included = valid[e.row] && valid[e.column] && !(debiased && e.row == e.column);
     float centered[2];
 #pragma unroll
     for (int side = 0; side < 2; ++side) {
       float* element = gram + side * GRAM_TILES * TILE_FLOATS + e.offset;
       float k = *element * inverse[side] * inverse[side];
       if (debiased) k -= offsets[side * ROWS + e.row] + offsets[side * ROWS + e.column];
-      centered[side] = *element = kept ? k : 0;
+      centered[side] = *element = included ? k : 0;
     }
     const double weight = multiplicity(e.row, e.column);
     products[0] += weight * (centered[0] * centered[0]);
@@ -134,7 +135,7 @@ __device__ CkaSums normalize_grams(float* gram, const unsigned char* valid, int 
   return sums;
 }
 
-// Whether blocks of a kernel meet as this GPU lets them; the other kind of kernel stays empty.
+// Whether this architecture runs the kernels with, or without, clusters; the others stay empty.
 template <bool CLUSTER>
 __device__ constexpr bool matches_architecture() {
 #ifdef __CUDA_ARCH__
@@ -144,7 +145,7 @@ __device__ constexpr bool matches_architecture() {
 #endif
 }
 
-// One block's part of one entry.
+// One block's share of one entry.
 template <typename T, typename G, int ROWS, bool CLUSTER>
 __device__ void run_cka_small(const CkaSmallArguments& arguments) {
   const int entry = blockIdx.y, rank = blockIdx.x, blocks = gridDim.x;
@@ -199,22 +200,24 @@ __device__ void run_cka_small(const CkaSmallArguments& arguments) {
   constexpr int FLOATS = gram_floats(ROWS), ELEMENTS = gram_elements(ROWS);
   for (int unit = warp; unit < 2 * GRAM_TILES; unit += warps) {
     const bool is_y = unit >= GRAM_TILES;
-    const Planes<ROWS> side{is_y ? y.high : x.high, is_y ? y.low : x.low, x.pitch, x.block_columns};
-    side.gram_tile(tile_coord(is_y ? unit - GRAM_TILES : unit), group.local + unit * TILE_FLOATS);
+    const Planes<ROWS> planes_of_side{is_y ? y.high : x.high, is_y ? y.low : x.low, x.pitch,
+                                      x.block_columns};
+    planes_of_side.gram_tile(tile_coord(is_y ? unit - GRAM_TILES : unit),
+                             group.local + unit * TILE_FLOATS);
   }
-  double varies[2] = {pivot_energy_x, pivot_energy_y};
-  block_sums(varies, sums_scratch);
+  double pivot_energies[2] = {pivot_energy_x, pivot_energy_y};
+  block_sums(pivot_energies, sums_scratch);
   if (threadIdx.x == 0) {
-    group.local[FLOATS] = static_cast<float>(varies[0]);
-    group.local[FLOATS + 1] = static_cast<float>(varies[1]);
+    group.local[FLOATS] = static_cast<float>(pivot_energies[0]);
+    group.local[FLOATS + 1] = static_cast<float>(pivot_energies[1]);
   }
   group.barrier();
 
   const int range = ELEMENTS / blocks;
   for (int index = threadIdx.x; index < range; index += threads) {
-    const int from = element_at(rank * range + index).offset;
+    const int offset = element_at(rank * range + index).offset;
     float sum = 0;
-    for (int other = 0; other < blocks; ++other) sum += group.exchange(other)[from];
+    for (int other = 0; other < blocks; ++other) sum += group.exchange(other)[offset];
     group.local[FLOATS + 4 + index] = sum;
   }
   float energies[2] = {};
@@ -248,11 +251,11 @@ __device__ void run_cka_small(const CkaSmallArguments& arguments) {
     y.gradient(ky, kx, result.own_y, result.other, inverse[1], valid, grad, layer.rows, width_y,
                layer.width_y);
   }
-  // Nobody leaves while another may still read what it has left in its shared memory.
+  // A block must not exit while another may still read its shared memory.
   if (CLUSTER) cluster_barrier();
 }
 
-// T features, G gradients. A row of blocks for each entry, blockIdx.y counting entries.
+// T: type of features; G: of gradients. blockIdx.y is the index of the entry.
 template <typename T, typename G, int ROWS, bool CLUSTER>
 __global__ void __launch_bounds__(CKA_SMALL_THREADS, 1)
     cka_small_kernel(const __grid_constant__ CkaSmallArguments arguments) {

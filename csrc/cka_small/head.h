@@ -1,10 +1,11 @@
-// Linear CKA of two Gram matrices, from sums over their elements, and the gradient's coefficients:
+// Linear CKA from sums over two Gram matrices, and the coefficients of its gradient:
 //
 //   value  = <Kx, Ky> / (||Kx|| ||Ky||)             grad_X = (own_x Kx + other Ky) Xc
 //   own_x  = -2 value / ||Kx||^2                    grad_Y = (own_y Ky + other Kx) Yc
 //   other  = 2 / (||Kx|| ||Ky||)
 //
-// Kx and Ky are of features of unit norm, centered, or U-centered if debiased.
+// Kx and Ky are Gram matrices of features scaled to unit norm; they are centered or, if debiased,
+// U-centered.
 #pragma once
 
 #include <cmath>
@@ -16,14 +17,15 @@ namespace rift {
 struct CkaSums {
   double xx, yy, xy;                     // inner products
   float peak_x, peak_y;                  // the largest diagonal element before U-centering
-  float pivot_energy_x, pivot_energy_y;  // the energy of the features about their first row
+  float pivot_energy_x, pivot_energy_y;  // energies of the features about their first valid row
 };
 
 struct CkaResult {
   float value, own_x, own_y, other;
 };
 
-// What is taken off row and column i of K: s_i + s_j makes its rows, without the diagonal, sum to 0.
+// The offset s_i of row i. U-centering subtracts s_i + s_j from K_ij, so that the rows without the
+// diagonal sum to 0.
 RIFT_HOST_DEVICE inline float u_center_offset(float row_sum, float total, float n) {
   return (row_sum - total / (2 * (n - 1))) / (n - 2);
 }
@@ -32,14 +34,14 @@ RIFT_HOST_DEVICE inline CkaResult cka_head(const CkaSums& sums, int n, bool debi
                                            bool distance) {
   bool degenerate = sums.pivot_energy_x == 0 || sums.pivot_energy_y == 0;
   if (debiased) {
-    // What is left of the largest row by less than this is made of rounding.
+    // A norm below this fraction of the longest row's energy consists of rounding errors.
     const double noise = 4.0 / (1 << 23);
     degenerate =
         degenerate || sqrt(sums.xx) <= sums.peak_x * noise || sqrt(sums.yy) <= sums.peak_y * noise;
   }
   double other = degenerate ? 0.0 : 2 / sqrt(sums.xx * sums.yy);
   double value = 0.5 * sums.xy * other;
-  // NaN and Inf in the features come through where nothing varies, too.
+  // Propagates NaN and Inf in the features, even where nothing varies.
   value +=
       (sums.pivot_energy_x - sums.pivot_energy_x) + (sums.pivot_energy_y - sums.pivot_energy_y);
   if (n < (debiased ? 4 : 2)) value = NAN;

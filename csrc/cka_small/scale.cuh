@@ -1,9 +1,9 @@
-// out = incoming * unit: gradients of a loss whose own gradient is 1, times what arrives instead.
+// out = incoming * unit: multiplies the gradients of the values by the incoming gradient.
 //
-// The product is in float32; `incoming` is read by the device, so that nobody waits for its value.
-// Blocks own 16 bytes a thread of one tensor, blockIdx.y counting tensors.
+// The product is computed in float32. The device reads `incoming`, so that the host need not wait
+// for it. A thread owns 16 bytes of a tensor at a time; blockIdx.y is the index of the tensor.
 //
-// Bytes: every element of both once.
+// Memory traffic: each element of `unit` and `out` once.
 #pragma once
 
 #include "cka_small/scale.h"
@@ -21,20 +21,20 @@ __device__ void scale_tensor(const ScaledTensor& tensor) {
   const long long steps = tensor.count * tensor.entries / SIZE, count = tensor.count / SIZE;
   for (long long i = static_cast<long long>(blockIdx.x) * blockDim.x + threadIdx.x; i < steps;
        i += static_cast<long long>(gridDim.x) * blockDim.x) {
-    const Vector<Unit, SIZE> from = unit[i];
+    const Vector<Unit, SIZE> source = unit[i];
     const float factor = tensor.incoming[i / count];
-    Vector<Out, SIZE> to;
+    Vector<Out, SIZE> product;
 #pragma unroll
     for (int k = 0; k < SIZE; ++k) {
-      const float x = to_float(from.elements[k]);
-      // That of a masked row stays 0 where Inf comes in.
-      from_float(x == 0 ? 0 : factor * x, &to.elements[k]);
+      const float x = to_float(source.elements[k]);
+      // The gradient of a masked row stays 0 even if the incoming one is Inf.
+      from_float(x == 0 ? 0 : factor * x, &product.elements[k]);
     }
-    out[i] = to;
+    out[i] = product;
   }
 }
 
-// Elements that fill 16 bytes of the wider type.
+// The number of elements of the wider type that fill 16 bytes.
 template <typename Unit, typename Out>
 RIFT_HOST_DEVICE constexpr int vector_size() {
   return 16 / static_cast<int>(sizeof(Unit) > sizeof(Out) ? sizeof(Unit) : sizeof(Out));
@@ -42,12 +42,12 @@ RIFT_HOST_DEVICE constexpr int vector_size() {
 
 template <typename Unit, typename Out>
 __global__ void __launch_bounds__(SCALE_THREADS)
-    scale_kernel(const __grid_constant__ ScaledTensors all) {
-  const ScaledTensor& tensor = all.tensors[blockIdx.y];
+    scale_kernel(const __grid_constant__ ScaledTensors arguments) {
+  const ScaledTensor& tensor = arguments.tensors[blockIdx.y];
   constexpr int SIZE = vector_size<Unit, Out>();
   const auto addresses =
       reinterpret_cast<uintptr_t>(tensor.unit) | reinterpret_cast<uintptr_t>(tensor.out);
-  // No vector of two entries, which have different factors.
+  // A vector must not span two entries, because their factors differ.
   if (addresses % 16 == 0 && tensor.count % SIZE == 0) {
     scale_tensor<Unit, Out, SIZE>(tensor);
   } else {

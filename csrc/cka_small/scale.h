@@ -1,4 +1,4 @@
-// The last step of a backward; see scale.cuh.
+// The last step of the backward pass; see scale.cuh.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -7,14 +7,14 @@
 
 namespace rift {
 
-// Tensors of one launch: by value, in the 4 KiB that every GPU has for arguments.
+// Tensors of one launch. They are passed by value, in the 4 KiB that every GPU has for arguments.
 constexpr int MAX_TENSORS = 64;
 
-// A batch of `entries` pieces of `count` elements each, contiguous.
+// A contiguous batch of `entries` gradients with `count` elements each.
 struct ScaledTensor {
   const void* unit;
   void* out;
-  const float* incoming;  // one an entry
+  const float* incoming;  // one per entry
   long long count, entries;
 };
 
@@ -23,7 +23,7 @@ struct ScaledTensors {
   int size;
 };
 
-// From bfloat16 to bfloat16, from float32 to any type.
-void scale(const ScaledTensors& all, ElementType unit, ElementType out, cudaStream_t stream);
+// From bfloat16 to bfloat16, or from float32 to any type.
+void scale(const ScaledTensors& arguments, ElementType unit, ElementType out, cudaStream_t stream);
 
 }  // namespace rift

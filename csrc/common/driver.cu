@@ -9,23 +9,24 @@
 namespace rift {
 namespace {
 
-// What the runtime works in, and everybody who shares its memory; kept from the first call on.
+// The context that the CUDA runtime and everything sharing its memory uses; retained from the first
+// call on.
 CUcontext primary_context(int device) {
   static std::mutex mutex;
   static std::vector<CUcontext> contexts;
   const std::lock_guard<std::mutex> lock(mutex);
-  const auto known = static_cast<int>(contexts.size());
-  if (device < known && contexts[device]) return contexts[device];
-  const std::string whose = "device " + std::to_string(device);
+  const auto count = static_cast<int>(contexts.size());
+  if (device < count && contexts[device]) return contexts[device];
+  const std::string subject = "device " + std::to_string(device);
   CUdevice handle = 0;
-  check_driver(driver_function<decltype(&cuInit)>("cuInit")(0), whose, "cuInit");
-  check_driver(driver_function<decltype(&cuDeviceGet)>("cuDeviceGet")(&handle, device), whose,
+  check_driver(driver_function<decltype(&cuInit)>("cuInit")(0), subject, "cuInit");
+  check_driver(driver_function<decltype(&cuDeviceGet)>("cuDeviceGet")(&handle, device), subject,
                "cuDeviceGet");
   const auto retain =
       driver_function<decltype(&cuDevicePrimaryCtxRetain)>("cuDevicePrimaryCtxRetain");
   CUcontext context = nullptr;
-  check_driver(retain(&context, handle), whose, "cuDevicePrimaryCtxRetain");
-  if (device >= known) contexts.resize(device + 1);
+  check_driver(retain(&context, handle), subject, "cuDevicePrimaryCtxRetain");
+  if (device >= count) contexts.resize(device + 1);
   contexts[device] = context;
   return context;
 }
@@ -33,27 +34,28 @@ CUcontext primary_context(int device) {
 }  // namespace
 
 void* driver_address(const char* name) {
-  void* found = nullptr;
+  void* address = nullptr;
 #if CUDART_VERSION >= 12050
-  check(cudaGetDriverEntryPointByVersion(name, &found, 12000, cudaEnableDefault, nullptr), name,
+  check(cudaGetDriverEntryPointByVersion(name, &address, 12000, cudaEnableDefault, nullptr), name,
         "cudaGetDriverEntryPointByVersion");
 #else
-  // That of the toolkit's own version.
-  check(cudaGetDriverEntryPoint(name, &found, cudaEnableDefault), name, "cudaGetDriverEntryPoint");
+  // This one looks for the version of the toolkit itself.
+  check(cudaGetDriverEntryPoint(name, &address, cudaEnableDefault), name,
+        "cudaGetDriverEntryPoint");
 #endif
-  if (found) return found;
+  if (address) return address;
   throw std::runtime_error(std::string(name) + ": the driver has no such function; it is too old");
 }
 
-void check_driver(CUresult result, const std::string& whose, const char* call) {
+void check_driver(CUresult result, const std::string& subject, const char* call) {
   if (result == CUDA_SUCCESS) return;
   const char* name = nullptr;
   try {
     driver_function<decltype(&cuGetErrorName)>("cuGetErrorName")(result, &name);
   } catch (const std::runtime_error&) {
-    // The number has to do.
+    // The message then shows the number alone.
   }
-  throw std::runtime_error(whose + ": " + call + ": " + (name ? name : "CUresult") + " (" +
+  throw std::runtime_error(subject + ": " + call + ": " + (name ? name : "CUresult") + " (" +
                            std::to_string(static_cast<int>(result)) + ")");
 }
 
@@ -67,7 +69,8 @@ DeviceGuard::DeviceGuard(int device) : entered(device >= 0) {
 DeviceGuard::~DeviceGuard() {
   if (!entered) return;
   CUcontext context = nullptr;
-  // Found, because the other one was; a failure here has nobody to be told.
+  // The lookup cannot fail, because that of cuCtxPushCurrent did not. The result is ignored,
+  // because a destructor must not throw.
   static const auto pop = driver_function<decltype(&cuCtxPopCurrent)>("cuCtxPopCurrent");
   pop(&context);
 }

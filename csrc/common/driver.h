@@ -1,4 +1,5 @@
-// The driver's functions, found when they are called: the extension loads where there is no driver.
+// Functions of the CUDA driver, looked up at the first call, so that the extension loads on
+// machines without a driver.
 #pragma once
 
 #include <cuda.h>
@@ -7,7 +8,7 @@
 
 namespace rift {
 
-// Throws where the driver has none of this name.
+// The address of a driver function; throws if the driver has none of this name.
 void* driver_address(const char* name);
 
 template <typename Function>
@@ -15,11 +16,11 @@ Function driver_function(const char* name) {
   return reinterpret_cast<Function>(driver_address(name));
 }
 
-// Throws what a function of the driver has answered, unless that is success.
-void check_driver(CUresult result, const std::string& whose, const char* call);
+// Throws unless a driver call returned success. The message names the subject and the call.
+void check_driver(CUresult result, const std::string& subject, const char* call);
 
-// Makes a device this thread's, which may never have had one, and in the end again the one that was.
-// A negative number, as memory of the host has it, leaves everything as it is.
+// Makes a device current for this thread, which may have had none, and restores the previous one at
+// the end. A negative device, as host memory reports, changes nothing.
 class DeviceGuard {
  public:
   explicit DeviceGuard(int device);

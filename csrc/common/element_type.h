@@ -2,7 +2,7 @@
 
 namespace rift {
 
-// Of features and gradients.
+// Type of the elements of features and gradients.
 enum class ElementType { bf16, fp16, fp32 };
 
 }  // namespace rift

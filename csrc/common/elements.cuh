@@ -1,4 +1,4 @@
-// Features and gradients: to and from float32, several at once.
+// Conversion of features and gradients to and from float32, and vectors of them.
 #pragma once
 
 #include "common/primitives.cuh"
@@ -15,7 +15,7 @@ __device__ inline void from_float(float x, float* out) { *out = x; }
 __device__ inline void from_float(float x, Bf16* out) { out->bits = round_to_bf16(x); }
 __device__ inline void from_float(float x, Half* out) { out->bits = round_to_half(x); }
 
-// Two floats as the high halves and the low halves of a pair of bfloat16 each.
+// Splits each of two floats into a sum of two bfloat16; packs the high halves and the low halves.
 __device__ inline void split_pair(float first, float second, uint32_t& high, uint32_t& low) {
   const uint32_t h0 = round_to_bf16(first), h1 = round_to_bf16(second);
   high = h0 | h1 << 16;
@@ -23,7 +23,7 @@ __device__ inline void split_pair(float first, float second, uint32_t& high, uin
   low = l0 | uint32_t{round_to_bf16(second - bf16_to_float(static_cast<uint16_t>(h1)))} << 16;
 }
 
-// Neighbours that are read and written at once.
+// Adjacent elements that one instruction reads or writes.
 template <typename T, int SIZE>
 struct alignas(sizeof(T) * SIZE) Vector {
   T elements[SIZE];

@@ -1,6 +1,6 @@
 #pragma once
 
-// In front of functions that the host and the device have: plain C++, also for a CPU's compiler.
+// Marks functions for both host and device; empty where a CPU compiler reads them.
 #ifdef __CUDACC__
 #define RIFT_HOST_DEVICE __host__ __device__
 #else

@@ -1,4 +1,4 @@
-// How kernels are launched, and what is said of a call that fails.
+// Kernel launches, and exceptions for CUDA calls that fail.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -8,16 +8,16 @@
 
 namespace rift {
 
-// Throws the error that a call of the runtime has answered. The runtime keeps it as well, for whoever
-// asks for the last one: nobody is to find it there, and to blame another call for it.
-inline void check(cudaError_t error, const char* whose, const char* call) {
+// Throws unless a runtime call returned success. It also clears the runtime's last error, which a
+// later cudaGetLastError would otherwise blame on another call.
+inline void check(cudaError_t error, const char* subject, const char* call) {
   if (error == cudaSuccess) return;
   cudaGetLastError();
-  throw std::runtime_error(std::string(whose) + ": " + call + ": " + cudaGetErrorName(error) +
+  throw std::runtime_error(std::string(subject) + ": " + call + ": " + cudaGetErrorName(error) +
                            ": " + cudaGetErrorString(error));
 }
 
-// Of the current device.
+// An attribute of the current device.
 inline int device_attribute(cudaDeviceAttr attribute) {
   int device = 0, value = 0;
   check(cudaGetDevice(&device), "the current device", "cudaGetDevice");
@@ -26,47 +26,49 @@ inline int device_attribute(cudaDeviceAttr attribute) {
   return value;
 }
 
-struct Launch {
-  const char* kernel;  // its name, for errors
+struct LaunchSettings {
+  const char* kernel;  // name in error messages
   int blocks, threads;
-  int shared = 0;         // bytes of a block
-  int cluster = 0;        // blocks of one; 0: no clusters
-  int entries = 1;        // rows of blocks
-  bool together = false;  // all blocks run at once: they wait for one another
+  int shared_bytes = 0;      // dynamic shared memory of a block
+  int cluster_size = 0;      // blocks of a cluster; 0: no clusters
+  int entries = 1;           // the grid's y dimension
+  bool cooperative = false;  // blocks wait for one another, so all must be resident at once
 };
 
-// Bytes of shared memory that a kernel may have without asking.
+// Dynamic shared memory that a kernel may use without opting in.
 constexpr int DEFAULT_SHARED_BYTES = 48 * 1024;
 
 template <typename... Arguments>
-void launch(const Launch& how, cudaStream_t stream, void (*kernel)(Arguments...),
+void launch(const LaunchSettings& settings, cudaStream_t stream, void (*kernel)(Arguments...),
             const Arguments&... arguments) {
-  if (how.shared > DEFAULT_SHARED_BYTES) {
-    // All that there is: a captured launch may need more than the last one of this kernel did.
-    const int most = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
+  if (settings.shared_bytes > DEFAULT_SHARED_BYTES) {
+    // Always the device's limit: a launch replayed from a CUDA graph may need more than the latest
+    // launch of this kernel.
+    const int limit = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
     check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                               cudaFuncAttributeMaxDynamicSharedMemorySize, most),
-          how.kernel, "cudaFuncSetAttribute");
+                               cudaFuncAttributeMaxDynamicSharedMemorySize, limit),
+          settings.kernel, "cudaFuncSetAttribute");
   }
   cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(static_cast<unsigned>(how.blocks), static_cast<unsigned>(how.entries));
-  config.blockDim = dim3(static_cast<unsigned>(how.threads));
-  config.dynamicSmemBytes = static_cast<size_t>(how.shared);
+  config.gridDim =
+      dim3(static_cast<unsigned>(settings.blocks), static_cast<unsigned>(settings.entries));
+  config.blockDim = dim3(static_cast<unsigned>(settings.threads));
+  config.dynamicSmemBytes = static_cast<size_t>(settings.shared_bytes);
   config.stream = stream;
   cudaLaunchAttribute attributes[2] = {};
   config.attrs = attributes;
-  if (how.cluster > 0) {
+  if (settings.cluster_size > 0) {
     cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
     attribute.id = cudaLaunchAttributeClusterDimension;
-    attribute.val.clusterDim.x = static_cast<unsigned>(how.cluster);
+    attribute.val.clusterDim.x = static_cast<unsigned>(settings.cluster_size);
     attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
   }
-  if (how.together) {
+  if (settings.cooperative) {
     cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
     attribute.id = cudaLaunchAttributeCooperative;
     attribute.val.cooperative = 1;
   }
-  check(cudaLaunchKernelEx(&config, kernel, arguments...), how.kernel, "cudaLaunchKernelEx");
+  check(cudaLaunchKernelEx(&config, kernel, arguments...), settings.kernel, "cudaLaunchKernelEx");
 }
 
 }  // namespace rift

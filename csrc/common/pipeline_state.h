@@ -4,7 +4,8 @@
 
 namespace rift {
 
-// Where a block is in a ring of stages, and how often it has been round.
+// Position in a circular buffer of stages: the stage, and the parity of the rounds completed, which
+// is the phase that an mbarrier of the stage waits for.
 template <int STAGES>
 struct PipelineState {
   int stage = 0;

@@ -1,18 +1,18 @@
-// Sums over the threads of a block, in the same order every time.
+// Sums over the threads of a warp or block, always in the same order.
 #pragma once
 
 #include "common/primitives.cuh"
 
 namespace rift {
 
-// The sum over the lanes of a warp or of `width` neighbours, the same for each of them.
+// Sum over the lanes of a warp, or over `width` adjacent lanes; every lane receives it.
 template <typename T>
 __device__ inline T warp_sum(T x, int width = 32) {
   for (int lane = width / 2; lane > 0; lane /= 2) x += __shfl_xor_sync(0xffffffffu, x, lane);
   return x;
 }
 
-// Sums over the block, in the same order every time, for every thread.
+// Sums over the block; every thread receives them.
 template <int COUNT>
 __device__ inline void block_sums(double (&x)[COUNT], double* scratch) {
   const int warps = blockDim.x / 32;
