@@ -32,8 +32,8 @@ class Moments:
         # Of each tile the part that begins with the first rows; and all others, by square and part.
         self.tiles = torch.empty(schedule.tiles, BLOCK, BLOCK, device=x.device)
         self.spill = torch.empty(
-            schedule.spill_floats // (schedule.side * BLOCK) ** 2,
-            *(schedule.side, schedule.side, BLOCK, BLOCK),
+            schedule.spill_floats // (schedule.square_side * BLOCK) ** 2,
+            *(schedule.square_side, schedule.square_side, BLOCK, BLOCK),
             device=x.device,
         )
 
@@ -48,9 +48,9 @@ class Moments:
         schedule, tiles = self.schedule, self.tiles.clone()
         for slot in range(schedule.tiles):
             i, j = self._blocks(schedule.tile(slot))
-            square = _pair_index(i // schedule.side, j // schedule.side)
+            square = _pair_index(i // schedule.square_side, j // schedule.square_side)
             for part in range(1, schedule.parts(square)):
-                within = i % schedule.side, j % schedule.side
+                within = i % schedule.square_side, j % schedule.square_side
                 tiles[slot] += self.spill[schedule.spill_index(square, part)][within]
         return tiles
 

@@ -1,13 +1,16 @@
 // One side's gradient of linear CKA in covariance form: what its kernels share.
 //
-//   grad = g * (scale * (W P + Other R) [+ w * own + V long rows - mean]),    W = c own + c' other
+//   grad = incoming * (scale * (W P + Other R) [+ w * Own + V S - m])
+//   W    = c_own Own + c_other Other
 //
-// `own` and `other` centered, P and R given as two bfloat16 each (the planes of cka_large_head). W is
-// formed in float32; `other` is multiplied as it is, and what its means add to every row comes off at
-// the end. The low halves are multiplied where the scalars say so. Debiased, a row has its weight w,
-// 0 for a long one, and its V: what U-centering leaves of alpha K + beta L in the columns of the long
-// rows, itself left out; the mean is of the rows but the long ones, weighted with what U-centering
-// takes off each.
+// Own and Other are the centered features of this side and the other one. P and R are given as two
+// bfloat16 each (the planes of cka_large_head). W is formed in float32. Other is multiplied without
+// centering, and the contribution of its means, which is the same for all rows, is subtracted at
+// the end. Low halves are multiplied if the scalars say so.
+//
+// Debiased, each row has a weight w, 0 for a long row, and coefficients V of the long rows, S: the
+// elements of U-centered alpha K + beta L in their columns, without the diagonal. m is the sum of
+// all rows but the long ones, each weighted with its offset in U-centering.
 #pragma once
 
 #include "cka_large/longest.cuh"
@@ -21,46 +24,44 @@ struct BackwardArguments {
   CkaLargeArguments forward;
   const float* incoming;
   unsigned short* grad;  // (rows, width) contiguous
-  int side;              // 0: of X
+  int side;              // 0: X, 1: Y
 
   RIFT_HOST_DEVICE constexpr bool is_y() const { return side == 1; }
-  RIFT_HOST_DEVICE constexpr const CkaLargeSide& own() const {
+  RIFT_HOST_DEVICE constexpr const CkaLargeSide& own_side() const {
     return is_y() ? forward.y : forward.x;
   }
-  RIFT_HOST_DEVICE constexpr const CkaLargeSide& other() const {
+  RIFT_HOST_DEVICE constexpr const CkaLargeSide& other_side() const {
     return is_y() ? forward.x : forward.y;
   }
-  // Of equal widths; else W has no `other`.
+  // If the widths differ, W has no term of Other.
   RIFT_HOST_DEVICE constexpr bool equal_widths() const {
     return forward.x.width == forward.y.width;
   }
 
   __device__ float scalar(Scalar which) const { return forward.scalars[side * SCALARS + which]; }
   __device__ bool uses_low_halves() const { return scalar(LOW_HALVES) != 0; }
-  // What U-centering of alpha K + beta L takes off a row, of both sums.
+  // The offset of a row in U-centering of alpha K + beta L, from its row sums in both.
   __device__ float row_offset(float own_sum, float other_sum) const {
     return (scalar(ROW_OWN) * own_sum + scalar(ROW_OTHER) * other_sum) /
            static_cast<float>(forward.rows - 2);
   }
-  __device__ const float* means_of_own() const { return forward.means + side * forward.width; }
-  __device__ const float* means_of_other() const {
-    return forward.means + (1 - side) * forward.width;
-  }
+  __device__ const float* own_means() const { return forward.means + side * forward.width; }
+  __device__ const float* other_means() const { return forward.means + (1 - side) * forward.width; }
 };
 
-// What one step multiplies: some of the inner dimension.
+// A range of the inner dimension that is multiplied at once.
 struct BackwardStep {
   bool is_own;  // W P, else Other R
-  int pass;     // high times high, high times low, low times high
-  int inner;    // where it begins
+  int pass;     // 0: high times high halves, 1: high times low, 2: low times high
+  int inner;    // first element of the range
 
-  // Where its rows of a plane begin: the high halves of P and R, then the low ones.
+  // Its first row in the planes: the high halves of P and R come before the low ones.
   RIFT_HOST_DEVICE constexpr int plane_row(int width) const {
     return (pass == 1 ? 2 * width : 0) + (is_own ? 0 : width) + inner;
   }
 };
 
-// All steps of a tile in their order; the same for who fetches and who multiplies.
+// The steps of a tile in order, the same for producers and consumers.
 struct BackwardSteps {
   int size, own_steps, other_steps, own_passes, other_passes;
 
@@ -69,21 +70,21 @@ struct BackwardSteps {
 
   RIFT_HOST_DEVICE constexpr BackwardStep at(int step) const {
     const bool is_own = step < own_count();
-    const int within = is_own ? step : step - own_count();
+    const int index = is_own ? step : step - own_count();
     const int steps = is_own ? own_steps : other_steps;
-    return {is_own, within / steps, within % steps * size};
+    return {is_own, index / steps, index % steps * size};
   }
 };
 
 __device__ inline BackwardSteps backward_steps(const BackwardArguments& arguments, int size) {
-  const bool full = arguments.uses_low_halves();
-  return {size, ceil_div(arguments.own().width, size), ceil_div(arguments.other().width, size),
-          full ? 3 : 1, full ? 2 : 1};
+  const bool low_halves = arguments.uses_low_halves();
+  return {size, ceil_div(arguments.own_side().width, size),
+          ceil_div(arguments.other_side().width, size), low_halves ? 3 : 1, low_halves ? 2 : 1};
 }
 
-// Per column, for the end: the means' share, the rows' weighted sums, and the long rows.
+// What store_gradient needs of a column: the contribution of the means, m, and the long rows.
 struct BackwardColumn {
-  float shift, weights;
+  float shift, weighted_sum;
   uint16_t long_rows[MAX_LONG_ROWS];
 };
 
@@ -102,22 +103,22 @@ __device__ inline BackwardColumn backward_column(const BackwardArguments& argume
   }
   if (!forward.debiased) return result;
   const float* sums = forward.weights + 2 * arguments.side * width + column;
-  result.weights = arguments.row_offset(sums[0], sums[width]);
-  const CkaLargeSide& own = arguments.own();
-  const auto* features = static_cast<const Bf16*>(own.features);
+  result.weighted_sum = arguments.row_offset(sums[0], sums[width]);
+  const CkaLargeSide& side = arguments.own_side();
+  const auto* features = static_cast<const Bf16*>(side.features);
   for (int s = 0; s < MAX_LONG_ROWS; ++s) {
     const int row = forward.long_rows[s];
-    if (row >= 0 && column < own.width)
-      result.long_rows[s] = features[row * own.stride + column].bits;
+    const bool exists = row >= 0 && column < side.width;
+    if (exists) result.long_rows[s] = features[row * side.stride + column].bits;
   }
   return result;
 }
 
+// The w and the V of a row.
 struct BackwardRow {
   float weight, long_rows[MAX_LONG_ROWS];
 };
 
-// The w and the V of a row.
 __device__ inline BackwardRow backward_row(const BackwardArguments& arguments,
                                            const LongRows& long_rows, int row) {
   BackwardRow result = {};
@@ -125,52 +126,52 @@ __device__ inline BackwardRow backward_row(const BackwardArguments& arguments,
   if (!forward.debiased) return result;
   const float alpha = arguments.scalar(ROW_OWN), beta = arguments.scalar(ROW_OTHER);
   const int side = arguments.side;
-  const auto term = [&](int kind, int of) {
-    return forward.row_terms[kind * static_cast<long long>(forward.rows) + of];
+  const auto term = [&](int kind, int index) {
+    return forward.row_terms[kind * static_cast<long long>(forward.rows) + index];
   };
-  const auto row_offset = [&](int of) {
-    return arguments.row_offset(term(ROW_SUM + side, of), term(ROW_SUM + 1 - side, of));
+  const auto row_offset = [&](int index) {
+    return arguments.row_offset(term(ROW_SUM + side, index), term(ROW_SUM + 1 - side, index));
   };
-  const float from_row = row_offset(row), back = arguments.scalar(ROW);
+  const float offset = row_offset(row), total = arguments.scalar(ROW_TOTAL);
   if (!long_rows.has(row)) {
     const float energy = alpha * term(ENERGY + side, row) + beta * term(ENERGY + 1 - side, row);
-    result.weight = 2 * from_row - energy - back;
+    result.weight = 2 * offset - energy - total;
   }
 #pragma unroll
   for (int s = 0; s < MAX_LONG_ROWS; ++s) {
     if (s >= long_rows.count || long_rows.rows[s] == row) continue;
-    const float own = term(ROW_PRODUCTS + side * MAX_LONG_ROWS + s, row);
-    const float other = term(ROW_PRODUCTS + (1 - side) * MAX_LONG_ROWS + s, row);
-    result.long_rows[s] =
-        alpha * own + beta * other - from_row - row_offset(long_rows.rows[s]) + back;
+    const float k = term(ROW_PRODUCTS + side * MAX_LONG_ROWS + s, row);
+    const float l = term(ROW_PRODUCTS + (1 - side) * MAX_LONG_ROWS + s, row);
+    result.long_rows[s] = alpha * k + beta * l - offset - row_offset(long_rows.rows[s]) + total;
   }
   return result;
 }
 
-// Writes an element of the gradient, of which `sum` has come from products.
-__device__ inline void store_gradient(const BackwardArguments& arguments, float g, int row,
+// Stores an element of the gradient; `sum` is that of the products.
+__device__ inline void store_gradient(const BackwardArguments& arguments, float incoming, int row,
                                       int column, float sum, const BackwardRow& of_row,
                                       int long_count, const BackwardColumn& of_column) {
-  const CkaLargeSide& own = arguments.own();
-  if (column >= own.width) return;
+  const CkaLargeSide& side = arguments.own_side();
+  if (column >= side.width) return;
   const float inverse = arguments.scalar(INVERSE_OWN);
   float value = (sum - of_column.shift) * (inverse * arguments.scalar(SCALE)) *
                 arguments.scalar(INVERSE_OTHER);
   if (arguments.forward.debiased) {
-    const auto* features = static_cast<const Bf16*>(own.features);
-    const float mean = arguments.means_of_own()[column];
-    const float x = to_float(features[row * own.stride + column]) - mean;
-    float more = of_row.weight * (inverse * x) - of_column.weights * inverse;
+    const auto* features = static_cast<const Bf16*>(side.features);
+    const float mean = arguments.own_means()[column];
+    const float x = to_float(features[row * side.stride + column]) - mean;
+    float debiasing = of_row.weight * (inverse * x) - of_column.weighted_sum * inverse;
     if (long_count > 0) {
 #pragma unroll
       for (int s = 0; s < MAX_LONG_ROWS; ++s) {
         const float p = (bf16_to_float(of_column.long_rows[s]) - mean) * inverse;
-        if (s < long_count) more += of_row.long_rows[s] * p;
+        if (s < long_count) debiasing += of_row.long_rows[s] * p;
       }
     }
-    value += more * inverse;
+    value += debiasing * inverse;
   }
-  arguments.grad[static_cast<long long>(row) * own.width + column] = round_to_bf16(value * g);
+  arguments.grad[static_cast<long long>(row) * side.width + column] =
+      round_to_bf16(value * incoming);
 }
 
 }  // namespace rift

@@ -17,56 +17,56 @@ Matrix make_matrix(const CkaLargeSide& side, int rows) {
 }  // namespace
 
 void cka_large_forward(const CkaLargeArguments& arguments, cudaStream_t stream) {
-  launch({"statistics", arguments.statistics_programs(), STATISTICS_THREADS,
-          sizeof(StatisticsScratch)},
-         stream, statistics_kernel, arguments);
+  launch(
+      {"statistics", arguments.statistics_blocks(), STATISTICS_THREADS, sizeof(StatisticsScratch)},
+      stream, statistics_kernel, arguments);
   if (arguments.debiased) {
-    launch({"longest", arguments.row_programs, STATISTICS_THREADS, longest_shared(arguments.width)},
+    launch({"longest", arguments.row_blocks, STATISTICS_THREADS, longest_shared(arguments.width)},
            stream, longest_kernel, arguments);
-    launch({"rows", arguments.row_programs + arguments.patch_programs(), STATISTICS_THREADS,
+    launch({"rows", arguments.row_blocks + arguments.patch_blocks(), STATISTICS_THREADS,
             rows_shared(arguments.width)},
            stream, rows_kernel, arguments);
   }
   const MomentsArguments moments{arguments.schedule,  arguments.tiles,   arguments.spill,
                                  arguments.long_rows, arguments.patches, arguments.width};
-  const Matrix x = make_matrix(arguments.x, arguments.rows),
-               y = make_matrix(arguments.y, arguments.rows);
+  const Matrix x = make_matrix(arguments.x, arguments.rows);
+  const Matrix y = make_matrix(arguments.y, arguments.rows);
   (arguments.hopper ? moments_sm90 : moments_sm80)(moments, x, y, stream);
-  launch({"cka_large_head", arguments.head_programs(), HEAD_THREADS, sizeof(HeadScratch)}, stream,
+  launch({"cka_large_head", arguments.head_blocks(), HEAD_THREADS, sizeof(HeadScratch)}, stream,
          cka_large_head_kernel, arguments);
 }
 
 namespace {
 
-void backward_sm90(const BackwardArguments& all, const BackwardMatrices& matrices,
+void backward_sm90(const BackwardArguments& arguments, const BackwardMatrices& matrices,
                    cudaStream_t stream) {
   constexpr const char* NAME = "backward_sm90";
   const BackwardMaps maps{encode_tensor_map(matrices.own, BACKWARD_ROWS, NAME),
                           encode_tensor_map(matrices.other, BACKWARD_ROWS, NAME),
                           encode_tensor_map(matrices.planes, BOX_COLUMNS, NAME)};
-  launch({NAME, CLUSTER_SIZE * backward_clusters(all.forward, all.side), MOMENT_THREADS,
+  launch({NAME, CLUSTER_SIZE * backward_clusters(arguments.forward, arguments.side), MOMENT_THREADS,
           BACKWARD_SHARED, CLUSTER_SIZE},
-         stream, backward_sm90_kernel, all, maps);
+         stream, backward_sm90_kernel, arguments, maps);
 }
 
-void backward_sm80(const BackwardArguments& all, const BackwardMatrices& matrices,
+void backward_sm80(const BackwardArguments& arguments, const BackwardMatrices& matrices,
                    cudaStream_t stream) {
-  launch(
-      {"backward_sm80", backward_tiles(all.forward, all.side), TILE_THREADS, BACKWARD_RING_SHARED},
-      stream, backward_sm80_kernel, all, matrices);
+  launch({"backward_sm80", backward_tiles(arguments.forward, arguments.side), TILE_THREADS,
+          BACKWARD_RING_SHARED},
+         stream, backward_sm80_kernel, arguments, matrices);
 }
 
 }  // namespace
 
 void cka_large_backward(const CkaLargeArguments& arguments, int side, const float* incoming,
                         void* grad, cudaStream_t stream) {
-  const BackwardArguments all{arguments, incoming, static_cast<unsigned short*>(grad), side};
+  const BackwardArguments backward{arguments, incoming, static_cast<unsigned short*>(grad), side};
   const void* planes = side == 0 ? arguments.planes_x : arguments.planes_y;
   const BackwardMatrices matrices{
-      make_matrix(all.own(), arguments.rows),
-      make_matrix(all.other(), arguments.rows),
+      make_matrix(backward.own_side(), arguments.rows),
+      make_matrix(backward.other_side(), arguments.rows),
       {planes, arguments.width, 4LL * arguments.width, arguments.width}};
-  (arguments.hopper ? backward_sm90 : backward_sm80)(all, matrices, stream);
+  (arguments.hopper ? backward_sm90 : backward_sm80)(backward, matrices, stream);
 }
 
 }  // namespace rift

@@ -1,4 +1,4 @@
-// Linear CKA in covariance form, bfloat16; see layout.h for the launches.
+// Linear CKA of many bfloat16 rows, in covariance form; see layout.h for the launches.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -9,7 +9,7 @@ namespace rift {
 
 void cka_large_forward(const CkaLargeArguments& arguments, cudaStream_t stream);
 
-// Of side 0, the student, or 1.
+// The gradient of the student (side 0) or the teacher (side 1).
 void cka_large_backward(const CkaLargeArguments& arguments, int side, const float* incoming,
                         void* grad, cudaStream_t stream);
 

@@ -1,18 +1,23 @@
-// Linear CKA in covariance form, from sums over its blocks and rows, and the scalars of its gradient:
+// Linear CKA in covariance form from sums over moments and rows, and the scalars of its gradient:
 //
 //   value  = H(X, Y) / sqrt(H(X, X) H(Y, Y))
-//   grad_X = scale (W A + Y F) [+ w * X + V S - g],   W = t Y - u X,  F = C^T - t A
+//   grad_X = scale (W A + Y F) [+ w * X + V S - m],   W = t Y - u X,  F = C^T - t A
 //
-// of features of unit norm; t is the regression of Y on X, so that both terms are small where the
-// student is near its teacher. Biased, H(X, Y) = ||C||^2. Debiased, with K = X X^T, L = Y Y^T, k_i and
-// l_i the sums of their rows without the diagonal, S the long rows, and moments of all others, R:
+// Features are scaled to unit norm; A = X^T X, B = Y^T Y and C = X^T Y are their second moments. t
+// is the regression coefficient of Y on X, so that both terms are small if the student is near its
+// teacher. Biased, H(X, Y) = ||C||^2.
 //
-//   H(X, Y) = sum_{i != j} K_ij L_ij + (sum k)(sum l) / ((n - 1)(n - 2)) - 2 / (n - 2) sum_i k_i l_i
-//   sum_{i != j} K_ij L_ij = ||C||^2 - sum_R K_ii L_ii + sum_{i != j, i or j in S} K_ij L_ij
+// Debiased, let K = X X^T and L = Y Y^T, and let k_i and l_i be the sums of their rows without the
+// diagonal. S are the long rows (longest.cuh), R all others; the moments are those of R:
 //
-// so that no difference has a term of a long row's with itself. The gradient has, beside the products,
-// what U-centered K and L have of columns of S (V), less the diagonal of R (w), and the part that is the
-// same for all rows (g): see backward.cuh.
+//   H(X, Y) = sum_{i != j} K_ij L_ij
+//             + (sum k)(sum l) / ((n - 1)(n - 2)) - 2 / (n - 2) sum_i k_i l_i
+//   sum_{i != j} K_ij L_ij
+//           = ||C||^2 - sum_R K_ii L_ii + sum_{i != j, i or j in S} K_ij L_ij
+//
+// So no difference contains the product of a long row with itself. Besides the products, the
+// gradient contains the columns of S in U-centered K and L (V). It also contains minus the diagonal
+// of R (w) and a term that is the same for all rows (m); see backward.cuh.
 #pragma once
 
 #include <cmath>
@@ -22,29 +27,29 @@
 namespace rift {
 
 struct CkaLargeSums {
-  double blocks[HEAD_SUMS];
+  double elements[HEAD_SUMS];
   double rows[ROW_SUMS];
-  double pivot_energy_x, pivot_energy_y;  // energies about the pivot
+  double pivot_energy_x, pivot_energy_y;  // energies about the pivots
   double long_x, long_y;                  // energies of S
 };
 
-// Debiased, of one pair of sides.
+// Debiased H of a pair of sides.
 RIFT_HOST_DEVICE inline double debiased_hsic(double square, double pairs, double k, double l,
                                              double kl, double n) {
   return square + pairs + k * l / ((n - 1) * (n - 2)) - 2 / (n - 2) * kl;
 }
 
-// Writes [2][SCALARS]; returns the value. `t` is 0 where the widths differ.
+// Writes `scalars`, [2][SCALARS], and returns the value. `t` is 0 if the widths differ.
 RIFT_HOST_DEVICE inline float cka_large_head(const CkaLargeSums& sums, double n, float inverse_x,
                                              float inverse_y, float t, bool debiased, bool distance,
                                              bool high, float* scalars) {
-  double square_a = sums.blocks[SQUARE_A], square_b = sums.blocks[SQUARE_B];
-  double square_c = sums.blocks[SQUARE_C];
+  double square_a = sums.elements[SQUARE_A], square_b = sums.elements[SQUARE_B];
+  double square_c = sums.elements[SQUARE_C];
   bool degenerate = sums.pivot_energy_x == 0 || sums.pivot_energy_y == 0;
   const double* rows = sums.rows;
-  const double sums_of[2] = {rows[SUM_K], rows[SUM_L]};
+  const double row_sums[2] = {rows[SUM_K], rows[SUM_L]};
   if (debiased) {
-    // What differs from its mean by less than this has no moments but what rounding leaves.
+    // If all of R differ this little from their mean, their moments are rounding errors.
     const double constant_rounding = n / (1LL << 40);
     const bool constant_x = rows[REST_X] <= rows[MEAN_X] * constant_rounding;
     const bool constant_y = rows[REST_Y] <= rows[MEAN_Y] * constant_rounding;
@@ -54,11 +59,11 @@ RIFT_HOST_DEVICE inline float cka_large_head(const CkaLargeSums& sums, double n,
   }
   double hxx = square_a, hyy = square_b, h = square_c;
   if (debiased) {
-    hxx = debiased_hsic(hxx, rows[PAIRS_XX], sums_of[0], sums_of[0], rows[SQUARE_K], n);
-    hyy = debiased_hsic(hyy, rows[PAIRS_YY], sums_of[1], sums_of[1], rows[SQUARE_L], n);
-    h = debiased_hsic(h, rows[PAIRS_XY], sums_of[0], sums_of[1], rows[PRODUCT_KL], n);
-    // What long rows add is never taken off again. It is made of the mean's rounding where all other
-    // rows are alike, and all but one of these.
+    hxx = debiased_hsic(hxx, rows[PAIRS_XX], row_sums[0], row_sums[0], rows[SQUARE_K], n);
+    hyy = debiased_hsic(hyy, rows[PAIRS_YY], row_sums[1], row_sums[1], rows[SQUARE_L], n);
+    h = debiased_hsic(h, rows[PAIRS_XY], row_sums[0], row_sums[1], rows[PRODUCT_KL], n);
+    // The terms of long rows never cancel. But if all rows are equal except for a single long one,
+    // these terms are rounding errors of the mean.
     const double rounding = 1.0 / (1 << 19), mean_rounding = n / (1LL << 42);
     degenerate = degenerate || hxx <= square_a * rounding || hyy <= square_b * rounding;
     degenerate = degenerate || hxx <= rows[MEAN_X] * sums.long_x * mean_rounding ||
@@ -66,15 +71,15 @@ RIFT_HOST_DEVICE inline float cka_large_head(const CkaLargeSums& sums, double n,
   }
   double beta = degenerate ? 0 : 2 / sqrt(hxx * hyy);
   double value = 0.5 * h * beta;
-  // NaN and Inf in the features come through where nothing varies, too.
+  // Propagates NaN and Inf in the features, even where nothing varies.
   value +=
       (sums.pivot_energy_x - sums.pivot_energy_x) + (sums.pivot_energy_y - sums.pivot_energy_y);
   if (n < (debiased ? 4 : 2)) value = NAN;
   beta += value - value;
-  // Where the terms are not small, their rounded halves are.
-  const double left = (1 - value) * (h > square_c ? h : square_c);
-  const bool full[2] = {sums.blocks[SQUARE_FX] > left && high,
-                        sums.blocks[SQUARE_FY] > left && high};
+  // The low halves matter unless F is small, as it is where the student is near its teacher.
+  const double gap = (1 - value) * (h > square_c ? h : square_c);
+  const bool low_halves[2] = {sums.elements[SQUARE_FX] > gap && high,
+                              sums.elements[SQUARE_FY] > gap && high};
   if (distance) {
     value = 1 - value;
     beta = -beta;
@@ -86,13 +91,13 @@ RIFT_HOST_DEVICE inline float cka_large_head(const CkaLargeSums& sums, double n,
     const double alpha = -u[side] * beta;
     float* out = scalars + side * SCALARS;
     out[SCALE] = static_cast<float>(beta);
-    out[OWN] = static_cast<float>(-u[side] * inverse[side] / inverse[1 - side]);
-    out[OTHER] = t;
-    out[LOW_HALVES] = full[side] ? 1 : 0;
-    out[ROW] = static_cast<float>(b * (alpha * sums_of[side] + beta * sums_of[1 - side]));
+    out[W_OWN] = static_cast<float>(-u[side] * inverse[side] / inverse[1 - side]);
+    out[W_OTHER] = t;
+    out[LOW_HALVES] = low_halves[side] ? 1 : 0;
+    out[ROW_TOTAL] = static_cast<float>(b * (alpha * row_sums[side] + beta * row_sums[1 - side]));
     out[ROW_OWN] = static_cast<float>(alpha);
     out[ROW_OTHER] = static_cast<float>(beta);
-    // Apart from the rest, because their product may not be a float32.
+    // Stored separately, because their product may exceed the range of float32.
     out[INVERSE_OWN] = inverse[side];
     out[INVERSE_OTHER] = inverse[1 - side];
   }

@@ -1,11 +1,12 @@
-// The longest rows, which debiased CKA keeps apart from all others.
+// The longest rows, which debiased CKA treats separately.
 //
-// H(X, Y) leaves out a row's product with itself. By moments, that is a difference, and where a row is
-// far longer than the others nearly all of it is taken off again. So up to MAX_LONG_ROWS such rows, S, never
-// enter the sums: moments and means are those of the rest, R, and what S adds is made of products of
-// pairs of rows. All about the rest's means, for H is the same about any center.
+// H(X, Y) excludes the product of a row with itself. Computed from moments it is therefore a
+// difference, in which nearly all digits cancel if a row is far longer than the others. So up to
+// MAX_LONG_ROWS long rows, S, never enter the sums: moments and means are those of the other rows,
+// R, and the terms of S are computed from products of pairs of rows. All rows are centered about
+// the means of R, which is allowed because H is the same about any center.
 //
-// Bytes: the features once, 4 for each row.
+// Memory traffic: the features once; 4 bytes for each row.
 #pragma once
 
 #include "cka_large/layout.h"
@@ -13,16 +14,16 @@
 
 namespace rift {
 
-// Rows of S, the longest first; everybody knows them in registers.
+// The rows of S, longest first, in the registers of every thread.
 struct LongRows {
   int rows[MAX_LONG_ROWS];
   int count;
 
   __device__ bool has(int row) const {
-    bool found = false;
+    bool equal = false;
 #pragma unroll
-    for (int s = 0; s < MAX_LONG_ROWS; ++s) found = found || rows[s] == row;
-    return found;
+    for (int s = 0; s < MAX_LONG_ROWS; ++s) equal = equal || rows[s] == row;
+    return equal;
   }
 };
 
@@ -37,19 +38,20 @@ __device__ inline LongRows read_long_rows(const CkaLargeArguments& arguments) {
   return long_rows;
 }
 
+// The number of rows of R.
 __device__ inline int remaining_rows(const CkaLargeArguments& arguments,
                                      const LongRows& long_rows) {
   return arguments.rows - long_rows.count;
 }
 
-// Of the rest; of all rows where there is no rest.
+// The mean of a column over R, or over all rows if R is empty.
 __device__ inline float column_mean(const CkaLargeArguments& arguments, const LongRows& long_rows,
                                     bool is_y, int column) {
   double total = column_sum(arguments, is_y, column);
   const float pivot = pivot_of(arguments, is_y, column);
-  const int rest = remaining_rows(arguments, long_rows);
+  const int remaining = remaining_rows(arguments, long_rows);
   const CkaLargeSide& side = is_y ? arguments.y : arguments.x;
-  if (long_rows.count == 0 || rest == 0 || column >= side.width) {
+  if (long_rows.count == 0 || remaining == 0 || column >= side.width) {
     return static_cast<float>(pivot + total / arguments.rows);
   }
   const auto* features = static_cast<const Bf16*>(side.features) + column;
@@ -59,20 +61,21 @@ __device__ inline float column_mean(const CkaLargeArguments& arguments, const Lo
       total -= static_cast<double>(to_float(features[long_rows.rows[s] * side.stride]) - pivot);
     }
   }
-  return static_cast<float>(pivot + total / rest);
+  return static_cast<float>(pivot + total / remaining);
 }
 
-// A row by its share of all energy: the larger one first, and of equal ones the first row. None: 0.
+// Sort key of a row: larger shares of the total energy rank higher, then smaller indices. 0: no
+// row.
 using LengthKey = unsigned long long;
 
 __device__ inline LengthKey length_key(float share, int row) {
   if (!(share > 0)) return 0;
   return LengthKey{float_to_bits(share)} << 32 | (0xFFFFFFFFu - static_cast<unsigned>(row));
 }
-__device__ inline int row_of(LengthKey key) {
+__device__ inline int key_row(LengthKey key) {
   return key ? static_cast<int>(0xFFFFFFFFu - static_cast<unsigned>(key)) : -1;
 }
-__device__ inline float share_of(LengthKey key) {
+__device__ inline float key_share(LengthKey key) {
   return bits_to_float(static_cast<uint32_t>(key >> 32));
 }
 
@@ -88,6 +91,7 @@ RIFT_HOST_DEVICE constexpr int longest_shared(int width) {
   return static_cast<int>(sizeof(LongestScratch)) + 2 * width * 4;
 }
 
+// The largest key of all threads of a block; every thread receives it.
 __device__ inline LengthKey block_largest(LengthKey key, LengthKey* scratch) {
   for (int lane = 16; lane > 0; lane /= 2) {
     const unsigned high = __shfl_xor_sync(0xFFFFFFFFu, static_cast<unsigned>(key >> 32), lane);
@@ -102,23 +106,24 @@ __device__ inline LengthKey block_largest(LengthKey key, LengthKey* scratch) {
   return key;
 }
 
-// The MAX_LONG_ROWS largest of the keys [begin, end), one after another, by all threads of a block.
-template <typename Read, typename Found>
-__device__ inline void find_longest(int begin, int end, Read read, Found found,
+// Finds the MAX_LONG_ROWS largest of the keys [begin, end), using all threads of a block. Thread 0
+// calls `store` for each of them, in descending order.
+template <typename Read, typename Store>
+__device__ inline void find_longest(int begin, int end, Read read, Store store,
                                     LengthKey* scratch) {
-  LengthKey before = ~LengthKey{0};
+  LengthKey previous = ~LengthKey{0};
   for (int s = 0; s < MAX_LONG_ROWS; ++s) {
     LengthKey largest = 0;
     for (int i = begin + static_cast<int>(threadIdx.x); i < end; i += blockDim.x) {
       const LengthKey key = read(i);
-      if (key < before && key > largest) largest = key;
+      if (key < previous && key > largest) largest = key;
     }
-    before = block_largest(largest, scratch);
-    if (threadIdx.x == 0) found(s, before);
+    previous = block_largest(largest, scratch);
+    if (threadIdx.x == 0) store(s, previous);
   }
 }
 
-// A block owns a run of rows; the last one to finish compares the longest of all.
+// A block owns a run of rows and finds its longest rows. The last block to finish compares them.
 __global__ void __launch_bounds__(STATISTICS_THREADS)
     longest_kernel(const __grid_constant__ CkaLargeArguments arguments) {
   auto& scratch = *reinterpret_cast<LongestScratch*>(shared_memory());
@@ -139,8 +144,8 @@ __global__ void __launch_bounds__(STATISTICS_THREADS)
     float share = 0;
 #pragma unroll
     for (int side = 0; side < 2; ++side) {
-      const auto* all = static_cast<const Bf16*>(sides[side].features);
-      const auto* features = all + row * sides[side].stride;
+      const auto* features =
+          static_cast<const Bf16*>(sides[side].features) + row * sides[side].stride;
       float sum = 0;
       for (int column = lane; column < sides[side].width; column += 32) {
         const float x = (to_float(features[column]) - means[side * width + column]) * inverse[side];
@@ -156,7 +161,7 @@ __global__ void __launch_bounds__(STATISTICS_THREADS)
       run.begin, run.end, [&](int row) { return length_key(arguments.shares[row], row); },
       [&](int s, LengthKey key) { candidates[blockIdx.x * MAX_LONG_ROWS + s] = key; },
       scratch.keys);
-  // Thread 0 has written them.
+  // Thread 0 wrote the candidates itself, so its fence covers them.
   if (threadIdx.x == 0) {
     __threadfence();
     scratch.last = atomicAdd(arguments.counters + 1, 1u) + 1 == gridDim.x;
@@ -165,12 +170,12 @@ __global__ void __launch_bounds__(STATISTICS_THREADS)
   __syncthreads();
   if (!scratch.last) return;
   find_longest(
-      0, arguments.row_programs * MAX_LONG_ROWS, [&](int i) { return candidates[i]; },
+      0, arguments.row_blocks * MAX_LONG_ROWS, [&](int i) { return candidates[i]; },
       [&](int s, LengthKey key) {
-        // Of few rows all that there are: the rest may be none.
-        const float times = share_of(key) * static_cast<float>(arguments.rows);
-        const bool is_long = arguments.rows < FEW_ROWS || times > LONG_SHARE;
-        arguments.long_rows[s] = is_long ? row_of(key) : -1;
+        // With few rows, all of them may be long and R empty.
+        const float ratio = key_share(key) * static_cast<float>(arguments.rows);
+        const bool is_long = arguments.rows < FEW_ROWS || ratio > LONG_SHARE;
+        arguments.long_rows[s] = is_long ? key_row(key) : -1;
       },
       scratch.keys);
 }

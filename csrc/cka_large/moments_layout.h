@@ -1,42 +1,43 @@
-// Sizes and arguments of moments_sm80 and moments_sm90, for kernels, launchers and a CPU.
+// Sizes and arguments of moments_sm80 and moments_sm90, for kernels and launchers.
 #pragma once
 
 #include "cka_large/schedule.h"
 
 namespace rift {
 
-constexpr int MOMENT_BLOCK = 128;  // columns of a tile's either side
-constexpr int MOMENT_CHUNK = 64;   // rows
+constexpr int MOMENT_BLOCK = 128;  // rows and columns of a tile
+constexpr int MOMENT_CHUNK = 64;   // rows of features
 constexpr int MOMENT_TILE = MOMENT_BLOCK * MOMENT_BLOCK;
-// Blocks of a cluster: each has half the rows of a square of 2 x 2 tiles.
+// Each block of a cluster computes half the rows of a square of 2 x 2 tiles.
 constexpr int CLUSTER_SIZE = 2;
 constexpr int MOMENT_STAGES = 4;
-// Two warpgroups multiply, one fetches.
+// A producer warpgroup and two consumer warpgroups.
 constexpr int MOMENT_THREADS = 3 * 128;
-// What the copy engine swizzles: rows of 128 bytes.
+// The copy engine swizzles rows of 128 bytes.
 constexpr int BOX_COLUMNS = 64;
 constexpr int BOX_BYTES = MOMENT_CHUNK * BOX_COLUMNS * 2;
 // 128 columns of a chunk.
 constexpr int OPERAND_BYTES = MOMENT_BLOCK / BOX_COLUMNS * BOX_BYTES;
-// A block's own 128 columns of the left operand, and all 256 of the right one.
+// 128 columns of the left operand, which are the block's own, and all 256 of the right operand.
 constexpr int STAGE_BYTES = (1 + CLUSTER_SIZE) * OPERAND_BYTES;
-// Stages, two barriers for each, and room to begin at a multiple of 1024.
+// Stages, two barriers for each, and padding that aligns the stages to 1024 bytes.
 constexpr int MOMENT_SHARED = 1024 + MOMENT_STAGES * (STAGE_BYTES + 2 * 8);
 
-// Rows that may be left out, and rows of the chunks that have them.
+// The number of rows that can be left out, and the rows of the patches that replace their chunks.
 constexpr int MAX_LONG_ROWS = 8;
 constexpr int PATCH_ROWS = MAX_LONG_ROWS * MOMENT_CHUNK;
 
 struct MomentsArguments {
   Schedule schedule;
-  float* tiles;  // MOMENT_TILE for each tile: its part that begins with the first chunk
-  float* spill;  // side x side x MOMENT_TILE for each place in spill: see Schedule
-  // Rows to leave out, or -1, and the chunk of each without them, X before Y; null: none.
+  float* tiles;  // [tiles][MOMENT_TILE]: the part of each tile that begins with chunk 0
+  float* spill;  // [spill_squares][square_side][square_side][MOMENT_TILE]: see Schedule
+  // Rows to leave out, or -1; null if there are none.
   const int* long_rows;
+  // [2][PATCH_ROWS][patch_width]: for X and Y, the chunk of each of these rows without them.
   const unsigned short* patches;
   int patch_width;
 
-  // The patch that takes the place of a chunk, or -1.
+  // Index of the patch that replaces a chunk, or -1.
   RIFT_HOST_DEVICE int patch_index(int chunk) const {
     int patch = -1;
     for (int s = MAX_LONG_ROWS - 1; long_rows && s >= 0; --s) {
@@ -45,28 +46,30 @@ struct MomentsArguments {
     return patch;
   }
 
-  // Where a part of a tile goes, by its blocks of columns.
+  // Address of a part of a tile, which is given by its blocks of columns.
   RIFT_HOST_DEVICE constexpr float* part_address(TileCoord tile, int square, int part) const {
     if (part == 0) return tiles + static_cast<long long>(tile_index(tile.i, tile.j)) * MOMENT_TILE;
-    const int side = schedule.side, within = tile.i % side * side + tile.j % side;
-    const long long place = 1LL * schedule.spill_index(square, part) * side * side + within;
-    return spill + place * MOMENT_TILE;
+    const int side = schedule.square_side;
+    const int tile_in_square = tile.i % side * side + tile.j % side;
+    const long long position =
+        1LL * schedule.spill_index(square, part) * side * side + tile_in_square;
+    return spill + position * MOMENT_TILE;
   }
 };
 
-// Of clusters, or of single blocks.
+// `hopper`: programs are clusters that compute squares, else blocks that compute single tiles.
 RIFT_HOST_DEVICE constexpr Schedule moments_schedule(int rows, int width_x, int width_y,
-                                                     int processors, bool pairs) {
-  const int programs = pairs ? processors / CLUSTER_SIZE : processors;
+                                                     int processors, bool hopper) {
+  const int programs = hopper ? processors / CLUSTER_SIZE : processors;
   return make_schedule((width_x + MOMENT_BLOCK - 1) / MOMENT_BLOCK,
                        (width_y + MOMENT_BLOCK - 1) / MOMENT_BLOCK,
                        (rows + MOMENT_CHUNK - 1) / MOMENT_CHUNK, programs > 0 ? programs : 1,
-                       pairs ? CLUSTER_SIZE : 1);
+                       hopper ? CLUSTER_SIZE : 1);
 }
 
-// Floats of spill.
+// Size of the spill memory.
 RIFT_HOST_DEVICE constexpr long long spill_floats(const Schedule& schedule) {
-  return 1LL * schedule.spill_squares() * schedule.side * schedule.side * MOMENT_TILE;
+  return 1LL * schedule.spill_squares() * schedule.square_side * schedule.square_side * MOMENT_TILE;
 }
 
 }  // namespace rift

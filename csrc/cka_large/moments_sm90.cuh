@@ -1,15 +1,15 @@
 // Raw second moments of [X | Y] on Hopper: the tiles of [X Y]^T [X Y] on and above the diagonal,
-// bfloat16 in float32.
+// with bfloat16 products summed in float32.
 //
-// A cluster of two blocks, one a processor, owns a run of the schedule: squares of 256 x 256, 128 rows
-// of them a block. One thread of a block's first warpgroup fetches chunks of columns by the copy
-// engine, as they lie: the block's own left operand, and half of the right one, for both blocks. The
-// two other warpgroups multiply 64 x 256 each: both operands have their inner dimension as rows,
-// which the tensor cores take. Means come off later: products of bfloat16 are exact in float32, and
-// sums of runs nearly so (runs.cuh).
+// A cluster of two blocks is a program of the schedule and computes squares of 256 x 256, of which
+// each block has 128 rows. Each multiprocessor runs one block. The producer thread of a block
+// copies chunks of columns: the left operand of this block, and half of the right operand, for both
+// blocks (multicast). Two consumer warpgroups compute 64 x 256 each. In both operands, rows are the
+// inner dimension, which WGMMA accepts. The next launch subtracts the means. That is accurate,
+// because products of bfloat16 are exact in float32 and sums of runs nearly so (runs.cuh).
 //
-// Bytes: from the L2 cache 32 KiB a block and chunk for 128 x 256 sums of 64 products, half of it on
-// the diagonal; 64 KiB for each part of a tile.
+// Memory traffic: for 128 x 256 sums of 64 products, 32 KiB from the L2 cache, or half of it on the
+// diagonal; 64 KiB for each part of a tile.
 #pragma once
 
 #include "cka_large/moments_layout.h"
@@ -20,6 +20,7 @@
 
 namespace rift {
 
+// The stages of the circular buffer, each with a barrier that tells that it is full or empty.
 struct Pipeline {
   unsigned char* stages;
   Mbarrier *full, *empty;
@@ -32,8 +33,8 @@ struct Pipeline {
 
 // The blocks of columns of a square's first tile.
 __device__ inline TileCoord first_tile(int square) {
-  const TileCoord pair = tile_coord(square);
-  return {pair.i * CLUSTER_SIZE, pair.j * CLUSTER_SIZE};
+  const TileCoord coord = tile_coord(square);
+  return {coord.i * CLUSTER_SIZE, coord.j * CLUSTER_SIZE};
 }
 
 struct MomentMaps {
@@ -46,9 +47,9 @@ struct Moments {
   Pipeline pipeline;
   int program, rank;
 
-  // 128 columns of a chunk; beyond the last ones, zeros.
-  __device__ void fetch_block(unsigned char* to, int block, int chunk, int patch, bool for_both,
-                              Mbarrier* full) const {
+  // Starts to fetch 128 columns of a chunk or patch.
+  __device__ void fetch_block(unsigned char* operand, int block, int chunk, int patch,
+                              bool multicast, Mbarrier* full) const {
     const bool is_y = block >= arguments.schedule.blocks_x;
     const TensorMap* map = is_y ? &maps.y : &maps.x;
     if (patch >= 0) map = is_y ? &maps.patch_y : &maps.patch_x;
@@ -56,24 +57,25 @@ struct Moments {
     const int column = (is_y ? block - arguments.schedule.blocks_x : block) * MOMENT_BLOCK;
 #pragma unroll
     for (int box = 0; box < MOMENT_BLOCK / BOX_COLUMNS; ++box) {
-      unsigned char* at = to + box * BOX_BYTES;
-      if (for_both) {
-        copy_box_multicast(at, map, column + box * BOX_COLUMNS, row, full);
+      unsigned char* target = operand + box * BOX_BYTES;
+      if (multicast) {
+        copy_box_multicast(target, map, column + box * BOX_COLUMNS, row, full);
       } else {
-        copy_box(at, map, column + box * BOX_COLUMNS, row, full);
+        copy_box(target, map, column + box * BOX_COLUMNS, row, full);
       }
     }
   }
 
+  // The producer thread.
   __device__ void fetch() const {
     PipelineState<MOMENT_STAGES> state;
     for (int index = 0;; ++index) {
       const Piece piece = arguments.schedule.piece(program, index);
-      if (piece.first == piece.last) return;
+      if (piece.begin == piece.end) return;
       const TileCoord tile = first_tile(piece.square);
       const bool diagonal = tile.i == tile.j;
-      for (int chunk = piece.first; chunk < piece.last; ++chunk, state.advance()) {
-        // At first nobody has to make room; later, both blocks.
+      for (int chunk = piece.begin; chunk < piece.end; ++chunk, state.advance()) {
+        // Waits until both blocks have released the stage; the first round does not wait.
         wait_barrier(pipeline.empty + state.stage, state.parity ^ 1);
         Mbarrier* full = pipeline.full + state.stage;
         arrive_expect_tx(full, diagonal ? CLUSTER_SIZE * OPERAND_BYTES : STAGE_BYTES);
@@ -87,16 +89,16 @@ struct Moments {
     }
   }
 
-  // `half`: which 64 rows of its block this warpgroup has.
+  // A consumer warpgroup; `half` is the index of its 64 rows in the block.
   __device__ void multiply(int half) const {
     PipelineState<MOMENT_STAGES> state;
     for (int index = 0;; ++index) {
       const Piece piece = arguments.schedule.piece(program, index);
-      if (piece.first == piece.last) return;
+      if (piece.begin == piece.end) return;
       const TileCoord tile = first_tile(piece.square);
       float c[128] = {};
       Totals<128> totals;
-      const int count = piece.last - piece.first;
+      const int count = piece.end - piece.begin;
       for (int done = 0; done < count;) {
         const int run = next_run(done, count - done);
         multiply_run(c, run, tile, half, state);
@@ -107,11 +109,11 @@ struct Moments {
     }
   }
 
-  // Some chunks, with nothing under way before and behind.
+  // Multiplies the chunks of a run. No products are pending before and after it.
   __device__ void multiply_run(float (&c)[128], int chunks, TileCoord tile, int half,
                                PipelineState<MOMENT_STAGES>& state) const {
     const int lane = threadIdx.x % 32;
-    int before = -1;
+    int previous = -1;
     for (int chunk = 0; chunk < chunks; ++chunk, state.advance()) {
       wait_barrier(pipeline.full + state.stage, state.parity);
       const unsigned char* right = pipeline.right(state.stage);
@@ -122,17 +124,17 @@ struct Moments {
       warpgroup_fence();
 #pragma unroll
       for (int step = 0; step < MOMENT_CHUNK / 16; ++step) {
-        // 16 rows of 128 bytes further, in the descriptor's units of 16 bytes.
+        // Advances by 16 rows of 128 bytes, in the descriptor's units of 16 bytes.
         multiply_add(c, a + step * (16 * 128 / 16), b + step * (16 * 128 / 16));
       }
       warpgroup_commit();
-      // The chunk before is through; this one goes on while the next is waited for.
+      // The previous chunk's products are complete; this chunk's run while the next one is fetched.
       warpgroup_wait<1>();
-      if (before >= 0 && lane < CLUSTER_SIZE) arrive_remote(pipeline.empty + before, lane);
-      before = state.stage;
+      if (previous >= 0 && lane < CLUSTER_SIZE) arrive_remote(pipeline.empty + previous, lane);
+      previous = state.stage;
     }
     warpgroup_wait<0>();
-    if (lane < CLUSTER_SIZE) arrive_remote(pipeline.empty + before, lane);
+    if (lane < CLUSTER_SIZE) arrive_remote(pipeline.empty + previous, lane);
   }
 
   __device__ void store(const float (&c)[128], const Totals<128>& totals, TileCoord tile,
@@ -140,25 +142,25 @@ struct Moments {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
 #pragma unroll
     for (int across = 0; across < CLUSTER_SIZE; ++across) {
-      const TileCoord at{tile.i, tile.j + across};
-      // Below the diagonal, or no such columns.
-      if (at.i > at.j || at.j >= arguments.schedule.blocks()) continue;
-      float* out = arguments.part_address(at, piece.square, piece.part);
+      const TileCoord coord{tile.i, tile.j + across};
+      // Skips tiles below the diagonal and beyond the last column.
+      if (coord.i > coord.j || coord.j >= arguments.schedule.blocks()) continue;
+      float* out = arguments.part_address(coord, piece.square, piece.part);
       out += (half * 64 + warp * 16 + lane / 4) * MOMENT_BLOCK + lane % 4 * 2;
 #pragma unroll
       for (int n = 0; n < 16; ++n) {
-        const int from = 4 * (16 * across + n);
-        *reinterpret_cast<Vector<float, 2>*>(out + 8 * n) = {totals.sum(c, from),
-                                                             totals.sum(c, from + 1)};
+        const int k = 4 * (16 * across + n);
+        *reinterpret_cast<Vector<float, 2>*>(out + 8 * n) = {totals.sum(c, k),
+                                                             totals.sum(c, k + 1)};
         *reinterpret_cast<Vector<float, 2>*>(out + 8 * MOMENT_BLOCK + 8 * n) = {
-            totals.sum(c, from + 2), totals.sum(c, from + 3)};
+            totals.sum(c, k + 2), totals.sum(c, k + 3)};
       }
     }
   }
 };
 
 __device__ inline void run_moments(const MomentsArguments& arguments, const MomentMaps& maps) {
-  // Swizzled boxes begin at multiples of 1024 bytes, of both blocks at the same ones.
+  // Swizzled boxes begin at multiples of 1024 bytes, and at the same addresses in both blocks.
   unsigned char* memory = shared_memory();
   memory += (1024 - shared_address(memory) % 1024) % 1024;
   auto* barriers = reinterpret_cast<Mbarrier*>(memory + MOMENT_STAGES * STAGE_BYTES);
@@ -168,7 +170,7 @@ __device__ inline void run_moments(const MomentsArguments& arguments, const Mome
     prefetch_tensor_map(&maps.y);
     for (int stage = 0; stage < MOMENT_STAGES; ++stage) {
       init_barrier(pipeline.full + stage, 1);
-      // A thread of each warp that multiplies, of both blocks.
+      // One thread of each consumer warp arrives, in both blocks.
       init_barrier(pipeline.empty + stage, CLUSTER_SIZE * 8);
     }
     fence_barrier_init();
@@ -185,12 +187,12 @@ __device__ inline void run_moments(const MomentsArguments& arguments, const Mome
     allocate_registers();
     moments.multiply(group - 1);
   }
-  // Nobody leaves while the other block may still write into its memory.
+  // A block must not exit while the other may still access its shared memory.
   __syncwarp();
   cluster_barrier();
 }
 
-// Clusters of CLUSTER_SIZE blocks.
+// Launched as clusters of CLUSTER_SIZE blocks. Empty unless compiled for sm_90a.
 __global__ void __launch_bounds__(MOMENT_THREADS, 1)
     moments_sm90_kernel(const __grid_constant__ MomentsArguments arguments,
                         const __grid_constant__ MomentMaps maps) {

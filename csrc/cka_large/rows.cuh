@@ -1,28 +1,29 @@
-// What debiased CKA needs of single rows: their energies, their sums of products with all other rows,
-// their products with the long ones, and columns weighted with these sums; and the chunks of long rows
-// without them, for the moments.
+// Debiased CKA needs terms of single rows: their energies, their products with the long rows, the
+// sums of their products with all other rows, and columns weighted with these sums. The moments
+// need patches: the chunks of long rows without these rows.
 //
-// Bytes: the features twice, the second time from the L2 cache; 80 for each row; the patches.
+// Memory traffic: the features twice, the second time from the L2 cache; 80 bytes for each row; the
+// patches.
 #pragma once
 
 #include "cka_large/longest.cuh"
 
 namespace rift {
 
-// Rows that a warp has at once: so often is an element of a long row used.
+// Rows that a warp processes at once, so that it loads elements of long rows less often.
 constexpr int ROWS_AT_ONCE = 4;
 
-// Sums over warps, and the means of both sides.
+// Shared memory: scratch for sums over the block, and the means of both sides.
 RIFT_HOST_DEVICE constexpr int rows_shared(int width) {
   return ROW_SUMS * STATISTICS_THREADS / 32 * 8 + 2 * width * 4;
 }
 
-// Of some rows of a side.
+// Energies of some rows of a side, and their products with the long rows.
 struct RowProducts {
   float energy[ROWS_AT_ONCE], products[ROWS_AT_ONCE][MAX_LONG_ROWS];
 };
 
-// The rows from `first` on, by a warp; 0 from `end` on.
+// Computes the products of the rows from `first` on with one warp; rows from `end` on count as 0.
 __device__ inline RowProducts row_products(const CkaLargeSide& side, const LongRows& long_rows,
                                            const float* means, float inverse, int first, int end) {
   RowProducts result = {};
@@ -57,15 +58,15 @@ __device__ inline RowProducts row_products(const CkaLargeSide& side, const LongR
   return result;
 }
 
-// A row's terms, and what it adds to the sums: by one thread.
+// Stores a row's terms and adds them to the sums. Called by one thread.
 __device__ inline void add_row(const CkaLargeArguments& arguments, const LongRows& long_rows,
                                int row, const float (&energy)[2], const float (&x)[MAX_LONG_ROWS],
                                const float (&y)[MAX_LONG_ROWS], double (&totals)[ROW_SUMS]) {
   double k = -static_cast<double>(energy[0]), l = -static_cast<double>(energy[1]);
   double xx = 0, yy = 0, xy = 0;
   const bool is_long = long_rows.has(row);
-  // Each row with a long one, and that one with the row, once.
-  const double times = is_long ? 1 : 2;
+  // A pair of a long and another row counts for both orders. A pair of long rows is visited twice.
+  const double orders = is_long ? 1 : 2;
   float* terms = arguments.row_terms + row;
   const long long rows = arguments.rows;
 #pragma unroll
@@ -92,32 +93,32 @@ __device__ inline void add_row(const CkaLargeArguments& arguments, const LongRow
   totals[SQUARE_L] += l * l;
   totals[PRODUCT_KL] += k * l;
   const double r = energy[0], q = energy[1];
-  totals[PAIRS_XX] += times * xx - (is_long ? 0 : r * r);
-  totals[PAIRS_YY] += times * yy - (is_long ? 0 : q * q);
-  totals[PAIRS_XY] += times * xy - (is_long ? 0 : r * q);
+  totals[PAIRS_XX] += orders * xx - (is_long ? 0 : r * r);
+  totals[PAIRS_YY] += orders * yy - (is_long ? 0 : q * q);
+  totals[PAIRS_XY] += orders * xy - (is_long ? 0 : r * q);
   totals[REST_X] += is_long ? 0 : r;
   totals[REST_Y] += is_long ? 0 : q;
 }
 
-// 128 columns of the chunk of a long row, without the long rows.
+// Copies 128 columns of the chunk of a long row and replaces the long rows in it by 0.
 __device__ inline void make_patch(const CkaLargeArguments& arguments, const LongRows& long_rows,
-                                  int program) {
+                                  int index) {
   const int blocks = arguments.width / MOMENT_BLOCK;
-  const int slot = program / (2 * blocks), is_y = program / blocks % 2;
+  const int slot = index / (2 * blocks), is_y = index / blocks % 2;
   const CkaLargeSide& side = is_y ? arguments.y : arguments.x;
   const auto* features = static_cast<const Bf16*>(side.features);
-  const long long before = is_y ? 1LL * PATCH_ROWS * arguments.width : 0;
-  unsigned short* to = arguments.patches + before;
+  const long long offset = is_y ? 1LL * PATCH_ROWS * arguments.width : 0;
+  unsigned short* patches = arguments.patches + offset;
   const int long_row = arguments.long_rows[slot];
   if (long_row < 0) return;
   const int first = long_row / MOMENT_CHUNK * MOMENT_CHUNK;
-  const int column = program % blocks * MOMENT_BLOCK + static_cast<int>(threadIdx.x) % MOMENT_BLOCK;
+  const int column = index % blocks * MOMENT_BLOCK + static_cast<int>(threadIdx.x) % MOMENT_BLOCK;
 #pragma unroll 4
   for (int i = threadIdx.x / MOMENT_BLOCK; i < MOMENT_CHUNK; i += blockDim.x / MOMENT_BLOCK) {
     const int row = first + i;
-    const bool stays = row < arguments.rows && column < side.width && !long_rows.has(row);
-    to[static_cast<long long>(slot * MOMENT_CHUNK + i) * arguments.width + column] =
-        stays ? features[row * side.stride + column].bits : uint16_t{0};
+    const bool included = row < arguments.rows && column < side.width && !long_rows.has(row);
+    patches[static_cast<long long>(slot * MOMENT_CHUNK + i) * arguments.width + column] =
+        included ? features[row * side.stride + column].bits : uint16_t{0};
   }
 }
 
@@ -126,8 +127,8 @@ __global__ void __launch_bounds__(STATISTICS_THREADS)
     rows_kernel(const __grid_constant__ CkaLargeArguments arguments) {
   constexpr int WARPS = STATISTICS_THREADS / 32;
   const LongRows long_rows = read_long_rows(arguments);
-  if (static_cast<int>(blockIdx.x) >= arguments.row_programs) {
-    make_patch(arguments, long_rows, static_cast<int>(blockIdx.x) - arguments.row_programs);
+  if (static_cast<int>(blockIdx.x) >= arguments.row_blocks) {
+    make_patch(arguments, long_rows, static_cast<int>(blockIdx.x) - arguments.row_blocks);
     return;
   }
   auto* scratch = reinterpret_cast<double*>(shared_memory());
@@ -155,7 +156,7 @@ __global__ void __launch_bounds__(STATISTICS_THREADS)
       add_row(arguments, long_rows, first + i, energy, x.products[i], y.products[i], totals);
     }
   }
-  // Of the means, once.
+  // The energies of the means, from one block.
   for (int i = threadIdx.x; i < 2 * width && blockIdx.x == 0; i += blockDim.x) {
     const float scale = i < width ? inverse[0] : inverse[1];
     const double mean = static_cast<double>(means[i]) * static_cast<double>(scale);
@@ -169,26 +170,26 @@ __global__ void __launch_bounds__(STATISTICS_THREADS)
       arguments.row_sums[blockIdx.x * ROW_SUMS + kind] = totals[kind];
     }
   }
-  // block_sums has met since the terms were stored.
+  // The barrier in block_sums has made the stored terms visible to all threads.
   float* weighted = arguments.weighted + static_cast<long long>(blockIdx.x) * 4 * width;
   const CkaLargeSide sides[2] = {arguments.x, arguments.y};
 #pragma unroll
   for (int side = 0; side < 2; ++side) {
     const auto* features = static_cast<const Bf16*>(sides[side].features);
     const float* sums = arguments.row_terms + static_cast<long long>(ROW_SUM) * arguments.rows;
-    const float* own = sums + side * arguments.rows;
-    const float* other = sums + (1 - side) * arguments.rows;
+    const float* own_sums = sums + side * arguments.rows;
+    const float* other_sums = sums + (1 - side) * arguments.rows;
     for (int column = threadIdx.x; column < width; column += blockDim.x) {
-      float by_own = 0, by_other = 0;
+      float total_own = 0, total_other = 0;
       for (int row = run.begin; row < run.end && column < sides[side].width; ++row) {
         if (long_rows.count > 0 && long_rows.has(row)) continue;
         const float x =
             to_float(features[row * sides[side].stride + column]) - means[side * width + column];
-        by_own += own[row] * x;
-        by_other += other[row] * x;
+        total_own += own_sums[row] * x;
+        total_other += other_sums[row] * x;
       }
-      weighted[2 * side * width + column] = by_own;
-      weighted[(2 * side + 1) * width + column] = by_other;
+      weighted[2 * side * width + column] = total_own;
+      weighted[(2 * side + 1) * width + column] = total_other;
     }
   }
 }

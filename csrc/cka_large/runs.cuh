@@ -1,34 +1,35 @@
-// Long sums on tensor cores, which cut off and do not round.
+// Long sums on tensor cores, which truncate instead of rounding.
 //
-// What falls off grows with the accumulator, and always makes a sum smaller: of N rows about
-// N 2^-24, of which taking the means off leaves (mean / deviation)^2 as much. So an accumulator sums
-// a run of at most MOMENT_RUN chunks, in which a product of two bfloat16 keeps all its bits. What came
-// so far is kept beside it in one bfloat16, together with half of what the next run should add, by
-// what the runs before have added: so the accumulator begins at about minus that half, and what is cut
-// off before it passes 0 and after it cancel. Total and accumulator are the sum, to the last bit.
+// Truncation errors grow with the accumulator and always point towards 0. Over N rows they amount
+// to about N 2^-24, and centering magnifies them by (mean / deviation)^2. So an accumulator sums
+// only a run of at most MOMENT_RUN chunks, in which products of two bfloat16 keep all their bits.
+//
+// The total of earlier runs is kept next to the accumulator in one bfloat16. It includes half of
+// what the next run should add, judging by the earlier runs. So the accumulator begins at about
+// minus that half, and the errors before and after it crosses 0 cancel. Total plus accumulator is
+// the exact sum.
 #pragma once
 
 #include "common/elements.cuh"
 
 namespace rift {
 
-// Chunks: 1024 rows.
+// In chunks: 1024 rows.
 constexpr int MOMENT_RUN = 16;
 
-// Chunks of the run that follows `done` of them: runs double, because what they begin at is a guess
-// from those before.
+// Chunks of the run that follows `done` chunks, with `left` remaining. Runs grow by doubling,
+// because their start values are extrapolated from earlier runs.
 RIFT_HOST_DEVICE constexpr int next_run(int done, int left) {
   const int run = done == 0 ? 1 : done < MOMENT_RUN ? done : MOMENT_RUN;
   return run < left ? run : left;
 }
 
-// Totals of SIZE accumulators, two in a register.
+// Totals of SIZE accumulators, two in each register.
 template <int SIZE>
 struct Totals {
   uint32_t pairs[SIZE / 2] = {};
 
-  // Ends a run: `done` chunks are through, the next run has `next`. Behind the last one, 0, the sums
-  // are in both.
+  // Ends a run after `done` chunks; the next run has `next` chunks, 0 if there is none.
   __device__ void end_run(float (&c)[SIZE], int done, int next) {
     const float ahead = 1 + 0.5f * static_cast<float>(next) / static_cast<float>(done);
 #pragma unroll

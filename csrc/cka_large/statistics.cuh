@@ -1,9 +1,10 @@
-// Sums and energies of columns: what linear CKA in covariance form needs beside its second moments.
+// Sums and energies of columns, which linear CKA in covariance form needs besides second moments.
 //
-// All about a pivot, for each column the middle one of three rows' elements: near the mean where no two
-// of the three are far from it, however far from 0, and the mean itself where all rows are alike.
+// They are computed about a pivot: for each column, the median of its elements in three rows. It is
+// near the mean, however far that is from 0, unless two of the three elements are far from it. If
+// all rows are equal, it is the mean itself.
 //
-// Bytes: the features once.
+// Memory traffic: the features once.
 #pragma once
 
 #include "cka_large/layout.h"
@@ -19,11 +20,11 @@ struct StatisticsScratch {
   double sums[STATISTICS * STATISTICS_THREADS / 32];
 };
 
-__device__ inline float middle(float a, float b, float c) {
+__device__ inline float median(float a, float b, float c) {
   return max(min(a, b), min(max(a, b), c));
 }
 
-// A block owns 64 columns of both sides over a segment of rows; a warp every 8th row of them.
+// A block owns 64 columns of both sides in a segment of rows, and a warp every 8th of these rows.
 __global__ void __launch_bounds__(STATISTICS_THREADS)
     statistics_kernel(const __grid_constant__ CkaLargeArguments arguments) {
   constexpr int WARPS = STATISTICS_THREADS / 32, COLUMNS = STATISTICS_COLUMNS, KINDS = 5;
@@ -42,14 +43,13 @@ __global__ void __launch_bounds__(STATISTICS_THREADS)
   };
 #pragma unroll
   for (int k = 0; k < 2; ++k) {
-    const int within = lane + 32 * k, column = block * COLUMNS + within;
+    const int local_column = lane + 32 * k, column = block * COLUMNS + local_column;
     const int second = arguments.rows / 3, third = 2 * arguments.rows / 3;
-    const float pivot_x =
-        middle(read(x, arguments.x, 0, column), read(x, arguments.x, second, column),
-               read(x, arguments.x, third, column));
-    const float pivot_y =
-        middle(read(y, arguments.y, 0, column), read(y, arguments.y, second, column),
-               read(y, arguments.y, third, column));
+    const auto pivot = [&](const Bf16* features, const CkaLargeSide& side) {
+      return median(read(features, side, 0, column), read(features, side, second, column),
+                    read(features, side, third, column));
+    };
+    const float pivot_x = pivot(x, arguments.x), pivot_y = pivot(y, arguments.y);
     if (segment == 0 && warp == 0) {
       arguments.pivots[column] = pivot_x;
       arguments.pivots[arguments.width + column] = pivot_y;
@@ -66,7 +66,7 @@ __global__ void __launch_bounds__(STATISTICS_THREADS)
       kinds[4] += a * b;
     }
 #pragma unroll
-    for (int kind = 0; kind < KINDS; ++kind) scratch.parts[warp][kind][within] = kinds[kind];
+    for (int kind = 0; kind < KINDS; ++kind) scratch.parts[warp][kind][local_column] = kinds[kind];
   }
   __syncthreads();
   double totals[STATISTICS] = {};
@@ -74,18 +74,19 @@ __global__ void __launch_bounds__(STATISTICS_THREADS)
     float kinds[KINDS] = {};
 #pragma unroll
     for (int kind = 0; kind < KINDS; ++kind) {
-      for (int other = 0; other < WARPS; ++other)
+      for (int other = 0; other < WARPS; ++other) {
         kinds[kind] += scratch.parts[other][kind][threadIdx.x];
+      }
     }
     float* sums = arguments.sums + segment * arguments.width + block * COLUMNS + threadIdx.x;
     sums[0] = kinds[0];
     sums[arguments.segments * arguments.width] = kinds[1];
-    const float share = end > begin ? 1 / static_cast<float>(end - begin) : 0;
+    const float inverse_count = end > begin ? 1 / static_cast<float>(end - begin) : 0;
     totals[PIVOT_X] = kinds[2];
     totals[PIVOT_Y] = kinds[3];
-    totals[ENERGY_X] = kinds[2] - kinds[0] * kinds[0] * share;
-    totals[ENERGY_Y] = kinds[3] - kinds[1] * kinds[1] * share;
-    totals[ENERGY_XY] = kinds[4] - kinds[0] * kinds[1] * share;
+    totals[ENERGY_X] = kinds[2] - kinds[0] * kinds[0] * inverse_count;
+    totals[ENERGY_Y] = kinds[3] - kinds[1] * kinds[1] * inverse_count;
+    totals[ENERGY_XY] = kinds[4] - kinds[0] * kinds[1] * inverse_count;
   }
   block_sums(totals, scratch.sums);
   if (threadIdx.x < STATISTICS) {
@@ -98,21 +99,22 @@ __global__ void __launch_bounds__(STATISTICS_THREADS)
   }
 }
 
-// The statistics over all blocks, for every thread of a block.
+// Sums the statistics of all blocks; every thread receives the totals.
 __device__ inline void read_statistics(const CkaLargeArguments& arguments,
                                        double (&totals)[STATISTICS], double* scratch) {
-  const int programs = arguments.statistics_programs();
+  const int blocks = arguments.statistics_blocks();
 #pragma unroll
   for (int kind = 0; kind < STATISTICS; ++kind) {
     totals[kind] = 0;
-    for (int i = threadIdx.x; i < programs; i += blockDim.x) {
-      totals[kind] += arguments.statistics[kind * programs + i];
+    for (int i = threadIdx.x; i < blocks; i += blockDim.x) {
+      totals[kind] += arguments.statistics[kind * blocks + i];
     }
   }
   block_sums(totals, scratch);
 }
 
-// About 1 / the norm of the centered features, so that all blocks are of the size of 1.
+// About 1 / the norm of the centered features, which scales the elements of A, B and C to the order
+// of 1.
 __device__ inline float inverse_scale(double energy, double pivot) {
   const double e = energy > 0 ? energy : pivot;
   return e == 0 ? 1 : static_cast<float>(1 / sqrt(e));
@@ -122,7 +124,7 @@ __device__ inline float pivot_of(const CkaLargeArguments& arguments, bool is_y, 
   return arguments.pivots[is_y * arguments.width + column];
 }
 
-// About the pivot.
+// The sum of a column's differences from its pivot.
 __device__ inline double column_sum(const CkaLargeArguments& arguments, bool is_y, int column) {
   const float* sums = arguments.sums + (is_y ? arguments.segments * arguments.width : 0) + column;
   double total = 0;
@@ -132,13 +134,13 @@ __device__ inline double column_sum(const CkaLargeArguments& arguments, bool is_
   return total;
 }
 
-// The rows of a block, where these are dealt out.
+// The rows that a block of `longest` or `rows` owns.
 struct RowRun {
   int begin, end;
 };
 
 __device__ inline RowRun row_run(const CkaLargeArguments& arguments) {
-  const int length = (arguments.rows + arguments.row_programs - 1) / arguments.row_programs;
+  const int length = (arguments.rows + arguments.row_blocks - 1) / arguments.row_blocks;
   const int begin = min(static_cast<int>(blockIdx.x) * length, arguments.rows);
   return {begin, min(begin + length, arguments.rows)};
 }

@@ -8,7 +8,7 @@
 
 #include <stdexcept>
 
-// No such maps yet, and no kernels that take them: sm_90a came with 12.0, too.
+// CUDA 11 has neither tensor maps nor sm_90a, whose kernels would use them.
 rift::TensorMap rift::encode_tensor_map(const Matrix&, int, const char* kernel) {
   throw std::runtime_error(std::string(kernel) + ": needs a build by CUDA 12.0 or newer");
 }

@@ -1,4 +1,4 @@
-// What the copy engine has to know of a matrix.
+// Descriptors of matrices for the copy engine.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -7,7 +7,7 @@ namespace rift {
 
 struct TensorMap;
 
-// bfloat16, row-major, rows at multiples of 16 bytes; fetched in boxes of 64 columns.
+// A row-major bfloat16 matrix whose rows begin at multiples of 16 bytes.
 struct Matrix {
   const void* elements;
   long long stride;  // in elements
@@ -15,7 +15,8 @@ struct Matrix {
   int columns;
 };
 
-// For a kernel of this name. The thread must have a context.
+// Describes a matrix that is copied in boxes of BOX_COLUMNS columns and `box_rows` rows. The thread
+// must have a current context. `kernel` is the name in error messages.
 TensorMap encode_tensor_map(const Matrix& matrix, int box_rows, const char* kernel);
 
 }  // namespace rift

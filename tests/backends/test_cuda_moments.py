@@ -68,7 +68,7 @@ def test_every_square_and_chunk_is_covered_once(
         assert all(a[1] == b[0] for a, b in itertools.pairwise(ordered))
         for part in range(1, len(ordered)):
             place = schedule.spill_index(square, part)
-            assert 0 <= place < schedule.spill_floats // (schedule.side * BLOCK) ** 2
+            assert 0 <= place < schedule.spill_floats // (schedule.square_side * BLOCK) ** 2
             assert place not in places
             places.add(place)
 
