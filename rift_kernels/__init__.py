@@ -1,4 +1,4 @@
-"""RIFT losses: keep a pretrained representation while finetuning. See README.md and DESIGN.md."""
+"""RIFT losses preserve a pretrained representation in finetuning. See README.md and DESIGN.md."""
 
 from . import reference
 from ._version import __version__

@@ -1,4 +1,4 @@
-"""``python -m rift_kernels``: what can run here, and why not; ``check`` tries it; ``tune``."""
+"""``python -m rift_kernels``: report the usable backends, or run ``check`` or ``tune``."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""The loss module: settings, and a call into :mod:`rift_kernels.functional`. No mathematics."""
+"""The loss module: its settings and its call into :mod:`rift_kernels.functional`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ROTATIONS = ("identity", "learned", "optimal")
 
 
 class RIFTLoss(nn.Module):
-    """Keep a student's features similar to a frozen teacher's while it is finetuned.
+    """Keep a student's features similar to a frozen teacher's during finetuning.
 
     ``weight * reduce(1 - similarity)`` for ``"cka"`` and ``"procrustes"``,
     ``weight * reduce(distance)`` for ``"covariance"`` and ``"bures"``. Add it to the task loss::
@@ -36,36 +36,38 @@ class RIFTLoss(nn.Module):
             (:func:`~rift_kernels.covariance_distance`) or ``"bures"``
             (:func:`~rift_kernels.bures_distance`, squared).
         debiased: for ``"cka"``, and for ``"covariance"`` with statistics as teacher.
-        weight: multiplies the loss: a number, or an :class:`~rift_kernels.AdaptiveWeight`, which
-            finds it, for ``"cka"``, ``"procrustes"`` and the relative ``"covariance"``, where
-            1 - distance counts as the similarity.
-        margin: similar enough is enough: ``relu(distance - margin)`` of each layer in place of its
-            distance, for a similarity ``relu(1 - margin - similarity)``: the constraint form, with
-            no pull at all inside the margin.
+        weight: factor of the loss: a number, or an :class:`~rift_kernels.AdaptiveWeight`, which
+            adjusts itself. An adaptive weight needs ``"cka"``, ``"procrustes"`` or the relative
+            ``"covariance"``, whose similarity is taken to be 1 - distance.
+        margin: replaces the distance of each layer by ``relu(distance - margin)``, for a similarity
+            ``relu(1 - margin - similarity)``. Layers within the margin get no gradient.
         reduction: over layers and batches: ``"mean"``, ``"sum"`` or ``"none"``.
-        rotation: for ``"covariance"``: ``"identity"``, or ``"learned"`` for a matrix Q with
-            orthonormal columns that is a parameter of this module and starts at the identity: give
-            it to the optimiser. Q serves one pair of widths, so no lists of layers. It stays in
-            float32 when the model around it is cast to half precision. torch cannot pickle such a
-            module: save its ``state_dict()``. Or ``"optimal"``: the best Q at every step, in closed
-            form, without parameters. What each of them keeps: the identity keeps the covariance as
-            it is, so directions mean the same afterwards. Learned, it keeps the covariance up to
-            one rotation of the whole space, which the head behind can undo. Optimal, it keeps the
-            eigenvalues alone: nothing ties a direction to what it stood for. None of them keeps
-            where a sample lies; that is what ``"cka"`` and ``"procrustes"`` compare.
-        student_width, teacher_width: D1 and D2, needed for a learned rotation.
+        rotation: the orthogonal matrix Q of ``"covariance"``.
+
+            - ``"identity"`` preserves the covariance itself, so directions keep their meaning.
+            - ``"learned"`` makes Q a parameter of this module that starts at the identity; give it
+              to the optimiser. It preserves the covariance up to one rotation of the whole space,
+              which the following head can undo. Q serves one pair of widths, so it takes no lists
+              of layers. It stays in float32 when the surrounding model is cast to half precision.
+              torch cannot pickle such a module: save its ``state_dict()``.
+            - ``"optimal"`` computes the best Q of every step in closed form, without parameters. It
+              preserves the eigenvalues alone: no direction is tied to its former meaning.
+
+            None of them preserves where each sample lies; ``"cka"`` and ``"procrustes"`` compare
+            that.
+        student_width, teacher_width: D1 and D2, required for a learned rotation.
         scale, mean_weight: for ``"covariance"`` (both) and ``"bures"`` (``mean_weight``).
-        precision, backend, group: see :mod:`rift_kernels.functional`. A copy of the module shares
-            its group; no process group can be pickled, but ``"world"`` can.
+        precision, backend, group: see :mod:`rift_kernels.functional`. Copies of the module share
+            its group. Process groups cannot be pickled; ``"world"`` can.
 
     Shape:
         student (..., N, D1), teacher (..., N, D2), mask (..., N) boolean or None; or lists. For
         ``"covariance"`` the teacher may be :class:`~rift_kernels.TeacherStatistics` (or a list).
-        Returns a scalar, or one value a layer for ``reduction="none"``.
+        Returns a scalar, or with ``reduction="none"`` one value for each layer.
 
     Raises:
         TypeError, ValueError: naming the argument, at construction or at the call; also for a
-            setting that the measure does not have.
+            setting that the measure does not use.
     """
 
     def __init__(
@@ -108,11 +110,11 @@ class RIFTLoss(nn.Module):
             ("scale", "relative", ("covariance",)),
             ("mean_weight", 0.0, ("covariance", "bures")),
         ):
-            given = getattr(self, name)
-            if given != default and measure not in users:
+            value = getattr(self, name)
+            if value != default and measure not in users:
                 raise ValueError(
                     f"{name} must be {default!r} for measure={measure!r}, which does not use it; "
-                    f"got {given!r}"
+                    f"got {value!r}"
                 )
         self.optimal = rotation == "optimal"
         if self.optimal and (measure != "covariance" or self.mean_weight):
@@ -134,7 +136,7 @@ class RIFTLoss(nn.Module):
         return self.from_distances(self.distances(student, teacher, mask))
 
     def distances(self, student: Features, teacher: Teacher, mask: Mask = None) -> Tensor:
-        """The distance of each layer, ``1 - similarity`` where there is one, and no weight."""
+        """The unweighted distance of each layer; ``1 - similarity`` for a similarity."""
         if self.rotation is not None and not isinstance(student, Tensor):
             raise TypeError(
                 "student must be a tensor for rotation='learned', which serves one pair of widths; "
@@ -145,33 +147,37 @@ class RIFTLoss(nn.Module):
                 f"teacher must be features for measure={self.measure!r}; got statistics, which "
                 "only measure='covariance' takes"
             )
-        how: dict[str, Any] = {"mask": mask, "precision": self.precision, "backend": self.backend}
-        how["group"] = self.group
+        settings: dict[str, Any] = {
+            "mask": mask,
+            "precision": self.precision,
+            "backend": self.backend,
+            "group": self.group,
+        }
         if self.measure == "cka":
-            how |= {"debiased": self.debiased, "distance": True}
-            return functional.linear_cka(student, teacher, **how)  # type: ignore[arg-type]
+            settings |= {"debiased": self.debiased, "distance": True}
+            return functional.linear_cka(student, teacher, **settings)  # type: ignore[arg-type]
         if self.measure == "procrustes":
-            how["distance"] = True
-            return functional.procrustes_similarity(student, teacher, **how)  # type: ignore[arg-type]
-        how["mean_weight"] = self.mean_weight
+            settings["distance"] = True
+            return functional.procrustes_similarity(student, teacher, **settings)  # type: ignore[arg-type]
+        settings["mean_weight"] = self.mean_weight
         if self.measure == "bures":
-            return functional.bures_distance(student, teacher, **how)  # type: ignore[arg-type]
-        how |= {
+            return functional.bures_distance(student, teacher, **settings)  # type: ignore[arg-type]
+        settings |= {
             "debiased": self.debiased,
             "scale": self.scale,
             "rotation": "optimal" if self.optimal else self._matrix(),
         }
-        return functional.covariance_distance(student, teacher, **how)
+        return functional.covariance_distance(student, teacher, **settings)
 
     def from_distances(self, distances: Tensor) -> Tensor:
-        """The loss of these distances: margin, weight and reduction. An adaptive weight moves."""
+        """Apply margin, weight and reduction to distances; an adaptive weight takes its step."""
         weight = self.weight
         if isinstance(weight, AdaptiveWeight):
             weight = weight(distances)
         values = distances
         if self.margin:
             values = (values - self.margin).relu()
-        # Each operation is a launch forward and one backward: none that does nothing.
+        # Every operation costs a launch forward and one backward, so no-ops are skipped.
         if values.dim() and self.reduction == "mean":
             values = values.mean()
         elif values.dim() and self.reduction == "sum":
@@ -179,31 +185,31 @@ class RIFTLoss(nn.Module):
         return values if isinstance(weight, float) and weight == 1 else weight * values
 
     def _matrix(self) -> Tensor | None:
-        """The learned Q, formed without autocast, under which it would not be orthogonal."""
+        """The learned Q, computed without autocast, which would destroy its orthogonality."""
         if self.rotation is None:
             return None
         with torch.autocast(next(self.rotation.parameters()).device.type, enabled=False):
             return self.rotation.weight
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Whatever moves or casts a module, but a rotation is never cast to half precision."""
+        """Move or cast the module, except that a rotation is never cast to half precision."""
 
-        def moved(tensor: Tensor) -> Tensor:
+        def move(tensor: Tensor) -> Tensor:
             result = fn(tensor)
-            half = result.dtype in (torch.bfloat16, torch.float16)
-            return tensor.to(result.device) if half else result
+            is_half = result.dtype in (torch.bfloat16, torch.float16)
+            return tensor.to(result.device) if is_half else result
 
-        return super()._apply(moved, recurse)
+        return super()._apply(move, recurse)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        """As of any module, but for the group, which is the one thing that cannot be copied."""
+        """Copy everything except the group, which cannot be copied and is shared."""
         memo[id(self.group)] = self.group
-        memo[id(self)] = copied = type(self).__new__(type(self))
-        copied.__setstate__(copy.deepcopy(self.__dict__, memo))
-        return copied
+        memo[id(self)] = module = type(self).__new__(type(self))
+        module.__setstate__(copy.deepcopy(self.__dict__, memo))
+        return module
 
     def extra_repr(self) -> str:
-        """The settings that matter for the measure."""
+        """The settings that affect the measure."""
         weight = self.weight if isinstance(self.weight, float) else "adaptive"
         settings = f"{self.measure!r}, weight={weight}, reduction={self.reduction!r}"
         if self.margin:
@@ -216,14 +222,14 @@ def _weight(weight: object, measure: str, scale: str) -> float | AdaptiveWeight:
         return checks.number("weight", weight)
     if measure == "bures" or (measure == "covariance" and scale != "relative"):
         raise ValueError(
-            "weight must be a number for a distance that has a unit; an AdaptiveWeight needs "
-            f"'cka', 'procrustes' or the relative 'covariance', got measure={measure!r}"
+            f"weight must be a number for a distance that has a unit, as measure={measure!r} has; "
+            "got an AdaptiveWeight, which needs 'cka', 'procrustes' or the relative 'covariance'"
         )
     return weight
 
 
 def _rotation(measure: str, student_width: int | None, teacher_width: int | None) -> nn.Linear:
-    """A layer whose weight is Q (D2, D1), kept orthogonal by torch and starting at the identity."""
+    """A layer whose weight is Q (D2, D1), initially the identity and kept orthogonal by torch."""
     if measure != "covariance":
         raise ValueError(
             f"rotation='learned' needs measure='covariance'; measure={measure!r} "

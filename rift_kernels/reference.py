@@ -1,9 +1,10 @@
-"""The oracle: each measure from its definition, naively, with native autograd.
+"""The oracle: each measure computed naively from its definition, with native autograd.
 
-Nothing is shared with the rest of the package, so that it cannot share a defect. Values and
-gradients are right in float64; in lower precision they suffer from everything the package avoids.
-Same names, arguments and meaning as :mod:`rift_kernels.functional`, without ``method``,
-``precision``, ``backend``, the checks and empty batches; rows are selected with ``features[mask]``.
+It shares no code with the rest of the package, so it cannot share a defect. Values and gradients
+are correct in float64; lower precision exposes every numerical problem that the package avoids.
+Names, arguments and meaning are those of :mod:`rift_kernels.functional`. ``method``, ``precision``,
+``backend``, ``group``, statistics, the checks and empty batches are missing. Masked rows are
+removed with ``features[mask]``.
 """
 
 from __future__ import annotations
@@ -82,15 +83,16 @@ def bures_distance(
 ) -> Tensor:
     """``tr(S_s) + tr(S_t) - 2 tr((S_s^1/2 S_t S_s^1/2)^1/2)``, plus the means.
 
-    The last trace is the nuclear norm of ``Xc Yc^T / (n-1)``, whose singular values have a
-    derivative where a square root of a singular covariance has none.
+    The last trace is the nuclear norm of ``Xc Yc^T / (n-1)``. Its singular values are
+    differentiable where the square root of a singular covariance is not.
     """
 
     def value(x: Tensor, y: Tensor) -> Tensor:
         mean_term = mean_weight * (x.mean(0) - y.mean(0)).square().sum()
         x, y = _centered(x), _centered(y)
-        cross = torch.linalg.svdvals(x @ y.T).sum()
-        distance = (x.square().sum() + y.square().sum() - 2 * cross) / (len(x) - 1) + mean_term
+        nuclear_norm = torch.linalg.svdvals(x @ y.T).sum()
+        traces = x.square().sum() + y.square().sum()
+        distance = (traces - 2 * nuclear_norm) / (len(x) - 1) + mean_term
         return distance if squared else distance.sqrt()
 
     return _each_layer(value, student, teacher, mask)
@@ -141,14 +143,14 @@ def _hsic_unbiased(k: Tensor, l: Tensor) -> Tensor:  # noqa: E741
     """HSIC_1 of Song et al. 2012, from Gram matrices with the diagonal set to zero."""
     n = len(k)
     k, l = k - k.diag().diag(), l - l.diag().diag()  # noqa: E741
-    both = torch.trace(k @ l)
+    product = torch.trace(k @ l)
     sums = k.sum() * l.sum() / ((n - 1) * (n - 2))
     mixed = 2 / (n - 2) * (k @ l).sum()
-    return (both + sums - mixed) / (n * (n - 3))
+    return (product + sums - mixed) / (n * (n - 3))
 
 
 def _each_layer(value: Callable[..., Tensor], student: Any, teacher: Any, mask: Any) -> Tensor:
-    """The values of all layers, in the shape that the leading axes give."""
+    """The values of all layers, in the shape of the leading axes."""
     if isinstance(student, Tensor) and student.dim() == 2:
         x, y = (student, teacher) if mask is None else (student[mask], teacher[mask])
         return value(x, y)
@@ -157,6 +159,6 @@ def _each_layer(value: Callable[..., Tensor], student: Any, teacher: Any, mask: 
 
 
 def _lists(student: Any, teacher: Any, mask: Any) -> tuple[Any, Any, Any]:
-    """Students, teachers and masks, one each for every layer."""
-    shared = mask is None or (not isinstance(student, Tensor) and isinstance(mask, Tensor))
-    return student, teacher, [mask] * len(student) if shared else mask
+    """Students, teachers and masks, one of each for every layer."""
+    is_shared = mask is None or (not isinstance(student, Tensor) and isinstance(mask, Tensor))
+    return student, teacher, [mask] * len(student) if is_shared else mask

@@ -1,4 +1,4 @@
-"""RIFT for a training loop: catches the student's features, runs the teacher, returns the loss."""
+"""RIFT in a training loop: capture the student's features, run the teacher, return the loss."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ TeacherLike = nn.Module | Mapping[str, TeacherStatistics] | None
 
 
 class RIFTRegularizer(nn.Module):
-    """A :class:`~rift_kernels.RIFTLoss` between layers of a student and of its frozen teacher.
+    """A :class:`~rift_kernels.RIFTLoss` between layers of a student and its frozen teacher.
 
     ::
 
@@ -37,48 +37,48 @@ class RIFTRegularizer(nn.Module):
             loss = model(**batch).loss + rift(**batch)
             loss.backward()
 
-    The student's features are caught while *you* run it. ``rift(...)`` takes what the model was
-    called with, runs the teacher on it, in eval mode and without gradients, and compares: no second
-    pass of the student. Call it once after each of the student's passes that gradients flow
-    through, with the batch of that pass, within the same ``torch.autocast`` if there is one. The
-    batch itself is not checked: another one of the same size is compared, wrongly. Without
-    gradients on the way to the layers (frozen, below all adapters, or run under ``no_grad``) the
-    loss has none either, of which it warns once.
+    The student's features are captured while *you* run it. ``rift(...)`` takes the model's inputs,
+    runs the teacher on them in eval mode and without gradients, and compares. It does not run the
+    student again. Call it once after each pass of the student that gradients flow through, with
+    the batch of that pass, and within the same ``torch.autocast`` if there is one. It cannot detect
+    another batch of the same size, which would be compared wrongly. If no gradient reaches the
+    layers (frozen, below all adapters, or run under ``no_grad``), the loss has no gradient either,
+    and a warning says so once.
 
     The teacher is one of
 
-    - a frozen copy: ``copy.deepcopy(model)`` before the finetuning, or the pretrained model;
-    - None, where the student has adapters (a PEFT model such as one with LoRA, or a transformers
-      model with ``add_adapter``): the teacher is then the student with its adapters disabled, and
-      there is no second copy of the weights. Only adapters may be trained in the layers compared;
+    - a frozen copy: ``copy.deepcopy(model)`` from before finetuning, or the pretrained model;
+    - None, for a student with adapters (a PEFT model such as one with LoRA, or a transformers
+      model with ``add_adapter``). The teacher is then the student with its adapters disabled, which
+      needs no second copy of the weights. In the compared layers, only adapters may be trained;
     - :class:`~rift_kernels.TeacherStatistics` by layer, from
-      :func:`~rift_kernels.collect_teacher_statistics`, for ``measure="covariance"``: no teacher
-      runs at all. Collect them with the same ``pooling``, and have many rows a batch, for the
-      covariance of few is noisy.
+      :func:`~rift_kernels.collect_teacher_statistics`, for ``measure="covariance"``. No teacher
+      runs at all. Collect the statistics with the same ``pooling``. Use many rows in a batch,
+      because the covariance of a few rows is noisy.
 
     Args:
-        student: the model to be trained, wrapped already where it is to be (DDP, FSDP, PEFT), and
-            not yet called where it is compiled.
-        teacher: see above. It is neither trained nor part of this module's state; it has to be on
+        student: the model to be trained. Wrap it first (DDP, FSDP, PEFT); if it is compiled, it
+            must not have been called yet.
+        teacher: see above. It is neither trained nor part of this module's state. It must be on
             the student's device (:meth:`move_teacher`).
-        layers: names or patterns, as :class:`~rift_kernels.FeatureCapture` takes them; a mapping
-            from the student's layers to the teacher's where they are called differently.
+        layers: names or patterns as for :class:`~rift_kernels.FeatureCapture`; a mapping from the
+            student's names to the teacher's where they differ.
         pooling: see :class:`~rift_kernels.FeatureCapture`.
-        measure, weight: see :class:`~rift_kernels.RIFTLoss`, as all further settings (``margin``,
-            ``group``, ``rotation``, ...). With a learned rotation, give
+        measure, weight: see :class:`~rift_kernels.RIFTLoss`, like all further settings
+            (``margin``, ``group``, ``rotation``, ...). With a learned rotation, give
             ``regularizer.parameters()`` to the optimiser.
-        schedule: a factor of the weight for each call that computes gradients, the first being 0:
-            ``schedule=lambda step: min(1.0, step / 100)`` warms up. Its step is part of
-            ``state_dict``, as is an adaptive weight: save that in a checkpoint.
+        schedule: maps the number of earlier calls that computed gradients to a factor of the
+            weight. ``schedule=lambda step: min(1.0, step / 100)`` is a warm-up. The step is part
+            of ``state_dict``, as is an adaptive weight: save that in checkpoints.
 
     Attributes:
-        layers: the names of the student's layers that are compared.
-        distances: of each layer, at the last call; no gradient. Where the measure is a similarity
-            (``"cka"``, ``"procrustes"``), 1 less it. :meth:`metrics` has them for a logger.
+        layers: the names of the compared layers of the student.
+        distances: the distance of each layer at the last call, without gradient; 1 - similarity
+            for ``"cka"`` and ``"procrustes"``. :meth:`metrics` returns them for a logger.
 
     Raises:
         TypeError, ValueError: naming the argument, at construction or at the call.
-        RuntimeError: at a call before which the student was not run.
+        RuntimeError: at a call, if the student was not run before it.
     """
 
     def __init__(
@@ -105,90 +105,92 @@ class RIFTRegularizer(nn.Module):
         self.step = 0
         self.distances: dict[str, Tensor] = {}
         self._warned = False
-        # In a tuple: neither is a part of this module.
+        # A tuple keeps both models out of this module's submodules.
         self._models = (student, teacher)
-        named = list(layers) if isinstance(layers, Mapping) else layers
-        self._student = FeatureCapture(student, named, pooling)
-        self._names = self._pair(layers)
+        patterns = list(layers) if isinstance(layers, Mapping) else layers
+        self._student = FeatureCapture(student, patterns, pooling)
+        self._names = self._teacher_names(layers)
         self._teacher = self._student
         if isinstance(teacher, nn.Module):
-            _check_another(teacher, student)
+            _check_separate(teacher, student)
             self._teacher = FeatureCapture(teacher, list(self._names.values()), pooling)
         elif teacher is None:
             without_adapters(student)
         else:
             self._check_statistics(teacher)
 
-    def _pair(self, layers: Layers) -> dict[str, str]:
-        """The teacher's name of each of the student's layers."""
+    def _teacher_names(self, layers: Layers) -> dict[str, str]:
+        """The teacher's layers by the names of the student's."""
         if not isinstance(layers, Mapping):
             return {name: name for name in self.layers}
         unknown = [name for name in layers if name not in self.layers]
         if unknown or self._models[1] is None:
             raise ValueError(
-                "layers must map the student's own names, no patterns, to those of another model; "
-                f"got {unknown or 'no other model'}"
+                "layers must map names of the student's layers, not patterns, to those of a "
+                f"separate teacher; got {unknown or 'no separate teacher'}"
             )
         return {name: layers[name] for name in self.layers}
 
     @property
     def layers(self) -> list[str]:
-        """The names of the student's layers that are compared."""
+        """The names of the compared layers of the student."""
         return self._student.layers
 
-    def forward(self, *inputs: Any, mask: Tensor | None = None, **named: Any) -> Tensor:
+    def forward(self, *inputs: Any, mask: Tensor | None = None, **keywords: Any) -> Tensor:
         """The weighted loss of the features of the student's last pass.
 
         Args:
-            inputs, named: what the student was called with; ``labels`` are not passed on. Unused
-                where the teacher is statistics.
+            inputs, keywords: the arguments of the student's call. ``labels`` are not passed to the
+                teacher. Unused where the teacher is statistics.
             mask: (batch, tokens) boolean, True = valid, for the poolings ``"mean"`` and
-                ``"tokens"``; where None, the model's ``attention_mask`` serves (0 = padding).
+                ``"tokens"``; None takes the model's ``attention_mask`` (0 = padding), if any.
 
         Returns:
             A scalar to add to the task's loss.
         """
         if mask is None and self._student.pooling != "cls":
-            mask = token_mask(named, self._models[0], inputs)
+            mask = token_mask(keywords, self._models[0], inputs)
         students = list(self._student.features(mask).values())
-        teachers = self._teachers(inputs, named, mask)
-        rows = self._student.mask(mask)
-        students = _of_one_dtype(students)
-        values = self._distances(students, teachers, rows)
-        self.distances = dict(zip(self.layers, values.detach().reshape(-1).unbind(), strict=True))
-        # What was compared is not compared again by mistake, and its graph is not kept.
+        teachers = self._teachers(inputs, keywords, mask)
+        row_mask = self._student.mask(mask)
+        students = _to_common_dtype(students)
+        distances = self._distances(students, teachers, row_mask)
+        by_layer = distances.detach().reshape(-1).unbind()
+        self.distances = dict(zip(self.layers, by_layer, strict=True))
+        # Clearing prevents a second comparison by mistake, and frees the graph.
         self._student.clear()
-        loss = self.loss.from_distances(values)
+        loss = self.loss.from_distances(distances)
         if self.schedule is not None:
             loss = self.schedule(self.step) * loss
         if self.training and torch.is_grad_enabled():
             self.step += 1
-            self._warn_of_no_gradient(values)
+            self._warn_without_gradient(distances)
         return loss
 
-    def _warn_of_no_gradient(self, values: Tensor) -> None:
-        if values.requires_grad or self._warned:
+    def _warn_without_gradient(self, distances: Tensor) -> None:
+        if distances.requires_grad or self._warned:
             return
         self._warned = True
         warnings.warn(
-            f"the loss has no gradient: nothing that leads to {', '.join(map(repr, self.layers))} "
-            "is trained, or the student ran under no_grad",
+            "the loss has no gradient: no trained parameter affects "
+            f"{', '.join(map(repr, self.layers))}, or the student ran under no_grad",
             stacklevel=3,
         )
 
-    def _distances(self, students: list[Tensor], teachers: Any, rows: Tensor | None) -> Tensor:
-        one = len(students) == 1  # the one case that a learned rotation serves
+    def _distances(self, students: list[Tensor], teachers: Any, mask: Tensor | None) -> Tensor:
         try:
-            if one:
-                return self.loss.distances(students[0], teachers[0], rows)
-            return self.loss.distances(students, teachers, rows)
-        except ValueError as error:  # raised there, so that all processes of a group know of it
+            if len(students) == 1:  # a learned rotation takes no list
+                return self.loss.distances(students[0], teachers[0], mask)
+            return self.loss.distances(students, teachers, mask)
+        except ValueError as error:  # the loss checks, so that all processes of a group raise
             if isinstance(teachers[0], Tensor) and len(students[0]) != len(teachers[0]):
-                error.add_note("Was the student's last pass with another batch than this call?")
+                error.add_note("Did the student's last pass use another batch than this call?")
             raise
 
-    def _teachers(self, inputs: tuple[Any, ...], named: dict[str, Any], mask: Tensor | None) -> Any:
-        """A teacher's features, or its statistics, of each layer."""
+    def _teachers(
+        self, inputs: tuple[Any, ...], keywords: dict[str, Any], mask: Tensor | None
+    ) -> Any:
+        """The teacher's features or statistics of each layer."""
         student, teacher = self._models
         names = self._names.values()
         if isinstance(teacher, Mapping):
@@ -196,37 +198,39 @@ class RIFTRegularizer(nn.Module):
         model = unwrapped(student if teacher is None else teacher)
         adapters = without_adapters(student) if teacher is None else nullcontext()
         with torch.no_grad(), evaluating(model), adapters, self._teacher.fresh() as capture:
-            model(*inputs, **without_labels(named))
+            model(*inputs, **without_labels(keywords))
             features = capture.features(mask)
-        return _of_one_dtype([features[name] for name in names])
+        return _to_common_dtype([features[name] for name in names])
 
     def metrics(self) -> dict[str, float]:
         """``rift/similarity/<layer>`` (or ``rift/distance/<layer>``) and ``rift/weight``, to log.
 
-        Of the last call; the weight is without the schedule's factor. Reading them makes the host
-        wait for a GPU.
+        The values are those of the last call; the weight excludes the schedule's factor. Reading
+        them makes the host wait for the GPU.
         """
-        similar = self.loss.measure in ("cka", "procrustes")
-        kind = "similarity" if similar else "distance"
-        found = {
-            f"rift/{kind}/{name}": 1 - float(value) if similar else float(value)
+        is_similarity = self.loss.measure in ("cka", "procrustes")
+        kind = "similarity" if is_similarity else "distance"
+        metrics = {
+            f"rift/{kind}/{name}": 1 - float(value) if is_similarity else float(value)
             for name, value in self.distances.items()
         }
         weight = self.loss.weight
-        found["rift/weight"] = float(weight.value if isinstance(weight, AdaptiveWeight) else weight)
-        return found
+        number = weight.value if isinstance(weight, AdaptiveWeight) else weight
+        metrics["rift/weight"] = float(number)
+        return metrics
 
     def remove(self) -> None:
-        """Take the hooks away."""
+        """Remove the hooks."""
         self._student.remove()
         self._teacher.remove()
 
     def move_teacher(self, device: torch.device | str) -> None:
-        """Move the teacher, which is no part of this module, to a device; its statistics, too."""
+        """Move the teacher, a model or statistics, to a device; it is not part of this module."""
         _, teacher = self._models
         if teacher is not None:
-            for one in teacher.values() if isinstance(teacher, Mapping) else (teacher,):
-                one.to(device)
+            modules = teacher.values() if isinstance(teacher, Mapping) else (teacher,)
+            for module in modules:
+                module.to(device)
 
     def get_extra_state(self) -> int:
         """The step of the schedule, for ``state_dict``."""
@@ -244,7 +248,7 @@ class RIFTRegularizer(nn.Module):
 
     def _check_statistics(self, teacher: Any) -> None:
         if not isinstance(teacher, Mapping) or not all(
-            isinstance(one, TeacherStatistics) for one in teacher.values()
+            isinstance(statistics, TeacherStatistics) for statistics in teacher.values()
         ):
             raise TypeError(
                 "teacher must be an nn.Module, None or a mapping from layers to TeacherStatistics; "
@@ -257,13 +261,13 @@ class RIFTRegularizer(nn.Module):
         missing = [name for name in self._names.values() if name not in teacher]
         if missing:
             raise ValueError(
-                f"teacher must have statistics of every layer; there are none of "
-                f"{', '.join(map(repr, missing))}, but of {', '.join(map(repr, teacher))}"
+                "teacher must have statistics of every layer; "
+                f"got {', '.join(map(repr, teacher))}, without {', '.join(map(repr, missing))}"
             )
 
 
-def _check_another(teacher: nn.Module, student: nn.Module) -> None:
-    """Or it would be trained with the student, which then stays as similar as can be."""
+def _check_separate(teacher: nn.Module, student: nn.Module) -> None:
+    """Refuse a teacher that would be trained with the student and so always be similar to it."""
     trained = {id(p) for p in student.parameters() if p.requires_grad}
     shared = [name for name, p in teacher.named_parameters() if id(p) in trained]
     if shared:
@@ -273,10 +277,10 @@ def _check_another(teacher: nn.Module, student: nn.Module) -> None:
         )
 
 
-def _of_one_dtype(sides: list[Tensor]) -> list[Tensor]:
-    """Layers that autocast left in different dtypes, in the widest."""
-    dtypes = {side.dtype for side in sides}
+def _to_common_dtype(features: list[Tensor]) -> list[Tensor]:
+    """All layers in the widest of their dtypes, which differ under autocast."""
+    dtypes = {layer.dtype for layer in features}
     if len(dtypes) == 1:
-        return sides
+        return features
     widest = functools.reduce(torch.promote_types, dtypes)
-    return [side.to(widest) for side in sides]
+    return [layer.to(widest) for layer in features]

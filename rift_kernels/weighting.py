@@ -1,4 +1,4 @@
-"""A weight that finds itself: dual ascent instead of a search over lambda."""
+"""A weight that adjusts itself: dual ascent instead of a search over lambda."""
 
 from __future__ import annotations
 
@@ -12,29 +12,33 @@ from .dispatch import checks
 
 
 class AdaptiveWeight(nn.Module):
-    """The weight of a RIFT loss that holds a similarity at a target: nobody searches for lambda.
+    """The weight of a RIFT loss that holds a similarity at a target, without a search for lambda.
 
-    Of the constrained problem "minimise the task's loss such that ``similarity >= target``" it is
-    the multiplier, found by dual ascent, one step a call that computes gradients ::
+    It is the multiplier of the constrained problem "minimise the task's loss such that
+    ``similarity >= target``". Dual ascent finds it, in one step for each call that computes
+    gradients::
 
         weight <- clip(weight + rate * (target_similarity - similarity), 0, maximum)
 
-    so it grows while the student is less similar than wanted and falls to 0, no pull at all, while
-    it is more similar. Use it in place of a number::
+    The weight grows while the student is less similar than the target. While it is more similar,
+    the weight falls until it is 0 and the loss has no effect. Use it in place of a number::
 
         rift = rk.RIFTLoss("cka", weight=rk.AdaptiveWeight(target_similarity=0.9))
 
     Args:
-        target_similarity: of the mean over layers, in (0, 1].
-        initial: the weight at first.
-        rate: change of the weight a step for each unit of similarity missing. The larger, the
-            sooner the target is reached, and the more the weight swings about it.
-        maximum: the weight grows no further, so that a target out of reach does not drown the task.
+        target_similarity: target for the mean similarity over layers, in (0, 1].
+        initial: the weight at the start.
+        rate: change of the weight in one step for each unit of missing similarity. A larger rate
+            reaches the target sooner and makes the weight oscillate more around it.
+        maximum: upper limit of the weight, so that an unreachable target does not drown the task.
 
-    The weight is a float32 buffer, ``value``, that follows the distances to their device: part of
-    ``state_dict``, never read by the host, no gradient. In eval mode or without gradients it stays
-    as it is, and so it does at a similarity that is not finite. On several ranks give the loss its
-    ``group``: then all have the same similarity, and the same weight.
+    Raises:
+        TypeError, ValueError: naming the argument, at construction.
+
+    The weight is a float32 buffer, ``value``, without gradient. It is part of ``state_dict``,
+    follows the distances to their device and is never read by the host. It does not change in eval
+    mode, without gradients, or at a similarity that is not finite. On several ranks, give the loss
+    its ``group``: all ranks then see the same similarity and have the same weight.
 
     Source: dual ascent, Boyd et al. 2011, section 2.1; the constraint is that of RIFT, arXiv
     2503.07399.
@@ -61,17 +65,17 @@ class AdaptiveWeight(nn.Module):
         initial = checks.number("initial", initial)
         if initial > self.maximum:
             raise ValueError(f"initial must be at most maximum, {maximum!r}; got {initial!r}")
-        with torch.inference_mode(False):  # or it could never move
+        with torch.inference_mode(False):  # an inference tensor could never be updated
             self.register_buffer("value", torch.tensor(initial))
 
     def forward(self, distance: Tensor) -> Tensor:
-        """The weight for these distances, ``1 - similarity``, and a step of ascent."""
-        moves = self.training and torch.is_grad_enabled()
-        if moves and self.value.device != distance.device:
+        """Return the weight for these distances, ``1 - similarity``, and take a step of ascent."""
+        is_training = self.training and torch.is_grad_enabled()
+        if is_training and self.value.device != distance.device:
             self.value = self.value.to(distance.device)
-        # A copy: the buffer changes before the backward needs what it was.
+        # A copy, because the backward needs the value from before this step.
         weight = self.value.clone()
-        if moves:
+        if is_training:
             with torch.no_grad():
                 missing = self.target_similarity - 1 + distance.detach().mean().to(weight.dtype)
                 step = torch.where(missing.isfinite(), self.rate * missing, 0.0)
@@ -79,7 +83,7 @@ class AdaptiveWeight(nn.Module):
         return weight
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Whatever moves or casts a module; the weight stays float32, as bfloat16 cannot add up."""
+        """Move the module; the weight stays float32, because bfloat16 would round steps away."""
         return super()._apply(lambda tensor: fn(tensor).to(tensor.dtype), recurse)
 
     def extra_repr(self) -> str:

@@ -1,1 +1,1 @@
-"""What touches a model: capturing its features, running it, statistics of a teacher."""
+"""Everything that touches a model: capture its features, run it, collect a teacher's statistics."""

@@ -1,4 +1,4 @@
-"""Features of a model's inner layers, caught on their way by forward hooks."""
+"""Features of a model's inner layers, captured by forward hooks."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from rift_kernels.dispatch import checks
 
 POOLINGS = ("cls", "mean", "tokens")
 
-# What wrappers call the module they wrap. torch's names are unmistakable, but for `module`.
+# Names under which wrappers keep the wrapped module. Only `module` may also be a model's own name.
 _WRAPPED = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 _WRAPPED_IN_PATTERN = re.compile(rf"(?:^|(?<=\.))(?:module|{'|'.join(_WRAPPED)})(?:\.|$)")
 _PEFT_IN_PATTERN = re.compile(r"^base_model\.model(?:\.|$)")
-_CLOSE, _TOP = 5, 12  # how many names an error shows
+_CLOSE, _TOP = 5, 12  # numbers of names in an error message
 
 
 class FeatureCapture:
-    """The outputs of chosen submodules, as features for the losses, without changing the model.
+    """Capture the outputs of chosen submodules as features, without changing the model.
 
     ::
 
@@ -37,52 +37,55 @@ class FeatureCapture:
             logits = model(**batch)
             features = capture.features(batch["attention_mask"].bool())
 
-    or, for a whole training, ``capture = rk.FeatureCapture(...)`` and at the end
-    ``capture.remove()``. Hooks go when the ``with`` block ends or the capture is deleted; what was
-    captured stays readable after the block. Make it after the model is wrapped (DDP, FSDP1, FSDP2,
-    PEFT), and before the first call of a compiled model, which sees no later hooks. Copies and
-    pickles of a hooked model are not captured.
+    or, throughout training, ``capture = rk.FeatureCapture(...)`` and ``capture.remove()`` at the
+    end. The hooks are removed when the ``with`` block ends or the capture is deleted; captured
+    features stay readable. Create it after wrapping the model (DDP, FSDP1, FSDP2, PEFT), and before
+    the first call of a compiled model, which ignores later hooks. Copies and pickles of a hooked
+    model are not captured.
 
     Args:
         model: any ``nn.Module``.
         layers: names as in ``model.named_modules()``, or fnmatch patterns: ``"blocks.*"``,
-            ``"*.layer.11"``. Of the modules that a pattern matches the outermost are taken
-            (``"blocks.*"``: each block, nothing inside it), and no ``ModuleList`` or
-            ``ModuleDict``, which are never called. ``""`` is the model itself, by that name only.
-            The names that wrappers put in between (``module``, ``_orig_mod``,
+            ``"*.layer.11"``. A pattern selects only the outermost modules that match:
+            ``"blocks.*"`` is each block and nothing inside it. It never selects a ``ModuleList`` or
+            ``ModuleDict``, because they are not called. ``""`` is the model itself; no pattern
+            matches it. Names that wrappers insert (``module``, ``_orig_mod``,
             ``_fsdp_wrapped_module``, ``_checkpoint_wrapped_module``, PEFT's ``base_model.model``)
-            may be given or left out, and are left out in :attr:`layers`; such a name means the
-            wrapper, whose output has all that the wrapper does to it.
-        pooling: how a layer's output becomes rows.
+            are optional here and omitted in :attr:`layers`. The name without them means the
+            wrapper, so the captured output includes the wrapper's effect.
+        pooling: the way a layer's output becomes rows.
 
             ================  ===================  ================  =====================
             output            ``"cls"``            ``"mean"``        ``"tokens"``
             ================  ===================  ================  =====================
-            (batch, tokens,   token 0, whatever    mean of the       (batch * tokens, D)
-            D)                the mask says        valid tokens
-            (batch, D)        as it is             as it is          as it is
+            (batch, tokens,   token 0, ignoring    mean of the       (batch * tokens, D)
+            D)                the mask             valid tokens
+            (batch, D)        unchanged            unchanged         unchanged
             (batch, C, H, W)  error                mean over H, W    (batch * H * W, C)
             ================  ===================  ================  =====================
 
-            Four axes are always read as (batch, C, H, W): of models with the channels last, take a
-            layer after their pooling. Means of half precision are accumulated in float32; every
-            dtype is kept.
+            Four axes always mean (batch, C, H, W). In a channels-last model, choose a layer after
+            its pooling. Means of half precision are accumulated in float32. The dtype is preserved.
 
     Attributes:
         layers: the resolved names, in the order of ``model.named_modules()``.
 
-    What is captured is the output itself, differentiable: a tensor, the first tensor of a tuple or
-    list, or ``last_hidden_state`` (else the first tensor) of a transformers ``ModelOutput``. An
-    operation in place on it changes the features. The latest call of a layer wins, and is kept
-    until :meth:`clear`: call that before a forward that may skip layers. Nothing is captured in a
-    backward, where activation checkpointing runs layers again. Inside a reentrant checkpoint
-    (``use_reentrant=True``) features carry no gradient, which :meth:`features` warns of, once; the
-    output of the checkpointed module itself does. Under FSDP, the loss must also use the output of
-    the FSDP unit around a captured layer, or be of it: that is what gathers the unit's parameters.
+    The captured output is the layer's own tensor, still differentiable. It is the output itself,
+    the first tensor of a tuple or list, or ``last_hidden_state`` (else the first tensor) of a
+    transformers ``ModelOutput``. In-place operations on it change the features. The latest call of
+    a layer replaces earlier ones and is kept until :meth:`clear`; call that before a forward that
+    may skip layers.
+
+    Nothing is captured during a backward, in which activation checkpointing reruns layers. Inside a
+    reentrant checkpoint (``use_reentrant=True``) features have no gradient, and :meth:`features`
+    warns once; the output of the checkpointed module itself has one. Under FSDP, the loss must also
+    depend on the output of the FSDP unit that contains a captured layer, because that gathers the
+    unit's parameters.
 
     Raises:
-        TypeError, ValueError: naming the argument, at construction; a pattern without a match
-            tells which layers there are. TypeError in the forward, for an output of another type.
+        TypeError, ValueError: naming the argument, at construction. The message for a pattern
+            without a match lists layers of the model. TypeError in the forward for an output of
+            another type.
     """
 
     def __init__(self, model: nn.Module, layers: str | Sequence[str], pooling: str = "cls") -> None:
@@ -93,7 +96,7 @@ class FeatureCapture:
         self.layers = _resolve(_patterns(layers), modules)
         self.pooling = pooling
         self._warned = False
-        # The model's hooks hold the slots, which hold neither capture nor model: no cycles.
+        # The model's hooks refer to the slots, and slots to neither capture nor model: no cycles.
         self._model = weakref.ref(model)
         self._switch = _Switch()
         self._slots = [_Slot(name, self._switch) for name in self.layers]
@@ -103,7 +106,9 @@ class FeatureCapture:
 
     def __enter__(self) -> Self:
         if not self._hooks.alive:
-            raise RuntimeError("the hooks of this capture were removed: make a new FeatureCapture")
+            raise RuntimeError(
+                "the hooks of this capture were removed: create another FeatureCapture"
+            )
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -113,70 +118,70 @@ class FeatureCapture:
         return f"FeatureCapture(layers={self.layers!r}, pooling={self.pooling!r})"
 
     def remove(self) -> None:
-        """Take the hooks away; what was captured stays. May be called again."""
+        """Remove the hooks and keep the captured outputs. Further calls have no effect."""
         self._hooks()
 
     def clear(self) -> None:
-        """Forget what was captured, and with it the graph of that forward."""
+        """Release the captured outputs, and with them the graph of that forward."""
         for slot in self._slots:
-            slot.forget()
+            slot.clear()
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Within, nothing is captured, and what was before stays."""
-        before, self._switch.on = self._switch.on, False
+        """Suspend capturing within the context; earlier outputs are kept."""
+        was_on, self._switch.on = self._switch.on, False
         try:
             yield
         finally:
-            self._switch.on = before
+            self._switch.on = was_on
 
     @contextmanager
     def fresh(self) -> Iterator[Self]:
-        """Within, nothing is captured yet; at its end comes back what was captured before.
+        """Start empty within the context, and restore the earlier outputs at its end.
 
-        For a teacher that is the student without its adapter, with the same hooks::
+        This serves a teacher that is the student without its adapter, with the same hooks::
 
             with torch.no_grad(), model.disable_adapter(), capture.fresh():
                 model(batch)
                 teacher_features = capture.features()
         """
-        before = [(slot.output, slot.in_checkpoint) for slot in self._slots]
+        states = [(slot.output, slot.in_checkpoint) for slot in self._slots]
         self.clear()
         try:
             yield self
         finally:
-            for slot, caught in zip(self._slots, before, strict=True):
-                slot.output, slot.in_checkpoint = caught
+            for slot, state in zip(self._slots, states, strict=True):
+                slot.output, slot.in_checkpoint = state
 
     def features(self, mask: Tensor | None = None) -> dict[str, Tensor]:
         """The pooled features (rows, D) of each layer, in the order of :attr:`layers`.
 
         Args:
             mask: (batch, tokens) boolean, True = valid, for outputs (batch, tokens, D). Tokens are
-                selected, so NaN in padding does no harm; with ``"tokens"`` all rows stay, and
-                :meth:`mask` gives the rows' mask. An output (batch, D) needs none, and
-                (batch, C, H, W) has none.
+                selected, so NaN in padding is harmless. With ``"tokens"`` all rows remain, and
+                :meth:`mask` returns the rows' mask. For (batch, D) the mask is unused; for
+                (batch, C, H, W) it must be None.
 
         Raises:
-            RuntimeError: layers were not called since the capture was made or cleared.
-            TypeError, ValueError: a layer's output or the mask has another shape or dtype; a row
-                of ``"mean"`` has no valid token (on a CPU; on a GPU, the row is NaN).
+            RuntimeError: a layer was not called since the capture was created or cleared.
+            TypeError, ValueError: a layer's output or the mask has another shape or dtype, or a
+                row of ``"mean"`` has no valid token (on a CPU; on a GPU, the row is NaN).
         """
         missing = [slot.name for slot in self._slots if slot.output is None]
         if missing:
             raise RuntimeError(
-                f"nothing was captured of {', '.join(map(repr, missing))}: was the model called "
-                "before this (RIFTRegularizer uses each pass of the student once), this model and "
-                "no copy of it, while the capture's hooks were there and not paused? Is the layer "
+                f"nothing was captured of {', '.join(map(repr, missing))}. Was the model called "
+                "before this (RIFTRegularizer uses each pass of the student once)? Was it this "
+                "model, not a copy, while the hooks were in place and not paused? Is the layer "
                 "on the path of that call? Was the model compiled and called before the capture "
-                "was made (then torch.compiler.reset() first)?"
+                "was created (then call torch.compiler.reset() first)?"
             )
         self._warn_of_checkpoints()
-        result = {}
+        features = {}
         for slot in self._slots:
             assert slot.output is not None
-            result[slot.name] = _pool(slot.name, slot.output, self.pooling, mask)
-        return result
+            features[slot.name] = _pool(slot.name, slot.output, self.pooling, mask)
+        return features
 
     def mask(self, mask: Tensor | None) -> Tensor | None:
         """The mask of the features' rows: (batch * tokens,) for ``"tokens"``, otherwise None."""
@@ -189,42 +194,42 @@ class FeatureCapture:
         model = self._model()
         if self._warned or model is None or not (model.training and torch.is_grad_enabled()):
             return
-        # The output of the checkpoint itself gets its gradient when the checkpoint ends.
-        cut = [slot.name for slot in self._slots if slot.is_cut()]
-        if cut and any(parameter.requires_grad for parameter in model.parameters()):
+        # The output of the checkpointed module itself gets its gradient when the checkpoint ends.
+        detached = [slot.name for slot in self._slots if slot.is_detached()]
+        if detached and any(parameter.requires_grad for parameter in model.parameters()):
             self._warned = True
             warnings.warn(
-                f"the features of {', '.join(map(repr, cut))} carry no gradient: the layer runs "
-                "inside a reentrant activation checkpoint, whose forward records none. Checkpoint "
-                "with use_reentrant=False",
+                f"the features of {', '.join(map(repr, detached))} have no gradient: the layer is "
+                "inside a reentrant activation checkpoint, whose forward records no graph. Use "
+                "use_reentrant=False",
                 stacklevel=3,
             )
 
 
 class _Switch:
-    """Whether the hooks of a capture do anything; compiled models guard on it."""
+    """Enables the hooks of a capture; compiled models guard on it."""
 
     def __init__(self) -> None:
         self.on = True
 
 
 class _Slot:
-    """The hook of one layer, and what it last caught. A copy or pickle of it is inert."""
+    """The hook of one layer and its latest output. Copies and pickles are inert."""
 
     def __init__(self, name: str, switch: _Switch | None = None) -> None:
         self.name = name
         self.switch = switch
-        self.forget()
+        self.clear()
 
-    def forget(self) -> None:
+    def clear(self) -> None:
         self.output: Tensor | None = None
         self.in_checkpoint = False
 
-    def is_cut(self) -> bool:
-        """Whether a checkpoint cut the output off its graph."""
+    def is_detached(self) -> bool:
+        """Whether a checkpoint detached the output from its graph."""
         return self.in_checkpoint and self.output is not None and not self.output.requires_grad
 
-    # An attribute a layer and no dictionary: torch.compile traces it and needs no guard for it.
+    # torch.compile traces an attribute of each slot without a guard, unlike a shared dictionary.
     def __call__(self, _module: nn.Module, _args: Any, output: Any) -> None:
         if self.switch is None or not self.switch.on or _in_backward():
             return
@@ -241,13 +246,13 @@ def _remove(handles: list[RemovableHandle]) -> None:
 
 
 def _in_backward() -> bool:
-    """Whether autograd is at work: activation checkpointing runs layers again in it."""
-    # Nothing but an operation of autograd's own tells; torch.utils.checkpoint uses it, too.
+    """Whether autograd runs a backward, in which activation checkpointing reruns layers."""
+    # torch has no public test for this; torch.utils.checkpoint calls the same function.
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 def _in_reentrant_checkpoint() -> bool:
-    """Whether the caller is in the forward of a reentrant checkpoint, torch's or another's."""
+    """Whether a caller is the forward of a reentrant checkpoint, from torch or elsewhere."""
     if torch.compiler.is_compiling() or torch.is_grad_enabled():
         return False
     frame: FrameType | None = sys._getframe()
@@ -286,44 +291,44 @@ def _patterns(layers: object) -> list[str]:
 
 
 def _clean_names(model: nn.Module) -> dict[str, nn.Module]:
-    """The modules by their names without wrappers'; of a wrapper and the wrapped, the wrapper."""
-    clean: dict[str, str] = {}
+    """The modules by their names without wrappers; the outermost wrapper wins a shared name."""
+    clean_names: dict[str, str] = {}
     modules: dict[str, nn.Module] = {}
-    by_name = dict(model.named_modules())
-    for name, module in by_name.items():
+    by_full_name = dict(model.named_modules())
+    for name, module in by_full_name.items():
         parent, _, last = name.rpartition(".")
-        if not name or _is_wrapped(by_name[parent], last):
-            clean[name] = clean.get(parent, "")
+        if not name or _is_wrapped(by_full_name[parent], last):
+            clean_names[name] = clean_names.get(parent, "")
         else:
-            clean[name] = f"{clean[parent]}.{last}".removeprefix(".")
-        modules.setdefault(clean[name], module)
+            clean_names[name] = f"{clean_names[parent]}.{last}".removeprefix(".")
+        modules.setdefault(clean_names[name], module)
     return modules
 
 
 def _is_wrapped(parent: nn.Module, name: str) -> bool:
-    """Whether the parent is a wrapper and ``name`` what it wraps."""
-    if name == "module":  # a model may use this name for a part of it
+    """Whether the parent is a wrapper and ``name`` is the module that it wraps."""
+    if name == "module":  # may also be a model's own name
         wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel)
         return isinstance(parent, wrappers)
     if name == "base_model":
         return hasattr(parent, "peft_config")
-    if name == "model":  # of PEFT's tuner, but not of a transformers model
+    if name == "model":  # inside PEFT's tuner, but not inside a transformers model
         return hasattr(parent, "peft_config") and hasattr(parent, "inject_adapter")
     return name in _WRAPPED
 
 
 def _resolve(patterns: list[str], modules: dict[str, nn.Module]) -> list[str]:
     """The names that the patterns match, in the order of the modules."""
-    found: set[str] = set()
+    names: set[str] = set()
     for pattern in patterns:
         matches = _matches(pattern, modules)
         if not matches:
-            plain = _PEFT_IN_PATTERN.sub("", _WRAPPED_IN_PATTERN.sub("", pattern)).rstrip(".")
-            matches = _matches(plain, modules) if plain != pattern else []
+            clean = _PEFT_IN_PATTERN.sub("", _WRAPPED_IN_PATTERN.sub("", pattern)).rstrip(".")
+            matches = _matches(clean, modules) if clean != pattern else []
         if not matches:
-            raise ValueError(_no_match(pattern, list(modules)))
-        found.update(matches)
-    return [name for name in modules if name in found]
+            raise ValueError(_no_match_message(pattern, list(modules)))
+        names.update(matches)
+    return [name for name in modules if name in names]
 
 
 def _matches(pattern: str, modules: dict[str, nn.Module]) -> list[str]:
@@ -331,17 +336,17 @@ def _matches(pattern: str, modules: dict[str, nn.Module]) -> list[str]:
         if not _is_called(modules[pattern]):
             raise ValueError(
                 f"layers must name modules that are called; {pattern!r} is a "
-                f"{type(modules[pattern]).__name__}: take those in it, {pattern + '.*'!r}"
+                f"{type(modules[pattern]).__name__}: use the modules in it, {pattern + '.*'!r}"
             )
         return [pattern]
     matches: list[str] = []
-    inside: set[str] = set()
+    covered: set[str] = set()  # matches and all modules inside them
     for name, module in modules.items():
         parent = name.rpartition(".")[0]
-        if parent in inside:
-            inside.add(name)
+        if parent in covered:
+            covered.add(name)
         elif name and _is_called(module) and fnmatch.fnmatchcase(name, pattern):
-            inside.add(name)
+            covered.add(name)
             matches.append(name)
     return matches
 
@@ -350,18 +355,18 @@ def _is_called(module: nn.Module) -> bool:
     return not isinstance(module, nn.ModuleList | nn.ModuleDict)
 
 
-def _no_match(pattern: str, names: list[str]) -> str:
+def _no_match_message(pattern: str, names: list[str]) -> str:
     message = f"layers: {pattern!r} matches no module of the model"
     close = difflib.get_close_matches(pattern, names, n=_CLOSE, cutoff=0.4)
     if close:
         message += f"; the closest are {', '.join(map(repr, close))}"
     top = [name for name in names if name and "." not in name]
-    more = f" and {len(top) - _TOP} more" if len(top) > _TOP else ""
-    return message + f"; the top level has {', '.join(map(repr, top[:_TOP])) or 'none'}{more}"
+    rest = f" and {len(top) - _TOP} more" if len(top) > _TOP else ""
+    return message + f"; the top level has {', '.join(map(repr, top[:_TOP])) or 'none'}{rest}"
 
 
 def _pool(name: str, x: Tensor, pooling: str, mask: Tensor | None) -> Tensor:
-    """Rows (rows, D) of a layer's output."""
+    """A layer's output as rows (rows, D)."""
     if not x.is_floating_point():
         raise TypeError(f"the output of layer {name!r} must be floating point; got {x.dtype}")
     if x.dim() not in (2, 3, 4):
@@ -386,7 +391,7 @@ def _pool(name: str, x: Tensor, pooling: str, mask: Tensor | None) -> Tensor:
 
 
 def _mean(x: Tensor, mask: Tensor | None) -> Tensor:
-    """Mean over the valid tokens, in float32 at least, of the dtype of ``x``."""
+    """Mean over the valid tokens, accumulated in at least float32, in the dtype of ``x``."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     if mask is None:
         return x.mean(1, dtype=dtype).to(x.dtype)

@@ -1,4 +1,4 @@
-"""One pass of a frozen teacher over a data set, for the statistics of its layers' features."""
+"""Collect statistics of a frozen teacher's features in one pass over a data set."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def collect_teacher_statistics(
     progress: bool = True,
     group: Group = None,
 ) -> dict[str, TeacherStatistics]:
-    """Mean and covariance of a model's features over a data set, a layer each.
+    """Mean and covariance of a model's features over a data set, for each layer.
 
     ::
 
@@ -44,40 +44,40 @@ def collect_teacher_statistics(
             teacher, loader, layers="encoder.layer.*", pooling="mean", path="teacher.safetensors"
         )
 
-    The model runs in eval mode and without gradients; afterwards every submodule is in the mode it
-    was in. Give the bare model, not one wrapped in DDP, whose processes wait for one another.
+    The model runs in eval mode and without gradients; afterwards the mode of every submodule is
+    restored. Pass the model itself, not a DDP wrapper, whose processes wait for one another.
 
     Args:
         model: the teacher.
-        dataloader: batches. A batch is a tensor; a tuple or list whose first entry is one (the
-            model gets that alone, also where a mask stands beside it: see ``forward``); or a
-            mapping, passed to the model as keyword arguments, but for ``"labels"`` and ``"label"``.
-            A mapping's ``"attention_mask"`` (batch, tokens), not 0 = valid, leaves out padding for
-            ``pooling="mean"`` and ``"tokens"``.
+        dataloader: batches, each a tensor, a tuple or list whose first entry is a tensor, or a
+            mapping. The model gets only the first entry of a tuple, even where a mask follows it
+            (see ``forward``). It gets a mapping as keyword arguments, without ``"labels"`` and
+            ``"label"``. A mapping's ``"attention_mask"`` (batch, tokens), where 0 is padding,
+            excludes padding for ``pooling="mean"`` and ``"tokens"``.
         layers, pooling: see :class:`~rift_kernels.FeatureCapture`.
-        forward: calls the model with batches of any other kind: ``lambda model, batch:
-            model(batch.pixels)``. What it returns does not matter.
-        device: batches are moved there; None is where the model's first parameter is.
-        path: a file that holds the statistics and how many batches are in them, written after
-            every ``save_every`` batches and at the end. A call that finds the file goes on after
-            those batches, which the data loader has to give in the same order: it reads them, and
-            the model does not run. The result is the same to the last bit as without the
-            interruption. Where the file is complete the call returns at once. In the end,
+        forward: calls the model with any other kind of batch: ``lambda model, batch:
+            model(batch.pixels)``. The return value is ignored.
+        device: the device that batches are moved to; None is that of the model's first parameter.
+        path: a file for the statistics and the number of batches in them, written after every
+            ``save_every`` batches and at the end. If the file exists, the call resumes after these
+            batches. The data loader must repeat them in the same order; they are read, but the
+            model does not run. The result is identical to the last bit to that of an uninterrupted
+            call. If the file is complete, the call returns at once.
             :func:`~rift_kernels.load_statistics` reads it.
-        save_every: batches.
-        progress: show a bar (tqdm).
-        group: where given, the processes of this group have a part of the data set each (it may be
-            empty), and each gets the statistics of all (``"world"`` is every process). Each needs a
-            ``path`` of its own, whose file holds its own part, not the merged statistics:
-            :func:`~rift_kernels.save_statistics` writes those.
+        save_every: number of batches between writes.
+        progress: show a progress bar (tqdm).
+        group: the processes of this group each have a part of the data set, possibly an empty one,
+            and each returns the statistics of all parts. ``"world"`` is every process. Each process
+            needs a separate ``path``. Its file holds the process's own part;
+            :func:`~rift_kernels.save_statistics` writes the merged statistics.
 
     Returns:
-        By the layer's name, on the device of its features.
+        The statistics by the layer's name, on the device of the layer's features.
 
     Raises:
-        TypeError, ValueError: naming the argument; for a batch of another kind; where there are no
-            batches; and where the file at ``path`` is damaged, or is of other layers, another
-            pooling or a data loader of another length.
+        TypeError, ValueError: naming the argument; for any other kind of batch; if there are no
+            batches; or if the file at ``path`` is damaged, or has other layers, another pooling or
+            a data loader of another length.
         ImportError: tqdm (for ``progress``) or safetensors (for ``path``) is not installed.
     """
     if forward is not None and not callable(forward):
@@ -87,16 +87,16 @@ def collect_teacher_statistics(
     ranks = resolve(group)
     with FeatureCapture(model, layers, pooling) as capture:
         device = _device(model) if device is None else torch.device(device)
-        length = operator.length_hint(dataloader, -1)  # -1 where it is not known
+        length = operator.length_hint(dataloader, -1)  # -1 if unknown
         run = _Run({"layers": list(capture.layers), "pooling": pooling, "length": length})
         if path is not None:
             run.resume(Path(path), device)
         if not run.complete:
             bar = _bar(dataloader, length) if progress else dataloader
-            # Inference mode would leave its mark on caches.
+            # Not inference mode, because a model may cache inference tensors.
             with evaluating(model), torch.no_grad():
-                for batch in _rest(bar, run.batches):
-                    _add(run.statistics, capture, _moved(batch, device), model, forward)
+                for batch in _skip(bar, run.batches):
+                    _update(run.statistics, capture, _to_device(batch, device), model, forward)
                     run.batches += 1
                     if path is not None and run.batches % save_every == 0:
                         run.save(path)
@@ -111,7 +111,7 @@ def collect_teacher_statistics(
 
 
 class _Run:
-    """The statistics so far, and what of the call they depend on."""
+    """The statistics so far, and the settings of the call that they depend on."""
 
     def __init__(self, settings: dict[str, Any]) -> None:
         self.settings = settings
@@ -120,74 +120,73 @@ class _Run:
         self.complete = False
 
     def save(self, path: StrPath) -> None:
-        done = {"batches": self.batches, "complete": self.complete}
-        write(self.statistics, path, self.settings | done)
+        position = {"batches": self.batches, "complete": self.complete}
+        write(self.statistics, path, self.settings | position)
 
     def resume(self, path: Path, device: torch.device) -> None:
-        """Go on where the file ends, if there is one that is of the same call."""
+        """Continue from the file, if it exists and is from a call with the same settings."""
         statistics_files.check_writable(path)
         if not path.exists():
             return
-        found, progress = read(path)
+        statistics, progress = read(path)
         if progress is None:
             raise ValueError(
-                f"path must be a file of collect_teacher_statistics, or none; {path} was written "
-                "by save_statistics"
+                "path must be a new file or one from collect_teacher_statistics; "
+                f"got {path}, which save_statistics wrote"
             )
-        for name, wanted in self.settings.items():
-            if progress.get(name) != wanted and -1 not in (progress.get(name), wanted):
+        for name, expected in self.settings.items():
+            if progress.get(name) != expected and -1 not in (progress.get(name), expected):
                 raise ValueError(
-                    f"path must be a file of the same {name}, {wanted!r}; {path} is of "
-                    f"{progress.get(name)!r}: remove it, or give another path"
+                    f"path must be a file with the same {name}, {expected!r}; got {path} with "
+                    f"{progress.get(name)!r}: remove it, or choose another path"
                 )
-        self.statistics = {name: layer.to(device) for name, layer in found.items()}
+        self.statistics = {name: layer.to(device) for name, layer in statistics.items()}
         self.batches, self.complete = progress["batches"], progress["complete"]
 
 
-def _add(
+def _update(
     statistics: dict[str, TeacherStatistics],
     capture: FeatureCapture,
     batch: Any,
     model: nn.Module,
     forward: Forward | None,
 ) -> None:
-    """Run the model on a batch and add its features up."""
+    """Run the model on a batch and add its features to the statistics."""
     capture.clear()
     if forward is not None:
         forward(model, batch)
     else:
-        positional, named = arguments(batch, "forward=lambda model, batch: ... takes any")
-        model(*positional, **named)
-    tokens = capture.pooling != "cls" and isinstance(batch, Mapping)
-    mask = token_mask(batch) if tokens else None
+        inputs, keywords = arguments(batch, "forward=lambda model, batch: ... accepts any batch")
+        model(*inputs, **keywords)
+    may_be_padded = capture.pooling != "cls" and isinstance(batch, Mapping)
+    mask = token_mask(batch) if may_be_padded else None
     for name, rows in capture.features(mask).items():
         if name not in statistics:
             statistics[name] = TeacherStatistics(rows.shape[-1])
-        # A model may be spread over devices.
+        # The layers of a model may be on different devices.
         statistics[name].to(rows.device).update(rows, capture.mask(mask))
 
 
-def _moved(batch: Any, device: torch.device) -> Any:
-    """Whatever of it can be moved, on the device."""
+def _to_device(batch: Any, device: torch.device) -> Any:
+    """The batch with everything that can be moved on the device."""
     if hasattr(batch, "to"):
         return batch.to(device)
     if isinstance(batch, Mapping):
-        return {name: _moved(value, device) for name, value in batch.items()}
+        return {name: _to_device(value, device) for name, value in batch.items()}
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*(_moved(value, device) for value in batch))
+        return type(batch)(*(_to_device(value, device) for value in batch))
     if isinstance(batch, tuple | list):
-        return type(batch)(_moved(value, device) for value in batch)
+        return type(batch)(_to_device(value, device) for value in batch)
     return batch
 
 
-def _rest(batches: Iterable[Any], done: int) -> Iterator[Any]:
-    """The batches after those that are done."""
+def _skip(batches: Iterable[Any], count: int) -> Iterator[Any]:
+    """The batches after the first ``count``."""
     iterator = iter(batches)
-    skipped = sum(1 for _ in islice(iterator, done))
-    if skipped < done:
+    skipped = sum(1 for _ in islice(iterator, count))
+    if skipped < count:
         raise ValueError(
-            f"dataloader must give the batches that are in the file at path, {done}, and then the "
-            f"rest; it gave {skipped}"
+            f"dataloader must first repeat the {count} batches in the file at path; got {skipped}"
         )
     return iterator
 
@@ -197,16 +196,18 @@ def _merged(
     device: torch.device,
     group: distributed.ProcessGroup,
 ) -> dict[str, TeacherStatistics]:
-    """Over all processes; one without batches learns the widths from the others."""
-    widths = {name: layer.width for name, layer in statistics.items()}
-    everyone: list[dict[str, int]] = [{} for _ in range(group_size(group))]
-    distributed.all_gather_object(everyone, widths, group=group)
-    known = next((found for found in everyone if found), None)
-    if known is None:
-        raise ValueError("dataloader must give at least one batch to a process; got none on all")
-    if any(found not in ({}, known) for found in everyone):
-        raise ValueError(f"layers and their widths must be the same everywhere; got {everyone}")
-    for name, width in known.items():
+    """The statistics of all processes; one without batches learns the widths from the others."""
+    own_widths = {name: layer.width for name, layer in statistics.items()}
+    all_widths: list[dict[str, int]] = [{} for _ in range(group_size(group))]
+    distributed.all_gather_object(all_widths, own_widths, group=group)
+    widths = next((layers for layers in all_widths if layers), None)
+    if widths is None:
+        raise ValueError("dataloader must give at least one process a batch; got none on all")
+    if any(layers not in ({}, widths) for layers in all_widths):
+        raise ValueError(
+            f"layers and their widths must be the same on every process; got {all_widths}"
+        )
+    for name, width in widths.items():
         if name not in statistics:
             statistics[name] = TeacherStatistics(width).to(device)
         statistics[name].all_reduce_(group)

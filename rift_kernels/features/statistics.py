@@ -1,8 +1,8 @@
 """Streaming mean and covariance of a frozen teacher's features, so that training needs no teacher.
 
-:class:`TeacherStatistics` adds batches up, on one process or several; :func:`save_statistics` and
-:func:`load_statistics` keep those of several layers in one file, whose format is that of
-:mod:`.statistics_files`.
+:class:`TeacherStatistics` accumulates batches, in one process or several. :func:`save_statistics`
+and :func:`load_statistics` keep several layers in one file; :mod:`.statistics_files` specifies its
+format.
 """
 
 from __future__ import annotations
@@ -22,27 +22,28 @@ from .statistics_files import State, StrPath
 
 
 class TeacherStatistics(nn.Module):
-    """Mean and covariance of features that come in batches, exact to the rounding of float64.
+    """Mean and covariance of features that arrive in batches, exact to float64 rounding.
 
     With weights ``w_i`` of the valid rows ``x_i``::
 
         count = sum_i w_i    mean = sum_i w_i x_i / count
         scatter = sum_i w_i (x_i - mean)(x_i - mean)^T
 
-    All weights are 1 for ``decay=1``. Else ``count`` and ``scatter`` are multiplied by ``decay``
-    before each update, so that the rows of update t of T weigh ``decay ** (T - t)``: statistics of
-    the latest updates, exponentially weighted. ::
+    All weights are 1 for ``decay=1``. Otherwise ``count`` and ``scatter`` are multiplied by
+    ``decay`` before each update, so the rows of update t of T have weight ``decay ** (T - t)``:
+    exponentially weighted statistics of the latest updates. ::
 
         statistics = rk.TeacherStatistics(768)
         for batch in loader:
             statistics.update(teacher(batch))
         statistics.mean, statistics.covariance()
 
-    ``count ()``, ``mean (D,)`` and ``scatter (D, D)`` are buffers: ``state_dict()`` holds them, and
-    they move with the module. They are float64 and stay so when the module is cast. No parameters.
+    ``count ()``, ``mean (D,)`` and ``scatter (D, D)`` are buffers, which ``state_dict()`` contains
+    and which move with the module. They are float64 and remain so when the module is cast. There
+    are no parameters.
 
     Args:
-        width: D, the number of features a row.
+        width: D, the number of features in a row.
         decay: above 0, and at most 1.
 
     Raises:
@@ -59,43 +60,44 @@ class TeacherStatistics(nn.Module):
         self.decay = checks.number("decay", decay)
         if not 0 < self.decay <= 1:
             raise ValueError(f"decay must be above 0 and at most 1; got {decay!r}")
-        with torch.inference_mode(False):  # or no later update could change them
+        with torch.inference_mode(False):  # inference tensors could not be updated later
             self.register_buffer("count", torch.zeros((), dtype=torch.float64))
             self.register_buffer("mean", torch.zeros(width, dtype=torch.float64))
             self.register_buffer("scatter", torch.zeros(width, width, dtype=torch.float64))
 
     @property
     def width(self) -> int:
-        """D, the number of features a row."""
+        """D, the number of features in a row."""
         return self.mean.shape[0]
 
     @torch.no_grad()
     def update(self, features: Tensor, mask: Tensor | None = None) -> None:
         """Add a batch.
 
-        Centered within the batch and merged by the formula of Chan, Golub and LeVeque (1979). With
-        ``decay=1`` it makes no difference how the data are cut into batches, beyond rounding: the
-        scatter's relative error is float64's, times offset over deviation where that is more than
-        1 (a sum of squares has its square). Under inference mode, autocast and
-        ``torch.compile(fullgraph=True)`` it does the same. The host never waits for a GPU.
+        The batch is centered and merged by the formula of Chan, Golub and LeVeque (1979). With
+        ``decay=1``, batch boundaries make no difference beyond rounding. The relative error of the
+        scatter is that of float64, times the ratio of offset to deviation where this exceeds 1; a
+        plain sum of squares would lose the square of this ratio. Results are the same under
+        inference mode, autocast and ``torch.compile(fullgraph=True)``. The host never waits for a
+        GPU.
 
         Args:
             features: (..., N, D), float64, float32, bfloat16 or float16, on the statistics' device.
-                All leading axes are rows. NaN or Inf in a valid row makes the statistics NaN, for
-                good; without valid rows they stay what they are (and do not decay).
-            mask: boolean (..., N), True = valid. Whatever masked rows hold has no effect.
+                All leading axes are rows. NaN or Inf in a valid row makes the statistics NaN
+                permanently. A batch without valid rows changes nothing, not even by decay.
+            mask: boolean (..., N), True = valid. The contents of masked rows have no effect.
         """
         checks.rows("features", features, mask, self.width, self.mean.device)
         rows = features.reshape(-1, self.width)
         mask = None if mask is None else mask.reshape(-1)
         centered, mean, n = center(rows, mask, torch.float64)
-        # torch.compile (2.13) loses changes of a 0-dimensional float64 tensor on a CPU.
+        # torch.compile (2.13) loses updates of a 0-dimensional float64 tensor on a CPU.
         count = self.count.view(1)
         if self.decay != 1:
             factor = torch.where(n > 0, torch.full_like(n, self.decay), 1.0)
             count.mul_(factor)
             self.scatter.mul_(factor)
-        # Of no rows, the mean is NaN and the share 0 / 0.
+        # Without rows, the mean is NaN and the share is 0 / 0.
         share = torch.where(n > 0, n / (count + n), 0.0)
         delta = torch.where(n > 0, mean - self.mean, 0.0)
         scatter = centered.mT @ centered
@@ -106,31 +108,32 @@ class TeacherStatistics(nn.Module):
     def covariance(self, correction: float = 1.0) -> Tensor:
         """``scatter / (count - correction)``, (D, D) in float64; NaN where count <= correction.
 
-        ``correction=1`` makes it unbiased where all rows weigh the same, 0 that of the rows alone.
+        ``correction=1`` is unbiased where all rows have the same weight; 0 divides by the count.
         """
         divisor = self.count - checks.number("correction", correction)
         return self.scatter / torch.where(divisor > 0, divisor, float("nan"))
 
     @torch.no_grad()
     def all_reduce_(self, group: distributed.ProcessGroup | None = None) -> None:
-        """Make these the statistics over the data of all processes of ``group``, on each of them.
+        """Merge the statistics of all processes of ``group`` in place, on each of them.
 
-        Exact, by Chan's formula; the same to the last bit on every process. Processes without data
-        take part as well. Call it once, when all data are in: what is merged twice counts twice.
+        The merge is exact by Chan's formula and identical to the last bit on every process.
+        Processes without data must take part as well. Call it once, after all data are added: data
+        merged twice count twice.
 
         Args:
-            group: None is the default group, of all processes. Its backend must serve the
+            group: None is the default group of all processes. Its backend must support the
                 statistics' device.
 
         Raises:
             RuntimeError: there is no process group, or this process is not in it.
-            ValueError: on every process, where widths or decays differ between processes.
+            ValueError: on every process, if widths or decays differ between processes.
         """
-        size = group_size(group)
-        own = torch.tensor([self.width, self.decay], dtype=torch.float64, device=self.mean.device)
-        everyone = [torch.empty_like(own) for _ in range(size)]
-        distributed.all_gather(everyone, own, group=group)
-        for name, values in zip(("width", "decay"), torch.stack(everyone).T.tolist(), strict=True):
+        size, device = group_size(group), self.mean.device
+        settings = torch.tensor([self.width, self.decay], dtype=torch.float64, device=device)
+        gathered = [torch.empty_like(settings) for _ in range(size)]
+        distributed.all_gather(gathered, settings, group=group)
+        for name, values in zip(("width", "decay"), torch.stack(gathered).T.tolist(), strict=True):
             if len(set(values)) > 1:
                 raise ValueError(f"{name} must be the same on every process; got {values}")
         sums = torch.cat([self.count[None], self.count * self.mean])
@@ -141,56 +144,57 @@ class TeacherStatistics(nn.Module):
         distributed.all_reduce(scatter, group=group)
         self.count.copy_(total)
         self.mean.copy_(mean)
-        # Processes may be added up in another order for each element.
+        # The order of summation over processes may differ between elements.
         self.scatter.copy_(_symmetric(scatter))
 
     def save(self, path: StrPath) -> None:
-        """Write a file as :func:`save_statistics` does, with this as its only, unnamed layer."""
+        """Write a file like :func:`save_statistics`, with these as its only, unnamed layer."""
         save_statistics({"": self}, path)
 
     @classmethod
     def load(cls, path: StrPath, width: int | None = None) -> Self:
-        """The statistics of a file that has one layer, whatever its name, on the CPU.
+        """Read statistics on the CPU from a file that has a single layer of any name.
 
         Args:
-            path: of :meth:`save`, :func:`save_statistics` or
+            path: a file from :meth:`save`, :func:`save_statistics` or
                 :func:`~rift_kernels.collect_teacher_statistics`.
-            width: what their width must be; None takes any.
+            width: the required width; None accepts any.
 
         Raises:
-            ValueError: the file has several layers or another width, or see
+            ValueError: the file has several layers or another width, or is refused as by
                 :func:`load_statistics`.
-            FileNotFoundError: there is none.
+            FileNotFoundError: there is no such file.
+            ImportError: safetensors is not installed.
         """
         states = _read(path)
         if len(states) != 1:
             raise ValueError(
-                f"{path} has the layers {', '.join(map(repr, states))}: TeacherStatistics.load "
-                "takes a file of one layer, load_statistics any"
+                "path must be a file with one layer for TeacherStatistics.load (load_statistics "
+                f"reads any); got {path} with {', '.join(map(repr, states))}"
             )
         (state,) = states.values()
-        found = state.mean.shape[0]
-        if width is not None and found != checks.positive("width", width):
-            raise ValueError(f"{path} has statistics of width {found}; width asks for {width}")
-        return cls._of(state)
+        actual = state.mean.shape[0]
+        if width is not None and actual != checks.positive("width", width):
+            raise ValueError(f"path must hold statistics of width {width}; got {actual} in {path}")
+        return cls._from_state(state)
 
     @classmethod
-    def _of(cls, state: State) -> Self:
-        result = cls(state.mean.shape[0], decay=state.decay)
+    def _from_state(cls, state: State) -> Self:
+        statistics = cls(state.mean.shape[0], decay=state.decay)
         with torch.no_grad():
             for part in statistics_files.PARTS:
-                getattr(result, part).copy_(getattr(state, part))
-        return result
+                getattr(statistics, part).copy_(getattr(state, part))
+        return statistics
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Whatever moves or casts a module, but these are never cast."""
+        """Move the module; the buffers are never cast."""
 
-        def moved(tensor: Tensor) -> Tensor:
+        def move(tensor: Tensor) -> Tensor:
             result = fn(tensor)
             return result if result.dtype == tensor.dtype else tensor.to(result.device)
 
         with torch.inference_mode(False):
-            return super()._apply(moved, recurse)
+            return super()._apply(move, recurse)
 
     def extra_repr(self) -> str:
         """The settings."""
@@ -200,16 +204,16 @@ class TeacherStatistics(nn.Module):
 def save_statistics(statistics: Mapping[str, TeacherStatistics], path: StrPath) -> None:
     """Write the statistics of several layers, by name, into one safetensors file.
 
-    The file is written beside ``path`` and takes its place when it is whole, so an interrupted call
-    leaves what was there.
+    A temporary file beside ``path`` replaces it once complete, so an interrupted call leaves an
+    earlier file intact.
 
     Args:
         statistics: at least one layer; any names.
-        path: in a directory that exists.
+        path: a file in an existing directory.
 
     Raises:
-        TypeError, ValueError: ``statistics`` is something else, or empty.
-        FileNotFoundError: there is no such directory.
+        TypeError, ValueError: ``statistics`` is not such a mapping, or is empty.
+        FileNotFoundError: the directory does not exist.
         ImportError: safetensors is not installed.
     """
     write(statistics, path)
@@ -220,10 +224,10 @@ def write(
     path: StrPath,
     progress: dict[str, Any] | None = None,
 ) -> None:
-    """:func:`save_statistics`, of statistics that may be unfinished."""
+    """Like :func:`save_statistics`, with the progress of an unfinished collection, if any."""
     if not isinstance(statistics, Mapping):
         raise TypeError(
-            f"statistics must be a mapping of names to TeacherStatistics; got "
+            "statistics must be a mapping from names to TeacherStatistics; got "
             f"{type(statistics).__name__}"
         )
     if not statistics:
@@ -231,7 +235,7 @@ def write(
     for name, layer in statistics.items():
         if not isinstance(name, str) or not isinstance(layer, TeacherStatistics):
             raise TypeError(
-                "statistics must be a mapping of names to TeacherStatistics; got "
+                "statistics must be a mapping from names to TeacherStatistics; got "
                 f"{name!r}: {type(layer).__name__}"
             )
     states = {
@@ -242,54 +246,58 @@ def write(
 
 
 def load_statistics(path: StrPath) -> dict[str, TeacherStatistics]:
-    """The statistics that :func:`save_statistics` wrote, by name, in their order, on the CPU.
+    """Read the statistics that :func:`save_statistics` wrote, by name, in order, on the CPU.
 
-    Warns where the file is of a :func:`~rift_kernels.collect_teacher_statistics` that has not
-    finished: its statistics are those of the batches so far.
+    A file from an unfinished :func:`~rift_kernels.collect_teacher_statistics` gives a warning: its
+    statistics are those of the batches so far.
 
     Raises:
-        ValueError: the file is damaged, of another format or version, or its tensors are not
-            statistics. The message has the path, what was found, and what is accepted.
-        FileNotFoundError: there is none.
+        ValueError: the file is damaged, has another format or version, or its tensors are not
+            statistics. The message names the path, the fault and the accepted format.
+        FileNotFoundError: there is no such file.
         ImportError: safetensors is not installed.
     """
-    return {name: TeacherStatistics._of(state) for name, state in _read(path).items()}
+    return _from_states(_read(path))
 
 
 def read(path: StrPath) -> tuple[dict[str, TeacherStatistics], dict[str, Any] | None]:
-    """:func:`load_statistics`, of statistics that may be unfinished."""
+    """Like :func:`load_statistics`, with the progress of an unfinished collection, if any."""
     states, progress = statistics_files.read(path)
-    return {name: TeacherStatistics._of(state) for name, state in states.items()}, progress
+    return _from_states(states), progress
+
+
+def _from_states(states: Mapping[str, State]) -> dict[str, TeacherStatistics]:
+    return {name: TeacherStatistics._from_state(state) for name, state in states.items()}
 
 
 def _read(path: StrPath) -> dict[str, State]:
     states, progress = statistics_files.read(path)
     if progress is not None and not progress.get("complete"):
         warnings.warn(
-            f"{path} has the statistics of the first {progress.get('batches')} batches: "
-            "collect_teacher_statistics with this path has not finished",
+            f"{path} has statistics of the first {progress.get('batches')} batches only: "
+            "collect_teacher_statistics has not finished this file",
             stacklevel=3,
         )
     return states
 
 
 def _symmetric(x: Tensor) -> Tensor:
-    """A matrix product may round an element and its mirror image differently."""
+    """Symmetrise a matrix product, which may round an element and its mirror image differently."""
     return (x + x.mT) / 2
 
 
 def _outer(x: Tensor) -> Tensor:
-    """``x x^T``, symmetric to the last bit, as long as nothing is multiplied into one side."""
+    """``x x^T``, symmetric to the last bit; scaling ``x`` on one side only would lose that."""
     return x[:, None] * x
 
 
 def group_size(group: distributed.ProcessGroup | None) -> int:
-    """How many processes are in a group, this one among them."""
+    """The number of processes in a group that contains this one."""
     if not distributed.is_available() or not distributed.is_initialized():
         raise RuntimeError(
             "statistics of several processes need a process group: call "
             "torch.distributed.init_process_group first"
         )
     if distributed.get_rank(group) < 0:
-        raise RuntimeError("group must have this process in it")
+        raise RuntimeError("group must contain this process; got one without it")
     return distributed.get_world_size(group)

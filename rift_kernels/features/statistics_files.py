@@ -1,10 +1,10 @@
-"""Files of teacher statistics: how they are written, and what is accepted of one that is read.
+"""Write files of teacher statistics, and validate those that are read.
 
-A safetensors file, in which layer ``name`` has the float64 tensors ``name.count ()``,
-``name.mean (D,)`` and ``name.scatter (D, D)``, and the unnamed layer, ``""``, the same without a
-prefix. Of the metadata, ``format`` and ``version`` say what the file is, ``decay`` (JSON) has a
-number a layer, ``progress`` (JSON) what :mod:`.collect` has to know to go on, and ``sha256`` covers
-all else.
+Each is a safetensors file. Layer ``name`` has the float64 tensors ``name.count ()``,
+``name.mean (D,)`` and ``name.scatter (D, D)``; the unnamed layer, ``""``, has them without a
+prefix. In the metadata, ``format`` and ``version`` identify the file, and ``decay`` (JSON) has one
+number for each layer. ``progress`` (JSON) lets :mod:`.collect` resume, and ``sha256`` covers
+everything else.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 FORMAT, VERSION = "rift_kernels.statistics", "1"
-# Relative to the largest entry. What is written here is symmetric to the last bit.
+# Tolerance relative to the largest entry; a scatter written here is symmetric to the last bit.
 ASYMMETRY = 1e-9
 
 StrPath = str | os.PathLike[str]
@@ -43,11 +43,11 @@ PARTS = tuple(field.name for field in fields(State) if field.name != "decay")
 
 
 def write(path: StrPath, states: Mapping[str, State], progress: Progress | None = None) -> None:
-    """All of it or nothing: a temporary file beside ``path`` takes its place when it is whole."""
+    """Write atomically: a temporary file beside ``path`` replaces it once complete."""
     safetensors = _safetensors()
     path = Path(path)
     check_writable(path)
-    # Copies: safetensors takes no tensor twice, but layers may be one and the same.
+    # Copies, because safetensors refuses a tensor twice, and two names may share a layer.
     tensors = {
         _key(name, part): getattr(state, part).detach().to("cpu", copy=True).contiguous()
         for name, state in states.items()
@@ -73,18 +73,18 @@ def _key(name: str, part: str) -> str:
 
 
 def check_writable(path: Path) -> None:
-    """There is a directory for ``path``, and the package that writes it."""
+    """Check that the directory of ``path`` exists and that safetensors is installed."""
     _safetensors()
     if not path.parent.is_dir():
         raise FileNotFoundError(errno.ENOENT, "path must be in a directory that exists", str(path))
 
 
 def read(path: StrPath) -> tuple[dict[str, State], Progress | None]:
-    """The layers in the order in which they were written.
+    """The layers in the order of writing, and the progress of an unfinished collection.
 
     Raises:
-        ValueError: this is no such file, or a damaged one.
-        FileNotFoundError: there is none.
+        ValueError: the file is damaged or has another format.
+        FileNotFoundError: there is no such file.
     """
     safetensors = _safetensors()
     path = Path(path)
@@ -93,22 +93,22 @@ def read(path: StrPath) -> tuple[dict[str, State], Progress | None]:
     try:
         with safetensors.safe_open(path, "pt") as file:
             metadata = dict(file.metadata() or {})
-            _ours(path, metadata)
+            _check_format(path, metadata)
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, no mapping
     except safetensors.SafetensorError as error:
         _refuse(path, f"safetensors says {str(error)!r}")
     if metadata.pop("sha256", None) != _digest(metadata, tensors):
-        _refuse(path, "its content does not agree with its SHA-256: it is damaged")
+        _refuse(path, "its content does not match its SHA-256, so it is damaged")
     decays, progress = (_json(path, metadata, key) for key in ("decay", "progress"))
     if not isinstance(decays, dict) or not decays:
-        _refuse(path, f"its metadata have decay={decays!r}, not a number a layer")
+        _refuse(path, f"its metadata have decay={decays!r}, not a number for each layer")
     if progress is not None and not isinstance(progress, dict):
         _refuse(path, f"its metadata have progress={progress!r}")
     return _states(path, decays, tensors), progress
 
 
-def _ours(path: Path, metadata: Mapping[str, str]) -> None:
-    """The file says that it is of this format, and of a version that is known here."""
+def _check_format(path: Path, metadata: Mapping[str, str]) -> None:
+    """Check that the file declares this format and version."""
     for key, accepted in (("format", FORMAT), ("version", VERSION)):
         if metadata.get(key) != accepted:
             _refuse(path, f"its metadata have {key}={metadata.get(key)!r}")
@@ -124,25 +124,25 @@ def _json(path: Path, metadata: Mapping[str, str], key: str) -> Any:
 def _states(
     path: Path, decays: Mapping[str, Any], tensors: Mapping[str, Tensor]
 ) -> dict[str, State]:
-    """One a layer, checked."""
+    """The validated state of each layer."""
     keys = {_key(name, part) for name in decays for part in PARTS}
     if keys != tensors.keys():
-        wrong = sorted(keys ^ tensors.keys())[:3]
-        _refuse(path, f"of its tensors, these are missing or too many: {', '.join(wrong)}")
+        differences = sorted(keys ^ tensors.keys())[:3]
+        _refuse(path, f"these tensors are missing or unexpected: {', '.join(differences)}")
     states = {}
     for name, decay in decays.items():
         parts = {part: tensors[_key(name, part)] for part in PARTS}
         if not isinstance(decay, float) or not 0 < decay <= 1:
             _refuse(path, f"layer {name!r} has decay={decay!r}, not a number in (0, 1]")
-        found = _fault(**parts)
-        if found:
-            _refuse(path, f"layer {name!r} has {found}")
+        fault = _find_fault(**parts)
+        if fault:
+            _refuse(path, f"layer {name!r} has {fault}")
         states[name] = State(**parts, decay=decay)
     return states
 
 
-def _fault(count: Tensor, mean: Tensor, scatter: Tensor) -> str | None:
-    """What of these cannot be statistics, if anything; NaN can, that of features with NaN."""
+def _find_fault(count: Tensor, mean: Tensor, scatter: Tensor) -> str | None:
+    """Why these cannot be statistics, or None. NaN is valid, because features may contain it."""
     for name, tensor in (("count", count), ("mean", mean), ("scatter", scatter)):
         if tensor.dtype != torch.float64:
             return f"a {name} of {tensor.dtype}, not torch.float64"
@@ -160,7 +160,7 @@ def _fault(count: Tensor, mean: Tensor, scatter: Tensor) -> str | None:
 
 
 def _digest(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
-    """Of everything in the file that is not the digest itself."""
+    """SHA-256 of everything in the file except the digest."""
     digest = hashlib.sha256(json.dumps(dict(metadata), sort_keys=True).encode())
     for key in sorted(tensors):
         tensor = tensors[key]
@@ -169,15 +169,15 @@ def _digest(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _refuse(path: Path, found: str) -> NoReturn:
+def _refuse(path: Path, fault: str) -> NoReturn:
     raise ValueError(
-        f"{path} is not a file of teacher statistics: {found}; accepted is a safetensors file of "
-        f"format {FORMAT!r}, version {VERSION!r}, as save_statistics writes it"
+        f"path must be a safetensors file of format {FORMAT!r}, version {VERSION!r}, as "
+        f"save_statistics writes it; got {path}: {fault}"
     )
 
 
 def _safetensors() -> Any:
-    """The package is needed for files alone, so importing this one must not import it."""
+    """Import safetensors only here, so that it is required for files alone."""
     try:
         import safetensors
         import safetensors.torch

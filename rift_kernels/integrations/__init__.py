@@ -1,1 +1,1 @@
-"""RIFT inside trainers, a module each; none is imported with the package."""
+"""RIFT in trainers, one module for each; importing the package imports none of them."""

@@ -1,4 +1,4 @@
-"""RIFT in Lightning: ``pip install ".[lightning]"``."""
+"""RIFT in Lightning; needs ``pip install ".[lightning]"``."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ class RIFTCallback(Callback):
         rift = rk.RIFTRegularizer(module.model, teacher, layers="blocks.11", group="world")
         lightning.Trainer(callbacks=[RIFTCallback(rift)]).fit(module, loader)
 
-    Lightning has no hook that may change a loss, so for the time of ``fit`` the callback stands
-    around ``training_step``, whose tensor or ``"loss"`` it adds to. It needs automatic
-    optimisation. ``rift/...`` is logged each step, and the schedule and an adaptive weight are
-    saved in checkpoints. The teacher is moved to the module's device.
+    Lightning has no hook that can change a loss. During ``fit``, the callback therefore wraps
+    ``training_step`` and adds to the tensor or ``"loss"`` that it returns. This needs automatic
+    optimisation. ``rift/...`` is logged in each step. Checkpoints include the schedule and an
+    adaptive weight. The teacher is moved to the module's device.
 
     Args:
-        rift: made of the model that ``training_step`` runs. A learned rotation has parameters: make
-            ``rift`` an attribute of the LightningModule and give them to the optimiser.
-        inputs: what of a batch the teacher is called with; by default a tensor, the first entry of
-            a tuple or list, or a mapping without its labels.
+        rift: a regulariser of the model that ``training_step`` runs. If it has a learned rotation,
+            make it an attribute of the LightningModule and give its parameters to the optimiser.
+        inputs: maps a batch to the teacher's inputs: a tensor, a tuple or list whose first entry is
+            used, or a mapping, used without its labels. By default the batch itself.
 
     Raises:
-        TypeError, ValueError: naming the argument, or the module where it does not fit.
+        TypeError, ValueError: naming the argument, or what the LightningModule lacks.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class RIFTCallback(Callback):
         self.inputs = inputs
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:  # noqa: ARG002
-        """Step around ``training_step``."""
+        """Wrap ``training_step``."""
         if stage != "fit":
             return
         if not pl_module.automatic_optimization:
@@ -54,51 +54,54 @@ class RIFTCallback(Callback):
                 "RIFTCallback needs automatic optimisation; with manual optimisation add "
                 "rift(batch) to the loss yourself"
             )
-        known = {id(parameter) for parameter in pl_module.parameters()}
-        if any(id(parameter) not in known for parameter in self.rift.parameters()):
+        registered = {id(parameter) for parameter in pl_module.parameters()}
+        if any(id(parameter) not in registered for parameter in self.rift.parameters()):
             raise ValueError(
-                "rift has parameters, a learned rotation, that the LightningModule does not know: "
-                "make it an attribute of the module and give them to the optimiser"
+                "rift must be an attribute of the LightningModule if it has parameters, those of a "
+                "learned rotation; also give them to the optimiser; got parameters outside the "
+                "module"
             )
         original = pl_module.training_step
 
         @functools.wraps(original)
-        def training_step(batch: Any, *args: Any, **named: Any) -> Any:
-            output = original(batch, *args, **named)
-            if output is None:  # a batch to skip, of which the model may have seen nothing
+        def training_step(batch: Any, *args: Any, **kwargs: Any) -> Any:
+            output = original(batch, *args, **kwargs)
+            if output is None:  # a skipped batch, which the model may not have seen
                 return None
-            positional, by_name = arguments(self.inputs(batch), "inputs= takes any")
-            added = self.rift(*positional, **by_name)
+            positional, keywords = arguments(self.inputs(batch), "inputs= converts any batch")
+            loss = self.rift(*positional, **keywords)
             pl_module.log_dict(self.rift.metrics(), on_step=True, on_epoch=False)
             if isinstance(output, Mapping):
-                return {**output, "loss": output["loss"] + added}
-            return output + added
+                return {**output, "loss": output["loss"] + loss}
+            return output + loss
 
         pl_module.training_step = training_step  # type: ignore[method-assign]
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
-        """The module is on its device now."""
+        """Move the regulariser and its teacher; the module is on its device by now."""
         self.rift.to(pl_module.device)
         self.rift.move_teacher(pl_module.device)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:  # noqa: ARG002
-        """The module is what it was."""
+        """Restore the module's own ``training_step``."""
         if stage == "fit":
             _restore(pl_module)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, _: BaseException) -> None:  # noqa: ARG002
-        """Lightning calls no ``teardown`` then, and the next ``fit`` would add the loss twice."""
+        """Restore it here too: after an error Lightning skips ``teardown``, and the next ``fit``
+        would add the loss twice.
+        """
         _restore(pl_module)
 
     def state_dict(self) -> dict[str, Any]:
-        """Part of the checkpoint."""
+        """The regulariser's state, for the checkpoint."""
         return dict(self.rift.state_dict())
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """From the checkpoint."""
+        """Restore the regulariser's state from the checkpoint."""
         self.rift.load_state_dict(state_dict)
 
 
 def _restore(module: LightningModule) -> None:
-    """The step that the module's class has."""
+    """Remove the wrapper, which exposes the ``training_step`` of the module's class."""
     vars(module).pop("training_step", None)

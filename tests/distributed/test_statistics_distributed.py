@@ -143,13 +143,16 @@ def test_errors_are_the_same_everywhere(results) -> None:
     expected = {
         "width": "ValueError: width must be the same on every process; got [3.0, 4.0]",
         "decay": "ValueError: decay must be the same on every process; got [0.5, 0.75]",
-        "layers": "ValueError: layers and their widths must be the same everywhere; "
+        "layers": "ValueError: layers and their widths must be the same on every process; "
         "got [{'': 3}, {'': 4}]",
-        "no batches": "ValueError: dataloader must give at least one batch to a process; "
+        "no batches": "ValueError: dataloader must give at least one process a batch; "
         "got none on all",
     }
     assert first == {**expected, "group": None}
-    assert second == {**expected, "group": "RuntimeError: group must have this process in it"}
+    assert second == {
+        **expected,
+        "group": "RuntimeError: group must contain this process; got one without it",
+    }
 
 
 @pytest.mark.parametrize("kind", ["shards", "empty"])

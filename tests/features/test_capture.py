@@ -1,4 +1,4 @@
-"""Features of inner layers: of which layers, what of them, and for how long they are kept."""
+"""FeatureCapture: which layers it resolves, what it captures, and how long it keeps that."""
 
 import copy
 import gc
@@ -54,13 +54,13 @@ def test_features_are_the_layers_outputs_in_order() -> None:
     assert torch.equal(features[""], y.flatten(0, 1))
 
 
-def test_a_part_named_as_wrappers_name_theirs() -> None:
+def test_a_submodule_may_be_called_module() -> None:
     model = nn.Sequential(nn.Linear(4, 4))
     model.module = nn.Linear(4, 2)
     assert rk.FeatureCapture(model, "module").layers == ["module"]
 
 
-def test_a_wrong_name_is_answered_with_the_right_ones() -> None:
+def test_an_unknown_name_error_lists_existing_names() -> None:
     model = net(blocks=20)
     message = "layers: 'block.11' matches no module of the model; the closest are 'blocks.11', "
     with pytest.raises(ValueError, match=message) as error:
@@ -72,7 +72,7 @@ def test_a_wrong_name_is_answered_with_the_right_ones() -> None:
     with pytest.raises(ValueError, match=r"'10', '11' and 18 more$"):
         rk.FeatureCapture(wide, "encoder")
     with pytest.raises(
-        ValueError, match=r"'blocks' is a ModuleList: take those in it, 'blocks\.\*"
+        ValueError, match=r"'blocks' is a ModuleList: use the modules in it, 'blocks\.\*"
     ):
         rk.FeatureCapture(model, "blocks")
     assert not model.embed._forward_hooks
@@ -97,7 +97,7 @@ def test_arguments(arguments, error, message) -> None:
 
 
 class ModelOutput(dict):
-    """As transformers' outputs are: a dictionary whose entries are attributes."""
+    """Like transformers' outputs: a dictionary whose entries are also attributes."""
 
     def __getattr__(self, name):
         try:
@@ -119,7 +119,7 @@ class ModelOutput(dict):
         lambda x: ModelOutput(past=None, hidden=(x + 1,), logits=x, loss=x + 2),
     ],
 )
-def test_first_tensor_of_an_output(wrap) -> None:
+def test_the_first_tensor_of_an_output_is_captured(wrap) -> None:
     x = tokens()
     assert torch.equal(captured(wrap(x), "tokens"), x.flatten(0, 1))
 
@@ -134,21 +134,21 @@ def test_other_outputs_are_refused(output, name) -> None:
         captured(output)
 
 
-def test_layers_that_were_not_called() -> None:
+def test_layers_that_were_not_called_raise() -> None:
     model = net()
     capture = rk.FeatureCapture(model, ["unused", "embed"])
     with pytest.raises(
-        RuntimeError, match="nothing was captured of 'embed', 'unused': was the mod"
+        RuntimeError, match=r"nothing was captured of 'embed', 'unused'\. Was the mod"
     ):
         capture.features()
     model(tokens())
-    with pytest.raises(RuntimeError, match=r"nothing was captured of 'unused': .*on the path of"):
+    with pytest.raises(RuntimeError, match=r"nothing was captured of 'unused'\. .*on the path of"):
         capture.features()
     model.unused(tokens())
     capture.features()
     capture.clear()
     with pytest.raises(
-        RuntimeError, match=r"nothing was captured of 'embed', 'unused': .*compiled"
+        RuntimeError, match=r"nothing was captured of 'embed', 'unused'\. .*compiled"
     ):
         capture.features()
 
@@ -158,25 +158,25 @@ def test_the_latest_call_wins() -> None:
     capture = rk.FeatureCapture(model, "embed", "tokens")
     for x in (tokens(), tokens(seed=2)):
         model(x)
-        expected = model.embed.forward(x)  # forward: no hooks
+        expected = model.embed.forward(x)  # forward runs no hooks
         assert torch.equal(capture.features()["embed"], expected.flatten(0, 1))
 
 
 def test_paused_and_fresh() -> None:
-    model, inner = net(), tokens(seed=2)
+    model, other = net(), tokens(seed=2)
     capture = rk.FeatureCapture(model, "blocks.*", "tokens")
     model(tokens())
     before = capture.features()
     with capture.paused():
         with capture.paused():
-            model(inner)
-        model(inner)
+            model(other)
+        model(other)
     assert all(torch.equal(before[name], x) for name, x in capture.features().items())
     with capture.fresh() as same, torch.no_grad():
         assert same is capture
         with pytest.raises(RuntimeError, match="nothing was captured"):
             capture.features()
-        y = model(inner)
+        y = model(other)
         teacher = capture.features()
     assert torch.equal(teacher["blocks.2"], y.flatten(0, 1))
     with pytest.raises(ZeroDivisionError), capture.fresh():
@@ -185,11 +185,11 @@ def test_paused_and_fresh() -> None:
     assert not teacher["blocks.2"].requires_grad
     sum(x.sum() for x in capture.features().values()).backward()
     assert model.embed.weight.grad is not None
-    model(inner)  # no longer paused
+    model(other)  # no longer paused
     assert torch.equal(capture.features()["blocks.2"], y.flatten(0, 1))
 
 
-def test_hooks_go_and_features_stay() -> None:
+def test_hooks_are_removed_and_features_stay() -> None:
     model = net()
     with rk.FeatureCapture(model, "embed") as capture:
         assert len(model.embed._forward_hooks) == 1
@@ -204,7 +204,7 @@ def test_hooks_go_and_features_stay() -> None:
     with pytest.raises(ZeroDivisionError), rk.FeatureCapture(model, "embed"):
         raise ZeroDivisionError
     assert not model.embed._forward_hooks
-    with rk.FeatureCapture(model, "embed"):  # not kept: its hooks stay while the block runs
+    with rk.FeatureCapture(model, "embed"):  # the context alone keeps the hooks alive
         assert len(model.embed._forward_hooks) == 1
 
 
@@ -226,36 +226,36 @@ def test_no_reference_cycles() -> None:
         model(tokens())
         features = capture.features()
         sum(x.sum() for x in features.values()).backward()
-        gone = [weakref.ref(capture), weakref.ref(capture._slots[0])]
-        gone.append(weakref.ref(capture._slots[0].output))
+        references = [weakref.ref(capture), weakref.ref(capture._slots[0])]
+        references.append(weakref.ref(capture._slots[0].output))
         del capture
         assert not model.blocks[0]._forward_hooks
         del features
-        assert [reference() for reference in gone] == [None] * 3
+        assert [reference() for reference in references] == [None] * 3
         capture = rk.FeatureCapture(model, "blocks.*", "mean")
         model(tokens())
-        gone = [weakref.ref(capture), weakref.ref(model), weakref.ref(model.blocks[0])]
+        references = [weakref.ref(capture), weakref.ref(model), weakref.ref(model.blocks[0])]
         del model
-        assert gone[1]() is None
+        assert references[1]() is None
         del capture
-        assert [reference() for reference in gone] == [None] * 3
+        assert [reference() for reference in references] == [None] * 3
     finally:
         gc.enable()
 
 
 @pytest.mark.parametrize(
-    "copied", [copy.deepcopy, copy.copy, lambda model: pickle.loads(pickle.dumps(model))]
+    "copy_model", [copy.deepcopy, copy.copy, lambda model: pickle.loads(pickle.dumps(model))]
 )
-def test_copies_of_a_hooked_model(copied) -> None:
+def test_copies_of_a_hooked_model(copy_model) -> None:
     model = net()
     capture = rk.FeatureCapture(model, "", "tokens")
     model(tokens())
     before = capture.features()[""]
-    other = copied(model)
-    # A shallow copy shares its hooks with the model, as it does everything.
+    other = copy_model(model)
+    # A shallow copy shares everything with the model, including its hooks.
     assert torch.equal(other(tokens()), model(tokens()))
     model.embed.weight.data += 1
-    if copied is not copy.copy:
+    if copy_model is not copy.copy:
         other(tokens(seed=2))
     assert torch.equal(capture.features()[""], before)
     torch.save(model.state_dict(), io.BytesIO())

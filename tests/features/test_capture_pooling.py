@@ -1,4 +1,4 @@
-"""How a captured output becomes rows, and the masks that select tokens."""
+"""Poolings that turn a captured output into rows, and the masks that select tokens."""
 
 import pytest
 import torch
@@ -28,12 +28,12 @@ def test_pooling(dtype) -> None:
 
 @pytest.mark.parametrize("mask", [None, torch.arange(5000).expand(2, -1) < 4001])
 def test_means_of_half_precision_are_accumulated_in_float32(mask) -> None:
-    """The sum is beyond float16, and the count no number of it."""
+    """Neither the sum nor the count is representable in float16."""
     x = torch.full((2, 5000, 3), 100.0, dtype=torch.float16)
     assert torch.equal(captured(x, "mean", mask), x[:, 0])
 
 
-def test_masked_mean_selects() -> None:
+def test_masked_mean_selects_tokens() -> None:
     x = tokens(2, 5).requires_grad_()
     mask = torch.tensor([[True, True, False, False, False], [False, True, True, True, True]])
     with torch.no_grad():
@@ -60,7 +60,7 @@ def test_mask_of_rows() -> None:
             assert len(features) == 2
 
 
-SOME = torch.ones(2, 5, dtype=torch.bool)
+VALID = torch.ones(2, 5, dtype=torch.bool)
 
 
 @pytest.mark.parametrize(
@@ -71,14 +71,20 @@ SOME = torch.ones(2, 5, dtype=torch.bool)
         ("mean", torch.ones(4), None, ValueError, r"layer '' must be \(batch.*; got \(4,\)"),
         ("mean", torch.ones(2, 3, 4, 5, 6), None, ValueError, r"got \(2, 3, 4, 5, 6\)"),
         ("cls", tokens(), [True], TypeError, "mask must be a boolean tensor or None; got list"),
-        ("cls", tokens(), SOME.long(), TypeError, r"mask must be boolean, .*int64.*mask\.bool\(\)"),
-        ("mean", tokens(), SOME[0], ValueError, r"mask must be \(batch, tokens\); got \(5,\)"),
-        ("mean", tokens(), SOME[:, :4], ValueError, r"be \(2, 5\) for layer ''.*; got \(2, 4\)"),
-        ("tokens", tokens(), SOME[:1], ValueError, r"be \(2, 5\) for layer ''.*; got \(1, 5\)"),
-        ("mean", torch.ones(2, 4, 1, 5), SOME, ValueError, "mask must be None for layer ''"),
-        ("mean", tokens(), SOME.to("meta"), ValueError, "on the same device; got meta and cpu"),
         (
-            *("mean", tokens(), SOME & torch.tensor([[True], [False]]), ValueError),
+            "cls",
+            tokens(),
+            VALID.long(),
+            TypeError,
+            r"mask must be boolean, .*int64.*mask\.bool\(\)",
+        ),
+        ("mean", tokens(), VALID[0], ValueError, r"mask must be \(batch, tokens\); got \(5,\)"),
+        ("mean", tokens(), VALID[:, :4], ValueError, r"be \(2, 5\) for layer ''.*; got \(2, 4\)"),
+        ("tokens", tokens(), VALID[:1], ValueError, r"be \(2, 5\) for layer ''.*; got \(1, 5\)"),
+        ("mean", torch.ones(2, 4, 1, 5), VALID, ValueError, "mask must be None for layer ''"),
+        ("mean", tokens(), VALID.to("meta"), ValueError, "on the same device; got meta and cpu"),
+        (
+            *("mean", tokens(), VALID & torch.tensor([[True], [False]]), ValueError),
             "at least one valid token a row; row 1 has none",
         ),
     ],
@@ -88,10 +94,10 @@ def test_errors_of_features(pooling, output, mask, error, message) -> None:
         captured(output, pooling, mask)
 
 
-def test_a_row_without_tokens_is_an_error_of_means_alone() -> None:
-    assert captured(tokens(), "cls", ~SOME).isfinite().all()
-    assert captured(tokens()[:, 0], "mean", ~SOME).isfinite().all()
-    # As on a GPU, whose masks are not read.
-    assert capture_module._mean(tokens(), ~SOME).isnan().all()
+def test_a_row_without_tokens_is_an_error_for_means_only() -> None:
+    assert captured(tokens(), "cls", ~VALID).isfinite().all()
+    assert captured(tokens()[:, 0], "mean", ~VALID).isfinite().all()
+    # On a GPU, masks are not read and the mean is NaN.
+    assert capture_module._mean(tokens(), ~VALID).isnan().all()
     with pytest.raises(TypeError, match="mask must be boolean"):
-        rk.FeatureCapture(net(), "embed").mask(SOME.long())
+        rk.FeatureCapture(net(), "embed").mask(VALID.long())

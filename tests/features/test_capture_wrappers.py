@@ -1,6 +1,6 @@
-"""FeatureCapture where something stands around the model: checkpoints, compilers, DDP, FSDP, PEFT.
+"""FeatureCapture on wrapped models: checkpoints, compilers, DDP, FSDP, PEFT.
 
-Gradients through captured features are compared with those of the model alone.
+Gradients through captured features are compared with those of the unwrapped model.
 """
 
 import importlib.util
@@ -23,7 +23,7 @@ LAYERS = ["embed", "blocks.*"]
 
 
 def gradients(model, capture, x) -> dict:
-    """Of a loss of captured features and of the output, in the order of the parameters."""
+    """Gradients of a loss of the captured features and the output, in parameter order."""
     model.zero_grad()
     output = model(x)
     features = capture.features()
@@ -47,10 +47,10 @@ def assert_captures(model) -> None:
     """Two steps on a wrapped ``net()`` give the gradients of ``net()``."""
     with rk.FeatureCapture(model, LAYERS, "mean") as capture:
         for inputs in (tokens(), tokens(seed=2)):
-            found = gradients(model, capture, inputs)
+            actual = gradients(model, capture, inputs)
             expected = expected_gradients(inputs)
-            assert len(found) == len(expected)
-            for gradient, name in zip(found.values(), expected, strict=True):
+            assert len(actual) == len(expected)
+            for gradient, name in zip(actual.values(), expected, strict=True):
                 torch.testing.assert_close(gradient.view_as(expected[name]), expected[name])
 
 
@@ -64,11 +64,11 @@ def test_compile(backend) -> None:
     assert_captures(model)
 
 
-def test_compiled_before() -> None:
+def test_a_model_compiled_before_the_capture() -> None:
     torch.compiler.reset()
     model = net()
     compiled = torch.compile(model, backend="eager")
-    # Captures of the model itself fire, too.
+    # The compiled model runs hooks on the original model, too.
     first = rk.FeatureCapture(model, "embed", "tokens")
     compiled(tokens())
     before = first.features()["embed"]
@@ -95,7 +95,7 @@ def test_compiled_before() -> None:
 @pytest.mark.usefixtures("one_process")
 def test_ddp() -> None:
     assert_captures(nn.parallel.DistributedDataParallel(net()))
-    # A model that is wrapped later.
+    # A model that is wrapped after the capture.
     model = net()
     with rk.FeatureCapture(model, "embed") as capture:
         nn.parallel.DistributedDataParallel(model)(tokens())
@@ -125,7 +125,7 @@ def test_fsdp2() -> None:
 
 
 @pytest.mark.usefixtures("one_process")
-def test_names_of_wrappers_in_wrappers() -> None:
+def test_names_within_nested_wrappers() -> None:
     model = net()
     model.blocks[1] = checkpoint_wrapper(torch.compile(model.blocks[1], backend="eager"))
     model = torch.compile(nn.parallel.DistributedDataParallel(model), backend="eager")
@@ -133,7 +133,7 @@ def test_names_of_wrappers_in_wrappers() -> None:
     assert inner in dict(model.named_modules())
     for name in ("blocks.1.attn", inner, "module.blocks.1.attn"):
         assert rk.FeatureCapture(model, name).layers == ["blocks.1.attn"]
-    # Of a wrapper and the wrapped, which have one clean name, the wrapper.
+    # A wrapper and its module share one clean name, which means the wrapper.
     capture = rk.FeatureCapture(model, ["", "blocks.1"])
     assert capture.layers == ["", "blocks.1"]
     assert len(model._forward_hooks) == 1
@@ -155,10 +155,10 @@ def test_checkpoints_are_captured_once(use_reentrant) -> None:
     model.blocks[1].attn.register_forward_hook(lambda *_: setattr(calls, "attn", calls.attn + 1))
     capture = rk.FeatureCapture(model, ["blocks.1", "blocks.1.attn"], "mean")
     model(tokens())
-    kept = [slot.output for slot in capture._slots]
-    kept[0].mean(1).sum().backward()
+    outputs = [slot.output for slot in capture._slots]
+    outputs[0].mean(1).sum().backward()
     assert calls.attn == 2
-    assert all(slot.output is x for slot, x in zip(capture._slots, kept, strict=True))
+    assert all(slot.output is x for slot, x in zip(capture._slots, outputs, strict=True))
     plain = net()
     with rk.FeatureCapture(plain, "blocks.1", "mean") as expected:
         plain(tokens())
@@ -166,7 +166,7 @@ def test_checkpoints_are_captured_once(use_reentrant) -> None:
     torch.testing.assert_close(model.embed.weight.grad, plain.embed.weight.grad)
 
 
-def test_features_cut_off_by_a_checkpoint_warn_once() -> None:
+def test_features_detached_by_a_checkpoint_warn_once() -> None:
     model, x = net(use_reentrant=True), tokens()
     capture = rk.FeatureCapture(model, ["blocks.*", "*.attn"], "mean")
     with warnings.catch_warnings():
@@ -179,7 +179,7 @@ def test_features_cut_off_by_a_checkpoint_warn_once() -> None:
     model.train()
     model(x)
     names = "'blocks.0.attn', 'blocks.1.attn', 'blocks.2.attn'"
-    with pytest.warns(UserWarning, match=f"^the features of {names} carry .*use_reentrant=False"):
+    with pytest.warns(UserWarning, match=f"^the features of {names} have .*use_reentrant=False"):
         features = capture.features()
     assert features["blocks.1"].requires_grad
     assert not features["blocks.1.attn"].requires_grad
@@ -245,15 +245,15 @@ def test_vit() -> None:
 
     config = transformers.ViTConfig(image_size=16, patch_size=8, **SMALL)
     model = transformers.ViTModel(config).eval()
-    # transformers 5 calls the blocks layers.*, 4 encoder.layer.*.
+    # The blocks are layers.* in transformers 5, encoder.layer.* in 4.
     blocks = "layers.*" if hasattr(model, "layers") else "encoder.layer.*"
     with rk.FeatureCapture(model, [blocks, "*.projection"], "tokens") as capture:
         outputs = model(torch.rand(2, 3, 16, 16), output_hidden_states=True)
     projection, *layers = capture.features().values()
     assert projection.shape == (2 * 4, 16)
     assert len(layers) == 2
-    for found, hidden in zip(layers, outputs.hidden_states[1:], strict=True):
-        assert torch.equal(found, hidden.flatten(0, 1))
+    for features, hidden in zip(layers, outputs.hidden_states[1:], strict=True):
+        assert torch.equal(features, hidden.flatten(0, 1))
     layers[1].sum().backward()
     assert model.embeddings.patch_embeddings.projection.weight.grad.abs().sum() > 0
 
@@ -286,8 +286,8 @@ def test_peft_teacher_through_the_same_hooks() -> None:
 
 @needs("transformers")
 @needs("peft")
-def test_peft_around_a_model_that_has_a_model() -> None:
-    """A language model's own ``model.`` is none of PEFT's."""
+def test_peft_around_a_model_with_a_submodule_called_model() -> None:
+    """A language model's own ``model.`` is distinguished from PEFT's."""
     import peft
     import transformers
 

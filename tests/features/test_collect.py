@@ -1,4 +1,4 @@
-"""One pass over a data set: batches of any kind, modes, files that a later call goes on with."""
+"""collect_teacher_statistics: kinds of batches, training modes, files that a later call resumes."""
 
 import sys
 from collections import UserDict, namedtuple
@@ -30,7 +30,7 @@ class Model(nn.Module):
 
 
 class Batches:
-    """A data loader that fails after some batches."""
+    """A data loader that fails after ``stop`` batches."""
 
     def __init__(self, batches: list, stop: int | None = None) -> None:
         self.batches = batches
@@ -115,38 +115,38 @@ def test_kinds_of_batches(kind, model, batches) -> None:
 
 
 def test_any_other_batch_goes_through_forward(model, batches) -> None:
-    given = [{"images": {"small": x}} for x in batches]
+    nested = [{"images": {"small": x}} for x in batches]
     statistics = collect(
-        model, given, layers="head", forward=lambda model, batch: model(batch["images"]["small"])
+        model, nested, layers="head", forward=lambda model, batch: model(batch["images"]["small"])
     )
     assert_all_same(statistics, collect(model, batches, layers="head"))
-    for batch, found in ((3, "int"), ([], "list"), (("a", batches[0]), "str"), ([{}], "dict")):
-        with pytest.raises(TypeError, match=f"a batch must be a tensor, .*; got {found}: forward="):
+    for batch, kind in ((3, "int"), ([], "list"), (("a", batches[0]), "str"), ([{}], "dict")):
+        with pytest.raises(TypeError, match=f"a batch must be a tensor, .*; got {kind}: forward="):
             collect(model, [batch], layers="head")
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.bool], ids=str)
 @pytest.mark.parametrize("pooling", POOLED)
 def test_padding_is_left_out(pooling, dtype, model, batches) -> None:
-    """NaN in it as well; the class token is the first one, whatever the mask says."""
-    given, pooled = [], []
+    """Padding may be NaN. The class token is the first token, regardless of the mask."""
+    padded, pooled = [], []
     for x in batches:
         valid = torch.arange(7) < torch.arange(1, len(x) + 1)[:, None]
         x[~valid] = float("nan")
-        given.append({"pixels": x, "attention_mask": valid.to(dtype)})
+        padded.append({"pixels": x, "attention_mask": valid.to(dtype)})
         rows = features(model, x)
         if pooling == "mean":
             rows = torch.stack([row[v].mean(0) for row, v in zip(rows, valid, strict=True)])
         pooled.append(
             rows[:, 0] if pooling == "cls" else rows[valid] if pooling == "tokens" else rows
         )
-    statistics = collect(model, given, layers="head", pooling=pooling)["head"]
+    statistics = collect(model, padded, layers="head", pooling=pooling)["head"]
     rows = torch.cat(pooled)
     assert_weighted(statistics, rows, torch.ones(len(rows)), tolerance=1e-6)
 
 
-def test_every_training_flag_comes_back(model, batches) -> None:
-    """Dropout is off while it runs, and nothing requires gradients."""
+def test_every_training_flag_is_restored(model, batches) -> None:
+    """During collection, dropout is off and nothing requires gradients."""
     model.train()
     model.embed.eval()
     seen = []
@@ -160,7 +160,7 @@ def test_every_training_flag_comes_back(model, batches) -> None:
     with pytest.raises(InterruptedError):
         collect(model, Batches(batches, stop=1), layers="head")
     assert [module.training for module in model.modules()] == before
-    # The hooks are gone, and what the model makes can be differentiated.
+    # The hooks are removed, and the model's output can be differentiated.
     assert len(model.head._forward_hooks) == 1
     model(batches[0]).sum().backward()
 
@@ -174,9 +174,9 @@ def test_moves_batches(batches, device) -> None:
         assert batch["x"][0].device == batch["y"].z.device == device
         model(batch["x"][0].double())
 
-    named = namedtuple("named", ["z"])
-    given = [{"x": [x], "y": named(x), "caption": "a"} for x in batches]
-    statistics = collect(model, given, layers="head", forward=forward, progress=False)
+    pair = namedtuple("pair", ["z"])
+    nested = [{"x": [x], "y": pair(x), "caption": "a"} for x in batches]
+    statistics = collect(model, nested, layers="head", forward=forward, progress=False)
     assert seen[0]["caption"] == "a"
     assert statistics["head"].mean.device == device
     meta = []
@@ -186,19 +186,19 @@ def test_moves_batches(batches, device) -> None:
 
 
 def test_batches_go_where_the_model_is(batches) -> None:
-    """By its first parameter, or else its first buffer."""
+    """The device is that of the first parameter, otherwise of the first buffer."""
     for model in (nn.Linear(3, 4), nn.BatchNorm1d(7, affine=False)):
         statistics = collect(model.to("meta"), batches, layers="", pooling="tokens")
         assert statistics[""].mean.device.type == "meta"
 
 
 def test_the_class_token_needs_no_mask(model, batches) -> None:
-    """Whatever form the model takes one in."""
-    given = [{"pixels": x, "attention_mask": torch.ones(len(x), 1, 7, 7)} for x in batches]
-    how = {"layers": "head", "forward": lambda model, batch: model(batch["pixels"])}
-    assert_all_same(collect(model, given, **how), collect(model, batches, layers="head"))
+    """The model may take a mask of any shape."""
+    masked = [{"pixels": x, "attention_mask": torch.ones(len(x), 1, 7, 7)} for x in batches]
+    settings = {"layers": "head", "forward": lambda model, batch: model(batch["pixels"])}
+    assert_all_same(collect(model, masked, **settings), collect(model, batches, layers="head"))
     with pytest.raises(ValueError, match=r"mask must be \(batch, tokens\); got \(4, 1, 7, 7\)"):
-        collect(model, given, pooling="mean", **how)
+        collect(model, masked, pooling="mean", **settings)
 
 
 def test_a_model_without_parameters() -> None:
@@ -208,23 +208,23 @@ def test_a_model_without_parameters() -> None:
 
 @pytest.mark.parametrize("stop", [0, 1, 2, 3, 4])
 @pytest.mark.parametrize("save_every", [1, 2, 100])
-def test_an_interrupted_run_goes_on(stop, save_every, model, batches, path) -> None:
-    """To the same bits, without running what is in the file."""
-    how = {"layers": "*", "pooling": "tokens", "save_every": save_every, "progress": False}
-    expected = collect(model, batches, **how)
+def test_an_interrupted_run_resumes(stop, save_every, model, batches, path) -> None:
+    """The result has the same bits, and batches in the file are not run again."""
+    settings = {"layers": "*", "pooling": "tokens", "save_every": save_every, "progress": False}
+    expected = collect(model, batches, **settings)
     with pytest.raises(InterruptedError):
-        collect(model, Batches(batches, stop), path=path, **how)
+        collect(model, Batches(batches, stop), path=path, **settings)
     saved = stop - stop % save_every
     assert path.exists() == (saved > 0)
     if saved:
-        with pytest.warns(UserWarning, match=f"the first {saved} batches: collect_teacher"):
+        with pytest.warns(UserWarning, match=f"the first {saved} batches only: collect_teacher"):
             rk.load_statistics(path)
     model.calls = 0
-    assert_all_same(collect(model, Batches(batches), path=path, **how), expected)
+    assert_all_same(collect(model, Batches(batches), path=path, **settings), expected)
     assert model.calls == len(batches) - saved
     model.calls = 0
-    # Complete: neither the model nor the data are needed.
-    assert_all_same(collect(model, Batches(batches, stop=0), path=path, **how), expected)
+    # A complete file needs neither the model nor the data.
+    assert_all_same(collect(model, Batches(batches, stop=0), path=path, **settings), expected)
     assert model.calls == 0
     assert_all_same(rk.load_statistics(path), expected)
 
@@ -239,32 +239,39 @@ def test_interrupted_again_and_again(model, batches, path) -> None:
 
 def test_a_file_of_another_call_is_refused(model, batches, path) -> None:
     def again(batches=batches, **changes):
-        how = {"layers": "head", "pooling": "mean", **changes}
-        return collect(model, batches, path=path, progress=False, **how)
+        settings = {"layers": "head", "pooling": "mean", **changes}
+        return collect(model, batches, path=path, progress=False, **settings)
 
     again()
     before = path.read_bytes()
     for message, changes in (
-        (r"the same layers, \['embed'\]; .*safetensors is of \['head'\]: rem", {"layers": "embed"}),
-        (r"the same pooling, 'cls'; .* is of 'mean'", {"pooling": "cls"}),
-        (r"the same length, 4; .* is of 5", {"batches": batches[:4]}),
+        (
+            r"the same layers, \['embed'\]; got .*safetensors with \['head'\]: rem",
+            {"layers": "embed"},
+        ),
+        (r"the same pooling, 'cls'; got .* with 'mean'", {"pooling": "cls"}),
+        (r"the same length, 4; got .* with 5", {"batches": batches[:4]}),
     ):
-        with pytest.raises(ValueError, match=f"path must be a file of {message}"):
+        with pytest.raises(ValueError, match=f"path must be a file with {message}"):
             again(**changes)
     rk.save_statistics(again(), path)
-    with pytest.raises(ValueError, match=r"path must be .* of collect.*; .* written by save"):
+    with pytest.raises(
+        ValueError, match=r"path must be .* from collect.*; got .*, which save_statistics wrote"
+    ):
         again()
     path.write_bytes(before[:-1])
-    with pytest.raises(ValueError, match="is not a file of teacher statistics"):
+    with pytest.raises(
+        ValueError, match=r"path must be a safetensors file of .*; got .*safetensors: "
+    ):
         again()
     assert path.read_bytes() == before[:-1]
 
 
-def test_data_that_end_before_the_file_does(model, batches, path) -> None:
-    """An iterable without a length."""
+def test_data_with_fewer_batches_than_the_file(model, batches, path) -> None:
+    """The iterables have no length."""
     with pytest.raises(InterruptedError):
         collect(model, (b for b in Batches(batches, 3)), layers="head", path=path, save_every=1)
-    with pytest.raises(ValueError, match=r"dataloader must give .* path, 3, .*; it gave 2"):
+    with pytest.raises(ValueError, match=r"dataloader must first repeat the 3 batches .*; got 2"):
         collect(model, (b for b in batches[:2]), layers="head", path=path)
     statistics = collect(model, Batches(batches), layers="head", path=path)
     assert_all_same(statistics, collect(model, batches, layers="head"))
@@ -311,9 +318,7 @@ def test_progress(model, batches, capsys) -> None:
     assert "5batch" in capsys.readouterr().err
 
 
-def test_packages_that_are_missing_are_named_before_anything_runs(
-    model, batches, path, monkeypatch
-) -> None:
+def test_missing_packages_are_named_before_anything_runs(model, batches, path, monkeypatch) -> None:
     for package, options in (("tqdm", {}), ("safetensors", {"path": path, "progress": False})):
         with monkeypatch.context() as patch:
             patch.setitem(sys.modules, package, None)

@@ -40,7 +40,7 @@ def with_transformers(model: nn.Module) -> nn.Module:
 
 @pytest.fixture(autouse=True)
 def _any_peft(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Transformers may ask for a peft newer than there is, and works with this one."""
+    """Skip transformers' version check: it may demand a newer peft, but works with this one."""
     monkeypatch.setattr(transformers.integrations.peft, "check_peft_version", lambda **_: None)
 
 
@@ -48,8 +48,8 @@ def images() -> Tensor:
     return torch.randn(6, 3, 8, 8, generator=torch.Generator().manual_seed(1))
 
 
-def moved_away(model: nn.Module) -> nn.Module:
-    """As after some steps: the adapters do something."""
+def with_trained_adapters(model: nn.Module) -> nn.Module:
+    """The model with adapters that have an effect, as after some steps."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
@@ -67,25 +67,25 @@ def gradients(model: nn.Module) -> list[Tensor]:
 def test_is_the_loss_to_a_copy_made_before(adapt: Callable, wrap) -> None:
     model = vit()
     teacher = copy.deepcopy(model).eval()
-    student = moved_away(adapt(model)).eval()
+    student = with_trained_adapters(adapt(model)).eval()
     trained = [name for name, p in student.named_parameters() if p.requires_grad]
     assert trained
     assert all("lora" in name for name in trained)
     run = nn.parallel.DistributedDataParallel(student) if wrap == "DDP" else student
-    found = []
-    for given in (teacher, None):
+    results = []
+    for choice in (teacher, None):
         run.zero_grad()
-        with rk.RIFTRegularizer(run, given, layers="*layers.1", weight=2.0) as rift:
+        with rk.RIFTRegularizer(run, choice, layers="*layers.1", weight=2.0) as rift:
             run(pixel_values=images())
             loss = rift(pixel_values=images())
             loss.backward()
-            found.append((loss.detach(), gradients(student)))
+            results.append((loss.detach(), gradients(student)))
             assert rift.distances[rift.layers[0]] > 1e-4
-    (expected, expected_gradients), (loss, own_gradients) = found
+    (expected, expected_gradients), (loss, actual_gradients) = results
     torch.testing.assert_close(loss, expected)
-    for own, other in zip(own_gradients, expected_gradients, strict=True):
-        assert cases.relative_error(own, other) < 1e-5
-    # The adapters work and are trained as before.
+    for gradient, expected_gradient in zip(actual_gradients, expected_gradients, strict=True):
+        assert cases.relative_error(gradient, expected_gradient) < 1e-5
+    # The adapters still have an effect, and the same parameters are trained.
     assert [name for name, p in student.named_parameters() if p.requires_grad] == trained
     again = run(pixel_values=images()).last_hidden_state
     with pytest.raises(AssertionError):
@@ -112,20 +112,20 @@ def test_a_mask_by_position_is_found_in_wrappers() -> None:
     config = transformers.BertConfig(vocab_size=30, intermediate_size=32, **SIZES)
     bert = transformers.BertModel(config, add_pooling_layer=False).eval()
     target = peft.LoraConfig(r=2, target_modules=["query", "value"])
-    student = moved_away(peft.get_peft_model(bert, target)).eval()
+    student = with_trained_adapters(peft.get_peft_model(bert, target)).eval()
     rift = rk.RIFTRegularizer(student, layers="*layer.1", pooling="mean")
     ids = torch.randint(0, 30, (6, 7))
     mask = (torch.arange(7) < torch.arange(2, 8)[:, None]).long()
-    found = []
-    for positional, named in (((ids, mask), {}), ((ids,), {"attention_mask": mask})):
-        student(*positional, **named)
-        found.append(rift(*positional, **named).detach())
-    assert torch.equal(*found)
+    losses = []
+    for inputs, keywords in (((ids, mask), {}), ((ids,), {"attention_mask": mask})):
+        student(*inputs, **keywords)
+        losses.append(rift(*inputs, **keywords).detach())
+    assert torch.equal(*losses)
 
 
 @pytest.mark.parametrize("adapt", [with_peft, with_transformers])
-def test_what_is_frozen_stays_frozen(adapt: Callable) -> None:
-    """PEFT trains all of an adapter that it enables again, after the teacher or an error."""
+def test_frozen_parameters_stay_frozen(adapt: Callable) -> None:
+    """PEFT unfreezes an adapter that it enables again, after the teacher's pass or an error."""
     model = adapt(vit())
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("lora_B" in name)
@@ -142,16 +142,16 @@ def test_what_is_frozen_stays_frozen(adapt: Callable) -> None:
 
 def live_tensors() -> list[Tensor]:
     gc.collect()
-    return [found for found in gc.get_objects() if type(found) in (Tensor, nn.Parameter)]
+    return [each for each in gc.get_objects() if type(each) in (Tensor, nn.Parameter)]
 
 
 def test_there_is_no_second_copy_of_the_weights() -> None:
-    """Of every tensor that is alive after steps, and was not before, none is a weight's copy."""
+    """No tensor that the steps leave alive is a copy of a weight."""
     before = live_tensors()
     known = {id(tensor) for tensor in before}
     student = with_peft(vit())
     rift = rk.RIFTRegularizer(student, layers="*layers.1")
-    own = {parameter.data_ptr() for parameter in student.parameters()}
+    pointers = {parameter.data_ptr() for parameter in student.parameters()}
     shapes = {tuple(p.shape) for p in student.parameters() if p.dim() == 2 and not p.requires_grad}
     for _ in range(2):
         student(pixel_values=images())
@@ -161,13 +161,13 @@ def test_there_is_no_second_copy_of_the_weights() -> None:
         for tensor in live_tensors()
         if id(tensor) not in known and tuple(tensor.shape) in shapes
     ]
-    assert len(set(weights) & own) > 10
-    assert set(weights) <= own
+    assert len(set(weights) & pointers) > 10
+    assert set(weights) <= pointers
     assert not list(rift.parameters())
 
 
-def test_dropout_of_the_student_is_not_drawn_by_the_teacher() -> None:
-    student = moved_away(with_peft(vit())).train()
+def test_the_teacher_draws_no_dropout() -> None:
+    student = with_trained_adapters(with_peft(vit())).train()
     rift = rk.RIFTRegularizer(student, layers="*layers.1")
     torch.manual_seed(3)
     student(pixel_values=images())

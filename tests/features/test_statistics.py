@@ -1,4 +1,4 @@
-"""Streaming statistics: against numpy in float64, for any cut, dtype, mask, offset and decay."""
+"""TeacherStatistics against numpy in float64, for any batching, dtype, mask, offset and decay."""
 
 import copy
 import io
@@ -44,7 +44,7 @@ def assert_same(actual: rk.TeacherStatistics, expected: rk.TeacherStatistics) ->
 def assert_weighted(
     statistics: rk.TeacherStatistics, x: Tensor, weights: Tensor, tolerance: float = 1e-12
 ) -> None:
-    """These are numpy's mean and covariance of the rows of x, whose exact weights are given."""
+    """The statistics are numpy's mean and covariance of the rows of x with these weights."""
     rows, weights = x.double().cpu().numpy(), weights.double().cpu().numpy()
     mean = np.average(rows, axis=0, weights=weights)
     centered = rows - mean
@@ -56,7 +56,7 @@ def assert_weighted(
 
 
 @pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
-def test_is_what_numpy_computes(dtype, device) -> None:
+def test_equals_numpy(dtype, device) -> None:
     x = (normal(100, 7) + 3).to(device, dtype)
     statistics = gathered(*x.split(33))
     rows = x.double().cpu().numpy()
@@ -80,8 +80,8 @@ def test_is_what_numpy_computes(dtype, device) -> None:
     st.sampled_from([0.0, 1.0, 100.0]),
 )
 @settings(max_examples=60, deadline=None, derandomize=True)
-def test_any_cut_in_any_order_is_the_same(rows, width, cuts, seed, offset) -> None:
-    """Cuts at the same place make empty batches."""
+def test_batches_of_any_size_in_any_order_give_the_same(rows, width, cuts, seed, offset) -> None:
+    """Repeated cuts make empty batches."""
     x = normal(rows, width, seed=seed) + offset
     bounds = sorted(round(cut * rows) for cut in cuts)
     batches = x.tensor_split(bounds)
@@ -96,12 +96,12 @@ def test_any_cut_in_any_order_is_the_same(rows, width, cuts, seed, offset) -> No
 @pytest.mark.parametrize("decay", [1.0, 0.9])
 @pytest.mark.parametrize("batch", [1, 7, 250])
 def test_an_offset_costs_no_digits(batch, decay) -> None:
-    """The naive sum of squares would lose twelve of sixteen: std**2 / offset**2 is 1e-12."""
+    """A plain sum of squares would lose twelve of sixteen digits: std**2 / offset**2 is 1e-12."""
     x = 1e4 + 1e-2 * normal(500, 5)
     statistics = gathered(*x.split(batch), decay=decay)
     update = torch.arange(500) // batch
     weights = decay ** (update[-1] - update).double()
-    # Rounding of the features' offset is 1e-10 of their deviation.
+    # The features' own rounding, at this offset, is 1e-10 of their deviation.
     assert_weighted(statistics, x, weights, tolerance=1e-9)
     naive = x.T @ x - 500 * torch.outer(x.mean(0), x.mean(0))
     assert cases.relative_error(naive, (x - x.mean(0)).T @ (x - x.mean(0))) > 1e-5
@@ -122,7 +122,7 @@ def test_decay_is_a_weighting(decay, device) -> None:
 
 
 @pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
-def test_masked_rows_are_selected_away(dtype, device) -> None:
+def test_masked_rows_are_left_out(dtype, device) -> None:
     x = (normal(4, 3, 10, 6) + 2).to(device, dtype)
     mask = torch.rand(4, 3, 10, generator=torch.Generator().manual_seed(0)).to(device) < 0.6
     mask[1] = False
@@ -132,10 +132,10 @@ def test_masked_rows_are_selected_away(dtype, device) -> None:
         statistics.update(batch, valid)
     rows = x[mask]
     assert_weighted(statistics, rows, torch.ones(len(rows)))
-    # Leading axes are rows.
-    at_once = rk.TeacherStatistics(6).to(device)
-    at_once.update(x, mask)
-    assert_weighted(at_once, rows, torch.ones(len(rows)))
+    # All leading axes are rows.
+    whole = rk.TeacherStatistics(6).to(device)
+    whole.update(x, mask)
+    assert_weighted(whole, rows, torch.ones(len(rows)))
 
 
 def test_without_valid_rows_nothing_changes() -> None:
@@ -150,7 +150,7 @@ def test_without_valid_rows_nothing_changes() -> None:
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_nan_in_a_valid_row_shows(value) -> None:
+def test_nan_in_a_valid_row_reaches_the_statistics(value) -> None:
     x = normal(8, 3)
     x[2, 1] = value
     statistics = gathered(x, normal(8, 3, seed=1))
@@ -189,7 +189,7 @@ def test_in_any_mode(mode, device) -> None:
     with modes[mode]():
         statistics = rk.TeacherStatistics(4).to(device)
         statistics.update(x.clone().requires_grad_(mode == "grad"))
-    statistics.update(x)  # made and changed in inference mode, and changed again outside
+    statistics.update(x)  # after creation and an update in inference mode
     assert_same(statistics, expected)
     assert not statistics.scatter.requires_grad
 
@@ -201,13 +201,13 @@ def test_update_under_compile() -> None:
     for _ in range(2):
         update(x, mask)
         expected.update(x, mask)
-    for actual, wanted in zip(state(statistics), state(expected), strict=True):
-        torch.testing.assert_close(actual, wanted, rtol=1e-12, atol=1e-12)
+    for actual, reference in zip(state(statistics), state(expected), strict=True):
+        torch.testing.assert_close(actual, reference, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("decay", [1.0, 0.5])
 def test_update_reads_no_value(decay) -> None:
-    """On a GPU the host would wait for it. Here there is none to read, so that it would raise."""
+    """On a GPU the host would wait for a value. On the meta device, reading one raises."""
     statistics = rk.TeacherStatistics(4, decay=decay).to("meta")
     x = torch.empty(20, 4, device="meta")
     statistics.update(x, x[:, 0] > 0)
@@ -258,7 +258,7 @@ def test_state_dict_round_trip() -> None:
         rk.TeacherStatistics(4).load_state_dict(statistics.state_dict())
 
 
-def test_says_what_it_is() -> None:
+def test_repr() -> None:
     assert repr(rk.TeacherStatistics(768, decay=0.99)) == "TeacherStatistics(768, decay=0.99)"
     assert rk.TeacherStatistics(768).width == 768
 

@@ -1,4 +1,4 @@
-"""Files of statistics: what is written comes back, and nothing else is taken for one."""
+"""Files of statistics: round trips, and the refusal of everything else."""
 
 import dataclasses
 import hashlib
@@ -30,7 +30,7 @@ def one_state(**changes) -> State:
     return dataclasses.replace(state, **changes)
 
 
-def test_round_trip_of_one(path) -> None:
+def test_round_trip_of_one_layer(path) -> None:
     statistics = gathered(normal(30, 5) + 1e4, decay=0.1)
     statistics.save(path)
     loaded = rk.TeacherStatistics.load(path, width=5)
@@ -42,8 +42,8 @@ def test_round_trip_of_one(path) -> None:
     assert_same(loaded, statistics)
 
 
-def test_round_trip_of_several(path) -> None:
-    """Names may have anything in them; widths and decays differ."""
+def test_round_trip_of_several_layers(path) -> None:
+    """Names may contain any character; widths and decays differ."""
     layers = {
         name: gathered(normal(9, i + 1, seed=i), decay=1 - i / 7) for i, name in enumerate(LAYERS)
     }
@@ -52,21 +52,23 @@ def test_round_trip_of_several(path) -> None:
     assert list(loaded) == list(LAYERS)
     for name in LAYERS:
         assert_same(loaded[name], layers[name])
-    with pytest.raises(ValueError, match=r"has the layers 'encoder.layer.11', '', .*one layer"):
+    with pytest.raises(
+        ValueError, match=r"must be a file with one layer .* with 'encoder.layer.11', '', "
+    ):
         rk.TeacherStatistics.load(path)
     rk.save_statistics({"named": layers["mean"]}, path)
     assert_same(rk.TeacherStatistics.load(path), layers["mean"])
 
 
-def test_one_of_two_names(path) -> None:
-    """As of a module that is in a model twice."""
+def test_one_layer_under_two_names(path) -> None:
+    """Such a layer comes from a module that occurs twice in a model."""
     statistics = gathered(normal(5, 4))
     rk.save_statistics({"first": statistics, "second": statistics}, path)
     for loaded in rk.load_statistics(path).values():
         assert_same(loaded, statistics)
 
 
-def test_what_has_not_begun_or_is_nan_comes_back(path) -> None:
+def test_round_trip_of_empty_and_nan_statistics(path) -> None:
     for statistics in (rk.TeacherStatistics(4), gathered(normal(5, 4) * float("nan"))):
         statistics.save(path)
         loaded = rk.TeacherStatistics.load(path)
@@ -75,7 +77,7 @@ def test_what_has_not_begun_or_is_nan_comes_back(path) -> None:
         )
 
 
-def test_loaded_in_inference_mode_can_be_changed_after(path) -> None:
+def test_statistics_loaded_in_inference_mode_can_be_updated_later(path) -> None:
     gathered(normal(5, 4)).save(path)
     with torch.inference_mode():
         loaded = rk.TeacherStatistics.load(path)
@@ -84,7 +86,7 @@ def test_loaded_in_inference_mode_can_be_changed_after(path) -> None:
 
 
 def test_tensors_are_named_as_in_a_state_dict(path) -> None:
-    """Other programs may read them."""
+    """The names are fixed, because other programs may read the files."""
     rk.save_statistics({"a.b": gathered(normal(5, 4)), "": gathered(normal(5, 4))}, path)
     names = {f"{prefix}{part}" for prefix in ("a.b.", "") for part in ("count", "mean", "scatter")}
     assert set(load_file(path)) == names
@@ -92,13 +94,13 @@ def test_tensors_are_named_as_in_a_state_dict(path) -> None:
 
 def test_another_width_is_refused(path) -> None:
     rk.TeacherStatistics(5).save(path)
-    with pytest.raises(ValueError, match=r"statistics of width 5; width asks for 4"):
+    with pytest.raises(ValueError, match=r"path must hold statistics of width 4; got 5 in"):
         rk.TeacherStatistics.load(path, width=4)
     with pytest.raises(TypeError, match="width must be an integer; got str"):
         rk.TeacherStatistics.load(path, width="5")
 
 
-def test_what_is_not_there(path, tmp_path) -> None:
+def test_missing_files_and_folders(path, tmp_path) -> None:
     for missing in (path, tmp_path):
         for load in (rk.load_statistics, rk.TeacherStatistics.load):
             with pytest.raises(FileNotFoundError, match=str(missing)):
@@ -108,15 +110,15 @@ def test_what_is_not_there(path, tmp_path) -> None:
 
 
 def test_wrong_statistics(path) -> None:
-    one, linear = rk.TeacherStatistics(3), torch.nn.Linear(1, 1)
+    layer, linear = rk.TeacherStatistics(3), torch.nn.Linear(1, 1)
     for error, message, statistics in (
-        (TypeError, "statistics must be a mapping .*; got TeacherStatistics", one),
+        (TypeError, "statistics must be a mapping .*; got TeacherStatistics", layer),
         (
             TypeError,
             "statistics must be a mapping .*; got 'a': Linear",
             {"a": linear},
         ),
-        (TypeError, "statistics must be a mapping .*; got 1: TeacherStatistics", {1: one}),
+        (TypeError, "statistics must be a mapping .*; got 1: TeacherStatistics", {1: layer}),
         (ValueError, "statistics must have at least one layer; got none", {}),
     ):
         with pytest.raises(error, match=message):
@@ -124,14 +126,13 @@ def test_wrong_statistics(path) -> None:
     assert not path.exists()
 
 
-def assert_refused(path, found: str) -> None:
-    """The error has the path, what was found and what is accepted."""
-    with pytest.raises(ValueError) as caught:
+def assert_refused(path, fault: str) -> None:
+    """The error names what is accepted, the path and the fault."""
+    with pytest.raises(ValueError) as error:
         rk.load_statistics(path)
-    message = str(caught.value)
-    assert message.startswith(f"{path} is not a file of teacher statistics: ")
-    assert found in message
-    assert "format 'rift_kernels.statistics', version '1'" in message
+    accepted, message = str(error.value).split(f"; got {path}: ")
+    assert "a safetensors file of format 'rift_kernels.statistics', version '1'" in accepted
+    assert fault in message
 
 
 def test_truncated_files_are_refused(path) -> None:
@@ -146,7 +147,7 @@ def test_truncated_files_are_refused(path) -> None:
 
 @pytest.mark.parametrize("bits", [0x01, 0x20, 0xFF])
 def test_files_with_one_wrong_byte_are_refused(path, bits) -> None:
-    """In the header as in the data. A blank that fills up the header means nothing."""
+    """Every byte counts, in header and data, except the blanks that pad the header."""
     statistics = gathered(normal(20, 2), decay=0.5)
     rk.save_statistics({"a.b": statistics}, path)
     whole = path.read_bytes()
@@ -210,43 +211,43 @@ WRONG_STATES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("found", "changes"), WRONG_STATES, ids=[case[0] for case in WRONG_STATES])
-def test_what_cannot_be_statistics_is_refused(found, changes, path) -> None:
-    """Whole files, which a damage does not explain."""
+@pytest.mark.parametrize(("fault", "changes"), WRONG_STATES, ids=[case[0] for case in WRONG_STATES])
+def test_impossible_statistics_are_refused(fault, changes, path) -> None:
+    """The files are intact: their digests match."""
     statistics_files.write(path, {"good": one_state(), "a.b": one_state(**changes)})
     assert_refused(path, "layer 'a.b' has ")
-    assert_refused(path, found)
+    assert_refused(path, fault)
 
 
-def forge(path, tensors=None, **metadata: str) -> None:
-    """A whole file with other tensors or metadata, and a digest that fits."""
+def forge(path, tensors=None, **changes: str) -> None:
+    """Write a file with other tensors or metadata, and a matching digest."""
     statistics_files.write(path, {"": one_state()})
     with statistics_files._safetensors().safe_open(path, "pt") as file:
-        found = {**file.metadata(), **metadata}
-    del found["sha256"]
+        metadata = {**file.metadata(), **changes}
+    del metadata["sha256"]
     tensors = load_file(path) if tensors is None else tensors
-    save_file(tensors, path, {**found, "sha256": statistics_files._digest(found, tensors)})
+    save_file(tensors, path, {**metadata, "sha256": statistics_files._digest(metadata, tensors)})
 
 
-def test_metadata_and_tensors_that_do_not_fit_are_refused(path) -> None:
+def test_metadata_and_tensors_that_do_not_match_are_refused(path) -> None:
     zeros = torch.zeros(3)
     forge(path)
     rk.load_statistics(path)
-    for found, changes in (
+    for fault, changes in (
         ("decay='what', which is not JSON", {"decay": "what"}),
-        ("decay={}, not a number a layer", {"decay": "{}"}),
-        ("decay=[1.0], not a number a layer", {"decay": "[1.0]"}),
+        ("decay={}, not a number for each layer", {"decay": "{}"}),
+        ("decay=[1.0], not a number for each layer", {"decay": "[1.0]"}),
         ("progress=[]", {"progress": "[]"}),
-        ("missing or too many: a.count, a.mean, a.scatter", {"decay": '{"": 1.0, "a": 1.0}'}),
-        ("missing or too many: count", {"tensors": {"mean": zeros, "scatter": zeros + 1}}),
-        ("missing or too many: other", {"tensors": {**load_file(path), "other": zeros}}),
+        ("missing or unexpected: a.count, a.mean, a.scatter", {"decay": '{"": 1.0, "a": 1.0}'}),
+        ("missing or unexpected: count", {"tensors": {"mean": zeros, "scatter": zeros + 1}}),
+        ("missing or unexpected: other", {"tensors": {**load_file(path), "other": zeros}}),
     ):  # fmt: skip
         forge(path, **changes)
-        assert_refused(path, found)
+        assert_refused(path, fault)
 
 
-def test_digest_is_of_everything(path) -> None:
-    """Neither what is not the default, nor what is in another order, is left out."""
+def test_the_digest_covers_everything(path) -> None:
+    """Metadata, shape, dtype and content of the tensors all change it."""
     gathered(normal(20, 3)).save(path)
     tensors = load_file(path)
     metadata = {"format": "a", "decay": json.dumps({"": 1.0})}
@@ -261,7 +262,7 @@ def test_digest_is_of_everything(path) -> None:
     assert len({digest, *others}) == 5
 
 
-def test_an_interrupted_write_leaves_what_was_there(path, monkeypatch) -> None:
+def test_an_interrupted_write_leaves_the_old_file(path, monkeypatch) -> None:
     statistics = gathered(normal(20, 3))
     statistics.save(path)
 
@@ -276,8 +277,8 @@ def test_an_interrupted_write_leaves_what_was_there(path, monkeypatch) -> None:
     assert [file.name for file in path.parent.iterdir()] == [path.name]
 
 
-def test_who_reads_the_file_while_another_is_written_reads_the_old_one(path) -> None:
-    """It is replaced, not written into."""
+def test_a_reader_keeps_the_old_file_during_a_write(path) -> None:
+    """The file is replaced, not overwritten in place."""
     rk.TeacherStatistics(3).save(path)
     before = path.read_bytes()
     with path.open("rb") as reader:

@@ -1,4 +1,4 @@
-"""Vision models of timm, made from a configuration."""
+"""Vision models of timm with random weights."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ try:
 except (ImportError, RuntimeError) as error:  # torchvision of another torch raises the latter
     pytest.skip(f"needs timm, and a torchvision of this torch: {error}", allow_module_level=True)
 
-# A model's name, the last layer that all of its tokens pass, and how to pool it.
+# By model name: the last layer that all tokens pass, and its pooling.
 MODELS = {
     "vit_tiny_patch16_224": ("blocks.11", "cls"),
     "deit_tiny_distilled_patch16_224": ("blocks.11", "tokens"),
@@ -58,5 +58,5 @@ def test_lora_is_its_own_teacher() -> None:
     student(images)
     loss = rift(images)
     loss.backward()
-    # Before the first step the adapters do nothing.
+    # Before the first step the adapters have no effect.
     assert float(loss.detach()) == pytest.approx(0, abs=1e-5)

@@ -1,4 +1,4 @@
-"""RIFTRegularizer as a training loop uses it."""
+"""RIFTRegularizer, used as in a training loop."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Block(nn.Module):
 
 
 class Model(nn.Module):
-    """Blocks of tokens, and a head on the first."""
+    """Blocks over tokens, and a head on the first token."""
 
     def __init__(self, depth: int = 3) -> None:
         super().__init__()
@@ -61,7 +61,7 @@ def inputs() -> Tensor:
 
 
 def features(model: nn.Module, x: Tensor, layer: int, pooling: str = "cls") -> Tensor:
-    """What a capture has to find."""
+    """The features that a capture should return."""
     for block in model.blocks[: layer + 1]:
         x = block(x)
     return {"cls": x[:, 0], "mean": x.mean(1), "tokens": x.flatten(0, 1)}[pooling]
@@ -79,7 +79,7 @@ def test_is_the_loss_of_the_layers(student, teacher, measure, pooling) -> None:
     student(x)
     loss = rift(x)
     loss.backward()
-    found = [p.grad.clone() for p in student.blocks.parameters()]
+    gradients = [p.grad.clone() for p in student.blocks.parameters()]
     student.zero_grad()
     students = [features(student, x, i, pooling) for i in (0, 2)]
     with torch.no_grad():
@@ -87,8 +87,8 @@ def test_is_the_loss_of_the_layers(student, teacher, measure, pooling) -> None:
     expected = rk.RIFTLoss(measure, weight=0.3)(students, teachers)
     expected.backward()
     torch.testing.assert_close(loss, expected)
-    for mine, parameter in zip(found, student.blocks.parameters(), strict=True):
-        torch.testing.assert_close(mine, parameter.grad)
+    for gradient, parameter in zip(gradients, student.blocks.parameters(), strict=True):
+        torch.testing.assert_close(gradient, parameter.grad)
     distances = rk.RIFTLoss(measure, reduction="none")(students, teachers).tolist()
     kind = "similarity" if measure in ("cka", "procrustes") else "distance"
     logged = [1 - d for d in distances] if kind == "similarity" else distances
@@ -111,7 +111,7 @@ def test_teacher_runs_in_eval_mode_without_gradients_and_is_left_as_it_was(stude
     assert [module.training for module in teacher.modules()] == before
     assert all(parameter.grad is None for parameter in teacher.parameters())
     assert torch.equal(torch.get_rng_state(), state)
-    # Nothing of either model is trained or saved with the loss.
+    # Neither model is trained or saved with the loss.
     assert not list(rift.parameters())
     assert set(rift.state_dict()) == {"_extra_state"}
 
@@ -137,7 +137,7 @@ def test_masks_and_labels(student, teacher) -> None:
 
 
 def test_a_class_token_needs_no_mask(student, teacher) -> None:
-    """Nor one that fits: prompts lengthen an attention mask, and some models take one of 4 axes."""
+    """It ignores masks of other shapes: longer ones with prompts, or ones with four axes."""
     student.eval()
     x = inputs()
     rift = rk.RIFTRegularizer(student, teacher, layers="blocks.1", pooling="cls")
@@ -149,7 +149,7 @@ def test_a_class_token_needs_no_mask(student, teacher) -> None:
 
 
 def test_a_mask_by_position(student, teacher) -> None:
-    """As models of transformers are often called: ``model(ids, attention_mask)``."""
+    """Models of transformers are often called as ``model(ids, attention_mask)``."""
     x = inputs()
     attention = torch.ones(ROWS, TOKENS, dtype=torch.int64)
     attention[:, 3:] = 0
@@ -163,14 +163,14 @@ def test_a_mask_by_position(student, teacher) -> None:
 
 
 def test_a_loss_without_gradient_warns_once(student, teacher) -> None:
-    """Layers below all that is trained, or a student run under no_grad: nothing is kept."""
+    """The layers are below everything trained, or the student runs under no_grad."""
     student.blocks[:2].requires_grad_(False)
     rift = rk.RIFTRegularizer(student, teacher, layers="blocks.1")
     with torch.no_grad():
         student(inputs())
         rift(inputs())
     student(inputs())
-    with pytest.warns(UserWarning, match=r"no gradient: nothing that leads to 'blocks.1'"):
+    with pytest.warns(UserWarning, match=r"no gradient: no trained parameter affects 'blocks.1'"):
         rift(inputs())
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -199,7 +199,7 @@ def test_layers_of_another_architecture(student) -> None:
     )
 
 
-def test_statistics_take_the_teachers_place(student, teacher) -> None:
+def test_statistics_replace_the_teacher(student, teacher) -> None:
     student.eval()
     teacher.eval()
     x = inputs()
@@ -268,12 +268,12 @@ def test_features_are_compared_once(student, teacher) -> None:
         rift(inputs())
     student(inputs())
     rift(inputs())
-    with pytest.raises(RuntimeError, match=r"nothing was captured of 'blocks.1': .*pass .* once"):
+    with pytest.raises(RuntimeError, match=r"nothing was captured of 'blocks.1'\. .*pass .* once"):
         rift(inputs())
 
 
 @pytest.mark.parametrize("layers", ["blocks.1", "blocks.*"])
-def test_rows_of_another_batch(student, teacher, layers) -> None:
+def test_another_batch_than_the_students_raises(student, teacher, layers) -> None:
     rift = rk.RIFTRegularizer(student, teacher, layers=layers)
     student(inputs())
     with pytest.raises(ValueError, match="same number of rows") as caught:
@@ -286,7 +286,7 @@ def test_rows_of_another_batch(student, teacher, layers) -> None:
 
 
 def test_layers_of_several_dtypes(student, teacher) -> None:
-    """As autocast leaves them: norms in float32, products in bfloat16."""
+    """Autocast leaves norms in float32 and products in bfloat16."""
     rift = rk.RIFTRegularizer(student.eval(), teacher, layers=["blocks.0", "blocks.1.linear"])
     with torch.autocast("cpu", dtype=torch.bfloat16):
         student(inputs())
@@ -295,7 +295,7 @@ def test_layers_of_several_dtypes(student, teacher) -> None:
     assert loss.isfinite()
 
 
-def test_hooks_go_and_nothing_is_kept(student, teacher) -> None:
+def test_hooks_are_removed(student, teacher) -> None:
     with rk.RIFTRegularizer(student, teacher, layers="blocks.*") as rift:
         student(inputs())
         rift(inputs())
@@ -310,14 +310,14 @@ def test_hooks_go_and_nothing_is_kept(student, teacher) -> None:
 
 
 ERRORS = {
-    "teacher must be given for a student without adapters": (ValueError, {}),
+    "teacher must not be None for a student without adapters": (ValueError, {}),
     "teacher must not share trained parameters": (ValueError, {"teacher": "student"}),
     "teacher must be an nn.Module, None or a mapping": (TypeError, {"teacher": 3}),
     "measure must be 'covariance' for statistics; got 'cka'": (
         ValueError,
         {"teacher": {"blocks.1": rk.TeacherStatistics(WIDTH)}},
     ),
-    "there are none of 'blocks.1', but of 'a'": (
+    "teacher must have statistics of every layer; got 'a', without 'blocks.1'": (
         ValueError,
         {"teacher": {"a": rk.TeacherStatistics(WIDTH)}, "measure": "covariance"},
     ),
@@ -327,7 +327,7 @@ ERRORS = {
         {"teacher": "copy", "schedule": 0.5},
     ),
     "'nothing' matches no module": (ValueError, {"teacher": "copy", "layers": "nothing"}),
-    r"layers must map the student's own names.*; got \['blocks.\*'\]": (
+    r"layers must map names of the student's layers, not .*; got \['blocks.\*'\]": (
         ValueError,
         {"teacher": "copy", "layers": {"blocks.*": "blocks.1"}},
     ),
@@ -347,6 +347,6 @@ def test_errors(student, message) -> None:
     assert not any(module._forward_hooks for module in student.modules())
 
 
-def test_student_is_a_module() -> None:
+def test_student_must_be_a_module() -> None:
     with pytest.raises(TypeError, match=r"student must be an nn\.Module; got str"):
         rk.RIFTRegularizer("bert", layers="blocks.1")

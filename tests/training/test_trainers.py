@@ -1,4 +1,4 @@
-"""RIFT in Hugging Face's Trainer, in Lightning and with Accelerate: the loss a plain loop has."""
+"""RIFT in Hugging Face's Trainer, in Lightning and with Accelerate equals a plain loop."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ def vit() -> nn.Module:
     return transformers.ViTForImageClassification(config)
 
 
-def moved(model: nn.Module) -> nn.Module:
-    """A teacher that is not the student, so that there is something to pull."""
+def perturbed(model: nn.Module) -> nn.Module:
+    """A teacher that differs from the student, so that the loss has a gradient."""
     other = copy.deepcopy(model)
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
@@ -46,7 +46,7 @@ def moved(model: nn.Module) -> nn.Module:
 
 
 class Plain(nn.Module):
-    """No model of transformers, whose ViT the Trainer saves under names that it cannot load."""
+    """A plain module, because the Trainer cannot load the names under which it saves a ViT."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -70,13 +70,11 @@ class Images(torch.utils.data.Dataset):
 
 
 def regulariser(model: nn.Module, **settings: Any) -> rk.RIFTRegularizer:
-    return rk.RIFTRegularizer(model, moved(model), layers="*layers.1", weight=3.0, **settings)
+    return rk.RIFTRegularizer(model, perturbed(model), layers="*layers.1", weight=3.0, **settings)
 
 
 def batches(rows: int = ROWS) -> list[dict[str, Tensor]]:
-    data = Images()
-    loader = torch.utils.data.DataLoader(data, rows)
-    return list(loader)
+    return list(torch.utils.data.DataLoader(Images(), rows))
 
 
 def trained_by_hand(
@@ -150,24 +148,24 @@ def test_transformers_trainer(tmp_path, accumulate) -> None:
     assert rift.step == 2 * accumulate
 
 
-def test_transformers_evaluation_is_left_alone(tmp_path) -> None:
+def test_transformers_evaluation_is_unchanged(tmp_path) -> None:
     model = vit()
     trainer = rift_trainer(tmp_path, model, regulariser(model))
-    found = trainer.evaluate(Images())
+    metrics = trainer.evaluate(Images())
     model.eval()
     with torch.no_grad():
         expected = torch.stack([model(**batch).loss for batch in batches()]).mean()
-    assert found["eval_loss"] == pytest.approx(float(expected), rel=1e-4)
+    assert metrics["eval_loss"] == pytest.approx(float(expected), rel=1e-4)
     assert trainer.rift.step == 0
 
 
 def test_transformers_checkpoints_have_the_regularisers_state(tmp_path) -> None:
-    """An adaptive weight and a schedule go on where they were."""
+    """An adaptive weight and a schedule resume."""
 
     def start() -> Any:
         model = Plain()
         weight = rk.AdaptiveWeight(0.999, rate=5.0)
-        rift = rk.RIFTRegularizer(model, moved(model), layers="layers.1", weight=weight)
+        rift = rk.RIFTRegularizer(model, perturbed(model), layers="layers.1", weight=weight)
         return rift_trainer(tmp_path, model, rift, max_steps=3, save_strategy="steps", save_steps=1)
 
     whole = start()
@@ -184,19 +182,19 @@ def test_transformers_checkpoints_have_the_regularisers_state(tmp_path) -> None:
 
 def test_transformers_teacher_runs_under_the_trainings_autocast(tmp_path) -> None:
     model = Plain()
-    teacher = moved(model)
-    found: list[torch.dtype] = []
-    teacher.layers[1].register_forward_hook(lambda *caught: found.append(caught[-1].dtype))
+    teacher = perturbed(model)
+    dtypes: list[torch.dtype] = []
+    teacher.layers[1].register_forward_hook(lambda *call: dtypes.append(call[-1].dtype))
     rift = rk.RIFTRegularizer(model, teacher, layers="layers.1")
     rift_trainer(tmp_path, model, rift, bf16=True, max_steps=1).train()
-    assert found == [torch.bfloat16]
+    assert dtypes == [torch.bfloat16]
 
 
 @pytest.mark.parametrize("each_node", [False, True])
 def test_transformers_checkpoints_of_a_second_node(tmp_path, monkeypatch, each_node) -> None:
-    """Where nodes share no folder, each resumes from its own."""
+    """Nodes without a shared folder each resume from their own."""
     model = Plain()
-    rift = rk.RIFTRegularizer(model, moved(model), layers="layers.1")
+    rift = rk.RIFTRegularizer(model, perturbed(model), layers="layers.1")
     trainer = rift_trainer(tmp_path, model, rift, save_on_each_node=each_node)
     trainer.state.is_world_process_zero = False
     monkeypatch.setattr(transformers.TrainingArguments, "process_index", 1)
@@ -221,7 +219,7 @@ def test_transformers_with_peft(tmp_path) -> None:
     trainer = rift_trainer(tmp_path, model, rift)
     trainer.train()
     similarity = trainer.state.log_history[0]["rift/similarity/vit.layers.1"]
-    # Before the first step the adapters do nothing.
+    # Before the first step the adapters have no effect.
     assert similarity == pytest.approx(1.0, abs=1e-5)
 
 
@@ -230,7 +228,7 @@ def test_transformers_errors(tmp_path) -> None:
         rift_trainer(tmp_path, vit(), 0.3)
 
 
-def test_transformers_in_processes_that_would_drift_apart() -> None:
+def test_transformers_processes_that_would_diverge_raise() -> None:
     from rift_kernels.integrations.transformers import _check_shared
 
     for settings in (
@@ -243,13 +241,13 @@ def test_transformers_in_processes_that_would_drift_apart() -> None:
         },
     ):
         model = vit()
-        with rk.RIFTRegularizer(model, moved(model), layers="*layers.1", **settings) as rift:
-            _check_shared(rift, 1)
+        with rk.RIFTRegularizer(model, perturbed(model), layers="*layers.1", **settings) as rift:
+            _check_shared(rift, 1)  # fine in a single process
             with pytest.raises(ValueError, match="must have group='world' for an adaptive weight"):
                 _check_shared(rift, 2)
         model = vit()
         settings |= {"group": "world"}
-        with rk.RIFTRegularizer(model, moved(model), layers="*layers.1", **settings) as rift:
+        with rk.RIFTRegularizer(model, perturbed(model), layers="*layers.1", **settings) as rift:
             _check_shared(rift, 2)
 
 
@@ -327,25 +325,25 @@ def test_lightning_checkpoints_have_the_regularisers_state(tmp_path) -> None:
         module = Module()
         weight = rk.AdaptiveWeight(0.999, rate=5.0)
         rift = rk.RIFTRegularizer(
-            module.model, moved(module.model), layers="*layers.1", weight=weight
+            module.model, perturbed(module.model), layers="*layers.1", weight=weight
         )
         return module, RIFTCallback(rift)
 
     module, callback = start()
-    # An epoch is a batch: Lightning begins the one it was stopped in anew.
-    one = {"limit_train_batches": 1}
-    fit(module, callback, tmp_path, max_steps=1, **one).save_checkpoint(tmp_path / "one.ckpt")
+    # Epochs of one batch, because Lightning restarts the epoch in which it was stopped.
+    limit = {"limit_train_batches": 1}
+    fit(module, callback, tmp_path, max_steps=1, **limit).save_checkpoint(tmp_path / "one.ckpt")
     resumed, second = start()
-    fit(resumed, second, tmp_path, max_steps=3, **one, ckpt_path=tmp_path / "one.ckpt")
+    fit(resumed, second, tmp_path, max_steps=3, **limit, ckpt_path=tmp_path / "one.ckpt")
     whole, third = start()
-    fit(whole, third, tmp_path, max_steps=3, **one)
+    fit(whole, third, tmp_path, max_steps=3, **limit)
     assert second.rift.step == third.rift.step == 3
     assert torch.equal(second.rift.loss.weight.value, third.rift.loss.weight.value)
     assert_same_weights(resumed.model, whole.model.state_dict())
 
 
 class Troubled(Module):
-    """Fails in its first step, or skips batches before or after its model has seen them."""
+    """Fails in its first step, or skips batches before or after running the model."""
 
     trouble = ""
 
@@ -373,7 +371,7 @@ def test_lightning_fits_again_after_an_error(tmp_path) -> None:
 
 
 @pytest.mark.parametrize("trouble", ["skips before", "skips after"])
-def test_lightning_skips_what_the_step_skips(tmp_path, trouble) -> None:
+def test_lightning_skips_batches_that_the_step_skips(tmp_path, trouble) -> None:
     from rift_kernels.integrations.lightning import RIFTCallback
 
     module = Troubled()
@@ -397,7 +395,7 @@ def test_lightning_errors(tmp_path) -> None:
     module = Module()
     widths = {"student_width": 16, "teacher_width": 16}
     learned = regulariser(module.model, measure="covariance", rotation="learned", **widths)
-    with pytest.raises(ValueError, match="rift has parameters, a learned rotation"):
+    with pytest.raises(ValueError, match="rift must be an attribute of the LightningModule"):
         fit(module, RIFTCallback(learned), tmp_path)
     module.rift = learned
     fit(module, RIFTCallback(learned), tmp_path)
