@@ -147,9 +147,9 @@ def procrustes_similarity(
         mask: boolean (..., N), True = valid; n >= 2.
         method: ``"newton_schulz"``, matrix products only, or ``"svd"``, exact. Newton-Schulz counts
             singular values of ``Xc^T Yc`` below 1.4e-8 of its norm (1e-6 in Gram form) only in
-            part. This does not affect the value. It does affect the gradient where standard
-            deviations fall as steeply as ``k^-2``: by 5e-4 (3e-3 in Gram form), and by more the
-            closer the value is to 1.
+            part. This does not affect the value. Where standard deviations fall as steeply as
+            ``k^-2``, it changes the gradient by 5e-4 (3e-3 in Gram form). The change grows as the
+            value approaches 1.
         distance: return 1 - similarity, rounded once.
         precision, backend, group: see :mod:`rift_kernels.functional`.
 
@@ -193,7 +193,7 @@ def covariance_distance(
         mean_weight: weight of the squared distance between the means; not scaled by ``s``.
         debiased: with statistics as teacher, correct the bias of small batches. The covariance of n
             rows scatters around that of the data. Uncorrected, a student that *is* its teacher has
-            a relative distance of about ``(1 + r) / (n - 1)`` (normal features) instead of 0, where
+            a relative distance of about ``(1 + r) / (n - 1)`` for normal features, not 0. Here
             ``r = tr(S_t)^2 / ||S_t||^2``, at most D. The minimum then lies at features that are too
             small. The correction replaces ``||S_s||^2`` by the unbiased HSIC_1 of
             :func:`linear_cka`, and ``||mu_s||^2`` by its unbiased estimate. The value may be

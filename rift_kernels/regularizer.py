@@ -40,10 +40,10 @@ class RIFTRegularizer(nn.Module):
     The student's features are captured while *you* run it. ``rift(...)`` takes the model's inputs,
     runs the teacher on them in eval mode and without gradients, and compares. It does not run the
     student again. Call it once after each pass of the student that gradients flow through, with
-    the batch of that pass, and within the same ``torch.autocast`` if there is one. It cannot detect
-    another batch of the same size, which would be compared wrongly. If no gradient reaches the
-    layers (frozen, below all adapters, or run under ``no_grad``), the loss has no gradient either,
-    and a warning says so once.
+    the batch of that pass. If the student runs under ``torch.autocast``, so must the call. It
+    cannot detect another batch of the same size, which would be compared wrongly. Where no gradient
+    reaches the layers (frozen, below all adapters, or run under ``no_grad``), the loss has none
+    either, and warns once.
 
     The teacher is one of
 

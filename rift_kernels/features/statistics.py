@@ -29,9 +29,9 @@ class TeacherStatistics(nn.Module):
         count = sum_i w_i    mean = sum_i w_i x_i / count
         scatter = sum_i w_i (x_i - mean)(x_i - mean)^T
 
-    All weights are 1 for ``decay=1``. Otherwise ``count`` and ``scatter`` are multiplied by
-    ``decay`` before each update, so the rows of update t of T have weight ``decay ** (T - t)``:
-    exponentially weighted statistics of the latest updates. ::
+    All weights are 1 for ``decay=1``. Otherwise the statistics are exponentially weighted:
+    ``count`` and ``scatter`` are multiplied by ``decay`` before each update. The rows of update t
+    of T then have weight ``decay ** (T - t)``. ::
 
         statistics = rk.TeacherStatistics(768)
         for batch in loader:

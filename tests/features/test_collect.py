@@ -149,13 +149,13 @@ def test_every_training_flag_is_restored(model, batches) -> None:
     """During collection, dropout is off and nothing requires gradients."""
     model.train()
     model.embed.eval()
-    seen = []
+    flags = []
     model.head.register_forward_hook(
-        lambda module, _, output: seen.append((module.training, output.requires_grad))
+        lambda module, _, output: flags.append((module.training, output.requires_grad))
     )
     before = [module.training for module in model.modules()]
     collect(model, batches, layers="head")
-    assert set(seen) == {(False, False)}
+    assert set(flags) == {(False, False)}
     assert [module.training for module in model.modules()] == before
     with pytest.raises(InterruptedError):
         collect(model, Batches(batches, stop=1), layers="head")
@@ -167,17 +167,17 @@ def test_every_training_flag_is_restored(model, batches) -> None:
 
 def test_moves_batches(batches, device) -> None:
     model = Model().to(device).double()
-    seen = []
+    received = []
 
     def forward(model, batch):
-        seen.append(batch)
+        received.append(batch)
         assert batch["x"][0].device == batch["y"].z.device == device
         model(batch["x"][0].double())
 
     pair = namedtuple("pair", ["z"])
     nested = [{"x": [x], "y": pair(x), "caption": "a"} for x in batches]
     statistics = collect(model, nested, layers="head", forward=forward, progress=False)
-    assert seen[0]["caption"] == "a"
+    assert received[0]["caption"] == "a"
     assert statistics["head"].mean.device == device
     meta = []
     with pytest.raises(RuntimeError, match="nothing was captured"):

@@ -147,8 +147,8 @@ def live_tensors() -> list[Tensor]:
 
 def test_there_is_no_second_copy_of_the_weights() -> None:
     """No tensor that the steps leave alive is a copy of a weight."""
-    before = live_tensors()
-    known = {id(tensor) for tensor in before}
+    earlier = live_tensors()  # alive until the end, so that no id is reused
+    earlier_ids = {id(tensor) for tensor in earlier}
     student = with_peft(vit())
     rift = rk.RIFTRegularizer(student, layers="*layers.1")
     pointers = {parameter.data_ptr() for parameter in student.parameters()}
@@ -159,7 +159,7 @@ def test_there_is_no_second_copy_of_the_weights() -> None:
     weights = [
         tensor.data_ptr()
         for tensor in live_tensors()
-        if id(tensor) not in known and tuple(tensor.shape) in shapes
+        if id(tensor) not in earlier_ids and tuple(tensor.shape) in shapes
     ]
     assert len(set(weights) & pointers) > 10
     assert set(weights) <= pointers

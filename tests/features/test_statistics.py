@@ -162,13 +162,13 @@ def test_nan_in_a_valid_row_reaches_the_statistics(value) -> None:
 
 def test_too_few_rows_have_no_covariance() -> None:
     assert rk.TeacherStatistics(2).covariance().isnan().all()
-    one = gathered(normal(1, 2))
-    assert one.covariance().isnan().all()
-    assert torch.equal(one.covariance(0.5), torch.zeros(2, 2, dtype=torch.float64))
-    two = gathered(normal(2, 2))
-    assert not two.covariance().isnan().any()
-    assert two.covariance(2.0).isnan().all()
-    assert two.covariance(3).isnan().all()
+    one_row = gathered(normal(1, 2))
+    assert one_row.covariance().isnan().all()
+    assert torch.equal(one_row.covariance(0.5), torch.zeros(2, 2, dtype=torch.float64))
+    two_rows = gathered(normal(2, 2))
+    assert not two_rows.covariance().isnan().any()
+    assert two_rows.covariance(2.0).isnan().all()
+    assert two_rows.covariance(3).isnan().all()
 
 
 def test_scatter_is_symmetric_to_the_last_bit(device) -> None:
