@@ -1,1 +1,1 @@
-"""Examples: ``python -m examples.finetune_digits``."""
+"""Examples, run from the repository's root: ``python -m examples.finetune_digits``."""

@@ -1,14 +1,14 @@
 """Finetune a small vision transformer on a few images, with and without a RIFT loss.
 
 A transformer is pretrained on scikit-learn's handwritten digits 0-6. It is then finetuned on ten
-images each of 7, 8 and 9, turned by a quarter and inverted: plainly, with ``RIFTLoss`` added to the
-task loss, and as a linear probe (frozen transformer, new head). Shown of each: the accuracy on the
-new digits, how similar the features still are to the pretrained ones (debiased CKA), and how well
-they still tell the old digits apart (a linear classifier fitted to them). Every way has the same
-optimiser, steps, batches and seeds, and sees no old digit while finetuning.
+images each of 7, 8 and 9, rotated by a quarter turn and inverted. The ways of finetuning are plain,
+with ``RIFTLoss`` added to the task loss, and a linear probe (frozen transformer, new head). Results
+for each are the accuracy on the new digits, the similarity to the pretrained features (debiased
+CKA), and the accuracy of a linear classifier fitted to the features of the old digits. Every way
+has the same optimiser, steps, batches and seeds, and sees no old digit during finetuning.
 
     python -m examples.finetune_digits
-    python -m examples.finetune_digits --seeds 1 --weight 1                  # a quick look
+    python -m examples.finetune_digits --seeds 1 --weight 1                  # a short run
     python -m examples.finetune_digits --measure cka procrustes --out /tmp/demo
 
 Writes tradeoff.png and results.json.
@@ -22,7 +22,7 @@ import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,59 +33,24 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
-from torch import Tensor
 
 import rift_kernels as rk
 
-from . import training
-from .digits import MODEL, NEW, OLD, SHOTS, Data, Transformer, draw_data
-from .runs import HARDWARE, commit, progress, versions
-from .training import (
-    FINETUNING,
-    LOWER_RATES,
-    PRETRAINING,
-    RATE,
-    Tick,
-    accuracy,
-    pretrain,
-    refitted_accuracy,
-)
+from .digits import training
+from .digits.data import NEW, OLD, SHOTS, Data, draw_data
+from .digits.evaluation import evaluate
+from .digits.methods import GREY, MEASURES, PLAIN, PRETRAINED, PROBE, Plan
+from .digits.model import SIZES, Transformer
+from .digits.runs import HARDWARE, Run, commit, progress_bar, versions
+from .digits.training import FINETUNING, LOWER_RATES, PRETRAINING, RATE, Tick, pretrain
 
-PLAIN, PROBE, GREY = "plain", "linear probe", "#57606a"
-# A name, a colour, and the weights tried: the second is the table's. The Bures distance alone has a
-# unit, that of the features squared.
-GRID = (0.3, 1.0, 3.0, 10.0)
-MEASURES = {
-    "cka": ("debiased CKA", "#0969a8", GRID),
-    "covariance": ("covariance", "#c2410c", GRID),
-    "procrustes": ("Procrustes", "#15803d", GRID),
-    "bures": ("Bures", "#7e22ce", (0.03, 0.1, 0.3, 1.0)),
-}
-
-Run = dict[str, Any]  # what one seed of a plan gave
-
-
-class Plan(NamedTuple):
-    """One way of finetuning."""
-
-    way: str
-    weight: float = 0.0
-    rate: float = RATE
-
-    def __str__(self) -> str:
-        if self.way in MEASURES:
-            return f"+ RIFT ({MEASURES[self.way][0]}), weight {self.weight:g}"
-        slower = self.way == PLAIN and self.rate != RATE
-        return self.way + (f", learning rate / {RATE / self.rate:g}" if slower else "")
-
-
-PRETRAINED = Plan("pretrained", 0.0, 0.0)
+UNTRAINED = Plan(PRETRAINED, 0.0, 0.0)
 
 
 def finetune(
     teacher: Transformer, data: Data, plan: Plan, seed: int, tick: Tick
 ) -> tuple[Transformer, float]:
-    """Finetune a copy of the teacher; returns it and the time of a step in ms."""
+    """Finetune a copy of the teacher; return it and the time of a step in ms."""
     way, weight, rate = plan
     rift = rk.RIFTLoss(way, weight=weight) if way in MEASURES else None
     recipe = FINETUNING._replace(rate=rate)
@@ -93,50 +58,35 @@ def finetune(
     return training.finetune(teacher, data.shots, len(NEW), rift, seed, recipe, tick, frozen=frozen)
 
 
-@torch.no_grad()
-def measure(model: Transformer, teacher: Transformer, data: Data) -> Run:
-    """Accuracies in percent, and similarities to the teacher."""
-
-    def similarity(images: Tensor) -> float:
-        return rk.linear_cka(model.features(images), teacher.features(images)).item()
-
-    return {
-        "new_accuracy": accuracy(model, data.new_test),
-        "similarity": similarity(data.old_test[0]),
-        "similarity_new": similarity(data.new_test[0]),
-        "old_accuracy": refitted_accuracy(model, data.pretraining, data.old_test),
-    }
-
-
 def run_all(plans: Sequence[Plan], seeds: int, device: torch.device, console: Console) -> list[Run]:
-    """Every plan with every seed. Where the output is no terminal: no bar, but a line a seed."""
+    """Run every plan with every seed, with a progress bar, or a line per seed off a terminal."""
     runs = []
-    with progress(console) as bar:
-        job = bar.add_task("", total=seeds * (PRETRAINING.steps + len(plans) * FINETUNING.steps))
+    with progress_bar(console) as bar:
+        task = bar.add_task("", total=seeds * (PRETRAINING.steps + len(plans) * FINETUNING.steps))
 
         def tick() -> None:
-            bar.advance(job)
+            bar.advance(task)
 
         for seed in range(seeds):
             name = f"seed {seed + 1} of {seeds}"
-            bar.update(job, description=f"{name}: pretraining")
+            bar.update(task, description=f"{name}: pretraining")
             data = draw_data(seed, device)
             teacher = pretrain(data.pretraining, len(OLD), seed, tick=tick)
-            untrained = {"new_accuracy": None, "step_ms": None}  # no head for the new digits yet
-            start = {**PRETRAINED._asdict(), "seed": seed}
-            runs.append(start | measure(teacher, teacher, data) | untrained)
+            unmeasured = {"new_accuracy": None, "step_ms": None}  # no head for the new digits yet
+            settings = {**UNTRAINED._asdict(), "seed": seed}
+            runs.append(settings | evaluate(teacher, teacher, data) | unmeasured)
             for plan in plans:
-                bar.update(job, description=f"{name}: {plan}")
+                bar.update(task, description=f"{name}: {plan}")
                 model, ms = finetune(teacher, data, plan, seed, tick)
-                measured = measure(model, teacher, data)
-                runs.append({**plan._asdict(), "seed": seed, **measured, "step_ms": ms})
+                results = evaluate(model, teacher, data)
+                runs.append({**plan._asdict(), "seed": seed, **results, "step_ms": ms})
             if not console.is_terminal:
                 console.print(f"{name}: done")
     return runs
 
 
-def spread(runs: Sequence[Run], plan: Plan, field: str) -> tuple[float, float]:
-    """Mean and standard deviation over the seeds; NaN where nothing was measured."""
+def mean_and_deviation(runs: Sequence[Run], plan: Plan, field: str) -> tuple[float, float]:
+    """Mean and standard deviation over the seeds; NaN for a field that was not measured."""
     values = [run[field] for run in runs if (run["way"], run["weight"], run["rate"]) == plan]
     if None in values:
         return math.nan, math.nan
@@ -144,9 +94,10 @@ def spread(runs: Sequence[Run], plan: Plan, field: str) -> tuple[float, float]:
 
 
 def print_table(runs: Sequence[Run], plans: Sequence[Plan], seeds: int, console: Console) -> None:
-    rows = [PRETRAINED, Plan(PROBE), Plan(PLAIN)]
+    rows = [UNTRAINED, Plan(PROBE), Plan(PLAIN)]
     for way in dict.fromkeys(plan.way for plan in plans if plan.way in MEASURES):
-        gaps = {p: abs(math.log(p.weight / MEASURES[way][2][1])) for p in plans if p.way == way}
+        default = MEASURES[way].default_weight
+        gaps = {p: abs(math.log(p.weight / default)) for p in plans if p.way == way}
         rows.append(min(gaps, key=gaps.__getitem__))
     table = Table("", box=SIMPLE_HEAD, pad_edge=False)
     for heading in ("new digits\n%", "similarity\nCKA", "old digits\n%", "step\nms"):
@@ -154,39 +105,40 @@ def print_table(runs: Sequence[Run], plans: Sequence[Plan], seeds: int, console:
     for plan in rows:
         cells = []
         for field, places in (("new_accuracy", 1), ("similarity", 2), ("old_accuracy", 1)):
-            mean, deviation = spread(runs, plan, field)
+            mean, deviation = mean_and_deviation(runs, plan, field)
             cells.append(f"{mean:.{places}f}" + f" ± {deviation:.{places}f}" * (seeds > 1))
-        cells.append(f"{spread(runs, plan, 'step_ms')[0]:.1f}")
+        cells.append(f"{mean_and_deviation(runs, plan, 'step_ms')[0]:.1f}")
         table.add_row(str(plan), *("-" if "nan" in cell else cell for cell in cells))
     console.print(table)
 
 
 def draw_curve(axes: Axes, runs: Sequence[Run], plans: Sequence[Plan], field: str) -> None:
-    """The means, joined; a cross at each, a standard deviation long to every side."""
+    """Join the means, each with a cross of one standard deviation in every direction."""
     way = plans[0].way
-    name, colour, _ = MEASURES.get(way, (way, GREY, ()))
-    x, sd_x = np.array([spread(runs, plan, "new_accuracy") for plan in plans]).T
-    y, sd_y = np.array([spread(runs, plan, field) for plan in plans]).T
+    is_rift = way in MEASURES
+    colour = MEASURES[way].colour if is_rift else GREY
+    x, sd_x = np.array([mean_and_deviation(runs, plan, "new_accuracy") for plan in plans]).T
+    y, sd_y = np.array([mean_and_deviation(runs, plan, field) for plan in plans]).T
     axes.errorbar(x, y, sd_y, sd_x, fmt="none", ecolor=colour, elinewidth=1, alpha=0.3, zorder=2)
-    dots = {PLAIN: "s-", PROBE: "D-"}.get(way, "o-")
-    label = f"+ RIFT, {name}" if way in MEASURES else "_"  # the others are written on
-    axes.plot(x, y, dots, color=colour, lw=2, ms=7, mec="white", zorder=3, label=label)
+    marker = {PLAIN: "s-", PROBE: "D-"}.get(way, "o-")
+    label = f"+ RIFT, {MEASURES[way].label}" if is_rift else "_"  # others have annotations
+    axes.plot(x, y, marker, color=colour, lw=2, ms=7, mec="white", zorder=3, label=label)
     halo = [withStroke(linewidth=2.5, foreground="white")]
     sides = {"cka": ("right", (-7, -9)), PLAIN: ("right", (-8, -12))}
     side, shift = sides.get(way, ("left", (7, 5)))
-    how: dict[str, Any] = {"ha": side, "color": colour, "fontsize": 9, "path_effects": halo}
+    style: dict[str, Any] = {"ha": side, "color": colour, "fontsize": 9, "path_effects": halo}
     for plan, a, b in zip(plans, x, y, strict=True):
         note = f"rate / {RATE / plan.rate:g}" if plan.rate < RATE else way
         note = f"{plan.weight:g}" if plan.weight else note
-        axes.annotate(note, (a, b), shift, textcoords="offset points", zorder=4, **how)
+        axes.annotate(note, (a, b), shift, textcoords="offset points", zorder=4, **style)
 
 
 def draw_digits(figure: Figure, data: Data) -> None:
-    """An image of each class, above the panels."""
+    """Draw an image of each class above the panels."""
     left = 0.075
     rows = ("Pretrained on", data.old_test), ("Finetuned on\n(7, 8, 9)", data.shots)
-    for words, (pixels, labels) in rows:
-        figure.text(left, 0.855, words, fontsize=11, va="center")
+    for caption, (pixels, labels) in rows:
+        figure.text(left, 0.855, caption, fontsize=11, va="center")
         left += 0.135
         for label in range(int(labels.max()) + 1):
             axes = figure.add_axes((left, 0.8, 0.058, 0.11))
@@ -197,17 +149,19 @@ def draw_digits(figure: Figure, data: Data) -> None:
 
 
 def draw(runs: Sequence[Run], plans: Sequence[Plan], seeds: int, path: Path) -> None:
-    """The picture: what is kept against what is learned."""
+    """Draw what finetuning keeps against what it learns."""
     figure = Figure(figsize=(9, 6.1), facecolor="white")
     panels = figure.subplots(1, 2)
     figure.subplots_adjust(left=0.075, right=0.985, top=0.73, bottom=0.09, wspace=0.17)
     title = "What finetuning keeps, against what it learns"
     figure.suptitle(title, x=0.075, ha="left", y=0.98, weight="bold", fontsize=13)
     draw_digits(figure, draw_data(0, torch.device("cpu")))
-    kept, similar = "Accuracy kept on the old digits, %", "Similarity to the pretrained model (CKA)"
-    titles = {"old_accuracy": kept, "similarity": similar}
+    titles = {
+        "old_accuracy": "Accuracy kept on the old digits, %",
+        "similarity": "Similarity to the pretrained model (CKA)",
+    }
     for axes, (field, title) in zip(panels, titles.items(), strict=True):
-        level = spread(runs, PRETRAINED, field)[0]
+        level = mean_and_deviation(runs, UNTRAINED, field)[0]
         axes.axhline(level, color=GREY, lw=1, ls=":", zorder=1)
         for way in (PLAIN, PROBE, *MEASURES):
             if curve := [plan for plan in plans if plan.way == way]:
@@ -231,10 +185,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     add = parser.add_argument
     add("--measure", nargs="+", choices=tuple(MEASURES), default=["cka", "covariance"])
-    add("--weight", nargs="+", type=float, help="only these, and no other learning rates of plain")
-    add("--seeds", type=int, default=5, help="how many; default: %(default)s")
+    weight_help = "only these weights, and plain finetuning at a single learning rate"
+    add("--weight", nargs="+", type=float, help=weight_help)
+    add("--seeds", type=int, default=5, help="number of seeds; default: %(default)s")
     add("--out", type=Path, default=Path("demo"), metavar="DIR", help="default: %(default)s")
-    add("--device", help="default: cuda where there is a GPU, else cpu")
+    add("--device", help="default: cuda with a GPU, otherwise cpu")
     options = parser.parse_args(argv)
     for weight in options.weight or ():
         if not 0 < weight < math.inf:
@@ -255,19 +210,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     plans = [Plan(PROBE), Plan(PLAIN)]
     plans += [] if options.weight else [Plan(PLAIN, 0.0, rate) for rate in LOWER_RATES]
     for way in dict.fromkeys(options.measure):
-        plans += [Plan(way, weight) for weight in sorted(set(options.weight or MEASURES[way][2]))]
+        weights = options.weight or MEASURES[way].weights
+        plans += [Plan(way, weight) for weight in sorted(set(weights))]
     cuda = options.device.type == "cuda"
     hardware = torch.cuda.get_device_name(options.device) if cuda else HARDWARE
     console = Console(highlight=False)
     console.print(f"{len(plans)} finetunings a seed, seeds: {options.seeds}, on: {hardware}")
     start = time.perf_counter()
-    # So small a model gains nothing from more threads, and loses much on a busy machine.
+    # A model this small gains nothing from more threads, and loses much on a busy machine.
     with threadpool_limits(1):
         runs = run_all(plans, options.seeds, options.device, console)
     seconds = round(time.perf_counter() - start, 1)
     print_table(runs, plans, options.seeds, console)
     draw(runs, plans, options.seeds, options.out / "tradeoff.png")
-    settings = {"seeds": options.seeds, "shots": SHOTS, **MODEL}
+    settings = {"seeds": options.seeds, "shots": SHOTS, **SIZES}
     settings |= {"steps": FINETUNING.steps, "batch": FINETUNING.batch}
     settings |= {"pretraining_steps": PRETRAINING.steps, "pretraining_rate": PRETRAINING.rate}
     record = {"hardware": hardware, "seconds": seconds, "versions": versions(), "commit": commit()}

@@ -38,7 +38,7 @@ def test_demo(tmp_path) -> None:
 
 
 def test_no_test_image_is_trained_on() -> None:
-    from examples.digits import draw_data
+    from examples.digits.data import draw_data
 
     data = draw_data(0, torch.device("cpu"))
     assert len(data.shots[0]) == 30

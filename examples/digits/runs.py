@@ -1,4 +1,4 @@
-"""Runs that are kept: each is appended to a file when it is done, and only missing ones are run."""
+"""Runs that are stored when they finish, so that a later start performs only missing ones."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 import rift_kernels as rk
 
-Run = dict[str, Any]  # the settings of a run that vary, and what it gave
+Run = dict[str, Any]  # the settings that vary between runs, and results
 Context = TypeVar("Context")
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 HARDWARE = f"{platform.machine()} cpu, one thread"
 
 
 class StoreError(ValueError):
-    """What is wrong with a file of runs; the message is for the user."""
+    """A fault in a file of runs; the message is for the user."""
 
 
 class Job(NamedTuple):
-    """A run that is wanted, and what sets it apart from the others."""
+    """A run to perform, with the settings that distinguish it from others."""
 
     seed: int
     name: str
@@ -42,23 +42,23 @@ class Job(NamedTuple):
 
 
 class Store:
-    """A file of JSON lines, one a finished run, identified by all of its settings and ``code``.
+    """A file of JSON lines, one for each finished run, identified by all settings and ``code``.
 
-    A line is written at once. What a killed run left of its last line is cut off. One process at a
-    time.
+    A line is written at once. An incomplete last line, which a killed run leaves, is cut off. Only
+    one process may use a file at a time.
 
     Raises:
-        StoreError: another line than the last is no run.
+        StoreError: a line other than the last is not a run.
     """
 
     def __init__(self, path: Path, code: str) -> None:
         self.path, self.code = path, code
         self._runs: dict[str, Run] = {}
         data = path.read_bytes() if path.exists() else b""
-        whole = data.rfind(b"\n") + 1
-        if whole < len(data):
-            os.truncate(path, whole)
-        for number, line in enumerate(data[:whole].splitlines(), 1):
+        end = data.rfind(b"\n") + 1
+        if end < len(data):
+            os.truncate(path, end)
+        for number, line in enumerate(data[:end].splitlines(), 1):
             try:
                 run = json.loads(line)
                 self._runs[self._key(run["code"], run["settings"])] = run["results"]
@@ -81,7 +81,7 @@ class Store:
 
 
 def code_version(modules: Sequence[ModuleType]) -> str:
-    """A digest of these modules, of the package, and of the versions of what they call."""
+    """A digest of these modules, of the package, and of the versions of its dependencies."""
     digest = hashlib.sha256(json.dumps(versions()).encode())
     for module in modules:
         digest.update(inspect.getsource(module).encode())
@@ -91,21 +91,21 @@ def code_version(modules: Sequence[ModuleType]) -> str:
 
 
 def versions() -> dict[str, str]:
-    found = {module.__name__: module.__version__ for module in (rk, torch, sklearn, numpy)}
-    return found | {"python": platform.python_version()}
+    packages = {module.__name__: module.__version__ for module in (rk, torch, sklearn, numpy)}
+    return packages | {"python": platform.python_version()}
 
 
 def commit() -> str:
     command = ["git", "rev-parse", "HEAD"]
     try:
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     except OSError:
         return "unknown"
-    return done.stdout.strip() if done.returncode == 0 else "unknown"
+    return process.stdout.strip() if process.returncode == 0 else "unknown"
 
 
-def progress(console: Console) -> Progress:
-    """A bar; none where the output is no terminal."""
+def progress_bar(console: Console) -> Progress:
+    """A progress bar, which is hidden if the output is not a terminal."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -117,30 +117,30 @@ def progress(console: Console) -> Progress:
 
 def run_missing(
     store: Store,
-    shared: Run,
+    shared_settings: Run,
     jobs: Sequence[Job],
-    begin: Callable[[int], Context],
+    prepare: Callable[[int], Context],
     perform: Callable[[Context, Job], Run],
     console: Console,
 ) -> list[Run]:
-    """All jobs' settings and results, in their order; those that the store lacks are performed.
+    """Perform the jobs that the store lacks; return settings and results of all, in order.
 
-    ``begin`` gives what the jobs of a seed share, and is called for seeds with something to do. Its
-    time counts as the first such job's. ``shared`` are the settings that no job varies.
+    ``prepare`` computes what the jobs of one seed share. It is called only for seeds with missing
+    jobs, and its time counts towards the first of them. No job varies ``shared_settings``.
     """
 
     def settings(job: Job) -> Run:
-        return {**shared, "seed": job.seed, **job.settings}
+        return {**shared_settings, "seed": job.seed, **job.settings}
 
     missing = [job for job in jobs if store.get(settings(job)) is None]
     console.print(f"{len(jobs)} runs, {len(jobs) - len(missing)} of them done before")
-    # So small a model gains nothing from more threads, and loses much on a busy machine.
-    with threadpool_limits(1), progress(console) as bar:
+    # A model this small gains nothing from more threads, and loses much on a busy machine.
+    with threadpool_limits(1), progress_bar(console) as bar:
         task = bar.add_task("", total=len(missing))
         for seed in dict.fromkeys(job.seed for job in missing):
             start = time.perf_counter()
             bar.update(task, description=f"seed {seed}: pretraining")
-            context = begin(seed)
+            context = prepare(seed)
             for job in (job for job in missing if job.seed == seed):
                 bar.update(task, description=f"seed {seed}: {job.name}")
                 results = perform(context, job)
@@ -156,14 +156,14 @@ def run_missing(
     return runs
 
 
-def record(store: Store, shared: Run, runs: Sequence[Run], commit: str) -> dict[str, Any]:
-    """What a result file holds."""
+def record(store: Store, shared_settings: Run, runs: Sequence[Run], commit: str) -> dict[str, Any]:
+    """The content of a result file."""
     return {
         "hardware": HARDWARE,
         "seconds": round(sum(run["seconds"] for run in runs), 1),
         "versions": versions(),
         "commit": commit,
         "code": store.code,
-        "settings": shared,
+        "settings": shared_settings,
         "runs": list(runs),
     }

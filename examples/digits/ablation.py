@@ -1,4 +1,4 @@
-"""One run of examples/ablate.py: a finetuning with given settings."""
+"""One run of ``examples.ablate``: a finetuning with given settings."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ import torch
 
 import rift_kernels as rk
 
-from .digits import MODEL, NEW, OLD, SHOTS, Data, Transformer, draw_data
-from .finetune_digits import MEASURES, measure
+from .data import NEW, OLD, SHOTS, Data, draw_data
+from .evaluation import evaluate
+from .methods import MEASURES, PRETRAINED
+from .model import SIZES, Transformer
 from .runs import Run
 from .training import PRETRAINING, RATE, Recipe, finetune, pretrain
 
-PLAIN, PRETRAINED = "plain", "pretrained"
-BATCHES = (8, 15, 30)  # of the new images, of which there are 30
+BATCHES = (8, 15, 30)  # of the 30 new images
 
 
 class Plan(NamedTuple):
@@ -36,36 +37,36 @@ class Start(NamedTuple):
     teacher: Transformer
 
 
-def begin(seed: int, recipe: Recipe = PRETRAINING) -> Start:
+def prepare(seed: int, recipe: Recipe = PRETRAINING) -> Start:
     data = draw_data(seed, torch.device("cpu"))
     return Start(seed, data, pretrain(data.pretraining, len(OLD), seed, recipe))
 
 
 def perform(start: Start, plan: Plan, steps: int) -> Run:
-    """What finetuning as planned gives; of ``PRETRAINED``, what the pretrained model gives."""
+    """Finetune as planned and evaluate; for ``PRETRAINED``, only evaluate the pretrained model."""
     seed, data, teacher = start
     if plan.way == PRETRAINED:  # has no head for the new digits
-        return measure(teacher, teacher, data) | {"new_accuracy": None, "step_ms": None}
+        return evaluate(teacher, teacher, data) | {"new_accuracy": None, "step_ms": None}
     recipe = Recipe(steps, plan.rate, plan.batch)
-    model, ms = finetune(teacher, data.shots, len(NEW), loss(plan), seed, recipe)
-    return measure(model, teacher, data) | {"step_ms": round(ms, 3)}
+    model, ms = finetune(teacher, data.shots, len(NEW), rift_loss(plan), seed, recipe)
+    return evaluate(model, teacher, data) | {"step_ms": round(ms, 3)}
 
 
-def loss(plan: Plan) -> rk.RIFTLoss | None:
-    """The loss that is added; none for plain finetuning."""
+def rift_loss(plan: Plan) -> rk.RIFTLoss | None:
+    """The loss to add, or None for plain finetuning."""
     if plan.way not in MEASURES:
         return None
-    how: dict[str, Any] = {
+    settings: dict[str, Any] = {
         "weight": plan.weight,
         "debiased": plan.debiased,
         "rotation": plan.rotation,
     }
     if plan.rotation == "learned":
-        how |= {"student_width": MODEL["width"], "teacher_width": MODEL["width"]}
-    return rk.RIFTLoss(plan.way, **how)
+        settings |= {"student_width": SIZES["width"], "teacher_width": SIZES["width"]}
+    return rk.RIFTLoss(plan.way, **settings)
 
 
-def shared(pretraining: Recipe, steps: int) -> Run:
+def shared_settings(pretraining: Recipe, steps: int) -> Run:
     """The settings that no plan varies."""
     settings = {f"pretraining_{name}": value for name, value in pretraining._asdict().items()}
-    return {"shots": SHOTS, "steps": steps, **settings, **MODEL}
+    return {"shots": SHOTS, "steps": steps, **settings, **SIZES}

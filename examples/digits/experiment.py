@@ -1,4 +1,4 @@
-"""A command that runs what is missing, and writes results, tables, a picture and a page."""
+"""An experiment as a command: perform missing runs, and write results, tables and a picture."""
 
 from __future__ import annotations
 
@@ -26,28 +26,28 @@ from .runs import Job, Run, Store, StoreError, code_version, commit, record, run
 from .training import FINETUNING, PRETRAINING, Recipe
 
 Record = dict[str, Any]
-STOPPED = "\nstopped; finished runs are kept, and the next start goes on"
+STOPPED = "\nstopped; finished runs are kept, and the next start continues"
 QUICK = (PRETRAINING._replace(steps=20), 5)
 
 
 class Section(NamedTuple):
-    """A table; the first column has the names of rows."""
+    """A table whose first column has the names of rows."""
 
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
 
 
-class Command(NamedTuple):
-    """What sets one command apart from another. ``name`` is that of its files and markers."""
+class Experiment(NamedTuple):
+    """Everything that differs between experiments. ``name`` is that of its files and markers."""
 
     name: str
     doc: str
     seeds: int
-    modules: Sequence[ModuleType]  # those of the examples that the results depend on
-    shared: Callable[[Recipe, int], Run]  # settings, from how to pretrain and the steps after it
-    jobs: Callable[[int], list[Job]]  # of a number of seeds
-    begin: Callable[[int, Recipe], Any]
-    perform: Callable[[Any, Job, int], Run]  # in so many steps
+    modules: Sequence[ModuleType]  # the modules of the examples that affect results
+    shared_settings: Callable[[Recipe, int], Run]  # from pretraining and the steps after it
+    jobs: Callable[[int], list[Job]]  # for a number of seeds
+    prepare: Callable[[int, Recipe], Any]
+    perform: Callable[[Any, Job, int], Run]  # in a number of steps
     sections: Callable[[Sequence[Run]], list[Section]]
     draw: Callable[[Sequence[Run]], Figure]
     note: str
@@ -62,18 +62,19 @@ class Command(NamedTuple):
         try:
             options.out.mkdir(parents=True, exist_ok=True)
             if options.report:
-                found = json.loads(path.read_text("utf-8"))
+                results = json.loads(path.read_text("utf-8"))
             else:
-                found = self.run(options.out, options.seeds, options.quick, console)
-                path.write_text(json.dumps(found, indent=1) + "\n", "utf-8")
-            self.show(found, console)
+                results = self.run(options.out, options.seeds, options.quick, console)
+                path.write_text(json.dumps(results, indent=1) + "\n", "utf-8")
+            self.show(results, console)
             picture = path.with_suffix(".png")
-            self.picture(found, picture)
-            console.print(f"{found['seconds']:.0f} s in all. Wrote {path} and {picture}")
+            self.write_picture(results, picture)
+            console.print(f"{results['seconds']:.0f} s in all. Wrote {path} and {picture}")
             if options.page:
                 text = options.page.read_text("utf-8")
                 link = os.path.relpath(picture, options.page.parent)
-                options.page.write_text(updated(text, self.name, self.page(found, link)), "utf-8")
+                text = updated(text, self.name, self.page(results, link))
+                options.page.write_text(text, "utf-8")
                 console.print(f"Wrote {options.page}")
         except (OSError, ReportError, StoreError, json.JSONDecodeError) as error:
             console.print(f"{self.name}: {error}", style="red")
@@ -85,10 +86,11 @@ class Command(NamedTuple):
             description=self.doc, formatter_class=argparse.RawDescriptionHelpFormatter
         )
         add = parser.add_argument
-        add("--seeds", type=int, help=f"how many; default: {self.seeds}, with --quick 1")
+        seeds_help = f"number of seeds; default: {self.seeds}, with --quick 1"
+        add("--seeds", type=int, help=seeds_help)
         add("--out", type=Path, default=Path(self.name), metavar="DIR", help="default: %(default)s")
-        add("--quick", action="store_true", help="a few steps, which measure nothing")
-        add("--report", action="store_true", help=f"run nothing: show {self.name}.json again")
+        add("--quick", action="store_true", help="only a few steps, whose results mean nothing")
+        add("--report", action="store_true", help=f"run nothing; show {self.name}.json again")
         add("--page", type=Path, metavar="FILE", help="also write the tables into this page")
         options = parser.parse_args(argv)
         if options.seeds is None:
@@ -98,23 +100,23 @@ class Command(NamedTuple):
         return options
 
     def run(self, out: Path, seeds: int, quick: bool, console: Console) -> Record:
-        """Run what is missing in ``out``, and put all together."""
+        """Perform the runs that are missing in ``out``, and return the record of all."""
         pretraining, steps = QUICK if quick else (PRETRAINING, FINETUNING.steps)
-        settings = self.shared(pretraining, steps)
+        settings = self.shared_settings(pretraining, steps)
         store = Store(out / f"{self.name}.jsonl", code_version(self.modules))
 
-        def begin(seed: int) -> Any:
-            return self.begin(seed, pretraining)
+        def prepare(seed: int) -> Any:
+            return self.prepare(seed, pretraining)
 
-        def perform(begun: Any, job: Job) -> Run:
-            return self.perform(begun, job, steps)
+        def perform(context: Any, job: Job) -> Run:
+            return self.perform(context, job, steps)
 
-        at = commit()  # a later one is not what ran
-        runs = run_missing(store, settings, self.jobs(seeds), begin, perform, console)
-        return record(store, settings, runs, at)
+        revision = commit()  # read first, because a later commit is not the code that ran
+        runs = run_missing(store, settings, self.jobs(seeds), prepare, perform, console)
+        return record(store, settings, runs, revision)
 
-    def show(self, found: Record, console: Console) -> None:
-        for section in self.sections(found["runs"]):
+    def show(self, results: Record, console: Console) -> None:
+        for section in self.sections(results["runs"]):
             table = Table(section.header[0], box=SIMPLE_HEAD, pad_edge=False)
             for heading, *cells in list(zip(section.header, *section.rows, strict=True))[1:]:
                 table.add_column(heading, justify="right", min_width=max(map(len, cells)))
@@ -122,28 +124,28 @@ class Command(NamedTuple):
                 table.add_row(*row)
             console.print(table)
 
-    def page(self, found: Record, link: str) -> str:
-        """What stands between the markers of the page: picture, tables, and where they are from."""
+    def page(self, results: Record, link: str) -> str:
+        """The text between the page's markers: picture, tables, and their origin."""
         parts = [f"![{self.alt}]({link})"]
-        for section in self.sections(found["runs"]):
+        for section in self.sections(results["runs"]):
             parts.append(markdown(section.header, section.rows))
-        return "\n\n".join([*parts, f"{self.note} {caption(found)}"])
+        return "\n\n".join([*parts, f"{self.note} {caption(results)}"])
 
-    def picture(self, found: Record, path: Path) -> None:
-        """Draw; the picture's metadata tell of which results it is."""
-        self.draw(found["runs"]).savefig(path, dpi=150, metadata={"Source": digest(found)})
-
-
-def digest(found: Record) -> str:
-    return hashlib.sha256(json.dumps(found["runs"]).encode()).hexdigest()
+    def write_picture(self, results: Record, path: Path) -> None:
+        """Draw the picture; its metadata identify the results that it shows."""
+        self.draw(results["runs"]).savefig(path, dpi=150, metadata={"Source": digest(results)})
 
 
-def difference(runs: Sequence[Run], others: Sequence[Run], field: str) -> str:
-    """The mean of the seeds' differences; with ``~`` where it may be chance (paired t, 5%)."""
-    before = {run["seed"]: run[field] for run in others}
-    gaps = [run[field] - before[run["seed"]] for run in runs]
+def digest(results: Record) -> str:
+    return hashlib.sha256(json.dumps(results["runs"]).encode()).hexdigest()
+
+
+def difference(runs: Sequence[Run], baseline: Sequence[Run], field: str) -> str:
+    """The mean difference between runs of one seed; ``~`` if it may be chance (paired t, 5%)."""
+    by_seed = {run["seed"]: run[field] for run in baseline}
+    gaps = [run[field] - by_seed[run["seed"]] for run in runs]
     mean = math.fsum(gaps) / len(gaps)
-    # Equal gaps have no spread to test by, and one is no evidence.
-    varied = len(set(gaps)) > 1
-    certain = ttest_1samp(gaps, 0).pvalue < 0.05 if varied else len(gaps) > 1 and mean != 0
+    # Equal gaps leave no spread for the test, and a single gap is no evidence.
+    is_varied = len(set(gaps)) > 1
+    certain = ttest_1samp(gaps, 0).pvalue < 0.05 if is_varied else len(gaps) > 1 and mean != 0
     return f"{'' if certain else '~'}{mean:+.1f}"

@@ -1,0 +1,1 @@
+"""What ``finetune_digits``, ``ablate`` and ``continual`` share."""
