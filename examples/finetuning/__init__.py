@@ -1,1 +1,1 @@
-"""What ``examples.finetune_vit`` and ``examples.finetune_text`` share."""
+"""What ``finetune_vit`` and ``finetune_text`` share."""

@@ -1,4 +1,4 @@
-"""Checkpoints of the finetuning examples: all that a run needs to go on exactly."""
+"""Checkpoints of the finetuning examples, with everything that an exact continuation needs."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ _NAME = re.compile(r"step-(\d+)\.pt")
 
 @dataclass
 class Progress:
-    """How far a run has come, as plain values."""
+    """The position of a run and its metrics, as plain values."""
 
     epoch: int = 0
-    batch: int = 0  # passes done of this epoch
+    batch: int = 0  # finished passes of this epoch
     step: int = 0
     best: float = -1.0
     best_epoch: int = 0
@@ -35,39 +35,39 @@ class Progress:
 
 def newest(folder: Path) -> Path | None:
     """The checkpoint of the last step."""
-    found = _all(folder)
-    return found[-1] if found else None
+    paths = _all(folder)
+    return paths[-1] if paths else None
 
 
 def save(state: dict[str, Any], folder: Path, step: int, keep: int) -> None:
-    """Write a checkpoint as a whole or not at all, and drop all but the newest."""
+    """Write a checkpoint atomically, and delete all but the newest ``keep``."""
     write(folder / f"step-{step:09d}.pt", lambda path: torch.save(state, path))
     for old in _all(folder)[:-keep]:
         old.unlink()
 
 
 def load(path: Path) -> dict[str, Any]:
-    """A checkpoint, on the CPU.
+    """Read a checkpoint on the CPU.
 
     Raises:
-        UserError: it cannot be read.
+        UserError: it is unreadable.
     """
     try:
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch and pickle raise whatever they come across
+    except Exception as error:  # torch and pickle raise errors of any type
         raise UserError(
-            f"cannot read the checkpoint {path}: {error}. Delete it to go on from an earlier one"
+            f"cannot read the checkpoint {path}: {error}. Delete it to resume from an earlier one"
         ) from error
     return state
 
 
 def write(path: Path, writer: Callable[[Path], object]) -> None:
-    """A file, or a folder, that is whole whenever it is there."""
+    """Write a file or a folder under a temporary name, so that ``path`` is always complete."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.part")
     old = path.with_name(f".{path.name}.old")
-    for left in (part, old):
-        _remove(left)
+    for leftover in (part, old):
+        _remove(leftover)
     writer(part)
     if part.is_dir() and path.exists():  # a folder cannot replace another
         path.rename(old)
@@ -79,34 +79,34 @@ def write(path: Path, writer: Callable[[Path], object]) -> None:
 
 
 def weights(model: nn.Module) -> dict[str, Tensor]:
-    """What training changes: trained parameters, and buffers. Of LoRA, little."""
+    """The tensors that training changes: trained parameters and buffers; few with LoRA."""
     frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
     return {name: t for name, t in model.state_dict().items() if name not in frozen}
 
 
 def load_weights(model: nn.Module, state: dict[str, Tensor]) -> None:
-    """What :func:`weights` returned.
+    """Load the result of :func:`weights`.
 
     Raises:
-        UserError: of another model.
+        UserError: it is from another model.
     """
-    missing = sorted(set(weights(model)) ^ set(state))
-    if missing:
+    differences = sorted(set(weights(model)) ^ set(state))
+    if differences:
         raise UserError(
-            f"the checkpoint is of another model: only one of them has {missing[0]!r}, "
-            f"as {len(missing)} in all"
+            f"the checkpoint is from another model: only one of them has {differences[0]!r}; "
+            f"{len(differences)} tensors differ in all"
         )
     model.load_state_dict(state, strict=False)
 
 
 def random_state() -> dict[str, Any]:
-    """Of every generator that a model may draw from."""
+    """The state of every generator that a model may use."""
     cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
     return {"torch": torch.get_rng_state(), "cuda": cuda, "python": random.getstate()}
 
 
 def set_random_state(state: dict[str, Any]) -> None:
-    """What :func:`random_state` returned."""
+    """Restore the result of :func:`random_state`."""
     torch.set_rng_state(state["torch"])
     random.setstate(state["python"])
     if state["cuda"] is not None and torch.cuda.is_available():
@@ -114,9 +114,9 @@ def set_random_state(state: dict[str, Any]) -> None:
 
 
 def _all(folder: Path) -> list[Path]:
-    """The checkpoints, the newest last. Parts of files are none."""
-    found = [(int(m[1]), p) for p in folder.glob("step-*.pt") if (m := _NAME.fullmatch(p.name))]
-    return [path for _, path in sorted(found)]
+    """The checkpoints in order of their steps, without partial files."""
+    steps = [(int(m[1]), p) for p in folder.glob("step-*.pt") if (m := _NAME.fullmatch(p.name))]
+    return [path for _, path in sorted(steps)]
 
 
 def _remove(path: Path) -> None:

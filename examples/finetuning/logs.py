@@ -1,4 +1,4 @@
-"""What a finetuning shows and writes of itself: bar, lines, CSV, TensorBoard, summary."""
+"""The output of a finetuning: progress bar, lines, CSV, TensorBoard and summary."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ from .checkpoints import Progress
 _COMPARED = ("val_similarity/", "val_distance/")
 
 
-def compared(row: Mapping[str, float]) -> dict[str, float]:
+def compared_layers(row: Mapping[str, float]) -> dict[str, float]:
     """``similarity/<layer>`` or ``distance/<layer>`` on the validation data."""
     return {k.removeprefix("val_"): v for k, v in row.items() if k.startswith(_COMPARED)}
 
 
 def summary(progress: Progress, out: Path) -> str:
-    """What a run came to, in a few lines."""
+    """The results of a run, in a few lines."""
     best = progress.history[progress.best_epoch - 1]
     lines = [
         f"{len(progress.history)} epochs, {progress.step} steps, "
         f"{sum(row['seconds'] for row in progress.history):.0f} s",
         f"best: epoch {progress.best_epoch}, accuracy {100 * progress.best:.1f}%",
-        *(f"  {name}: {value:.3f}" for name, value in compared(best).items()),
-        f"wrote {out / 'best'}, {out / 'metrics.csv'} and checkpoints to go on from",
+        *(f"  {name}: {value:.3f}" for name, value in compared_layers(best).items()),
+        f"wrote {out / 'best'}, {out / 'metrics.csv'} and checkpoints to resume from",
     ]
     return "\n".join(lines)
 
 
-def bar_of(progress: Progress, steps: int, options: argparse.Namespace, is_main: bool) -> Any:
-    """Of an epoch; none where the output is no terminal."""
+def progress_bar(progress: Progress, steps: int, options: argparse.Namespace, is_main: bool) -> Any:
+    """The bar of an epoch, which is hidden if the output is not a terminal."""
     return tqdm(
         desc=f"epoch {progress.epoch + 1}/{options.epochs}",
         total=steps,
@@ -45,14 +45,14 @@ def bar_of(progress: Progress, steps: int, options: argparse.Namespace, is_main:
 
 
 class Board:
-    """TensorBoard, if it is asked for."""
+    """TensorBoard, or nothing if it is not enabled."""
 
-    def __init__(self, out: Path, on: bool, step: int) -> None:
+    def __init__(self, out: Path, enabled: bool, step: int) -> None:
         self._writer: Any = None
-        if on:
+        if enabled:
             from torch.utils.tensorboard import SummaryWriter
 
-            # What a run that stopped logged beyond its checkpoint is not shown.
+            # Entries that an interrupted run logged after its last checkpoint are hidden.
             self._writer = SummaryWriter(str(out / "tensorboard"), purge_step=step + 1)
 
     def __enter__(self) -> Board:
@@ -75,13 +75,13 @@ def write_rows(path: Path, history: Sequence[Mapping[str, float]]) -> None:
         writer.writerows(history)
 
 
-def line(row: Mapping[str, float], epochs: int) -> str:
-    kept = compared(row)
-    similar = ""
-    if kept:
-        kind = next(iter(kept)).partition("/")[0]
-        similar = f", {kind} {sum(kept.values()) / len(kept):.3f}"
+def epoch_line(row: Mapping[str, float], epochs: int) -> str:
+    layers = compared_layers(row)
+    comparison = ""
+    if layers:
+        kind = next(iter(layers)).partition("/")[0]
+        comparison = f", {kind} {sum(layers.values()) / len(layers):.3f}"
     return (
         f"epoch {row['epoch']:.0f}/{epochs}: loss {row['train_loss']:.4f}, "
-        f"validation accuracy {100 * row['val_accuracy']:.1f}%{similar}"
+        f"validation accuracy {100 * row['val_accuracy']:.1f}%{comparison}"
     )

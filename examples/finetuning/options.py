@@ -13,15 +13,15 @@ from rift_kernels.features.capture import POOLINGS
 from rift_kernels.losses import MEASURES
 
 AUTO = "auto:"
-# What may change between a run and its continuation. All else would make it another run.
-FREE = {
+# Options that may change when a run resumes; changing any other would make it a different run.
+CHANGEABLE = {
     *("device", "keep", "log_every", "out", "patience", "resume", "save_every"),
     *("tensorboard", "workers"),
 }
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """The description as written, and each option's default, but for those that are off."""
+    """Keep the description's line breaks, and show each default unless it is None or False."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         if action.default is None or action.default is False:
@@ -29,42 +29,42 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpF
         return super()._get_help_string(action)
 
 
-def number(least: float, most: float = math.inf, above: bool = False) -> Callable[[str], float]:
-    """Of a command line: finite, from ``least`` (or above it) to ``most``."""
+def number(low: float, high: float = math.inf, above: bool = False) -> Callable[[str], float]:
+    """A parser of finite numbers from ``low`` (exclusive if ``above``) to ``high``."""
 
     def parse(text: str) -> float:
         try:
             value = float(text)
         except ValueError:
             value = math.nan
-        if not (least <= value <= most and math.isfinite(value)) or (above and value == least):
-            limit = f"{'above' if above else 'at least'} {least:g}"
-            limit += "" if math.isinf(most) else f" and at most {most:g}"
+        if not (low <= value <= high and math.isfinite(value)) or (above and value == low):
+            limit = f"{'above' if above else 'at least'} {low:g}"
+            limit += "" if math.isinf(high) else f" and at most {high:g}"
             raise argparse.ArgumentTypeError(f"must be a number, {limit}; got {text!r}")
         return value
 
     return parse
 
 
-def whole(least: int) -> Callable[[str], int]:
-    """Of a command line: an integer of at least ``least``."""
+def whole_number(low: int) -> Callable[[str], int]:
+    """A parser of integers that are at least ``low``."""
 
     def parse(text: str) -> int:
         try:
             value = int(text)
         except ValueError:
-            value = least - 1
-        if value < least:
+            value = low - 1
+        if value < low:
             raise argparse.ArgumentTypeError(
-                f"must be a whole number, at least {least}; got {text!r}"
+                f"must be a whole number, at least {low}; got {text!r}"
             )
         return value
 
     return parse
 
 
-def weight(text: str) -> str:
-    """Of a command line: a number or auto:TARGET, as it was written."""
+def check_weight(text: str) -> str:
+    """Validate a number or auto:TARGET, and return the text unchanged."""
     if text.startswith(AUTO):
         number(0, 1, above=True)(text.removeprefix(AUTO))
         return text
@@ -76,44 +76,44 @@ def weight(text: str) -> str:
 
 
 def has_rift(options: argparse.Namespace) -> bool:
-    """Whether there is a teacher at all."""
+    """Whether the options ask for a RIFT loss."""
     return bool(options.weight.startswith(AUTO) or float(options.weight))
 
 
 def rift_settings(options: argparse.Namespace) -> dict[str, Any]:
-    """What :class:`rift_kernels.RIFTRegularizer` is given by the command line."""
-    strength: float | rk.AdaptiveWeight
+    """The arguments of :class:`rift_kernels.RIFTRegularizer` from the command line."""
+    weight: float | rk.AdaptiveWeight
     if options.weight.startswith(AUTO):
         target = float(options.weight.removeprefix(AUTO))
-        strength = rk.AdaptiveWeight(target_similarity=target)
+        weight = rk.AdaptiveWeight(target_similarity=target)
     else:
-        strength = float(options.weight)
+        weight = float(options.weight)
     settings: dict[str, Any] = {
         "measure": options.measure,
-        "weight": strength,
+        "weight": weight,
         "pooling": options.pooling,
-        # The batch of all processes is compared as one; alone, this is no group.
+        # Compares the batch of all processes as one; has no effect in a single process.
         "group": "world",
     }
     if options.margin:
         settings["margin"] = options.margin
-    calls = options.warmup_rift * options.accumulate  # the regulariser is called in each pass
+    calls = options.warmup_rift * options.accumulate  # one call of the regulariser in each pass
     if calls:
         settings["schedule"] = lambda step: min(1.0, step / calls)
     return settings
 
 
-def resumable(options: argparse.Namespace) -> dict[str, Any]:
-    """What has to be the same where a run goes on, as plain values."""
+def fixed_settings(options: argparse.Namespace) -> dict[str, Any]:
+    """The options that must not change when a run resumes, as plain values."""
     return {
         name: str(value.resolve()) if isinstance(value, Path) else value
         for name, value in sorted(vars(options).items())
-        if name not in FREE
+        if name not in CHANGEABLE
     }
 
 
-def parser_of(program: str, description: str, pooling: str) -> argparse.ArgumentParser:
-    """A parser with every option that does not depend on the data."""
+def make_parser(program: str, description: str, pooling: str) -> argparse.ArgumentParser:
+    """A parser with all options that do not depend on the kind of data."""
     parser = argparse.ArgumentParser(program, description=description, formatter_class=_Help)
     _add_model(parser.add_argument_group("what is trained"))
     _add_rift(parser.add_argument_group("RIFT"), pooling)
@@ -126,19 +126,19 @@ def _add_model(group: Any) -> None:
     add = group.add_argument
     add(
         "--lora",
-        type=whole(1),
+        type=whole_number(1),
         metavar="R",
-        help="train adapters of rank R and the head (needs peft) instead of everything; the "
-        "student is then its own teacher, without a second copy of the weights",
+        help="train only adapters of rank R and the head (needs peft); the student without "
+        "adapters is then the teacher, and the weights exist only once",
     )
     add("--lora-alpha", type=number(0, above=True), metavar="A", help="default: 2 R")
-    add("--lora-dropout", type=number(0, 1), default=0.05, metavar="P", help="of the adapters")
+    add("--lora-dropout", type=number(0, 1), default=0.05, metavar="P", help="adapters' dropout")
     add(
         "--lora-target",
         nargs="+",
         metavar="NAME",
-        help="names of the linear layers that get adapters; default: the attention's queries and "
-        "values",
+        help="names of the linear layers that get adapters; default: query and value projections "
+        "of the attention",
     )
 
 
@@ -148,69 +148,71 @@ def _add_rift(group: Any, pooling: str) -> None:
         "--layers",
         nargs="+",
         metavar="NAME",
-        help="names or patterns of the layers compared, as in model.named_modules(); "
+        help="names or patterns of the compared layers, as in model.named_modules(); "
         "default: the last block",
     )
-    add("--pooling", choices=POOLINGS, default=pooling, help="how a layer's tokens become rows")
-    add("--measure", choices=MEASURES, default="cka", help="what is compared; see the README")
+    add("--pooling", choices=POOLINGS, default=pooling, help="the way tokens become rows")
+    add("--measure", choices=MEASURES, default="cka", help="the measure; see the README")
     add(
         "--weight",
-        type=weight,
+        type=check_weight,
         default="1",
         metavar="W",
-        help="of the RIFT loss beside the task's: a number, 0 for plain finetuning without a "
-        "teacher, or auto:0.9 for the weight that holds the similarity at 0.9",
+        help="weight of the RIFT loss relative to the task's: a number, 0 for plain finetuning "
+        "without a teacher, or auto:0.9 for the weight that holds the similarity at 0.9",
     )
     add(
         "--margin",
         type=number(0),
         default=0.0,
         metavar="M",
-        help="no pull while 1 - similarity, or the distance, is below",
+        help="no loss while the distance (1 - similarity) is below M",
     )
     add(
         "--warmup-rift",
-        type=whole(0),
+        type=whole_number(0),
         default=0,
         metavar="STEPS",
-        help="the weight grows from 0 over so many steps",
+        help="number of steps in which the weight grows from 0",
     )
 
 
 def _add_optimiser(group: Any) -> None:
     add = group.add_argument
-    add("--epochs", type=whole(1), default=10, help="at most")
-    add("--batch-size", type=whole(1), default=32, metavar="N", help="of a pass of a process")
-    add("--accumulate", type=whole(1), default=1, metavar="PASSES", help=_ACCUMULATE)
+    add("--epochs", type=whole_number(1), default=10, help="maximum number of epochs")
+    add("--batch-size", type=whole_number(1), default=32, metavar="N", help=_BATCH_SIZE)
+    add("--accumulate", type=whole_number(1), default=1, metavar="PASSES", help=_ACCUMULATE)
     add("--lr", type=number(0, above=True), default=1e-4, help="the highest learning rate")
-    add("--weight-decay", type=number(0), default=0.05, help="of AdamW, for matrices alone")
+    add("--weight-decay", type=number(0), default=0.05, help="AdamW's, for matrices only")
     add(
         "--warmup",
         type=number(0, 1),
         default=0.1,
         metavar="SHARE",
-        help="of the steps, in which the rate grows from 0 before it falls as a cosine",
+        help="share of the steps in which the rate grows from 0, before a cosine decay",
     )
-    add("--clip", type=number(0), default=1.0, help="norm of the gradient at most; 0: any")
+    add("--clip", type=number(0), default=1.0, help="maximum norm of the gradient; 0: no limit")
     add("--amp", choices=("off", "bf16", "fp16"), default="off", help="automatic mixed precision")
-    add("--patience", type=whole(0), default=0, metavar="EPOCHS", help=_PATIENCE)
-    add("--seed", type=int, default=0, help="of new weights, data order, augmentation, dropout")
+    add("--patience", type=whole_number(0), default=0, metavar="EPOCHS", help=_PATIENCE)
+    add("--seed", type=int, default=0, help="for new weights, data order, augmentation, dropout")
 
 
-_ACCUMULATE = "passes a step; what an epoch has left at its end is for another"
-_PATIENCE = "stop after so many epochs in which the validation accuracy did not rise; 0: never"
+_BATCH_SIZE = "examples in one pass of one process"
+_ACCUMULATE = "passes in one step; incomplete steps at the end of an epoch are skipped"
+_PATIENCE = "stop after this many epochs without a better validation accuracy; 0: never"
 
 
 def _add_run(group: Any) -> None:
     add = group.add_argument
-    add("--out", type=Path, required=True, metavar="FOLDER", help="for everything written")
-    add("--resume", action="store_true", help="go on from the newest checkpoint in --out, if any")
-    add("--save-every", type=whole(0), default=0, metavar="STEPS", help=_SAVE)
-    add("--keep", type=whole(1), default=2, metavar="N", help="the newest N checkpoints")
-    add("--tensorboard", action="store_true", help="log to TensorBoard, too, in FOLDER/tensorboard")
-    add("--log-every", type=whole(1), default=10, metavar="STEPS", help="for bar and TensorBoard")
-    add("--workers", type=whole(0), default=4, metavar="N", help="processes that load data")
-    add("--device", help="default: cuda where there is a GPU, else cpu")
+    add("--out", type=Path, required=True, metavar="FOLDER", help="folder for all output")
+    add("--resume", action="store_true", help="resume from the newest checkpoint in --out, if any")
+    add("--save-every", type=whole_number(0), default=0, metavar="STEPS", help=_SAVE)
+    add("--keep", type=whole_number(1), default=2, metavar="N", help="checkpoints to keep")
+    add("--tensorboard", action="store_true", help="also log to FOLDER/tensorboard")
+    add("--log-every", type=whole_number(1), default=10, metavar="STEPS", help=_LOG)
+    add("--workers", type=whole_number(0), default=4, metavar="N", help="data-loading processes")
+    add("--device", help="default: cuda with a GPU, otherwise cpu")
 
 
-_SAVE = "checkpoint within an epoch, too, every so many steps; 0: at the end of each epoch alone"
+_SAVE = "also save a checkpoint every STEPS steps within an epoch; 0: only after each epoch"
+_LOG = "steps between updates of bar and TensorBoard"

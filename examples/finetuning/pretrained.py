@@ -1,4 +1,4 @@
-"""What the finetuning examples ask of a pretrained model: its last block, its head, adapters."""
+"""Parts of a pretrained model: its last block, its head, its logits, and adapters."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-# What libraries call their stacks of blocks, and an attention's projections to queries and values.
+# Names in model libraries for stacks of blocks, and for query and value projections.
 _STACKS = ("blocks", "layer", "layers", "stages", "h", "block")
 _TARGETS = (
     *("query", "value", "query_proj", "value_proj", "q_proj", "v_proj", "q_lin", "v_lin", "q", "v"),
@@ -19,15 +19,15 @@ _TARGETS = (
 )
 
 
-def needed(module: str, purpose: str) -> Any:
-    """An optional library.
+def import_optional(module: str, purpose: str) -> Any:
+    """Import an optional library.
 
     Raises:
-        ImportError: it is not there, or something that it needs.
+        ImportError: the library or one of its dependencies is missing.
     """
     try:
         return importlib.import_module(module)
-    except (ImportError, RuntimeError) as error:  # timm's torchvision may be of another torch
+    except (ImportError, RuntimeError) as error:  # timm's torchvision may need another torch
         name = module.partition(".")[0]
         raise ImportError(
             f"{purpose} needs {name}, which cannot be imported ({error}): pip install {name}"
@@ -38,42 +38,42 @@ def last_block(model: nn.Module) -> str:
     """The name of the last block of a transformer, or the last stage of a network.
 
     Raises:
-        ValueError: there is none that is called as usual.
+        ValueError: no stack of blocks has a usual name.
     """
-    for name, module in model.named_modules():  # the outermost come first
+    for name, module in model.named_modules():  # outermost modules first
         stack = isinstance(module, nn.ModuleList | nn.Sequential) and len(module)
         if stack and name.rpartition(".")[2] in _STACKS:
             return f"{name}.{len(module) - 1}"
     raise ValueError(
         f"{type(model).__name__} has no stack of blocks called "
-        f"{', '.join(map(repr, _STACKS))}: name the layers to compare with --layers"
+        f"{', '.join(map(repr, _STACKS))}: choose the layers to compare with --layers"
     )
 
 
-def with_lora(model: nn.Module, options: argparse.Namespace) -> nn.Module:
-    """The model with adapters, which are all that is trained, beside its head."""
-    peft = needed("peft", "--lora")
+def add_lora(model: nn.Module, options: argparse.Namespace) -> nn.Module:
+    """Add adapters to the model; only they and the head are trained."""
+    peft = import_optional("peft", "--lora")
     linear = [name for name, m in model.named_modules() if isinstance(m, nn.Linear)]
     targets = options.lora_target or _TARGETS
-    chosen = [name for name in linear if name.rpartition(".")[2] in targets or name in targets]
-    if not chosen:
+    adapted = [name for name in linear if name.rpartition(".")[2] in targets or name in targets]
+    if not adapted:
         raise ValueError(
             f"no linear layer is called {', '.join(map(repr, targets))}: choose with --lora-target "
-            f"of {', '.join(map(repr, linear[:12]))}{' and others' if linear[12:] else ''}"
+            f"from {', '.join(map(repr, linear[:12]))}{' and others' if linear[12:] else ''}"
         )
     config = peft.LoraConfig(
         r=options.lora,
         lora_alpha=options.lora_alpha or 2 * options.lora,
         lora_dropout=options.lora_dropout,
-        target_modules=chosen,
-        modules_to_save=heads(model),
+        target_modules=adapted,
+        modules_to_save=head_names(model),
     )
-    adapted: nn.Module = peft.get_peft_model(model, config)
-    return adapted
+    student: nn.Module = peft.get_peft_model(model, config)
+    return student
 
 
-def heads(model: nn.Module) -> list[str]:
-    """The names of what lies beside the pretrained body: new for a new task, so trained."""
+def head_names(model: nn.Module) -> list[str]:
+    """The names of modules outside the pretrained body, which are new and must be trained."""
     body = getattr(model, "base_model_prefix", "")
     if body:
         return [
@@ -85,18 +85,18 @@ def heads(model: nn.Module) -> list[str]:
     return [name for name, module in model.named_modules() if module is classifier]
 
 
-def logits_of(output: Any) -> Tensor:
-    """Of a transformers output, or of a model that returns nothing else."""
+def get_logits(output: Any) -> Tensor:
+    """The logits of a transformers output, or the output itself."""
     logits: Tensor = getattr(output, "logits", output)
     return logits
 
 
 def save_model(model: nn.Module, classes: Sequence[str], folder: Path) -> None:
-    """As the model's own library does, and the classes in the order of the logits."""
+    """Save the model as its library does, and the classes in the order of the logits."""
     folder.mkdir(parents=True)
     if hasattr(model, "save_pretrained"):
         model.save_pretrained(folder)  # type: ignore[operator]
     else:
-        library = needed("safetensors.torch", "saving a model")
-        library.save_model(model, str(folder / "model.safetensors"))
+        safetensors = import_optional("safetensors.torch", "saving a model")
+        safetensors.save_model(model, str(folder / "model.safetensors"))
     (folder / "classes.json").write_text(json.dumps(list(classes), indent=1) + "\n", "utf-8")

@@ -1,4 +1,4 @@
-"""The processes that train together, and how errors are told."""
+"""Processes that train together, and errors reported without a traceback."""
 
 from __future__ import annotations
 
@@ -14,39 +14,40 @@ from torch.nn.parallel import DistributedDataParallel
 
 
 class UserError(ValueError):
-    """Something that whoever started the training can put right, told without a traceback."""
+    """An error that the user can correct, reported without a traceback."""
 
 
 @contextmanager
-def explained(*kinds: type[Exception]) -> Iterator[None]:
-    """End the program with the message of such an error, and of a UserError."""
-    told: tuple[type[Exception], ...] = (UserError, *kinds)
+def report_errors(*kinds: type[Exception]) -> Iterator[None]:
+    """End the program with only the message of a UserError, or of an error of these kinds."""
+    reported: tuple[type[Exception], ...] = (UserError, *kinds)
     try:
         yield
-    except told as error:
-        lines = str(error).strip().split("\n")
-        # From a process that loads data comes its traceback as well.
-        line = lines[-1].partition("Error: ")[2] if lines[0].startswith("Caught ") else str(error)
-        raise SystemExit(f"error: {line}") from error
+    except reported as error:
+        message = str(error)
+        lines = message.strip().split("\n")
+        if lines[0].startswith("Caught "):  # a data-loading process adds its traceback
+            message = lines[-1].partition("Error: ")[2]
+        raise SystemExit(f"error: {message}") from error
 
 
 class World(NamedTuple):
-    """One process among those that train together."""
+    """The current process among those that train together."""
 
     device: torch.device
     rank: int = 0
     size: int = 1
 
     def total(self, values: Tensor) -> list[float]:
-        """The sum over all processes."""
+        """The sums over all processes."""
         values = values.clone()
         if self.size > 1:
             dist.all_reduce(values)
-        found: list[float] = values.tolist()
-        return found
+        totals: list[float] = values.tolist()
+        return totals
 
-    def gathered(self, value: Any) -> list[Any]:
-        """What every process has."""
+    def gather(self, value: Any) -> list[Any]:
+        """The values of all processes."""
         values = [value] * self.size
         if self.size > 1:
             dist.all_gather_object(values, value)
@@ -58,28 +59,29 @@ class World(NamedTuple):
 
 
 @contextmanager
-def processes(device: str | None) -> Iterator[World]:
-    """One process alone, or with those that torchrun started.
+def join_world(device_name: str | None) -> Iterator[World]:
+    """Join the processes that torchrun started, if any.
 
     Raises:
         UserError: there is no such device.
     """
-    name = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    together = "RANK" in os.environ and "WORLD_SIZE" in os.environ
-    if name == "cuda" and together:
+    name = device_name or ("cuda" if torch.cuda.is_available() else "cpu")
+    has_torchrun = "RANK" in os.environ and "WORLD_SIZE" in os.environ
+    if name == "cuda" and has_torchrun:
         name = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
     try:
-        chosen = torch.empty(0, device=name).device
+        device = torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
         line = str(error).split("\n")[0]
         raise UserError(f"--device must be one that torch can use; got {name!r}: {line}") from error
-    if chosen.type == "cuda":
-        torch.cuda.set_device(chosen)
-    if not together:
-        yield World(chosen)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if not has_torchrun:
+        yield World(device)
         return
-    # With gloo beside, the regulariser's small messages do not make the GPU wait.
+    # gloo beside NCCL lets the regulariser exchange small messages without waiting for the GPU.
     if not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo")
-    yield World(chosen, dist.get_rank(), dist.get_world_size())
-    dist.destroy_process_group()  # not after an error: others may still wait for this process
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    yield World(device, dist.get_rank(), dist.get_world_size())
+    # Skipped after an error, when other processes may still wait for this one.
+    dist.destroy_process_group()

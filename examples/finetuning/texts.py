@@ -1,4 +1,4 @@
-"""Labelled texts from a file as a dataset, and a tokenizer that needs no vocabulary."""
+"""A file of labelled texts as a dataset, and a tokenizer that needs no vocabulary."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _JSON = (".jsonl", ".json")
 
 
 class Line(NamedTuple):
-    """A text, its label as it was written, and where."""
+    """A text, its label as written, and its place in the file."""
 
     text: str
     label: str
@@ -29,17 +29,17 @@ class Line(NamedTuple):
 
 
 class Texts(Examples):
-    """(text, class) of lines.
+    """Pairs (text, class) from lines.
 
     Raises:
-        UserError: a label is none of the classes.
+        UserError: a label is not among the classes.
     """
 
     def __init__(self, lines: Sequence[Line], classes: Sequence[str]) -> None:
         for line in lines:
             if line.label not in classes:
                 raise UserError(
-                    f"{line.place}: label must be one to train on, "
+                    f"{line.place}: label must be one of the training labels, "
                     f"{', '.join(map(repr, classes[:12]))}; got {line.label!r}"
                 )
         self.pairs = [(line.text, classes.index(line.label)) for line in lines]
@@ -52,20 +52,20 @@ class Texts(Examples):
 
 
 class Collate:
-    """A batch of texts as the model's arguments, padded to the longest, and their classes."""
+    """Turn texts into the model's arguments, padded to the longest, and a tensor of classes."""
 
-    def __init__(self, tokenizer: Tokenizer, most: int) -> None:
-        self.tokenizer, self.most = tokenizer, most
+    def __init__(self, tokenizer: Tokenizer, max_tokens: int) -> None:
+        self.tokenizer, self.max_tokens = tokenizer, max_tokens
 
     def __call__(self, pairs: list[tuple[str, int]]) -> tuple[dict[str, Tensor], Tensor]:
         texts, labels = zip(*pairs, strict=True)
-        how = {"padding": True, "truncation": True, "return_tensors": "pt"}
-        inputs = self.tokenizer(list(texts), max_length=self.most, **how)
+        settings = {"padding": True, "truncation": True, "return_tensors": "pt"}
+        inputs = self.tokenizer(list(texts), max_length=self.max_tokens, **settings)
         return dict(inputs), torch.tensor(labels)
 
 
 class HashTokenizer:
-    """Words between blanks, each of which always is the same number below ``words``.
+    """Maps each word between blanks to a fixed number below ``words`` by a hash.
 
     0 is padding and 1 begins a text.
     """
@@ -80,7 +80,7 @@ class HashTokenizer:
         padding: bool = True,  # noqa: ARG002
         **_: Any,
     ) -> dict[str, Tensor]:
-        # Python's own hash differs between processes.
+        # CRC32, because Python's own hash differs between processes.
         rows = [
             [1, *(2 + zlib.crc32(word.encode()) % (self.words - 2) for word in text.split())]
             for text in texts
@@ -91,34 +91,36 @@ class HashTokenizer:
         return {"input_ids": padded, "attention_mask": (padded > 0).long()}
 
 
-def read(path: Path, text: str, label: str) -> list[Line]:
-    """The lines of a CSV, TSV or JSON lines file, by the names of its columns.
+def read_lines(path: Path, text: str, label: str) -> list[Line]:
+    """Read a CSV, TSV or JSON lines file; ``text`` and ``label`` name its columns.
 
     Raises:
-        UserError: naming the file, and the line.
+        UserError: naming the file and, where there is one, the line.
     """
     if not path.is_file():
         raise UserError(f"there is no file {path}")
     if path.suffix not in (*_DELIMITERS, *_JSON):
-        raise UserError(f"{path} must be {', '.join((*_DELIMITERS, *_JSON))}")
+        raise UserError(
+            f"{path} must end with {', '.join((*_DELIMITERS, *_JSON))}; got {path.suffix!r}"
+        )
     lines = []
     for number, row in _json(path) if path.suffix in _JSON else _table(path):
         place = f"{path}, line {number}"
         for name in (text, label):
             if row.get(name) is None:
                 names = ", ".join(map(repr, row)) or "none"
-                raise UserError(f"{place}: there is no {name!r}; there are {names}")
+                raise UserError(f"{place} must have {name!r}; got {names}")
         lines.append(Line(str(row[text]), str(row[label]), place))
     if not lines:
-        raise UserError(f"{path} has no texts")
+        raise UserError(f"{path} must have at least one text; got none")
     return lines
 
 
-def labels_of(lines: Sequence[Line]) -> list[str]:
-    """The classes, in the order of their numbers where they are numbers."""
+def class_names(lines: Sequence[Line]) -> list[str]:
+    """The labels in order, which is numeric if all of them are numbers."""
     labels = {line.label for line in lines}
     if len(labels) < 2:
-        raise UserError(f"there must be two labels to tell apart, or more; got {sorted(labels)}")
+        raise UserError(f"--train must have at least two labels; got {sorted(labels)}")
     if all(label.isdecimal() for label in labels):
         return sorted(labels, key=lambda label: (int(label), label))
     return sorted(labels)

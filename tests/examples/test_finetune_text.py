@@ -1,4 +1,4 @@
-"""examples.finetune_text end to end, on made up texts and models that know nothing."""
+"""examples.finetune_text end to end, on generated texts and untrained models."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ TINY = ("--model", "tiny-random", "--batch-size", "8", *QUICK)
 def lines(count: int, seed: int) -> list[tuple[str, str]]:
     """Texts of different lengths, each with words of its label."""
     draw = random.Random(seed)
-    found = []
+    pairs = []
     for i in range(count):
         label = list(WORDS)[i % 2]
         words = draw.choices(FILLER.split(), k=draw.randint(1, 8)) + draw.choices(WORDS[label], k=4)
         draw.shuffle(words)
-        found.append((" ".join(words), label))
-    return found
+        pairs.append((" ".join(words), label))
+    return pairs
 
 
 def write(path: Path, pairs: list[tuple[str, str]]) -> Path:
@@ -59,7 +59,7 @@ def run(files: list[str], out: Path, *options: str) -> Path:
     return out
 
 
-def test_learns_keeps_and_writes(files, tmp_path, capsys) -> None:
+def test_learns_stays_similar_and_writes(files, tmp_path, capsys) -> None:
     strong = run(files, tmp_path / "strong", "--epochs", "4", "--weight", "3")
     assert column(strong, "val_accuracy")[-1] >= 0.9
     assert column(strong, "train_task_loss")[-1] < 0.8 * column(strong, "train_task_loss")[0]
@@ -73,17 +73,17 @@ def test_learns_keeps_and_writes(files, tmp_path, capsys) -> None:
 
 def test_padding_is_not_compared(files, tmp_path, monkeypatch) -> None:
     masks = []
-    plain = rk.FeatureCapture.features
+    features = rk.FeatureCapture.features
 
-    def spied(self, mask=None):
+    def spy(self, mask=None):
         masks.append(mask)
-        return plain(self, mask)
+        return features(self, mask)
 
-    monkeypatch.setattr(rk.FeatureCapture, "features", spied)
+    monkeypatch.setattr(rk.FeatureCapture, "features", spy)
     run(files, tmp_path, "--epochs", "1")
-    # Of student and teacher, in passes of training and whole batches of validation.
+    # Two models, in eight training passes and two full validation batches.
     assert len(masks) == 2 * (8 + 2)
-    # Of a beginning, one to eight words, and four more.
+    # A start token, one to eight filler words, and four words of the label.
     words = torch.cat([mask.sum(1) for mask in masks])
     assert set(words.tolist()) == set(range(6, 14))
     assert sum(int((~mask).sum()) for mask in masks) > 100
@@ -102,10 +102,10 @@ def test_with_adapters_the_student_is_its_own_teacher(files, tmp_path, monkeypat
     out = run(files, tmp_path, "--epochs", "4", "--lora", "8", "--lr", "2e-2")
     assert column(out, "val_accuracy")[-1] >= 0.9
     assert 0 < column(out, "val_similarity")[-1] < 0.9999
-    kept = state(out)["model"]
-    assert "base_model.model.classifier.modules_to_save.default.weight" in kept
+    names = list(state(out)["model"])
+    assert "base_model.model.classifier.modules_to_save.default.weight" in names
     trained = {"lora_A", "lora_B", "modules_to_save"}
-    assert all(trained & set(name.split(".")) for name in kept if "position_ids" not in name)
+    assert all(trained & set(name.split(".")) for name in names if "position_ids" not in name)
     assert (out / "best/adapter_model.safetensors").exists()
 
 
@@ -116,7 +116,7 @@ SETTINGS = {
 
 
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS.keys())
-def test_resumed_run_equals_one_that_was_not_stopped(files, tmp_path, settings) -> None:
+def test_a_resumed_run_equals_an_uninterrupted_one(files, tmp_path, settings) -> None:
     options = [*files, *TINY, "--epochs", "2", *settings]
     assert_resumes(finetune_text.main, options, tmp_path, stops=(3, 9, 13))
 
@@ -126,10 +126,10 @@ def test_stops_early(files, tmp_path) -> None:
 
 
 def test_a_model_and_its_tokenizer_from_a_folder(files, tmp_path) -> None:
-    """And back: what was best is a model to begin with."""
+    """The best model of that run can be loaded in the same way."""
     folder = tmp_path / "pretrained"
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *FILLER.split()]
-    words += [word for some in WORDS.values() for word in some]
+    words += [word for label_words in WORDS.values() for word in label_words]
     tokenizer = transformers.BertTokenizer(vocab={word: i for i, word in enumerate(words)})
     sizes = {"dim": 32, "n_layers": 2, "n_heads": 2, "hidden_dim": 64}
     config = transformers.DistilBertConfig(
@@ -138,47 +138,49 @@ def test_a_model_and_its_tokenizer_from_a_folder(files, tmp_path) -> None:
     torch.manual_seed(0)
     transformers.DistilBertModel(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    out = run(files, tmp_path / "one", "--model", str(folder), "--epochs", "4", "--max-tokens", "9")
+    out = run(
+        files, tmp_path / "first", "--model", str(folder), "--epochs", "4", "--max-tokens", "9"
+    )
     assert column(out, "val_accuracy")[-1] >= 0.9
     best = transformers.AutoTokenizer.from_pretrained(out / "best")
     assert best("lovely film").input_ids == [2, words.index("lovely"), words.index("film"), 3]
     options = ("--model", str(out / "best"), "--epochs", "1", "--lr", "1e-9", "--max-tokens", "9")
-    again = run(files, tmp_path / "two", *options)
-    # With its head and its tokens, it knows already.
-    assert column(again, "val_accuracy") == [max(column(out, "val_accuracy"))]
+    second = run(files, tmp_path / "second", *options)
+    # Head and tokenizer are restored, so the accuracy is that of the first run.
+    assert column(second, "val_accuracy") == [max(column(out, "val_accuracy"))]
 
 
 def test_help() -> None:
-    done = command("examples.finetune_text", "--help")
-    assert done.returncode == 0, done.stderr
+    process = command("examples.finetune_text", "--help")
+    assert process.returncode == 0, process.stderr
     for words in ("one GPU:", "torchrun --nproc-per-node 4", "CPU:", "(default: mean)"):
-        assert words in done.stdout
+        assert words in process.stdout
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl"])
-def test_reads_every_form(suffix, tmp_path) -> None:
+def test_reads_every_format(suffix, tmp_path) -> None:
     pairs = [('a "quoted", text', "yes"), ("two\nlines\tand a tab", "no")]
-    found = texts.read(write(tmp_path / f"x{suffix}", pairs), "text", "label")
-    assert [(line.text, line.label) for line in found] == pairs
-    assert found[0].place.endswith("line 1" if suffix == ".jsonl" else "line 2")
+    read = texts.read_lines(write(tmp_path / f"x{suffix}", pairs), "text", "label")
+    assert [(line.text, line.label) for line in read] == pairs
+    assert read[0].place.endswith("line 1" if suffix == ".jsonl" else "line 2")
 
 
-def test_labels_in_order() -> None:
-    def named(*labels: str) -> list[str]:
-        return texts.labels_of([texts.Line("", label, "") for label in labels])
+def test_class_names_in_order() -> None:
+    def names(*labels: str) -> list[str]:
+        return texts.class_names([texts.Line("", label, "") for label in labels])
 
-    assert named("10", "9", "2", "9") == ["2", "9", "10"]
-    assert named("b", "10", "a") == ["10", "a", "b"]
+    assert names("10", "9", "2", "9") == ["2", "9", "10"]
+    assert names("b", "10", "a") == ["10", "a", "b"]
 
 
-def test_words_are_the_same_number_in_every_process() -> None:
+def test_a_word_has_the_same_number_in_every_process() -> None:
     tokenizer = texts.HashTokenizer(512)
-    found = tokenizer(["one two one", "", "three " * 9], max_length=4)
-    ids = found["input_ids"]
+    inputs = tokenizer(["one two one", "", "three " * 9], max_length=4)
+    ids = inputs["input_ids"]
     assert ids.shape == (3, 4)
     assert ids[0, 1] == ids[0, 3] != ids[0, 2]
     assert ids[0].tolist() == [1, 97, 206, 97]
-    assert found["attention_mask"].sum(1).tolist() == [4, 1, 4]
+    assert inputs["attention_mask"].sum(1).tolist() == [4, 1, 4]
 
 
 def test_batches_are_cut_and_padded() -> None:
@@ -189,13 +191,17 @@ def test_batches_are_cut_and_padded() -> None:
 
 
 WRONG = (
-    ("train.csv", "text,kind\na,b\n", "train.csv, line 2: there is no 'label'; there are 'text'"),
-    ("train.csv", "text,label\na,1\nb,1\n", "must be two labels to tell apart, or more; got"),
-    ("train.csv", "text,label\n", "train.csv has no texts"),
-    ("train.txt", "a", r"train.txt must be .csv, .tsv, .jsonl"),
+    ("train.csv", "text,kind\na,b\n", "train.csv, line 2 must have 'label'; got 'text'"),
+    ("train.csv", "text,label\na,1\nb,1\n", "--train must have at least two labels; got"),
+    ("train.csv", "text,label\n", "train.csv must have at least one text; got none"),
+    ("train.txt", "a", r"train.txt must end with .csv, .tsv, .jsonl, .json; got '.txt'"),
     ("train.jsonl", '{"text": "a", "label": 1}\n{"text"\n', "train.jsonl, line 2 is not JSON"),
     ("train.jsonl", "[1]\n", r"train.jsonl, line 1 must be an object; got \[1\]"),
-    ("train.csv", "text,label\na,1\nb,2\n", "val.jsonl, line 1: label must be one to train on"),
+    (
+        "train.csv",
+        "text,label\na,1\nb,2\n",
+        "val.jsonl, line 1: label must be one of the training labels",
+    ),
 )
 
 
@@ -208,7 +214,7 @@ def test_wrong_files(name, content, words, files, tmp_path) -> None:
         run(["--train", str(tmp_path / "nothing.csv"), *files[2:]], tmp_path / "out")
 
 
-def test_what_does_not_fit(files, tmp_path, monkeypatch) -> None:
+def test_impossible_settings(files, tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(SystemExit, match=r"^error: .*/no/such/model"):
         run(files, tmp_path, "--model", "/no/such/model")

@@ -1,4 +1,4 @@
-"""What the finetuning examples share, part by part: files that are whole, weights, processes."""
+"""The modules that the finetuning examples share: atomic files, weights, processes."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ import rift_kernels as rk
 from examples.finetuning import checkpoints, pretrained
 from examples.finetuning import trainer as training
 from examples.finetuning.logs import summary
-from examples.finetuning.options import parser_of, rift_settings
-from examples.finetuning.processes import UserError, World, explained
+from examples.finetuning.options import make_parser, rift_settings
+from examples.finetuning.processes import UserError, World, report_errors
 
 
 class Blobs(training.Examples):
-    """Points about two centres."""
+    """Points around two centres."""
 
     def __init__(self, count: int, seed: int = 0) -> None:
         draw = torch.Generator().manual_seed(seed)
@@ -54,7 +54,7 @@ class Model(nn.Module):
         return self.head(self.blocks(x))
 
 
-def loss_of(model: nn.Module, batch: tuple[Tensor, Tensor], rift: object) -> training.Losses:
+def compute_losses(model: nn.Module, batch: tuple[Tensor, Tensor], rift: object) -> training.Losses:
     logits = model(batch[0])
     task = cross_entropy(logits, batch[1])
     total = task if rift is None else task + rift(batch[0])
@@ -64,8 +64,8 @@ def loss_of(model: nn.Module, batch: tuple[Tensor, Tensor], rift: object) -> tra
 def trainer(
     out: Path, *options: str, rift: bool = False, count: int = 40, rank: int = 0
 ) -> training.Trainer:
-    given = ["--out", str(out), "--workers", "0", "--batch-size", "8", *options]
-    parsed = parser_of("test", "", pooling="cls").parse_args(given)
+    arguments = ["--out", str(out), "--workers", "0", "--batch-size", "8", *options]
+    parsed = make_parser("test", "", pooling="cls").parse_args(arguments)
     model = Model()
     regulariser = None
     if rift:
@@ -77,7 +77,7 @@ def trainer(
         torch.save(model.state_dict(), path)
 
     world = World(torch.device("cpu"), rank, rank + 1)
-    return training.Trainer(model, regulariser, data, loss_of, save, parsed, world)
+    return training.Trainer(model, regulariser, data, compute_losses, save, parsed, world)
 
 
 def test_rate_rises_and_falls(tmp_path) -> None:
@@ -104,33 +104,34 @@ def test_only_matrices_decay(tmp_path) -> None:
 
 
 def test_passes_of_a_step_are_one_batch(tmp_path) -> None:
-    """Means of gradients of passes are those of all their examples at once."""
-    many = trainer(tmp_path / "a", "--accumulate", "4", "--epochs", "2", "--lr", "0.1")
-    one = trainer(tmp_path / "b", "--batch-size", "32", "--epochs", "2", "--lr", "0.1")
-    # 40 examples are one step of 32; the pass that is left over is not made.
-    assert [run.fit().step for run in (many, one)] == [2, 2]
-    torch.testing.assert_close(many.plain.state_dict(), one.plain.state_dict())
+    """The mean gradient of the passes is that of all their examples at once."""
+    four_passes = trainer(tmp_path / "a", "--accumulate", "4", "--epochs", "2", "--lr", "0.1")
+    one_pass = trainer(tmp_path / "b", "--batch-size", "32", "--epochs", "2", "--lr", "0.1")
+    # 40 examples give one step of 32; the remaining pass of 8 is skipped.
+    assert [run.fit().step for run in (four_passes, one_pass)] == [2, 2]
+    weights = [run.unwrapped.state_dict() for run in (four_passes, one_pass)]
+    torch.testing.assert_close(*weights)
 
 
 def test_gradients_are_clipped(tmp_path, monkeypatch) -> None:
     norms = []
     step = torch.amp.GradScaler.step
 
-    def spied(self, optimiser):
+    def spy(self, optimiser):
         grads = [p.grad for group in optimiser.param_groups for p in group["params"]]
         norms.append(float(nn.utils.get_total_norm(grads)))
         return step(self, optimiser)
 
-    monkeypatch.setattr(torch.amp.GradScaler, "step", spied)
+    monkeypatch.setattr(torch.amp.GradScaler, "step", spy)
     trainer(tmp_path / "a", "--epochs", "1", "--clip", "0").fit()
-    free = norms.copy()
+    unclipped = norms[0]
     norms.clear()
-    trainer(tmp_path / "b", "--epochs", "1", "--clip", str(free[0] / 2)).fit()
-    assert norms[0] == pytest.approx(free[0] / 2, rel=1e-3)
+    trainer(tmp_path / "b", "--epochs", "1", "--clip", str(unclipped / 2)).fit()
+    assert norms[0] == pytest.approx(unclipped / 2, rel=1e-3)
     norms.clear()
-    # Not as they are while scaled for half precision.
+    # Half precision scales gradients; they are unscaled before clipping.
     trainer(tmp_path / "c", "--epochs", "1", "--clip", "1e3", "--amp", "fp16").fit()
-    assert norms[0] == pytest.approx(free[0], rel=0.05)
+    assert norms[0] == pytest.approx(unclipped, rel=0.05)
 
 
 def test_steps_skipped_for_an_overflow_do_not_lower_the_rate(tmp_path) -> None:
@@ -143,31 +144,31 @@ def test_steps_skipped_for_an_overflow_do_not_lower_the_rate(tmp_path) -> None:
 
 
 def test_options_become_settings() -> None:
-    def settings(*given: str) -> dict[str, Any]:
-        return rift_settings(parser_of("", "", "mean").parse_args(["--out", "x", *given]))
+    def settings(*options: str) -> dict[str, Any]:
+        return rift_settings(make_parser("", "", "mean").parse_args(["--out", "x", *options]))
 
     assert settings() == {"measure": "cka", "weight": 1.0, "pooling": "mean", "group": "world"}
-    found = settings("--margin", "0.2", "--measure", "bures", "--pooling", "cls", "--weight", "3")
+    actual = settings("--margin", "0.2", "--measure", "bures", "--pooling", "cls", "--weight", "3")
     expected = {"measure": "bures", "weight": 3.0, "pooling": "cls", "group": "world"}
-    assert found == {**expected, "margin": 0.2}
+    assert actual == {**expected, "margin": 0.2}
     assert settings("--weight", "auto:0.8")["weight"].target_similarity == 0.8
 
 
-def test_order_has_each_example_once_and_differs_between_epochs(tmp_path) -> None:
+def test_epochs_have_each_example_once_in_different_orders(tmp_path) -> None:
     run = trainer(tmp_path)
-    orders = [run.order(epoch) for epoch in (0, 0, 1)]
-    assert orders[0] == orders[1] != orders[2]
-    for order in orders:
-        assert sorted(i for batch in order for i in batch) == list(range(40))
-    assert trainer(tmp_path, "--seed", "1").order(0) != orders[0]
+    epochs = [run.epoch_batches(epoch) for epoch in (0, 0, 1)]
+    assert epochs[0] == epochs[1] != epochs[2]
+    for batches in epochs:
+        assert sorted(i for batch in batches for i in batch) == list(range(40))
+    assert trainer(tmp_path, "--seed", "1").epoch_batches(0) != epochs[0]
 
 
-def test_processes_have_parts_of_the_order_and_dropout_of_their_own(tmp_path) -> None:
-    own = trainer(tmp_path, rank=1).order(3)
+def test_processes_share_an_epoch_and_differ_in_dropout(tmp_path) -> None:
+    second = trainer(tmp_path, rank=1).epoch_batches(3)
     assert torch.initial_seed() == 0 + 1 + 1
-    whole = trainer(tmp_path).order(3)
+    alone = trainer(tmp_path).epoch_batches(3)
     assert torch.initial_seed() == 0 + 1
-    assert [i for batch in own for i in batch] == [i for batch in whole for i in batch][1:32:2]
+    assert [i for batch in second for i in batch] == [i for batch in alone for i in batch][1:32:2]
 
 
 def test_data_know_their_epoch(tmp_path) -> None:
@@ -178,68 +179,68 @@ def test_data_know_their_epoch(tmp_path) -> None:
 
 
 @pytest.mark.parametrize("amp", ["off", "bf16", "fp16"])
-def test_mixed_precision_is_in_training_and_validation(amp, tmp_path) -> None:
+def test_mixed_precision_in_training_and_validation(amp, tmp_path) -> None:
     run = trainer(tmp_path, "--epochs", "1", "--amp", amp, rift=True)
-    dtypes, trained = [], []
+    dtypes, modes = [], []
 
-    def spied(*given: Any) -> training.Losses:
-        losses = loss_of(*given)
+    def spy(model: nn.Module, *arguments: Any) -> training.Losses:
+        losses = compute_losses(model, *arguments)
         dtypes.append(losses.logits.dtype)
-        trained.append(given[0].training)
+        modes.append(model.training)
         return losses
 
-    run.loss_of = spied
+    run.compute_losses = spy
     run.fit()
     dtype = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[amp]
     assert dtypes == [dtype] * (5 + 3)
-    assert trained == [True] * 5 + [False] * 3
+    assert modes == [True] * 5 + [False] * 3
     assert run.scaler.is_enabled() == (amp == "fp16")
-    assert {p.dtype for p in run.plain.parameters()} == {torch.float32}
+    assert {p.dtype for p in run.unwrapped.parameters()} == {torch.float32}
 
 
-def test_validation_is_of_every_example(tmp_path) -> None:
-    """18 of them: two batches of 8, and 2 that are too few to compare."""
+def test_validation_uses_every_example(tmp_path) -> None:
+    """The 18 examples are two batches of 8, and a batch of 2, which is too small to compare."""
     run = trainer(tmp_path, rift=True)
     with torch.no_grad():
-        for parameter in run.plain.blocks.parameters():
+        for parameter in run.unwrapped.blocks.parameters():
             parameter.add_(0.3 * torch.randn_like(parameter))
-    found = run.validate()
+    metrics = run.validate()
     data = run.data.val
     with torch.no_grad():
-        logits = run.plain(data.points)
-        assert found["val_loss"] == pytest.approx(float(cross_entropy(logits, data.labels)))
+        logits = run.unwrapped(data.points)
+        assert metrics["val_loss"] == pytest.approx(float(cross_entropy(logits, data.labels)))
         hits = (logits.argmax(1) == data.labels).double()
-        assert found["val_accuracy"] == pytest.approx(float(hits.mean()))
-        similar = [
-            float(rk.linear_cka(run.plain.blocks(x), Model().blocks(x)))
+        assert metrics["val_accuracy"] == pytest.approx(float(hits.mean()))
+        similarities = [
+            float(rk.linear_cka(run.unwrapped.blocks(x), Model().blocks(x)))
             for x in (data.points[:8], data.points[8:16])
         ]
-    assert found["val_similarity/blocks.1"] == pytest.approx(sum(similar) / 2, abs=1e-5)
-    assert set(found) == {"val_loss", "val_accuracy", "val_similarity/blocks.1"}
-    # Looking does not move what is trained.
+    assert metrics["val_similarity/blocks.1"] == pytest.approx(sum(similarities) / 2, abs=1e-5)
+    assert set(metrics) == {"val_loss", "val_accuracy", "val_similarity/blocks.1"}
+    # Validation does not advance the schedule.
     assert run.rift.step == 0
 
 
 def test_weight_warms_up_over_steps(tmp_path, monkeypatch) -> None:
     options = ("--accumulate", "2", "--warmup-rift", "2", "--weight", "3", "--epochs", "2")
     run = trainer(tmp_path, *options, rift=True)
-    shares = []
+    factors = []
     schedule = run.rift.schedule
     monkeypatch.setattr(
-        run.rift, "schedule", lambda step: shares.append(schedule(step)) or shares[-1]
+        run.rift, "schedule", lambda step: factors.append(schedule(step)) or factors[-1]
     )
     run.fit()
-    passes = [0, 0.25, 0.5, 0.75]  # two steps an epoch, two passes a step
+    passes = [0, 0.25, 0.5, 0.75]  # two steps in an epoch, two passes in a step
     validation = [1.0, 1.0]
-    assert shares == [*passes, *validation, *[1.0] * 4, *validation]
+    assert factors == [*passes, *validation, *[1.0] * 4, *validation]
 
 
 def test_weights_that_are_not_finite_are_not_saved(tmp_path) -> None:
-    """The loss that made them was."""
+    """The loss was finite in the step before."""
     run = trainer(tmp_path)
     run._check_finite([1.0])
     with torch.no_grad():
-        run.plain.head.bias[0] = math.nan
+        run.unwrapped.head.bias[0] = math.nan
     with pytest.raises(UserError, match="the loss or the weights are not finite"):
         run._save()
     assert checkpoints.newest(tmp_path / "checkpoints") is None
@@ -247,10 +248,10 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path) -> None:
 
 def test_another_number_of_examples_is_another_run(tmp_path) -> None:
     trainer(tmp_path, "--epochs", "1").fit()
-    with pytest.raises(UserError, match="was made with examples 40; got 41"):
+    with pytest.raises(UserError, match=r"--resume needs examples 40, as in .*; got 41"):
         trainer(tmp_path, "--epochs", "1", "--resume", count=41).fit()
     other = trainer(tmp_path, "--epochs", "1", "--resume")
-    other.plain.extra = nn.Linear(2, 2)
+    other.unwrapped.extra = nn.Linear(2, 2)
     with pytest.raises(UserError, match=r"another model: only one of them has 'extra\.bias'"):
         other.fit()
 
@@ -258,38 +259,39 @@ def test_another_number_of_examples_is_another_run(tmp_path) -> None:
 def test_summary(tmp_path) -> None:
     run = trainer(tmp_path, "--epochs", "3", "--lr", "0.05", rift=True)
     progress = run.fit()
-    told = summary(progress, tmp_path)
+    text = summary(progress, tmp_path)
     best = max(row["val_accuracy"] for row in progress.history)
-    assert "3 epochs, 15 steps" in told
-    assert f"accuracy {100 * best:.1f}%" in told
-    at_best = progress.history[progress.best_epoch - 1]
-    assert at_best["val_accuracy"] == best
-    assert f"similarity/blocks.1: {at_best['val_similarity/blocks.1']:.3f}" in told
+    assert "3 epochs, 15 steps" in text
+    assert f"accuracy {100 * best:.1f}%" in text
+    best_row = progress.history[progress.best_epoch - 1]
+    assert best_row["val_accuracy"] == best
+    assert f"similarity/blocks.1: {best_row['val_similarity/blocks.1']:.3f}" in text
 
 
-def test_what_was_there_stays_until_all_is_written(tmp_path) -> None:
-    def broken(path: Path) -> None:
+def test_writes_are_atomic(tmp_path) -> None:
+    def write_half(path: Path) -> None:
         path.mkdir()
         (path / "half").write_text("half")
         raise KeyboardInterrupt
 
-    def folder(path: Path) -> None:
+    def write_folder(path: Path) -> None:
         path.mkdir()
         (path / "new").write_text("whole")
 
-    for write in (lambda path: path.write_text("old"), folder):
-        target = tmp_path / f"target {write is folder}"
+    for write in (lambda path: path.write_text("old"), write_folder):
+        is_folder = write is write_folder
+        target = tmp_path / f"target {is_folder}"
         checkpoints.write(target, write)
         with pytest.raises(KeyboardInterrupt):
-            checkpoints.write(target, broken)
-        kept = target / "new" if write is folder else target
-        assert kept.read_text() == ("whole" if write is folder else "old")
+            checkpoints.write(target, write_half)
+        file = target / "new" if is_folder else target
+        assert file.read_text() == ("whole" if is_folder else "old")
         checkpoints.write(target, write)
         assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
     assert (target / "new").read_text() == "whole"
 
 
-def test_newest_checkpoint_is_of_the_last_step(tmp_path) -> None:
+def test_the_newest_checkpoint_has_the_last_step(tmp_path) -> None:
     assert checkpoints.newest(tmp_path / "none") is None
     for step in (2, 10, 9):
         checkpoints.save({"step": step}, tmp_path, step, keep=2)
@@ -303,14 +305,14 @@ def test_newest_checkpoint_is_of_the_last_step(tmp_path) -> None:
     ]
 
 
-def test_random_state_comes_back() -> None:
+def test_random_state_is_restored() -> None:
     state = checkpoints.random_state()
     first = torch.rand(3)
     checkpoints.set_random_state(state)
     assert torch.equal(torch.rand(3), first)
 
 
-def test_last_block_is_of_the_outermost_stack() -> None:
+def test_last_block_is_in_the_outermost_stack() -> None:
     model = Model()
     assert pretrained.last_block(model) == "blocks.1"
     with pytest.raises(ValueError, match=r"Linear has no stack of blocks .* with --layers"):
@@ -318,30 +320,30 @@ def test_last_block_is_of_the_outermost_stack() -> None:
 
 
 @pytest.mark.parametrize("name", ["finetune_vit", "finetune_text"])
-def test_commands_in_the_documents_are_understood(name) -> None:
-    """Nothing of them is run."""
+def test_documented_commands_parse(name) -> None:
+    """The commands are parsed, not run."""
     module = importlib.import_module(f"examples.{name}")
     table = (Path(module.__file__).parent / "README.md").read_text()
     text = (module.__doc__ + table).replace("\\\n", " ")
-    found = re.findall(rf"-m examples\.{name} ([^`\n]*--out [\w/]+)", text)
-    assert len(found) == 3 + 1
-    for command in found:
+    commands = re.findall(rf"-m examples\.{name} ([^`\n]*--out [\w/]+)", text)
+    assert len(commands) == 3 + 1
+    for command in commands:
         options = module.parse(shlex.split(command))
         assert options.out.parts[0] == "runs"
         assert options.model in table + "tiny-random"
 
 
-def test_errors_are_told_in_a_line() -> None:
-    with pytest.raises(SystemExit, match=r"^error: wrong$"), explained():
+def test_errors_are_reported_in_one_line() -> None:
+    with pytest.raises(SystemExit, match=r"^error: wrong$"), report_errors():
         raise UserError("wrong")
-    with pytest.raises(SystemExit, match=r"^error: missing$"), explained(OSError):
+    with pytest.raises(SystemExit, match=r"^error: missing$"), report_errors(OSError):
         raise FileNotFoundError("missing")
-    with pytest.raises(ValueError, match="a bug"), explained(OSError):
+    with pytest.raises(ValueError, match="a bug"), report_errors(OSError):
         raise ValueError("a bug")
 
 
 class Timm(Model):
-    """As timm's models: the head by get_classifier, and logits alone."""
+    """Like timm's models: get_classifier returns the head, and the output is only logits."""
 
     def __init__(self, classes: int) -> None:
         super().__init__()
@@ -356,21 +358,21 @@ class Timm(Model):
 
 @pytest.mark.parametrize("lora", [False, True])
 def test_timm(lora, tmp_path, monkeypatch) -> None:
-    """A stand-in: timm itself needs torchvision."""
+    """Uses a stand-in for timm, which itself needs torchvision."""
     image_module = pytest.importorskip("PIL.Image", reason="needs pillow")
     pytest.importorskip("safetensors", reason="needs safetensors")
     if lora:
         pytest.importorskip("peft", reason="needs peft")
     from examples import finetune_vit
 
-    asked = {}
+    requested = {}
 
-    def create_model(name: str, **named: object) -> nn.Module:
-        asked.update(named, name=name)
-        return Timm(named["num_classes"])
+    def create_model(name: str, **settings: object) -> nn.Module:
+        requested.update(settings, name=name)
+        return Timm(settings["num_classes"])
 
-    look = {"input_size": (3, 8, 8), "mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
-    data = SimpleNamespace(resolve_model_data_config=lambda _: look)
+    preprocessing = {"input_size": (3, 8, 8), "mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
+    data = SimpleNamespace(resolve_model_data_config=lambda _: preprocessing)
     monkeypatch.setitem(sys.modules, "timm", SimpleNamespace(create_model=create_model, data=data))
     for part in ("train", "val"):
         for shade, name in ((40, "dark"), (200, "light"), (120, "middle")):
@@ -383,12 +385,12 @@ def test_timm(lora, tmp_path, monkeypatch) -> None:
     assert (
         finetune_vit.main([*options, *(("--lora", "2", "--lora-target", "1") if lora else ())]) == 0
     )
-    assert asked == {"name": "vit_small", "pretrained": True, "num_classes": 3}
-    kept = checkpoints.load(checkpoints.newest(tmp_path / "out/checkpoints"))["model"]
+    assert requested == {"name": "vit_small", "pretrained": True, "num_classes": 3}
+    weights = checkpoints.load(checkpoints.newest(tmp_path / "out/checkpoints"))["model"]
     saved = {path.name for path in (tmp_path / "out/best").iterdir()}
     if lora:
         assert {"adapter_model.safetensors", "classes.json"} <= saved
-        assert all("lora" in name or "head.modules_to_save" in name for name in kept)
+        assert all("lora" in name or "head.modules_to_save" in name for name in weights)
     else:
         assert saved == {"model.safetensors", "classes.json"}
-        assert set(kept) == set(Timm(3).state_dict())
+        assert set(weights) == set(Timm(3).state_dict())
