@@ -1,12 +1,12 @@
 """Which settings of a RIFT loss matter: vary one setting of a base at a time.
 
-The task is that of examples/finetune_digits.py. A small vision transformer, pretrained on the
-digits 0-6, is finetuned on ten images each of 7, 8 and 9, rotated by a quarter turn and inverted.
-The base is debiased CKA of weight 1 on batches of all 30 images. A factor is the measure, its
-weight, the batch size, debiasing, the rotation of the covariance distance, or a lower learning rate
-instead of a loss. The design is not factorial, so most interactions between factors are not
-measured. Two are: every measure has several weights, and every batch size runs without a loss, with
-the base, and with biased CKA.
+The task is that of examples/finetune_digits.py. A small vision transformer is pretrained on the
+digits 0-6. It is finetuned on ten images each of 7, 8 and 9, rotated by a quarter turn and
+inverted. The base is debiased CKA of weight 1 on batches of all 30 images. The factors are the
+measure, its weight, the batch size, debiasing, and the rotation of the covariance distance; lower
+learning rates without a loss are compared, too. The design is not factorial, so most interactions
+between factors are not measured. Two are: every measure has several weights, and every batch size
+runs without a loss, with the base, and with biased CKA.
 
     python -m examples.ablate
     python -m examples.ablate --seeds 2 --out /tmp/ablations   # a short run

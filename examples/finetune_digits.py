@@ -2,10 +2,10 @@
 
 A transformer is pretrained on scikit-learn's handwritten digits 0-6. It is then finetuned on ten
 images each of 7, 8 and 9, rotated by a quarter turn and inverted. The ways of finetuning are plain,
-with ``RIFTLoss`` added to the task loss, and a linear probe (frozen transformer, new head). Results
-for each are the accuracy on the new digits, the similarity to the pretrained features (debiased
-CKA), and the accuracy of a linear classifier fitted to the features of the old digits. Every way
-has the same optimiser, steps, batches and seeds, and sees no old digit during finetuning.
+with ``RIFTLoss`` added to the task loss, and a linear probe (frozen transformer, new head). Each is
+measured by its accuracy on the new digits and its similarity to the pretrained features (debiased
+CKA). A linear classifier, fitted to the features of the old digits, measures what is kept. Every
+way has the same optimiser, steps, batches and seeds, and sees no old digit during finetuning.
 
     python -m examples.finetune_digits
     python -m examples.finetune_digits --seeds 1 --weight 1                  # a short run

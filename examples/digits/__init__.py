@@ -1,1 +1,1 @@
-"""What ``finetune_digits``, ``ablate`` and ``continual`` share."""
+"""Modules shared by ``finetune_digits``, ``ablate`` and ``continual``."""

@@ -30,7 +30,7 @@ class Plan(NamedTuple):
 
 
 class Start(NamedTuple):
-    """What all finetunings of a seed share."""
+    """The data and the teacher, which all finetunings of a seed share."""
 
     seed: int
     data: Data

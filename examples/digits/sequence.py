@@ -18,7 +18,7 @@ from .training import PRETRAINING, Recipe, finetune, pretrain
 
 
 class Start(NamedTuple):
-    """What all ways of a seed share: the tasks, and the model after the first of them."""
+    """The tasks, and the model after the first of them, which all ways of a seed share."""
 
     seed: int
     tasks: list[Task]

@@ -1,1 +1,1 @@
-"""What ``finetune_vit`` and ``finetune_text`` share."""
+"""Modules shared by ``finetune_vit`` and ``finetune_text``."""
