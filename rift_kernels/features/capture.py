@@ -79,8 +79,8 @@ class FeatureCapture:
     Nothing is captured during a backward, in which activation checkpointing reruns layers. Inside a
     reentrant checkpoint (``use_reentrant=True``) features have no gradient, and :meth:`features`
     warns once; the output of the checkpointed module itself has one. Under FSDP, the loss must also
-    depend on the output of the FSDP unit that contains a captured layer, because that gathers the
-    unit's parameters.
+    depend on the output of the FSDP unit that a captured layer is or belongs to, because that
+    gathers the unit's parameters.
 
     Raises:
         TypeError, ValueError: naming the argument, at construction. The message for a pattern
