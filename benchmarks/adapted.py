@@ -1,23 +1,23 @@
 """A LoRA finetuning step of transformers' ViT, plain and with what RIFT adds to it, in parts.
 
 Every way of finetuning has modules of its own, so that none has another's hooks, but all share
-their weights, one batch and one optimiser. As in finetuning.py, what it updates are copies.
+their weights, one batch and one optimiser (see finetuning.py).
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, interpolate
+from torch.nn.functional import cross_entropy
 
 import rift_kernels as rk
 from rift_kernels.features.forward_pass import evaluating, without_adapters
 
+from .finetuning import Batch, Optimiser
 from .vit import Size
 
 RANK = 8
@@ -43,28 +43,13 @@ class Adapted:
 
     def __init__(self, size: Size, batch: int, autocast: bool, device: torch.device) -> None:
         torch.manual_seed(0)
-        self.size, self.device, self.autocasts = size, device, autocast
-        self.layer = f"*layer*.{size.depth - 1}"
-        self.model = _with_adapters(size).to(device)
+        self.size, self.layer = size, f"*layer*.{size.depth - 1}"
+        self.model = with_adapters(size).to(device)
         with device:
             self.head = nn.Linear(size.width, size.classes)
-            # Smooth: patches of one image are alike, and images differ, as photographs do.
-            coarse = torch.randn(batch, 3, 4, 4)
-            self.images = interpolate(coarse, size=(size.image, size.image), mode="bilinear")
-            self.labels = torch.randint(size.classes, (batch,))
-        self.trained = [
-            p for p in (*self.model.parameters(), *self.head.parameters()) if p.requires_grad
-        ]
-        self.updated = [p.detach().clone().requires_grad_() for p in self.trained]
-        self.optimiser = torch.optim.AdamW(self.updated, fused=True)
-
-    def parameters(self) -> Iterable[nn.Parameter]:
-        """The model's, its adapters' and the head's."""
-        yield from self.model.parameters()
-        yield from self.head.parameters()
-
-    def autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocasts)
+        self.batch = Batch(size, batch, autocast, device)
+        self.parameters = [*self.model.parameters(), *self.head.parameters()]
+        self.optimiser = Optimiser(p for p in self.parameters if p.requires_grad)
 
     def student(self) -> Any:
         """The model in modules of its own, with the same weights."""
@@ -80,84 +65,64 @@ class Adapted:
 class TeacherPass:
     """The student without its adapters: no gradients, its features caught, nothing compared."""
 
-    def __init__(self, adapted: Adapted, student: Any = None) -> None:
-        self._adapted = adapted
-        self._student = adapted.student() if student is None else student
-        self._capture = rk.FeatureCapture(self._student, adapted.layer, "tokens")
+    def __init__(self, adapted: Adapted, student: Any) -> None:
+        self._batch, self._student = adapted.batch, student
+        self.capture = rk.FeatureCapture(student, adapted.layer, "tokens")
 
     def forward(self) -> Tensor:
         """What :class:`~rift_kernels.RIFTRegularizer` does before it compares."""
-        student, f = self._student, self._adapted
+        student, batch = self._student, self._batch
         off = without_adapters(student)
-        with torch.no_grad(), evaluating(student), off, f.autocast(), self._capture.fresh():
-            student(pixel_values=f.images)
-            (features,) = self._capture.features().values()
+        with torch.no_grad(), evaluating(student), off, batch.autocast(), self.capture.fresh():
+            student(pixel_values=batch.images)
+            (features,) = self.capture.features().values()
         return features
-
-    def backward(self, _values: object) -> None:
-        """There is none."""
-
-    def forget(self) -> None:
-        """The student's features, caught and not compared."""
-        self._capture.clear()
 
 
 class Step:
     """A step of one way, in the two phases that are timed."""
 
     def __init__(self, adapted: Adapted, way: Way) -> None:
-        self._adapted = adapted
-        self._student = adapted.student()
+        self._adapted, self.student = adapted, adapted.student()
         self._rift: rk.RIFTRegularizer | None = None
         self._teacher: TeacherPass | None = None
         if way.pooling:
             teacher = adapted.pretrained() if way.teacher == COPY else None
             self._rift = rk.RIFTRegularizer(
-                self._student, teacher, layers=adapted.layer, pooling=way.pooling
+                self.student, teacher, layers=adapted.layer, pooling=way.pooling
             )
         elif way.teacher:
-            self._teacher = TeacherPass(adapted, self._student)
+            self._teacher = TeacherPass(adapted, self.student)
+        self.backward = adapted.optimiser.backward
 
     def forward(self) -> Tensor:
         """The student, the task's loss, and what the way adds."""
-        f = self._adapted
-        with f.autocast():
-            states = self._student(pixel_values=f.images).last_hidden_state
-            loss = cross_entropy(f.head(states[:, 0]), f.labels)
+        batch = self._adapted.batch
+        with batch.autocast():
+            states = self.student(pixel_values=batch.images).last_hidden_state
+            loss = cross_entropy(self._adapted.head(states[:, 0]), batch.labels)
             if self._rift:
-                loss = loss + self._rift(pixel_values=f.images)
+                loss = loss + self._rift(pixel_values=batch.images)
         if self._teacher:
             self._teacher.forward()
-            self._teacher.forget()
+            # The student's features, caught and not compared.
+            self._teacher.capture.clear()
         return loss
-
-    def backward(self, loss: Tensor) -> None:
-        """The backward, and the optimiser's step; no gradient stays in memory."""
-        loss.backward()  # type: ignore[no-untyped-call,unused-ignore]
-        f = self._adapted
-        for weight, updated in zip(f.trained, f.updated, strict=True):
-            weight.grad, updated.grad = None, weight.grad
-        f.optimiser.step()
-        f.optimiser.zero_grad()
 
 
 class LossAlone:
     """The loss on the states of the last layer that a step caught, down to their gradient."""
 
     def __init__(self, adapted: Adapted, pooling: str) -> None:
-        self._pooling, self._autocast = pooling, adapted.autocast
-        self._loss = rk.RIFTLoss()
+        self._pooling, self._batch, self._loss = pooling, adapted.batch, rk.RIFTLoss()
         student = adapted.student()
-        with (
-            torch.no_grad(),
-            adapted.autocast(),
-            rk.FeatureCapture(student, adapted.layer, "tokens") as capture,
-        ):
-            student(pixel_values=adapted.images)
-            (own,) = capture.features().values()
+        capture = rk.FeatureCapture(student, adapted.layer, "tokens")
+        with torch.no_grad(), self._batch.autocast(), capture:
+            student(pixel_values=self._batch.images)
+            (states,) = capture.features().values()
             teachers = TeacherPass(adapted, student).forward()
-        shape = (len(adapted.images), -1, adapted.size.width)
-        self._student = own.view(shape).requires_grad_()
+        shape = (len(self._batch.images), -1, adapted.size.width)
+        self._student = states.view(shape).requires_grad_()
         self._teacher = teachers.view(shape)
 
     def rows(self, states: Tensor) -> Tensor:
@@ -165,28 +130,14 @@ class LossAlone:
         return states[:, 0] if self._pooling == "cls" else states.flatten(0, 1)
 
     def forward(self) -> Tensor:
-        with self._autocast():
+        with self._batch.autocast():
             return self._loss(self.rows(self._student), self.rows(self._teacher))
 
     def backward(self, loss: Tensor) -> None:
         torch.autograd.grad(loss, self._student)
 
 
-class Setup:
-    """What a way has beside the model, made anew."""
-
-    def __init__(self, adapted: Adapted, way: Way) -> None:
-        self._adapted, self._way, self._made = adapted, way, list[Step]()
-
-    def forward(self) -> Tensor:
-        self._made.append(Step(self._adapted, self._way))
-        return self._adapted.labels
-
-    def backward(self, _values: object) -> None:
-        """There is none."""
-
-
-def _with_adapters(size: Size) -> Any:
+def with_adapters(size: Size) -> Any:
     try:
         import peft
         import transformers
@@ -206,6 +157,6 @@ def _with_adapters(size: Size) -> Any:
     model = peft.get_peft_model(base, peft.LoraConfig(r=RANK, target_modules=_TARGETS))
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
-            # Already finetuned a little: where it is the teacher, the loss has no gradient.
+            # Already finetuned a little: where student and teacher agree, the loss has no gradient.
             nn.init.normal_(parameter, std=0.02)
     return model

@@ -1,9 +1,9 @@
 """What ours is compared with, written here: naive eager code, and a backward derived by hand.
 
 The naive functions are what one writes from the formulas, for two features (N, D), with native
-autograd. They suffer from what such code suffers from: sums in the features' dtype, a debiased CKA
-that does not center first, and for the Bures distance the square root of a covariance, which has no
-derivative where that is singular (N <= D).
+autograd. They have the weaknesses of such code: sums in the features' dtype, a debiased CKA that
+does not center first, and for the Bures distance the square root of a covariance, which has no
+derivative where the covariance is singular (N <= D).
 """
 
 from __future__ import annotations
@@ -49,13 +49,8 @@ def bures(x: Tensor, y: Tensor) -> Tensor:
     return a.trace() + b.trace() - 2 * cross
 
 
-NAIVE = {
-    "cka_biased": cka_biased,
-    "cka_debiased": cka_debiased,
-    "procrustes": procrustes,
-    "covariance": covariance,
-    "bures": bures,
-}
+_FUNCTIONS = (cka_biased, cka_debiased, procrustes, covariance, bures)
+NAIVE = {function.__name__: function for function in _FUNCTIONS}
 
 
 class _HandDerivedCKA(torch.autograd.Function):

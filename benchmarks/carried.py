@@ -8,7 +8,6 @@ they are not, nothing in it is found, and everything is compiled as ever.
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import sysconfig
 import tarfile
@@ -20,83 +19,63 @@ ROOT = environment.ROOT
 CACHE = ROOT / "build" / "triton-cache"
 ARCHIVE = ROOT / "build" / "precompiled.tar.xz"
 EXTENSION = "rift_kernels/_C" + str(sysconfig.get_config_var("EXT_SUFFIX"))
+STAMP = "build/extension.sha256"
 # What triton reads of an entry; the rest, most of the bytes, is for people.
 _KEPT = (".json", ".cubin", ".so")
-_GROUP = "__grp__"
 
 
 def digest(architecture: str) -> str:
-    """Of what the extension is made of."""
-    found = hashlib.sha256(f"{architecture} {EXTENSION}".encode())
-    sources = sorted(path for path in (ROOT / "csrc").rglob("*") if path.is_file())
-    for path in [ROOT / "setup.py", *sources]:
-        found.update(path.name.encode() + path.read_bytes())
-    return found.hexdigest()
-
-
-def _stamp() -> Path:
-    return ROOT / "build" / "extension.sha256"
+    """A digest of what the extension is made of."""
+    sha = hashlib.sha256(f"{architecture} {EXTENSION}".encode())
+    for path in [ROOT / "setup.py", *sorted(filter(Path.is_file, (ROOT / "csrc").rglob("*")))]:
+        sha.update(path.name.encode() + path.read_bytes())
+    return sha.hexdigest()
 
 
 def stamp(architecture: str) -> None:
-    """The extension that lies here is of these sources."""
-    _stamp().parent.mkdir(parents=True, exist_ok=True)
-    _stamp().write_text(digest(architecture), encoding="utf-8")
+    """Note that the extension that lies here is of these sources."""
+    (ROOT / STAMP).parent.mkdir(parents=True, exist_ok=True)
+    (ROOT / STAMP).write_text(digest(architecture), encoding="utf-8")
 
 
 def is_built(architecture: str) -> bool:
     """Whether the extension that lies here was built of these sources."""
-    return (
-        (ROOT / EXTENSION).exists()
-        and _stamp().exists()
-        and _stamp().read_text(encoding="utf-8") == digest(architecture)
-    )
+    paths = (ROOT / EXTENSION, ROOT / STAMP)
+    return all(path.exists() for path in paths) and paths[1].read_text() == digest(architecture)
 
 
 def pack(cache: Path, archive: Path) -> int:
     """How many kernels it holds."""
     archive.parent.mkdir(parents=True, exist_ok=True)
-    kernels = 0
+    entries = [path for path in sorted(cache.glob("*/*")) if path.name.endswith(_KEPT)]
     with tarfile.open(archive, "w:xz") as file:
-        for path in sorted(cache.glob("*/*")):
-            if path.name.endswith(_KEPT):
-                file.add(path, f"cache/{path.relative_to(cache)}")
-                kernels += path.suffix == ".cubin"
-        for path in (ROOT / EXTENSION, _stamp()):
-            if path.exists():
-                file.add(path, str(path.relative_to(ROOT)))
-    return kernels
+        for path in entries:
+            file.add(path, f"cache/{path.relative_to(cache)}")
+        for name in filter(lambda name: (ROOT / name).exists(), (EXTENSION, STAMP)):
+            file.add(ROOT / name, name)
+    return sum(path.suffix == ".cubin" for path in entries)
 
 
 def unpack(archive: Path, cache: Path) -> int:
     """How many kernels are new here; what is here already stays."""
     if not archive.exists():
         return 0
+    # An extension that is here may be of other sources, whatever the file says of its own.
     kernels, has_extension = 0, (ROOT / EXTENSION).exists()
     with tarfile.open(archive) as file:
-        for member in file:
+        for member in filter(tarfile.TarInfo.isfile, file):
+            of_cache = member.name.startswith("cache/")
+            path = cache / member.name.removeprefix("cache/") if of_cache else ROOT / member.name
+            if path.exists() if of_cache else has_extension:
+                continue
             reader = file.extractfile(member)
-            if reader is None:
-                continue
-            content = reader.read()
-            if member.name.startswith("cache/"):
-                path = cache / member.name.removeprefix("cache/")
-                if path.name.startswith(_GROUP):
-                    content = _moved(content, path.parent)
-                if path.exists():
-                    continue
-                kernels += path.suffix == ".cubin"
-            elif has_extension:  # maybe of other sources, whatever the file says of its own
-                continue
-            else:
-                path = ROOT / member.name
+            content = reader.read() if reader else b""
+            if path.name.startswith("__grp__"):
+                # An entry's list of its files has their folder: where they lie now.
+                names = json.loads(content)["child_paths"]
+                paths = {n: str(path.parent / n) for n in names if n.endswith(_KEPT)}
+                content = json.dumps({"child_paths": paths}).encode()
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(content)
+            kernels += path.suffix == ".cubin"
     return kernels
-
-
-def _moved(group: bytes, folder: Path) -> bytes:
-    """An entry's list of its files has their folder: where they lie now."""
-    names = json.load(io.BytesIO(group))["child_paths"]
-    kept = {name: str(folder / name) for name in names if name.endswith(_KEPT)}
-    return json.dumps({"child_paths": kept}).encode()

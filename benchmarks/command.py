@@ -1,27 +1,63 @@
-"""What the commands that write a result share: profile, device, folder, and how far they are."""
+"""What the commands that write a result share: options, progress, and the end."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 
 from . import files
+from .schema import Result
 
 Item = TypeVar("Item")
+Profile = TypeVar("Profile")
 
 
-def parser(name: str, description: str | None, profiles: Iterable[str]) -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}", description=description)
-    made.add_argument("--profile", choices=profiles, help="default: gpu on a GPU, else cpu")
-    made.add_argument("--device", help="default: cuda where there is one, else cpu")
-    made.add_argument("--out", type=Path, default=files.RESULTS, help="folder of the result file")
-    return made
+class Job(NamedTuple, Generic[Profile]):
+    """A profile by its name, where to measure it, and in about how many seconds."""
+
+    name: str
+    profile: Profile
+    device: torch.device
+    budget: float = 0.0
+
+
+def options(
+    command: str,
+    description: str | None,
+    profiles: Mapping[str, Profile],
+    arguments: Sequence[str] | None,
+) -> tuple[Job[Profile], Path]:
+    """What a command line asks for, and where the result goes.
+
+    Exits where that cannot be, before anything is measured. There is a ``--budget`` if profiles
+    have one.
+    """
+    parser = argparse.ArgumentParser(
+        prog=f"python -m benchmarks.{command}", description=description
+    )
+    parser.add_argument("--profile", choices=profiles, help="default: gpu on a GPU, else cpu")
+    parser.add_argument("--device", help="default: cuda where there is one, else cpu")
+    parser.add_argument("--out", type=Path, default=files.RESULTS, help="folder of the result file")
+    parser.set_defaults(budget=0.0)
+    if hasattr(profiles["cpu"], "budget"):
+        parser.add_argument("--budget", type=positive, help="seconds; default: the profile's")
+    parsed = parser.parse_args(arguments)
+    try:
+        parsed.out.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=parsed.out).close()
+        device = torch.device(parsed.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=device)
+    except (OSError, RuntimeError, AssertionError) as error:
+        parser.error(str(error).split("\n")[0])
+    name = parsed.profile or ("gpu" if device.type == "cuda" else "cpu")
+    profile: Any = profiles[name]
+    return Job(name, profile, device, parsed.budget or getattr(profile, "budget", 0.0)), parsed.out
 
 
 def positive(text: str) -> float:
@@ -32,32 +68,16 @@ def positive(text: str) -> float:
     return number
 
 
-def settle(
-    made: argparse.ArgumentParser, options: argparse.Namespace
-) -> tuple[str, torch.device, Path]:
-    """The profile, the device and the folder; exits now, and not after minutes of measuring."""
-    try:
-        options.out.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=options.out).close()
-        wanted = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        device = torch.device(wanted)
-        torch.empty(0, device=device)
-    except (OSError, RuntimeError, AssertionError) as error:
-        made.error(str(error).split("\n")[0])
-    profile = options.profile or ("gpu" if device.type == "cuda" else "cpu")
-    return profile, device, options.out
-
-
-def progress(items: Sequence[Item], label: Callable[[Item], str]) -> Iterator[Item]:
-    """A progress bar, or a line each where tqdm is not installed."""
-    try:
-        from tqdm import tqdm  # type: ignore[import-untyped,unused-ignore]
-    except ImportError:
-        for i, item in enumerate(items, 1):
-            print(f"[{i}/{len(items)}] {label(item)}", file=sys.stderr, flush=True)
-            yield item
-        return
-    bar = tqdm(items, unit="workload")
-    for item in bar:
-        bar.set_description(label(item))
+def progress(items: Sequence[Item], label: Callable[[Item], str] = str) -> Iterator[Item]:
+    """Items, each announced on a line."""
+    for i, item in enumerate(items, 1):
+        print(f"[{i}/{len(items)}] {label(item)}", file=sys.stderr, flush=True)
         yield item
+
+
+def finish(result: Result, out: Path, summary: str, failures: Iterable[str]) -> int:
+    """Write a result's file, print what it says, and return the exit status."""
+    path = files.write(result, out)
+    lines = [f"FAILED {failure}" for failure in failures]
+    print(f"\n{summary}\n\nwrote {path}", *lines, sep="\n")
+    return 1 if lines else 0

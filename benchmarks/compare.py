@@ -24,20 +24,18 @@ import argparse
 import math
 import statistics
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from . import files, tables
+from . import command, files, tables
 from .providers import NAIVE, OURS
-from .schema import BENCHMARK
+from .schema import Benchmark, Bounds, Outcome, Workload
 
 THRESHOLD = 0.05
-# Of a normal distribution, for the one mean over all, and for any of many workloads.
+# Standard errors of a normal distribution: for the mean over all, and for any of many workloads.
 SIGMAS_OVERALL, SIGMAS_ALONE = 3.0, 4.0
 
-Result = dict[str, Any]
-Bounds = dict[str, float]
 # Workload, provider, clock.
 Key = tuple[str, str, str]
 # What the files before and the files after have of one of these.
@@ -74,7 +72,7 @@ class Overall(NamedTuple):
         return self.mean > max(math.log1p(threshold), self.uncertain)
 
     def __str__(self) -> str:
-        # Of two or three, chance can make anything.
+        # Chance can make anything of two or three workloads.
         chance = f"{math.expm1(self.uncertain):.1%}" if self.uncertain < 1 else "all of it"
         return (
             f"All in all rift_kernels takes {math.expm1(self.mean):+.1%} time ({self.clock}); "
@@ -86,72 +84,70 @@ class CompareError(Exception):
     """Why two files cannot be compared; the message is for the user."""
 
 
-def check(results: Sequence[Result]) -> None:
+def _read(names: str) -> list[Benchmark]:
+    results = [files.read(Path(name)) for name in names.split(",")]
     for result in results:
-        if result["schema"] != BENCHMARK:
-            raise CompareError(f"A and B must be a {BENCHMARK!r}; got {result['schema']!r}")
-        # Of another profile, what is missing was never meant to be there.
-        for key in ("profile", "device", "threads"):
-            one, other = ({**r["environment"], **r}[key] for r in (results[0], result))
-            if one != other:
-                raise CompareError(f"A and B must have one {key}; got {one!r} and {other!r}")
+        if result.schema != Benchmark.schema:
+            raise CompareError(f"A and B must be a {Benchmark.schema!r}; got {result.schema!r}")
+    return [result for result in results if isinstance(result, Benchmark)]
 
 
-def other_versions(results: Sequence[Result]) -> Iterator[str]:
+def check(results: Sequence[Benchmark]) -> None:
+    # What another profile lacks was never meant to be there.
+    for key in ("profile", "device", "threads"):
+        first, *others = ({**vars(r.environment), **vars(r)}[key] for r in results)
+        for other in others:
+            if other != first:
+                raise CompareError(f"A and B must have one {key}; got {first!r} and {other!r}")
+
+
+def other_versions(results: Sequence[Benchmark]) -> Iterator[str]:
     """What may have made naive eager itself faster or slower."""
-    versions = [result["environment"]["versions"] for result in results]
     for name in ("python", "torch", "cuda", "triton"):
-        found = dict.fromkeys(str(v.get(name)) for v in versions)
-        if len(found) > 1:
-            yield f"Not by rift_kernels alone: {name} was {', '.join(found)}."
+        versions = dict.fromkeys(str(r.environment.versions.get(name)) for r in results)
+        if len(versions) > 1:
+            yield f"Not by rift_kernels alone: {name} was {', '.join(versions)}."
 
 
-def changes(before: Sequence[Result], after: Sequence[Result]) -> list[Change]:
+def changes(before: Sequence[Benchmark], after: Sequence[Benchmark]) -> list[Change]:
     """Of everything that has been measured before and after."""
-    sides = dict(_sides(before, after))
-    pooled = {clock: _pooled(sides, clock) for clock in {key[2] for key in sides}}
-    found = []
-    for key, (old, new) in sides.items():
-        middles = [statistics.fmean(map(_log_middle, side)) for side in (old, new)]
-        # Files that agree by chance are no proof that the next one does.
-        spread = max(pooled[key[2]], _spread([(old, new)]))
-        error = spread * math.sqrt(1 / len(old) + 1 / len(new))
-        uncertain = max(_within(old) + _within(new), math.expm1(SIGMAS_ALONE * error))
-        change = math.expm1(middles[1] - middles[0])
-        found.append(Change(*key, change, uncertain, min(len(old), len(new))))
-    return found
-
-
-def _sides(before: Sequence[Result], after: Sequence[Result]) -> Iterator[tuple[Key, Sides]]:
     old, new = ([_times(result) for result in side] for side in (before, after))
+    sides: dict[Key, Sides] = {}
     for key in dict.fromkeys(key for times in old for key in times):
-        found = tuple([times[key] for times in side if key in times] for side in (old, new))
-        if found[1]:
-            yield key, (found[0], found[1])
-
-
-def _pooled(sides: Mapping[Key, Sides], clock: str) -> float:
-    return _spread([found for key, found in sides.items() if key[2] == clock])
+        first, second = ([times[key] for times in side if key in times] for side in (old, new))
+        if second:
+            sides[key] = first, second
+    pooled = {
+        clock: _spread(pair for key, pair in sides.items() if key[2] == clock)
+        for clock in ("both", "graph")
+    }
+    found = []
+    for key, pair in sides.items():
+        # Files that agree by chance are no proof that the next one does.
+        error = max(pooled[key[2]], _spread([pair])) * math.sqrt(sum(1 / len(s) for s in pair))
+        uncertain = max(sum(map(_within, pair)), math.expm1(SIGMAS_ALONE * error))
+        less, more = (statistics.fmean(map(_log_middle, side)) for side in pair)
+        found.append(Change(*key, math.expm1(more - less), uncertain, min(map(len, pair))))
+    return found
 
 
 def _spread(sides: Iterable[Sides]) -> float:
     """The standard deviation between files of one side, as a logarithm; 0 of single files."""
     squares, freedom = 0.0, 0
-    for side in (side for both in sides for side in both):
+    for side in (side for pair in sides for side in pair):
         middles = list(map(_log_middle, side))
-        mean = statistics.fmean(middles)
-        squares += sum((middle - mean) ** 2 for middle in middles)
+        squares += sum((middle - statistics.fmean(middles)) ** 2 for middle in middles)
         freedom += len(middles) - 1
     return math.sqrt(squares / freedom) if freedom else 0.0
 
 
 def _log_middle(bounds: Bounds) -> float:
-    return math.log(bounds["q50"])
+    return math.log(bounds.q50)
 
 
 def _within(side: Sequence[Bounds]) -> float:
     """Half of what lies between the bounds of a file, as a share."""
-    return statistics.fmean((b["high"] - b["low"]) / 2 / b["q50"] for b in side)
+    return statistics.fmean((b.high - b.low) / 2 / b.q50 for b in side)
 
 
 def overall(found: Sequence[Change], clock: str) -> Overall | None:
@@ -179,88 +175,75 @@ def overall(found: Sequence[Change], clock: str) -> Overall | None:
 
 
 def student(sigmas: float, freedom: float) -> float:
-    """As rare of Student's t as ``sigmas`` of a normal distribution (Wallace's approximation)."""
+    """As rare in Student's t as ``sigmas`` in a normal distribution (Wallace's approximation)."""
     corrected = sigmas * (8 * freedom + 3) / (8 * freedom + 1)
     return math.sqrt(freedom * math.expm1(corrected**2 / freedom))
 
 
-def _times(result: Result) -> dict[Key, Bounds]:
+def _times(result: Benchmark) -> dict[Key, Bounds]:
     """By workload, provider and clock; naive eager is what they are relative to."""
-    found = {}
-    for workload in result["workloads"]:
-        for name, entry in workload["results"].items():
-            if name == NAIVE or entry["reason"]:
-                continue
-            if entry["relative"]:
-                found[_key(workload), name, "both"] = entry["relative"]
-            if entry["graph"]:
-                low, middle, high = (entry["graph"][q] for q in ("q20", "q50", "q80"))
-                found[_key(workload), name, "graph"] = {"low": low, "q50": middle, "high": high}
-    return found
+    times = {}
+    for workload in result.workloads:
+        for name, outcome in workload.results.items():
+            if name != NAIVE and outcome.relative:
+                times[_key(workload), name, "both"] = outcome.relative
+            if name != NAIVE and outcome.graph:
+                graph = Bounds(outcome.graph.q20, outcome.graph.q50, outcome.graph.q80)
+                times[_key(workload), name, "graph"] = graph
+    return times
 
 
-def lost(before: Result, after: Result) -> list[str]:
-    """What was right and is wrong, was measured and failed or is not there."""
-    found = []
-    for workload, name, old, new in _pairs(before, after):
-        if old["reason"] is not None:
-            continue
-        if new["reason"] is not None:
-            found.append(f"{name}: {workload}: not measured: {new['reason']}")
-        elif new["wrong"] and not old["wrong"]:
-            found.append(f"{name}: {workload}: wrong")
-    return found
-
-
-def _pairs(before: Result, after: Result) -> Iterator[tuple[str, str, Result, Result]]:
-    """Workload, provider, and their entries; what is not in B has failed.
+def lost(before: Benchmark, after: Benchmark) -> Iterator[str]:
+    """What was right and is wrong, was measured and failed or is not in B.
 
     A workload that was left out as a whole, for lack of time or of features, says nothing.
     """
-    new = {_key(w): w for w in after["workloads"]}
-    gone = {"reason": "it is not in B"}
-    for workload in before["workloads"]:
-        other = new.get(_key(workload), {"results": {}, "reason": None})
-        if other["reason"] is None:
-            for name, entry in workload["results"].items():
-                yield _key(workload), name, entry, other["results"].get(name, gone)
+    new = {_key(w): w for w in after.workloads}
+    for key, workload in ((_key(w), w) for w in before.workloads):
+        if key in new and new[key].reason is not None:
+            continue
+        results = new[key].results if key in new else {}
+        for name, outcome in workload.results.items():
+            now = results.get(name, Outcome(reason="it is not in B"))
+            if outcome.reason is None and now.reason is not None:
+                yield f"{name}: {key}: not measured: {now.reason}"
+            elif outcome.reason is None and now.wrong and not outcome.wrong:
+                yield f"{name}: {key}: wrong"
 
 
-def left_out(before: Sequence[Result], after: Sequence[Result]) -> list[str]:
+def left_out(before: Sequence[Benchmark], after: Sequence[Benchmark]) -> list[str]:
     """Workloads that were measured before and, as a whole, in none of the files after."""
     measured, now = (
-        {_key(w) for result in side for w in result["workloads"] if w["results"]}
+        {_key(w) for result in side for w in result.workloads if w.results}
         for side in (before, after)
     )
-    reasons = {_key(w): w["reason"] for r in after for w in r["workloads"] if w["reason"]}
+    reasons = {_key(w): w.reason for result in after for w in result.workloads if w.reason}
     return [f"{key}: {reason}" for key, reason in reasons.items() if key in measured - now]
 
 
-def _key(workload: Result) -> str:
-    return f"{workload['measure']} {workload['shape']}"
+def _key(workload: Workload) -> str:
+    return f"{workload.measure} {workload.shape}"
 
 
-def table(found: Sequence[Change], threshold: float) -> str:
+def report(found: Sequence[Change], threshold: float) -> Iterator[str]:
+    """What changed, as a table, and how much cannot be told."""
+    if not found:
+        yield "Nothing was compared."
+        return
+    verdicts = [c.verdict(threshold) for c in found]
     rows = [
-        [
-            change.verdict(threshold),
-            change.provider,
-            change.workload,
-            change.clock,
-            f"{change.change:+.1%}",
-            f"{change.uncertain:.1%}",
-        ]
-        for change in found
-        if change.verdict(threshold) != "same"
+        [verdict, c.provider, c.workload, c.clock, f"{c.change:+.1%}", f"{c.uncertain:.1%}"]
+        for verdict, c in zip(verdicts, found, strict=True)
+        if verdict != "same"
     ]
     header = ["", "provider", "workload", "clock", "time", "uncertain"]
-    if not found:
-        return "Nothing was compared."
-    return tables.markdown(header, rows) if rows else "Nothing changed."
-
-
-def _read(names: str) -> list[Result]:
-    return [files.read(Path(name)) for name in names.split(",")]
+    yield tables.markdown(header, rows) if rows else "Nothing changed."
+    if "unresolved" in verdicts:
+        yield (
+            f"{verdicts.count('unresolved')} of {len(found)} are unresolved: more than "
+            f"{2 * threshold:.0%} is uncertain, so that no such change would be seen. Longer runs "
+            "and more files see more."
+        )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -271,10 +254,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("a", metavar="A", help="result files of before, separated by commas")
     parser.add_argument("b", metavar="B", help="result files of after")
-    parser.add_argument("--threshold", type=float, default=THRESHOLD, help="share; default: 0.05")
+    parser.add_argument(
+        "--threshold", type=command.positive, default=THRESHOLD, help="share; default: 0.05"
+    )
     options = parser.parse_args(arguments)
-    if not options.threshold > 0:
-        parser.error(f"argument --threshold: must be positive, got {options.threshold:g}")
     try:
         before, after = _read(options.a), _read(options.b)
         check([*before, *after])
@@ -284,9 +267,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     found = changes(before, after)
     gone = dict.fromkeys(line for a in before for b in after for line in lost(a, b))
     totals = [total for clock in ("both", "graph") if (total := overall(found, clock))]
-    for line in other_versions([*before, *after]):
-        print(line)
-    print("\n\n".join(_text(found, totals, [*gone], options.threshold)))
+    print(*other_versions([*before, *after]), sep="\n")
+    paragraphs = [*report(found, options.threshold), *map(str, totals)]
+    print("\n\n".join([*paragraphs, *(f"LOST {line}" for line in gone)]))
     ours = [c for c in found if c.provider.startswith(OURS)]
     slower = [c for c in ours if c.verdict(options.threshold) == "slower"]
     suspects = sum(c.files == 1 for c in slower)
@@ -300,25 +283,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("\nREGRESSION")
         return 1
     missing = left_out(before, after)
-    if not ours:
-        missing.append("A and B have no time of rift_kernels in common")
+    missing += [] if ours else ["A and B have no time of rift_kernels in common"]
     for line in missing:
         print(f"benchmarks.compare: cannot compare: {line}", file=sys.stderr)
     return 2 if missing else 0
-
-
-def _text(
-    found: Sequence[Change], totals: Sequence[Overall], gone: Sequence[str], threshold: float
-) -> Iterator[str]:
-    yield table(found, threshold)
-    unresolved = sum(c.verdict(threshold) == "unresolved" for c in found)
-    if unresolved:
-        yield (
-            f"{unresolved} of {len(found)} are unresolved: more than {2 * threshold:.0%} is "
-            "uncertain, so that no such change would be seen. Longer runs and more files see more."
-        )
-    yield from map(str, totals)
-    yield from (f"LOST {line}" for line in gone)
 
 
 if __name__ == "__main__":

@@ -9,14 +9,13 @@ from typing import Any
 
 from .tables import markdown
 
-Runs = Sequence[dict[str, Any]]
-
 _TITLES = {
     "pretrained": "pretrained, before finetuning",
     "plain": "plain finetuning",
     "cka": "+ RIFT, debiased CKA",
     "covariance": "+ RIFT, covariance matching",
 }
+# Field -> title and decimals.
 _COLUMNS = {
     "new_accuracy": ("new task, %", 1),
     "old_accuracy": ("old task kept, %", 1),
@@ -38,15 +37,14 @@ def section(record: dict[str, Any]) -> str:
             title += f", weight {weight:g}"
         elif way == "plain" and rate < highest:
             title += f", learning rate / {highest / rate:g}"
-        rows.append(
-            [title, *(cell(runs, field, digits) for field, (_, digits) in _COLUMNS.items())]
-        )
+        cells = (cell(runs, field, decimals) for field, (_, decimals) in _COLUMNS.items())
+        rows.append([title, *cells])
     header = ["", *(title for title, _ in _COLUMNS.values())]
     return f"{markdown(header, rows)}\n\n{caption(record)}"
 
 
 def caption(record: dict[str, Any]) -> str:
-    """Of how many seeds, and where and with what they were run."""
+    """How many seeds there were, and where and with what they were run."""
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
     return (
         f"Mean ± standard deviation over {len({run['seed'] for run in record['runs']})} seeds; "
@@ -55,12 +53,12 @@ def caption(record: dict[str, Any]) -> str:
     )
 
 
-def cell(runs: Runs, field: str, digits: int) -> str:
-    """Mean and deviation; of times, which are no matter of seeds, the mean alone."""
+def cell(runs: Sequence[dict[str, Any]], field: str, decimals: int) -> str:
+    """Mean and deviation; the mean alone of times, which do not depend on seeds."""
     values = [run[field] for run in runs]
     if any(value is None or math.isnan(value) for value in values):
         return "-"
-    mean = f"{statistics.fmean(values):.{digits}f}"
+    mean = f"{statistics.fmean(values):.{decimals}f}"
     if field == "step_ms" or len(values) == 1:
         return mean
-    return f"{mean} ± {statistics.stdev(values):.{digits}f}"
+    return f"{mean} ± {statistics.stdev(values):.{decimals}f}"

@@ -10,40 +10,45 @@ import shutil
 import subprocess
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 import torch
 
 import rift_kernels
 
+from .schema import Environment
+
 ROOT = Path(__file__).resolve().parent.parent
 UNKNOWN = "unknown"
 _PACKAGES = ("triton", "numpy", "ckatorch", "pytorch-cka")
+_CLOCKS = (
+    "clocks.sm,clocks.max.sm,clocks.mem,power.draw,temperature.gpu,clocks_event_reasons.active"
+)
 
 
-def describe(device: torch.device) -> dict[str, Any]:
+def describe(device: torch.device) -> Environment:
     """Hardware, versions, commit, date; "unknown" or None where that cannot be found out."""
-    commit = _output("git", "rev-parse", "HEAD")
+    on_gpu, commit = device.type == "cuda", _output("git", "rev-parse", "HEAD")
     changes = _output("git", "status", "--porcelain", "--untracked-files=no")
-    return {
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "device": device_name(device),
-        "cpu": cpu_name(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
-        "driver": _driver() if device.type == "cuda" else None,
-        "clocks": _clocks(device),
-        "system": f"{platform.system()} {platform.machine()}",
-        "commit": commit,
-        "dirty": None if commit == UNKNOWN else changes != "",
-        "versions": versions(),
-    }
+    cpu, gpu = cpu_name(), torch.cuda.get_device_name(device) if on_gpu else None
+    return Environment(
+        date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        device=gpu or cpu,
+        cpu=cpu,
+        cores=os.cpu_count() or 0,
+        threads=torch.get_num_threads(),
+        gpu=gpu,
+        driver=_of_gpu("driver_version") if on_gpu else None,
+        clocks=_clocks(device),
+        system=f"{platform.system()} {platform.machine()}",
+        commit=commit,
+        dirty=None if commit == UNKNOWN else changes != "",
+        versions=versions(),
+    )
 
 
 def versions() -> dict[str, str | None]:
     """Package -> version, None where it is not installed."""
-    found: dict[str, str | None] = {
+    installed: dict[str, str | None] = {
         "rift_kernels": rift_kernels.__version__,
         "python": platform.python_version(),
         "torch": str(torch.__version__),
@@ -51,14 +56,10 @@ def versions() -> dict[str, str | None]:
     }
     for package in _PACKAGES:
         try:
-            found[package] = metadata.version(package)
+            installed[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
-            found[package] = None
-    return found
-
-
-def device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
+            installed[package] = None
+    return installed
 
 
 def slug(name: str) -> str:
@@ -67,32 +68,29 @@ def slug(name: str) -> str:
 
 
 def cpu_name() -> str:
-    match = re.search(r"^model name\s*:\s*(.+)$", _text(Path("/proc/cpuinfo")), re.MULTILINE)
-    if match:
-        return match.group(1).strip()
-    return platform.processor() or platform.machine() or UNKNOWN
-
-
-def _driver() -> str:
-    lines = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
-    return lines.splitlines()[0] if lines else UNKNOWN
+    match = re.search(r"^model name\s*:\s*(.+)$", _cpuinfo(), re.MULTILINE)
+    return match.group(1).strip() if match else platform.processor() or platform.machine()
 
 
 def _clocks(device: torch.device) -> str:
-    """What the speed of the moment hangs on; of a GPU, power, temperature, throttling as well."""
+    """What the speed of the moment depends on: load, clocks, power, temperature, throttling."""
     if device.type == "cuda":
-        fields = "clocks.sm,clocks.max.sm,clocks.mem,power.draw,temperature.gpu"
-        throttled = "clocks_event_reasons.active"
-        query = f"--query-gpu={fields},{throttled}"
-        lines = _output("nvidia-smi", query, "--format=csv,noheader").splitlines()
-        return f"{fields},{throttled}: {lines[0]}" if lines else UNKNOWN
+        state = _of_gpu(_CLOCKS)
+        return state if state == UNKNOWN else f"{_CLOCKS}: {state}"
     load = f"load average {os.getloadavg()[0]:.2f}" if hasattr(os, "getloadavg") else UNKNOWN
-    found = re.findall(r"^cpu MHz\s*:\s*(\S+)$", _text(Path("/proc/cpuinfo")), re.MULTILINE)
-    return f"{load}, cores at {', '.join(found)} MHz" if found else load
+    clocks = re.findall(r"^cpu MHz\s*:\s*(\S+)$", _cpuinfo(), re.MULTILINE)
+    return f"{load}, cores at {', '.join(clocks)} MHz" if clocks else load
 
 
-def _text(path: Path) -> str:
+def _cpuinfo() -> str:
+    path = Path("/proc/cpuinfo")
     return path.read_text(encoding="utf-8") if path.exists() else ""
+
+
+def _of_gpu(fields: str) -> str:
+    """What nvidia-smi says of the first GPU."""
+    text = _output("nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader")
+    return next(iter(text.splitlines()), UNKNOWN)
 
 
 def _output(*command: str) -> str:

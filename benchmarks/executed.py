@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from . import environment, files
-from .schema import CHECK
+from .schema import Check
 from .tables import markdown
 
 SOURCES = {
@@ -29,7 +29,8 @@ NEVER = "not yet"
 def kernels() -> Iterator[tuple[str, str]]:
     """Backend and name of all there are, as the sources define them."""
     for backend, (folder, pattern, definition) in SOURCES.items():
-        for path in sorted((environment.ROOT / folder).rglob(pattern), key=lambda path: path.name):
+        paths = (environment.ROOT / folder).rglob(pattern)
+        for path in sorted(paths, key=lambda path: path.name):
             for name in re.findall(definition, path.read_text(encoding="utf-8"), re.MULTILINE):
                 yield backend, name
 
@@ -39,44 +40,40 @@ def section(path: Path) -> str:
     content = json.loads(path.read_text(encoding="utf-8"))
     source, compiled = content["source"], content["compiled"]
     targets = sorted({run["target"] for run in compiled})
-    gpus = {
-        result["environment"]["gpu"]: _agreeing(result, source)
-        for result in files.newest(path.parent, CHECK).values()
-        if result["environment"]["gpu"]
-    }
+    checks = files.newest(path.parent, Check).values()
+    gpus = {c.environment.gpu: _agreeing(c, source) for c in checks if c.environment.gpu}
+    counts = Counter[tuple[str, ...]]()
+    for run in source:
+        for family in run["families"].values():
+            counts.update({(run["backend"], name): count for name, count in family.items()})
+    for run in compiled:
+        key = run["backend"], run["target"]
+        counts.update({(*key, name): count for name, count in run["kernels"].items()})
     rows = []
     for backend, name in kernels():
-        counted = [
-            counts.get(name, 0)
-            for run in source
-            if run["backend"] == backend
-            for counts in run["families"].values()
-        ]
-        cells = [str(sum(counted) or NEVER)]
+        cells = [str(counts[backend, name] or NEVER)]
         for target in targets:
-            mine = [r for r in compiled if (r["backend"], r["target"]) == (backend, target)]
             elsewhere = re.search(r"_sm\d+$", name) and not name.endswith(target)
-            count = sum(run["kernels"].get(name, 0) for run in mine)
-            cells.append("-" if elsewhere else str(count or NEVER))
-        hardware = [gpu for gpu, found in gpus.items() if (backend, name) in found]
-        rows.append([f"`{name}` ({backend})", *cells, ", ".join(hardware) or NEVER])
+            cells.append("-" if elsewhere else str(counts[backend, target, name] or NEVER))
+        on_gpus = ", ".join(gpu for gpu, agreeing in gpus.items() if (backend, name) in agreeing)
+        rows.append([f"`{name}` ({backend})", *cells, on_gpus or NEVER])
     header = ["kernel", "from source", *(f"compiled, {target}" for target in targets), "on a GPU"]
     return f"{markdown(header, rows)}\n\n{_explanation(content)}"
 
 
-def _agreeing(check: files.Result, source: list[dict[str, Any]]) -> set[tuple[str, str]]:
+def _agreeing(check: Check, source: list[dict[str, Any]]) -> set[tuple[str, str]]:
     """Backend and name of the kernels whose families agreed on a GPU, in every dtype."""
-    target = "sm90" if re.search(HOPPER, check["environment"]["gpu"]) else "sm80"
-    found: set[tuple[str, str]] = set()
+    target = "sm90" if re.search(HOPPER, check.environment.gpu or "") else "sm80"
+    names: set[tuple[str, str]] = set()
     for run in source:
         if run["target"] not in ("", target):
             continue
         for family, counts in run["families"].items():
             key = run["backend"], family
-            states = [k["good"] for k in check["kernels"] if (k["backend"], k["family"]) == key]
+            states = [k.good for k in check.kernels if (k.backend, k.family) == key]
             if states and all(states):
-                found.update((run["backend"], name) for name in counts)
-    return found
+                names.update((run["backend"], name) for name in counts)
+    return names
 
 
 def _explanation(content: dict[str, Any]) -> str:

@@ -7,9 +7,10 @@ compared with the eager backend's in float64.
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from unittest import mock
 
 import torch
@@ -22,67 +23,62 @@ from rift_kernels.dispatch import availability
 TOLERANCE = 1e-2
 # Many rows by the kernels for any GPU, on a Hopper GPU as well.
 GENERAL = "cuda without Hopper's own kernels"
-
-MEASURES = {
-    "linear_cka": {},
-    "linear_cka biased": {"debiased": False},
-    "covariance_distance": {},
-    "procrustes_similarity": {},
-    "bures_distance": {},
-}
-
+MEASURES = (
+    "linear_cka",
+    "linear_cka biased",
+    "covariance_distance",
+    "procrustes_similarity",
+    "bures_distance",
+)
 # Small and general Gram form, covariance form with pointers and with descriptors.
 SHAPES = ((32, 72), (160, 136), (300, 64), (1100, 72))
 FEW_SHAPES = ((32, 72), (160, 136), (1100, 72))
 FEW_MEASURES = ("linear_cka", "covariance_distance")
 
 
-def _without_hopper() -> AbstractContextManager[object]:
-    return mock.patch.object(cuda, "_is_hopper", return_value=False)
-
-
 def _value_and_gradient(
     name: str, x: Tensor, y: Tensor, mask: Tensor | None, backend: str
 ) -> Tensor:
-    """Both in one vector."""
+    """Both in one vector, the gradient of unit length."""
     x = x.detach().requires_grad_()
-    function = getattr(rk, name.split()[0])
-    value = function(x, y, mask=mask, backend=backend, **MEASURES[name])
+    function, *biased = name.split()
+    options = {"debiased": False} if biased else {}
+    value = getattr(rk, function)(x, y, mask=mask, backend=backend, **options)
     (grad,) = torch.autograd.grad(value, x)
-    scale = grad.double().norm()
-    return torch.cat([value.detach().double().reshape(1), (grad.double() / scale).flatten()])
+    grad = grad.double().flatten()
+    return torch.cat([value.detach().double().reshape(1), grad / grad.norm()])
 
 
 def compare(device: torch.device, few: bool = False) -> int:
     """How often kernels disagree; ``few``: one of each kind, which a slow tool has time for."""
     failures = 0
-    has_cuda = availability.reason_against("cuda") is None
-    if not has_cuda:
-        print(f"without the CUDA kernels: {availability.reason_against('cuda')}")
-    for rows, width in FEW_SHAPES if few else SHAPES:
-        for dtype in (torch.bfloat16,) if few else (torch.bfloat16, torch.float32):
-            generator = torch.Generator(device).manual_seed(0)
-            y = torch.randn(rows, width, device=device, generator=generator).to(dtype)
-            noise = torch.randn(rows, width, device=device, generator=generator)
-            x = (y.float() + 0.3 * noise).to(dtype)
-            mask = torch.rand(rows, device=device, generator=generator) < 0.8
-            for valid in (None,) if few else (None, mask):
-                for name in FEW_MEASURES if few else MEASURES:
-                    wide = (x.double(), y.double(), valid)
-                    expected = _value_and_gradient(name, *wide, "eager")
-                    backends = ["triton"]
-                    many_rows = rows > 2 * width and dtype == torch.bfloat16 and valid is None
-                    if has_cuda and name.startswith("linear_cka") and (rows <= 128 or many_rows):
-                        backends += ["cuda", GENERAL] if many_rows else ["cuda"]
-                    for backend in backends:
-                        with _without_hopper() if backend == GENERAL else nullcontext():
-                            actual = _value_and_gradient(name, x, y, valid, backend.split()[0])
-                        error = float((actual - expected).norm())
-                        if not error <= TOLERANCE:
-                            failures += 1
-                            masked = "" if valid is None else ", masked"
-                            what = f"{backend}: {name}, {rows} x {width} {dtype}{masked}"
-                            print(f"{what}: off by {error:.1e}", flush=True)
+    reason = availability.reason_against("cuda")
+    if reason is not None:
+        print(f"without the CUDA kernels: {reason}")
+    dtypes = (torch.bfloat16,) if few else (torch.bfloat16, torch.float32)
+    for (rows, width), dtype in itertools.product(FEW_SHAPES if few else SHAPES, dtypes):
+        generator = torch.Generator(device).manual_seed(0)
+        y = torch.randn(rows, width, device=device, generator=generator).to(dtype)
+        noise = torch.randn(rows, width, device=device, generator=generator)
+        x = (y.float() + 0.3 * noise).to(dtype)
+        mask = torch.rand(rows, device=device, generator=generator) < 0.8
+        masks, names = ((None,), FEW_MEASURES) if few else ((None, mask), MEASURES)
+        for valid, name in itertools.product(masks, names):
+            expected = _value_and_gradient(name, x.double(), y.double(), valid, "eager")
+            many_rows = rows > 2 * width and dtype == torch.bfloat16 and valid is None
+            backends = ["triton"]
+            if reason is None and name.startswith("linear_cka") and (rows <= 128 or many_rows):
+                backends += ["cuda", GENERAL] if many_rows else ["cuda"]
+            for backend in backends:
+                without_hopper = mock.patch.object(cuda, "_is_hopper", return_value=False)
+                with without_hopper if backend == GENERAL else nullcontext():
+                    actual = _value_and_gradient(name, x, y, valid, backend.split()[0])
+                error = float((actual - expected).norm())
+                if not error <= TOLERANCE:
+                    failures += 1
+                    masked = "" if valid is None else ", masked"
+                    what = f"{backend}: {name}, {rows} x {width} {dtype}{masked}"
+                    print(f"{what}: off by {error:.1e}", flush=True)
     return failures
 
 

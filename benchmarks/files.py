@@ -2,61 +2,52 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import json
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from . import environment
-from .schema import BENCHMARK, validate
+from .schema import Benchmark, Result, parse
 
+Kind = TypeVar("Kind", bound=Result)
 RESULTS = environment.ROOT / "benchmarks" / "results"
-
-Result = dict[str, Any]
 
 
 def write(result: Result, folder: Path) -> Path:
     """Write a result, and return its path: device, kind and time; nothing is overwritten."""
-    validate(result)
     folder.mkdir(parents=True, exist_ok=True)
     now = datetime.datetime.now(datetime.UTC)
-    device = environment.slug(result["environment"]["device"])
-    kind = "" if result["schema"] == BENCHMARK else f"{result['schema'].split()[1]}-"
-    stem = f"{device}-{kind}{now:%Y%m%d-%H%M%S}"
+    kind = "" if result.schema == Benchmark.schema else f"{result.schema.split()[1]}-"
+    stem = f"{environment.slug(result.environment.device)}-{kind}{now:%Y%m%d-%H%M%S}"
     path, number = folder / f"{stem}.json", 1
     while path.exists():
         number += 1
         path = folder / f"{stem}-{number}.json"
+    text = json.dumps(dataclasses.asdict(result), indent=1, allow_nan=False)
     with path.open("x", encoding="utf-8") as file:
-        json.dump(result, file, indent=1, allow_nan=False)
-        file.write("\n")
+        file.write(f"{text}\n")
     return path
 
 
 def read(path: Path) -> Result:
-    """A result.
-
-    Raises:
-        ValueError: it is none; the message says where.
-    """
-    result = json.loads(path.read_text(encoding="utf-8"))
-    validate(result)
-    return dict(result)
+    """A result; ValueError where the file has none."""
+    return parse(json.loads(path.read_text(encoding="utf-8")))
 
 
 def newest(
-    folder: Path, schema: str = BENCHMARK, reduced: Collection[str] = ("smoke",)
-) -> dict[Path, Result]:
+    folder: Path, kind: type[Kind], reduced: Collection[str] = ("smoke",)
+) -> dict[Path, Kind]:
     """The newest full result of each device, of one kind: not of the profiles named."""
-    latest: dict[str, tuple[Path, Result]] = {}
-    for path in sorted(folder.glob("*.json")):
-        result = json.loads(path.read_text(encoding="utf-8"))
-        # Other kinds of files lie there, too.
-        if result.get("schema") != schema or result["profile"] in reduced:
-            continue
-        validate(result)
-        device, date = (result["environment"][key] for key in ("device", "date"))
-        if device not in latest or latest[device][1]["environment"]["date"] < date:
-            latest[device] = path, result
-    return dict(latest[device] for device in sorted(latest))
+    contents = {path: json.loads(path.read_text("utf-8")) for path in folder.glob("*.json")}
+    # Other kinds of files lie there, too.
+    results: dict[Path, Any] = {
+        path: parse(c) for path, c in contents.items() if c.get("schema") == kind.schema
+    }
+    latest: dict[str, Path] = {}
+    for path, result in sorted(results.items(), key=lambda item: item[1].environment.date):
+        if result.profile not in reduced:
+            latest[result.environment.device] = path
+    return {latest[device]: results[latest[device]] for device in sorted(latest)}

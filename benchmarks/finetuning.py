@@ -1,13 +1,14 @@
 """A finetuning step, in all the ways that are compared: forward, loss, backward, optimiser step.
 
-All ways share one model, one batch and one optimiser. What it updates are copies of the weights, so
-that every step of every way starts from the same, even after a loss whose gradient is NaN.
+All ways share one model, one batch and one optimiser. What the optimiser updates are copies of the
+weights, so that every step starts from the same weights, even after a loss whose gradient is NaN.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +17,7 @@ from torch.nn.functional import cross_entropy, interpolate
 
 import rift_kernels
 
-from . import baselines
+from . import baselines, schema
 from .oracle import Oracle
 from .providers import OURS, WIDE
 from .vit import Size, ViT
@@ -30,11 +31,72 @@ CLASS_TOKENS, TOKENS = "class tokens", "tokens"
 
 
 @dataclass(frozen=True)
+class Profile:
+    """A model, its batch and what of it is compared; effort as in workloads.py."""
+
+    size: Size
+    batch: int
+    budget: float
+    autocast: bool = False
+    max_rounds: int = 100
+    features: tuple[Features, ...] = ()
+    probe: int = 0
+
+    def model(
+        self, weights: list[Tensor], rank: int | None = None, trained: list[Tensor] | None = None
+    ) -> schema.Model:
+        """As result files describe it."""
+        return schema.Model(
+            **dataclasses.asdict(self.size),
+            parameters=sum(p.numel() for p in weights),
+            batch=self.batch,
+            tokens=self.size.tokens,
+            autocast=self.autocast,
+            rank=rank,
+            trained=None if trained is None else sum(p.numel() for p in trained),
+        )
+
+
+class Batch:
+    """Images and their labels. The seed is set before a model is made, and its batch after it.
+
+    Images are smooth: their patches are alike, and images differ, as photographs do.
+    """
+
+    def __init__(self, size: Size, batch: int, autocast: bool, device: torch.device) -> None:
+        with device:
+            coarse = torch.randn(batch, 3, 4, 4)
+            self.images = interpolate(coarse, size=(size.image, size.image), mode="bilinear")
+            self.labels = torch.randint(size.classes, (batch,))
+        self._device, self._autocast = device, autocast
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self._device.type, torch.bfloat16, enabled=self._autocast)
+
+
+class Optimiser:
+    """AdamW, which updates copies of the weights."""
+
+    def __init__(self, weights: Iterable[Tensor]) -> None:
+        self.weights = list(weights)
+        self.updated = [weight.detach().clone().requires_grad_() for weight in self.weights]
+        self._adamw = torch.optim.AdamW(self.updated, fused=True)
+
+    def backward(self, loss: Tensor) -> None:
+        """The backward, and the optimiser's step; no gradient stays in memory."""
+        loss.backward()  # type: ignore[no-untyped-call,unused-ignore]
+        for weight, updated in zip(self.weights, self.updated, strict=True):
+            weight.grad, updated.grad = None, weight.grad
+        self._adamw.step()
+        self._adamw.zero_grad()
+
+
+@dataclass(frozen=True)
 class Features:
     """What the loss compares: class tokens of all layers, or the last layer's tokens as rows.
 
-    Few rows need debiasing. Of many rows CKA is biased: debiasing would change little, and naive
-    code is cheapest without.
+    Few rows need debiasing. CKA of many rows is biased: debiasing would change little, and naive
+    code is cheapest without it.
     """
 
     of: str
@@ -95,40 +157,35 @@ class Finetuning:
         torch.manual_seed(0)
         with device:
             self.teacher = ViT(size).requires_grad_(False)
-            # Smooth: patches of one image are alike, and images differ, as photographs do.
-            coarse = torch.randn(batch, 3, 4, 4)
-            self.images = interpolate(coarse, size=(size.image, size.image), mode="bilinear")
-            self.labels = torch.randint(size.classes, (batch,))
-        # Already finetuned a little: where it is the teacher, the loss has no gradient.
-        self.student = _disturbed(self.teacher).requires_grad_()
-        self.updated = [p.detach().clone().requires_grad_() for p in self.student.parameters()]
-        self.optimiser = torch.optim.AdamW(self.updated, fused=True)
-        self.size, self._device, self._autocast = size, device, autocast
-
-    def autocast(self) -> torch.autocast:
-        return torch.autocast(self._device.type, torch.bfloat16, enabled=self._autocast)
+        self.batch = Batch(size, batch, autocast, device)
+        # Already finetuned a little: where student and teacher agree, the loss has no gradient.
+        self.student = copy.deepcopy(self.teacher)
+        for parameter in self.student.parameters():
+            parameter.add_(0.1 * parameter.std() * torch.randn_like(parameter))
+        self.optimiser = Optimiser(self.student.requires_grad_().parameters())
+        self.size = size
 
     @torch.no_grad()
     def teachers(self, features: Features | None) -> Picked:
-        """The teacher's features: a forward pass, of which nothing else stays in memory."""
-        with self.autocast():
-            states = self.teacher(self.images)
+        """The teacher's features: a forward pass that leaves nothing else in memory."""
+        with self.batch.autocast():
+            states = self.teacher(self.batch.images)
             picked = features.pick(states) if features else []
         # A slice would keep all tokens.
         return picked if isinstance(picked, Tensor) else [x.contiguous() for x in picked]
 
     def gradient_error(self, name: str, features: Features) -> float:
-        """That of a loss at the student's features, relative, against float64."""
-        with torch.no_grad(), self.autocast():
-            found = features.pick(self.student(self.images))
+        """The error of a loss's gradient at the student's features, relative, against float64."""
+        with torch.no_grad(), self.batch.autocast():
+            picked = features.pick(self.student(self.batch.images))
         teacher = self.teachers(features)
-        inputs = Inputs([x.clone().requires_grad_() for x in listed(found)], listed(teacher))
-        student = inputs.students[0] if isinstance(found, Tensor) else inputs.students
-        with self.autocast():
+        inputs = Inputs([x.clone().requires_grad_() for x in listed(picked)], listed(teacher))
+        student = inputs.students[0] if isinstance(picked, Tensor) else inputs.students
+        with self.batch.autocast():
             loss = loss_of(name, features)(student, teacher)
-        # Of the mean of 1 - CKA; the oracle has the gradient of each layer's CKA.
+        # The loss is the mean of 1 - CKA; the oracle has the gradient of each layer's CKA.
         gradients = torch.autograd.grad(-len(inputs.students) * loss, inputs.students)
-        oracle = Oracle(features.workload(self.size, len(self.images)), inputs)
+        oracle = Oracle(features.workload(self.size, len(self.batch.images)), inputs)
         return oracle.errors(1 - loss.detach(), gradients)[1]
 
 
@@ -143,35 +200,18 @@ class Step:
             self._loss = loss_of(way.loss, way.features)
             if not way.teacher_runs:
                 self._cached = finetuning.teachers(way.features)
+        self.backward = finetuning.optimiser.backward
 
     def forward(self) -> Tensor:
         """The teacher, if it runs, the student, and the loss."""
         f, way = self._finetuning, self._way
         teacher = f.teachers(way.features) if way.teacher_runs else self._cached
-        with f.autocast():
-            states = f.student(f.images)
-            loss = cross_entropy(f.student.logits(states), f.labels)
+        with f.batch.autocast():
+            states = f.student(f.batch.images)
+            loss = cross_entropy(f.student.logits(states), f.batch.labels)
             if self._loss and way.features:
                 loss = loss + self._loss(way.features.pick(states), teacher)
         return loss
-
-    def backward(self, loss: Tensor) -> None:
-        """The backward, and the optimiser's step; no gradient stays in memory."""
-        loss.backward()  # type: ignore[no-untyped-call,unused-ignore]
-        f = self._finetuning
-        for weight, updated in zip(f.student.parameters(), f.updated, strict=True):
-            weight.grad, updated.grad = None, weight.grad
-        f.optimiser.step()
-        f.optimiser.zero_grad()
-
-
-@torch.no_grad()
-def _disturbed(model: ViT) -> ViT:
-    """A copy with noise in its weights."""
-    other = copy.deepcopy(model)
-    for parameter in other.parameters():
-        parameter.add_(0.1 * parameter.std() * torch.randn_like(parameter))
-    return other
 
 
 def listed(picked: Picked) -> list[Tensor]:

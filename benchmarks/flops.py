@@ -20,41 +20,34 @@ def naive(w: Workload) -> float | None:
         "cka_debiased": 8 * w.rows**2 * w.width,
         "covariance": 8 * w.rows * w.width**2,
     }
-    return _layers(w, counts.get(w.measure))
+    return counts[w.measure] * w.layers if w.measure in counts else None
 
 
-def hand_derived(w: Workload) -> float | None:
-    return _layers(w, 10 * w.rows * w.width**2)
+def hand_derived(w: Workload) -> float:
+    return 10 * w.rows * w.width**2 * w.layers
 
 
-def ckatorch(w: Workload) -> float | None:
+def ckatorch(w: Workload) -> float:
     """Two Gram matrices, then fifteen products of N x N matrices."""
-    return _layers(w, 8 * w.rows**2 * w.width + 30 * w.rows**3)
+    return (8 * w.rows**2 * w.width + 30 * w.rows**3) * w.layers
 
 
-def pytorch_cka(w: Workload) -> float | None:
-    return _layers(w, 8 * w.rows**2 * w.width)
+def pytorch_cka(w: Workload) -> float:
+    return 8 * w.rows**2 * w.width * w.layers
 
 
 def rift_kernels(w: Workload) -> float | None:
     """Symmetric products at half, in the form that the package chooses."""
-    if w.measure in CKA_MEASURES:
-        gram, covariance = 4 * w.rows**2 * w.width, 8 * w.rows * w.width**2
-    elif w.measure == "covariance":
-        gram, covariance = 8 * w.rows**2 * w.width, 4 * w.rows * w.width**2
-    else:
+    if w.measure not in (*CKA_MEASURES, "covariance"):
         return None
-    measure = "cka" if w.measure in CKA_MEASURES else w.measure
-    use_gram = plan.use_gram(measure, w.rows, w.width, w.width)
-    return _layers(w, gram if use_gram else covariance)
+    is_cka = w.measure in CKA_MEASURES
+    if plan.use_gram("cka" if is_cka else "covariance", w.rows, w.width, w.width):
+        return (4 if is_cka else 8) * w.rows**2 * w.width * w.layers
+    return (8 if is_cka else 4) * w.rows * w.width**2 * w.layers
 
 
 def optimal(w: Workload) -> float | None:
     """The fewest known for CKA: N (D1+D2) (3 D1+D2) over columns, N^2 (3 D1+D2) over rows."""
     if w.measure not in CKA_MEASURES:
         return None
-    return _layers(w, min(8 * w.rows * w.width**2, 4 * w.rows**2 * w.width))
-
-
-def _layers(w: Workload, count: float | None) -> float | None:
-    return None if count is None else count * w.layers
+    return min(8 * w.rows * w.width**2, 4 * w.rows**2 * w.width) * w.layers

@@ -13,19 +13,17 @@ import statistics
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
-from . import command, environment, files, tables
+from . import command, environment, pictures, schema
+from .command import Job
 from .measure import Task
 from .oracle import GRADIENT_TOLERANCE, Oracle
 from .providers import OURS, Provider, providers
-from .schema import FRONTIER
-from .side_by_side import able, dtype_name, sentence
-from .workloads import BFLOAT16, CKA_MEASURES, Inputs, Workload, features
-
-Result = dict[str, Any]
+from .run import finite, sentence
+from .schema import ErrorCurve, Errors, Spread
+from .workloads import BFLOAT16, CKA_MEASURES, Inputs, Workload, dtype_name, features
 
 # Half a decade of 1 - CKA a step, from about 1e-1 to 1e-6.
 NOISES = tuple(0.35 * 10 ** (-step / 4) for step in range(11))
@@ -58,60 +56,53 @@ def curves(profile: Profile) -> Iterator[tuple[Workload, bool]]:
                     yield Workload(measure, rows, width, dtype), rotated
 
 
-def run(
-    name: str, profile: Profile, device: torch.device, candidates: Sequence[Provider]
-) -> Result:
-    found = []
-    for workload, rotated in command.progress(list(curves(profile)), lambda curve: str(curve[0])):
-        found.append(_curve(workload, rotated, profile, device, able(workload, candidates)))
-    return {
-        "schema": FRONTIER,
-        "profile": name,
-        "environment": environment.describe(device),
-        "providers": [{"name": p.name, "reason": p.reason} for p in candidates],
-        "pairs": profile.pairs,
-        "curves": found,
-    }
+def run(job: Job[Profile], candidates: Sequence[Provider]) -> schema.Frontier:
+    return schema.Frontier(
+        profile=job.name,
+        environment=environment.describe(job.device),
+        providers=[schema.Provider(p.name, p.reason) for p in candidates],
+        pairs=job.profile.pairs,
+        curves=[
+            _curve(job, candidates, *curve)
+            for curve in command.progress([*curves(job.profile)], lambda curve: str(curve[0]))
+        ],
+    )
 
 
 def _curve(
-    workload: Workload,
-    rotated: bool,
-    profile: Profile,
-    device: torch.device,
-    candidates: Sequence[Provider],
-) -> dict[str, Any]:
+    job: Job[Profile], candidates: Sequence[Provider], workload: Workload, rotated: bool
+) -> ErrorCurve:
     """Every provider's errors, from the first noise to the last."""
-    results: dict[str, Any] = {p.name: {"reason": None, "errors": []} for p in candidates}
+    able = [p for p in candidates if p.can_do(workload)]
+    results = {p.name: Errors() for p in able}
     distances, roundings = [], []
-    for noise in profile.noises:
-        pairs = []
-        for seed in range(profile.pairs):
-            inputs = features(workload, device, seed, noise, rotated)
-            pairs.append((inputs, Oracle(workload, inputs)))
+    for noise in job.profile.noises:
+        seeds = range(job.profile.pairs)
+        inputs = [features(workload, job.device, seed, noise, rotated) for seed in seeds]
+        pairs = [(pair, Oracle(workload, pair)) for pair in inputs]
         distances.append(_spread([1 - oracle.values.item() for _, oracle in pairs]))
         roundings.append(_spread([_rounding(oracle, workload.dtype) for _, oracle in pairs]))
-        for provider in candidates:
+        for provider in able:
             entry = results[provider.name]
-            if entry["reason"] is not None:
+            if entry.reason is not None:
                 continue
             try:
                 errors = [_error(provider, workload.measure, *pair) for pair in pairs]
             except Exception as error:
-                # Code of other people may fail in any way.
-                results[provider.name] = {"reason": sentence(error), "errors": []}
+                # Other people's code may fail in any way.
+                results[provider.name] = Errors(sentence(error))
             else:
-                entry["errors"].append(_spread(errors))
-    return {
-        "measure": workload.measure,
-        "rows": workload.rows,
-        "width": workload.width,
-        "dtype": dtype_name(workload.dtype),
-        "rotated": rotated,
-        "distances": distances,
-        "rounding": roundings,
-        "results": results,
-    }
+                entry.errors.append(_spread(errors))
+    return ErrorCurve(
+        measure=workload.measure,
+        rows=workload.rows,
+        width=workload.width,
+        dtype=dtype_name(workload.dtype),
+        rotated=rotated,
+        distances=distances,
+        rounding=roundings,
+        results=results,
+    )
 
 
 def _error(provider: Provider, measure: str, inputs: Inputs, oracle: Oracle) -> float:
@@ -126,58 +117,33 @@ def _rounding(oracle: Oracle, dtype: torch.dtype) -> float:
     return oracle.errors(oracle.values, rounded)[1]
 
 
-def _spread(numbers: Sequence[float]) -> dict[str, float | None]:
-    """NaN counts as infinite; None is infinite."""
+def _spread(numbers: Sequence[float]) -> Spread:
+    """NaN counts as infinite."""
     known = sorted(x if math.isfinite(x) else math.inf for x in numbers)
-    spread = {"min": known[0], "median": statistics.median(known), "max": known[-1]}
-    return {name: x if math.isfinite(x) else None for name, x in spread.items()}
+    return Spread(*map(finite, (known[0], statistics.median(known), known[-1])))
 
 
-def failures(result: Result) -> list[str]:
+def failures(result: schema.Frontier) -> Iterator[str]:
     """What of ours failed or was wrong anywhere."""
-    found = []
-    for curve in result["curves"]:
-        for name, entry in curve["results"].items():
-            if not name.startswith(OURS):
-                continue
-            worst = [math.inf if e["max"] is None else e["max"] for e in entry["errors"]]
-            if entry["reason"] or max(worst) > GRADIENT_TOLERANCE:
-                what = entry["reason"] or f"off by {max(worst):.0e}"
-                found.append(f"{name}: {_label(curve)}: {what}")
-    return found
+    for curve in result.curves:
+        for name, entry in curve.results.items():
+            worst = max((math.inf if e.max is None else e.max for e in entry.errors), default=0)
+            if name.startswith(OURS) and (entry.reason or worst > GRADIENT_TOLERANCE):
+                yield f"{name}: {_label(curve)}: {entry.reason or f'off by {worst:.0e}'}"
 
 
-def table(result: Result) -> str:
-    """Median errors at the smallest distance of each curve."""
-    names = [p["name"] for p in result["providers"] if p["reason"] is None]
-    rows = []
-    for curve in result["curves"]:
-        cells = []
-        for name in names:
-            errors = curve["results"].get(name, {"errors": []})["errors"]
-            cells.append(tables.error_text(errors[-1]["median"]) if errors else "-")
-        rows.append([_label(curve), tables.error_text(curve["distances"][-1]["median"]), *cells])
-    return tables.markdown(["", "1 - CKA", *names], rows)
-
-
-def _label(curve: dict[str, Any]) -> str:
-    kind = curve["measure"].removeprefix("cka_")
-    rotated = ", rotated" if curve["rotated"] else ""
-    return f"{kind}, {curve['rows']} x {curve['width']} {curve['dtype']}{rotated}"
+def _label(curve: ErrorCurve) -> str:
+    kind = curve.measure.removeprefix("cka_")
+    rotated = ", rotated" if curve.rotated else ""
+    return f"{kind}, {curve.rows} x {curve.width} {curve.dtype}{rotated}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = command.parser("frontier", __doc__, PROFILES)
-    name, device, out = command.settle(parser, parser.parse_args(arguments))
+    job, out = command.options("frontier", __doc__, PROFILES, arguments)
     # Compiled or not, naive code has the same errors.
-    candidates = providers(device, compiled=())
-    result = run(name, PROFILES[name], device, candidates)
-    path = files.write(result, out)
-    print(f"{table(result)}\n\nwrote {path}")
-    failed = failures(result)
-    for failure in failed:
-        print(f"FAILED {failure}")
-    return 1 if failed else 0
+    result = run(job, providers(job.device, compiled=()))
+    words = (picture.alt for picture in pictures.of(result))
+    return command.finish(result, out, "\n\n".join(words), failures(result))
 
 
 if __name__ == "__main__":

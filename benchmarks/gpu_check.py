@@ -6,8 +6,8 @@ tests side by side, a few kernels under compute-sanitizer; then, if there is tim
 benchmarks. All results lie in ``build/gpu-check``, written as they come, and so does
 ``gpu-check.json``, which says what is done: a further run goes on from there, as long as sources,
 versions and the GPU are the same. ``--out FOLDER`` (or the variable OUT) keeps copies of all files
-there while it runs.
-``python -m benchmarks.precompile`` makes what saves it most of the time for compilers.
+there while it runs. ``python -m benchmarks.precompile`` makes what saves it most of the time for
+compilers.
 
 Exits with 0 if all is well, 1 if something failed or was not done, 2 without a GPU.
 """
@@ -24,7 +24,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -37,8 +37,9 @@ ROOT = environment.ROOT
 WORK = ROOT / "build" / "gpu-check"
 SCHEMA = "rift_kernels gpu-check 2"
 MINUTES = 9.0
-POLL = 0.2
-COPY_EVERY = 5.0
+POLL, COPY_EVERY = 0.2, 5.0
+# Compiling and starting take this much of a step's time before anything is measured.
+START_SECONDS = 20
 
 Outcome = dict[str, Any]
 
@@ -52,8 +53,17 @@ class Step(NamedTuple):
     least: float = 5.0  # with fewer left it is not begun
 
 
-_SANITIZE = "compute-sanitizer --tool {} --error-exitcode 9 {{python}} -m benchmarks.exercise --few"
-# The first ones, up to SPARE, take nine minutes at most.
+def _benchmark(name: str, options: str, most: float, least: float) -> Step:
+    command = f"{{python}} -m benchmarks.{options} --device cuda --out {{work}}"
+    return Step(name, command, most, least)
+
+
+def _sanitizer(tool: str) -> Step:
+    options = f"--tool {tool} --error-exitcode 9 {{python}} -m benchmarks.exercise --few"
+    return Step(f"sanitize {tool}", f"compute-sanitizer {options}", 30)
+
+
+# They take nine minutes at most.
 STEPS = (
     Step("build", "{python} setup.py build_ext --inplace", 75),
     Step(
@@ -61,13 +71,7 @@ STEPS = (
         "{python} -m rift_kernels check --json {work}/check.json --seconds {seconds} --jobs {jobs}",
         120,
     ),
-    Step(
-        "bench headline",
-        "{python} -m benchmarks.run --profile headline --device cuda --out {work} "
-        "--budget {seconds}",
-        75,
-        20,
-    ),
+    _benchmark("bench headline", "run --profile headline --budget {seconds}", 75, 20),
     Step("bench host", "{python} -m benchmarks.host", 20),
     Step("bench moments", "{python} -m benchmarks.moments", 25),
     Step(
@@ -77,49 +81,33 @@ STEPS = (
         165,
         15,
     ),
-    Step("sanitize memcheck", _SANITIZE.format("memcheck"), 30),
-    Step("sanitize racecheck", _SANITIZE.format("racecheck"), 30),
+    _sanitizer("memcheck"),
+    _sanitizer("racecheck"),
 )
+# They need not be done.
 SPARE = (
-    Step(
-        "bench gpu",
-        "{python} -m benchmarks.run --profile gpu --device cuda --out {work} --budget {seconds}",
-        190,
-        60,
-    ),
-    Step(
-        "bench step", "{python} -m benchmarks.step --profile gpu --device cuda --out {work}", 90, 30
-    ),
-    Step(
-        "bench frontier",
-        "{python} -m benchmarks.frontier --profile gpu --device cuda --out {work}",
-        90,
-        30,
-    ),
-    Step("sanitize synccheck", _SANITIZE.format("synccheck"), 30),
-    Step("sanitize initcheck", _SANITIZE.format("initcheck"), 30),
+    _benchmark("bench gpu", "run --profile gpu --budget {seconds}", 190, 60),
+    _benchmark("bench step", "step --profile gpu", 90, 30),
+    _benchmark("bench frontier", "frontier --profile gpu", 90, 30),
+    _sanitizer("synccheck"),
+    _sanitizer("initcheck"),
 )
-# Whatever compiles or starts there takes this much of a step's time before anything is measured.
-START_SECONDS = 20
 
 
 def fingerprint() -> str:
-    """Of all that outcomes depend on: sources, versions, the GPU."""
+    """A digest of all that outcomes depend on: sources, versions, the GPU."""
     digest = hashlib.sha256()
-    for folder, pattern in (
-        ("rift_kernels", "*.py"), ("rift_kernels", "*.json"), ("csrc", "*"),
-        ("tests", "*.py"), ("benchmarks", "*.py"),
-    ):  # fmt: skip
-        for path in sorted((ROOT / folder).rglob(pattern)):
+    for pattern in ("rift_kernels/**/*.py", "rift_kernels/**/*.json", "csrc/**/*", "tests/**/*.py",
+                    "benchmarks/**/*.py"):  # fmt: skip
+        for path in sorted(ROOT.glob(pattern)):
             if path.is_file():
                 digest.update(f"{path.relative_to(ROOT)}\n".encode() + path.read_bytes())
-    digest.update(json.dumps(environment.versions()).encode())
-    digest.update(torch.cuda.get_device_name().encode())
+    digest.update(json.dumps([environment.versions(), torch.cuda.get_device_name()]).encode())
     return digest.hexdigest()
 
 
 def architecture() -> str:
-    """As RIFT_KERNELS_CUDA_ARCHS has it, of this GPU alone, which is sooner compiled."""
+    """As RIFT_KERNELS_CUDA_ARCHS has it: this GPU alone, which is sooner compiled."""
     major, minor = torch.cuda.get_device_capability()
     return f"{major}{minor}" + ("a" if major in (9, 10) else "")
 
@@ -132,52 +120,49 @@ class Check:
         self.log, self.outcomes = work / "gpu-check.log", work / "tests.jsonl"
         self.path = work / "gpu-check.json"
         work.mkdir(parents=True, exist_ok=True)
-        self.summary: dict[str, Any] = {
+        self.steps: dict[str, Outcome] = {}
+        self._about = {
             "schema": SCHEMA,
             "fingerprint": fingerprint(),
-            "environment": environment.describe(torch.device("cuda")),
-            "steps": {},
+            "environment": vars(environment.describe(torch.device("cuda"))),
         }
         if self.path.exists():
             earlier = json.loads(self.path.read_text(encoding="utf-8"))
-            if earlier.get("fingerprint") == self.summary["fingerprint"]:
-                self.summary["steps"] = earlier["steps"]
+            if earlier.get("fingerprint") == self._about["fingerprint"]:
+                self.steps = earlier["steps"]
             else:
-                self.forget()
+                for path in filter(Path.is_file, work.iterdir()):
+                    path.unlink()
 
-    def forget(self) -> None:
-        """Begin from nothing."""
-        self.summary["steps"] = {}
-        for path in self.work.iterdir():
-            if path.is_file():
-                path.unlink()
+    def forget(self, steps: Sequence[Step]) -> None:
+        """Do these anew."""
+        for step in steps:
+            self.steps.pop(step.name, None)
+            if step.name == "tests":
+                self.outcomes.unlink(missing_ok=True)
 
     def run(self, steps: Sequence[Step]) -> bool:
         """Whether all are done, and well; those that spare time is for need not be done."""
         for step in steps:
-            done = self.summary["steps"].get(step.name, {})
+            done = self.steps.get(step.name, {})
             if done.get("finished"):
                 print(f"{step.name:<19} done before: {_state(done)}", flush=True)
                 continue
             outcome = self._outcome(step)
             self._note(step, outcome)
             print("\n".join(_lines(step.name, outcome)), flush=True)
-        outcomes = self.summary["steps"]
-        return all(
-            outcomes[step.name]["ok"] or (step in SPARE and not outcomes[step.name]["finished"])
-            for step in steps
-        )
+        spare = {step.name for step in SPARE if not self.steps.get(step.name, {}).get("finished")}
+        return all(self.steps[step.name]["ok"] or step.name in spare for step in steps)
 
     def _outcome(self, step: Step) -> Outcome:
-        """Of running it, or why it cannot be run."""
+        """What comes of running it, or why it cannot be run."""
         seconds = min(step.most, self.end - time.monotonic())
         if seconds < step.least:
             note = f"not begun: it needs {step.least:.0f} s, and {max(seconds, 0):.0f} s are left"
             return {"ok": False, "finished": False, "note": note}
-        if step.name == "build" and (ready := self._built()):
-            return {"ok": True, "finished": True, "note": ready}
-        if step.command.startswith("compute-sanitizer") and not shutil.which("compute-sanitizer"):
-            return {"ok": True, "finished": True, "note": "not done: there is no compute-sanitizer"}
+        needless = self._needless(step)
+        if needless:
+            return {"ok": True, "finished": True, "note": needless}
         self._note(step, {"ok": False, "finished": False, "note": "under way"})
         print(f"{step.name} ...", flush=True)
         outcome = self._process(step, seconds)
@@ -189,28 +174,28 @@ class Check:
             outcome |= {"ok": True, "note": "not done: compute-sanitizer refuses this machine"}
         return outcome
 
-    def _built(self) -> str:
-        """Why there is nothing to build, if so."""
-        if not (ROOT / "csrc").is_dir():
+    def _needless(self, step: Step) -> str:
+        """Why there is nothing to do, if so."""
+        if step.command.startswith("compute-sanitizer") and not shutil.which("compute-sanitizer"):
+            return "not done: there is no compute-sanitizer"
+        if step.name == "build" and not (ROOT / "csrc").is_dir():
             return "nothing to build: there is no csrc/"
-        if find_spec("rift_kernels._C") is None or not carried.is_built(architecture()):
-            return ""
-        return "built before, of the same sources"
+        built = find_spec("rift_kernels._C") is not None and carried.is_built(architecture())
+        return "built before, of the same sources" if step.name == "build" and built else ""
 
-    def _words(self, step: Step, seconds: float) -> list[str]:
-        workers = f"-n {self.jobs}" if find_spec("xdist") else ""
-        names = {
+    def words(self, step: Step, seconds: float) -> list[str]:
+        """The command line of a step."""
+        values = {
             "python": sys.executable,
-            "work": str(self.work),
-            "seconds": str(max(int(seconds - START_SECONDS), 5)),
-            "jobs": str(self.jobs),
-            "workers": workers,
+            "work": self.work,
+            "seconds": max(int(seconds - START_SECONDS), 5),
+            "jobs": self.jobs,
         }
-        return [
-            part
-            for word in step.command.split()
-            for part in (workers.split() if word == "{workers}" else [word.format(**names)])
-        ]
+        workers = ["-n", str(self.jobs)] if find_spec("xdist") else []
+        words: list[str] = []
+        for word in step.command.split():
+            words += workers if word == "{workers}" else [word.format(**values)]
+        return words
 
     def _process(self, step: Step, seconds: float) -> Outcome:
         """Run it from the repository's root, its output at the end of the log."""
@@ -225,7 +210,7 @@ class Check:
             "TRITON_CACHE_DIR": os.environ.get("TRITON_CACHE_DIR", str(carried.CACHE)),
             gpu_tests.VARIABLE: str(self.outcomes),
         }
-        words, start = self._words(step, seconds), time.monotonic()
+        words, start = self.words(step, seconds), time.monotonic()
         with self.log.open("ab") as log:
             log.write(f"\n== {step.name}: {' '.join(words)}\n".encode())
             log.flush()
@@ -238,54 +223,45 @@ class Check:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
+            copied = start
             try:
-                code = self._wait(process, start + seconds)
+                while (code := process.poll()) is None and time.monotonic() < start + seconds:
+                    time.sleep(POLL)
+                    if time.monotonic() > copied + COPY_EVERY:
+                        self._copy()
+                        copied = time.monotonic()
             finally:
                 # Its children, too: compilers run in processes of their own.
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
-        note = "" if code == 0 else f"exit status {code}"
-        if code is None:
-            note = f"stopped after {seconds:.0f} s"
-        with self.log.open("rb") as log:
-            log.seek(begin)
-            tail = log.read().decode(errors="replace").splitlines()[-40:]
+        note = f"stopped after {seconds:.0f} s" if code is None else f"exit status {code}"
+        tail = self.log.read_bytes()[begin:].decode(errors="replace").splitlines()[-40:]
         return {
             "ok": code == 0,
             "finished": code is not None,
-            "note": note,
+            "note": note if code != 0 else "",
             "seconds": round(time.monotonic() - start, 1),
             "tail": "\n".join(tail),
         }
 
-    def _wait(self, process: subprocess.Popen[bytes], end: float) -> int | None:
-        copied = 0.0
-        while (code := process.poll()) is None and time.monotonic() < end:
-            time.sleep(POLL)
-            if time.monotonic() > copied + COPY_EVERY:
-                self.copy()
-                copied = time.monotonic()
-        return code
-
     def _note(self, step: Step, outcome: Outcome) -> None:
-        self.summary["steps"][step.name] = outcome
+        self.steps[step.name] = outcome
         temporary = self.path.with_suffix(".new")
-        temporary.write_text(json.dumps(self.summary, indent=1) + "\n", encoding="utf-8")
+        text = json.dumps({**self._about, "steps": self.steps}, indent=1)
+        temporary.write_text(f"{text}\n", encoding="utf-8")
         temporary.replace(self.path)
-        self.copy()
+        self._copy()
 
-    def copy(self) -> None:
+    def _copy(self) -> None:
         """All files as they are now to the folder for copies."""
         if self.out is None:
             return
         self.out.mkdir(parents=True, exist_ok=True)
-        for path in self.work.iterdir():
+        for path in filter(Path.is_file, self.work.iterdir()):
             copy = self.out / path.name
-            if path.is_file() and (
-                not copy.exists() or copy.stat().st_mtime_ns != path.stat().st_mtime_ns
-            ):
-                with contextlib.suppress(FileNotFoundError):  # a temporary one
+            with contextlib.suppress(FileNotFoundError):  # a temporary one
+                if not copy.exists() or copy.stat().st_mtime_ns != path.stat().st_mtime_ns:
                     shutil.copy2(path, copy)
 
 
@@ -297,7 +273,7 @@ def _state(outcome: Outcome) -> str:
 
 
 def _lines(name: str, outcome: Outcome) -> list[str]:
-    """A step's summary; of one that failed or measures, the end of its output as well."""
+    """A step's summary; the end of its output as well, if it failed or measures."""
     took = f" ({outcome['seconds']} s)" if "seconds" in outcome else ""
     lines = [f"{name:<19} {_state(outcome)}{took}"]
     lines += [f"       failed: {test}" for test in outcome.get("failures", [])]
@@ -307,58 +283,41 @@ def _lines(name: str, outcome: Outcome) -> list[str]:
     return lines
 
 
-@contextlib.contextmanager
-def _ended_by_a_signal() -> Iterator[None]:
-    """Who is asked to end ends what it has started."""
-
-    def end(number: int, _: Any) -> None:
-        raise SystemExit(128 + number)
-
-    before = signal.signal(signal.SIGTERM, end)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_check", description=__doc__)
     parser.add_argument(
-        "--minutes",
-        type=command.positive,
-        default=MINUTES,
-        help="for all of it, default %(default)s",
+        "--minutes", type=command.positive, default=MINUTES, help="for all of it (%(default)s)"
     )
     parser.add_argument(
-        "--only", nargs="+", metavar="WORD", help="steps whose names begin so: tests, bench host"
-    )
+        "--only", nargs="+", metavar="WORD", default=[""],
+        help="steps whose names begin so: tests, bench host",
+    )  # fmt: skip
     parser.add_argument("--again", action="store_true", help="also what is done")
-    parser.add_argument("--out", type=Path, help="a folder for copies; default: the variable OUT")
+    parser.add_argument(
+        "--out", type=Path, default=os.environ.get("OUT") or None,
+        help="a folder for copies; default: the variable OUT",
+    )  # fmt: skip
     parser.add_argument("--jobs", type=int, default=min(os.cpu_count() or 1, 16))
     options = parser.parse_args(arguments)
     end = time.monotonic() + 60 * options.minutes
-    steps = [
-        step
-        for step in (*STEPS, *SPARE)
-        if options.only is None or step.name.startswith(tuple(options.only))
-    ]
+    every = (*STEPS, *SPARE)
+    steps = [step for step in every if step.name.startswith(tuple(options.only))]
     if not steps:
-        names = ", ".join(step.name for step in (*STEPS, *SPARE))
+        names = ", ".join(step.name for step in every)
         parser.error(f"--only must be of {names}; got {' '.join(options.only)}")
     if not torch.cuda.is_available():
         print("gpu-check needs a GPU that torch can use, and this machine has none.")
         return 2
-    out = options.out or (Path(os.environ["OUT"]) if os.environ.get("OUT") else None)
-    with _ended_by_a_signal():
-        check = Check(WORK, out, end, options.jobs)
-        if options.again:
-            for step in steps:
-                check.summary["steps"].pop(step.name, None)
-                if step.name == "tests":
-                    check.outcomes.unlink(missing_ok=True)
-        carried.unpack(carried.ARCHIVE, carried.CACHE)
+    check = Check(WORK, options.out, end, options.jobs)
+    check.forget(steps if options.again else [])
+    carried.unpack(carried.ARCHIVE, carried.CACHE)
+    # A process that is asked to end ends what it has started.
+    before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    try:
         good = check.run(steps)
-    print(f"results are in {WORK}" + (f" and {out}" if out else ""))
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    print(f"results are in {WORK}" + (f" and {options.out}" if options.out else ""))
     return 0 if good else 1
 
 

@@ -1,8 +1,8 @@
-"""A pytest plugin, ``-p benchmarks.gpu_tests``: of the suite what a GPU can change, restartable.
+"""A pytest plugin, ``-p benchmarks.gpu_tests``: the tests that a GPU can change, restartable.
 
 Chosen are the tests that take the ``device`` fixture and those of tests/backends/test_gpu.py; those
 that concern no kernel run last. RIFT_KERNELS_OUTCOMES names the file, a line of JSON a test:
-whatever ends the run leaves what was found until then, and what has passed by it is not run again.
+whatever ends the run leaves what was found until then, and a test that has passed is not run again.
 With several processes (``-n``), one in which a kernel has failed for good is replaced.
 """
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections import Counter
 from collections.abc import Generator
 from pathlib import Path
 from typing import Any
@@ -25,45 +26,34 @@ FIRST = ("test_gpu", "test_triton", "test_measures")
 
 def read(path: Path) -> dict[str, dict[str, Any]]:
     """Test -> its last outcome; a last line that was cut off does not count."""
-    found = {}
+    outcomes = {}
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
         try:
             outcome = json.loads(line)
         except json.JSONDecodeError:
             continue
-        found[outcome["test"]] = outcome
-    return found
+        outcomes[outcome["test"]] = outcome
+    return outcomes
 
 
 def counts(outcomes: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """Passed, failed, skipped, the names of what failed, and how often each reason to skip."""
-    failures = [test for test, one in outcomes.items() if one["outcome"] == "failed"]
-    reasons: dict[str, int] = {}
-    for one in outcomes.values():
-        if one["outcome"] == "skipped":
-            reasons[one["reason"]] = reasons.get(one["reason"], 0) + 1
-    skips = sum(reasons.values())
+    kinds = Counter(outcome["outcome"] for outcome in outcomes.values())
+    skipped = (o["reason"] for o in outcomes.values() if o["outcome"] == "skipped")
     return {
-        "passed": len(outcomes) - len(failures) - skips,
-        "failed": len(failures),
-        "skipped": skips,
-        "failures": failures,
-        "skip_reasons": reasons,
+        **{kind: kinds[kind] for kind in ("passed", "failed", "skipped")},
+        "failures": [test for test, o in outcomes.items() if o["outcome"] == "failed"],
+        "skip_reasons": dict(Counter(skipped)),
     }
 
 
-def _module(item: pytest.Item) -> str:
-    return item.path.stem
-
-
 def _concerns_a_gpu(item: pytest.Item) -> bool:
-    return "device" in getattr(item, "fixturenames", ()) or _module(item) == "test_gpu"
+    return "device" in getattr(item, "fixturenames", ()) or item.path.stem == "test_gpu"
 
 
 def _turn(item: pytest.Item) -> tuple[bool, bool, int]:
     """Those that Triton's interpreter has time for, too, are before others of the same kernels."""
-    module = _module(item)
-    conftest = sys.modules.get("tests.conftest")
+    module, conftest = item.path.stem, sys.modules.get("tests.conftest")
     chosen = module == "test_gpu" or (conftest is not None and conftest.is_interpreted(item))
     place = FIRST.index(module) if module in FIRST else len(FIRST)
     return item.get_closest_marker("eager_only") is not None, not chosen, place
@@ -80,10 +70,9 @@ def _before() -> Path:
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    done = {test for test, one in read(_before()).items() if one["outcome"] != "failed"}
+    done = {test for test, o in read(_before()).items() if o["outcome"] != "failed"}
     chosen = [item for item in items if _concerns_a_gpu(item) and item.nodeid not in done]
-    kept = set(map(id, chosen))
-    config.hook.pytest_deselected(items=[item for item in items if id(item) not in kept])
+    config.hook.pytest_deselected(items=[*{*items} - {*chosen}])
     items[:] = sorted(chosen, key=_turn)
 
 
@@ -93,11 +82,8 @@ class Writer:
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.when != "call" and report.passed:
             return
-        outcome = {
-            "test": report.nodeid,
-            "outcome": report.outcome,
-            "seconds": round(report.duration, 2),
-        }
+        seconds = round(report.duration, 2)
+        outcome = {"test": report.nodeid, "outcome": report.outcome, "seconds": seconds}
         if report.skipped:
             outcome["reason"] = str(report.longrepr[-1]).removeprefix("Skipped: ")  # type: ignore[index]
         elif report.failed:

@@ -47,12 +47,12 @@ class _Identity(torch.autograd.Function):
 def without_launches() -> Iterator[None]:
     """The CUDA backend on CPU tensors, all of it but what the GPU would do."""
     launch = SimpleNamespace(cluster=True)
-    nothing = SimpleNamespace(
+    extension = SimpleNamespace(
         cka_small_plan=lambda *_: launch, cka_small=lambda *_: None, scale=lambda *_: None
     )
     with (
         mock.patch.object(plan, "choose_backend", return_value="cuda"),
-        mock.patch.object(cuda, "extension", return_value=nothing),
+        mock.patch.object(cuda, "extension", return_value=extension),
         mock.patch.object(cuda, "_stream", return_value=0),
         mock.patch.object(cuda, "_plan", return_value=launch),
     ):
@@ -64,25 +64,22 @@ def stages(backend: str, device: torch.device) -> dict[str, Call]:
     x, y = torch.randn(2, ROWS, WIDTH, device=device).bfloat16()
     student = x.clone().requires_grad_()
     arguments: tuple[Any, ...] = ([x], [y], [], [True], True, False, "highest")
+    backend_forward: Any = cuda.cka_fwd
     operator = torch.ops.rift_kernels.cka_fwd
 
-    def whole() -> object:
-        value = rk.linear_cka(student, y, backend=backend)
-        return torch.autograd.grad(value, student)
+    def loss(features: Tensor) -> Tensor:
+        return rk.linear_cka(features, y, backend=backend)
 
-    found: dict[str, Call] = {}
-    if backend == "cuda":
-        backend_forward: Callable[..., object] = cuda.cka_fwd
-        found["backend's forward: memory and a launch"] = lambda: backend_forward(
-            *arguments, True, False
-        )
-    found["the same as an operator"] = lambda: operator(
-        *arguments, backend, backend != "eager", True, False
-    )
-    found["linear_cka, no gradient wanted"] = lambda: rk.linear_cka(x, y, backend=backend)
-    found["linear_cka, forward"] = lambda: rk.linear_cka(student, y, backend=backend)
-    found["linear_cka, forward and backward"] = whole
-    return found
+    calls: dict[str, Call] = {
+        "backend's forward: memory and a launch": lambda: backend_forward(*arguments, True, False),
+        "the same as an operator": lambda: operator(
+            *arguments, backend, backend != "eager", True, False
+        ),
+        "linear_cka, no gradient wanted": lambda: loss(x),
+        "linear_cka, forward": lambda: loss(student),
+        "linear_cka, forward and backward": lambda: torch.autograd.grad(loss(student), student),
+    }
+    return calls if backend == "cuda" else dict(list(calls.items())[1:])
 
 
 def floor(device: torch.device) -> Call:
@@ -97,13 +94,12 @@ def floor(device: torch.device) -> Call:
     return call
 
 
-def microseconds(call: Call) -> float:
+def microseconds(call: Call) -> str:
     """The median over rounds of a call's time on the host; a second in all, if it is slow."""
     call()
     start = time.perf_counter()
     call()
-    fitting = SECONDS / ROUNDS / (time.perf_counter() - start)
-    calls = max(1, min(CALLS, int(fitting)))
+    calls = max(1, min(CALLS, int(SECONDS / ROUNDS / (time.perf_counter() - start))))
     samples = []
     for _ in range(ROUNDS + 1):
         if torch.cuda.is_available():
@@ -113,26 +109,22 @@ def microseconds(call: Call) -> float:
             call()
         samples.append((time.perf_counter() - start) / calls * 1e6)
     # The first one warms up.
-    return statistics.median(samples[1:])
+    return f"{statistics.median(samples[1:]):.1f}"
 
 
 def table() -> str:
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda" if on_gpu else "cpu")
-    rows = [["an autograd.Function of one input", _cell(floor(device))]]
+    rows = [["an autograd.Function of one input", microseconds(floor(device))]]
     for backend in availability.BACKENDS:
         if availability.reason_against(backend) is None:
-            for name, call in stages(backend, device).items():
-                rows.append([f"{backend}: {name}", _cell(call)])
+            calls = stages(backend, device).items()
+            rows += [[f"{backend}: {name}", microseconds(call)] for name, call in calls]
     if not on_gpu:
         with without_launches():
-            for name, call in stages("cuda", device).items():
-                rows.append([f"cuda without launches: {name}", _cell(call)])
+            calls = stages("cuda", device).items()
+            rows += [[f"cuda without launches: {name}", microseconds(call)] for name, call in calls]
     return tables.markdown([f"{ROWS} x {WIDTH} bfloat16", "us on the host"], rows)
-
-
-def _cell(call: Call) -> str:
-    return f"{microseconds(call):.1f}"
 
 
 def main() -> int:

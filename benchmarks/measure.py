@@ -11,61 +11,64 @@ results do. Scratch space that a BLAS library takes for itself is not seen on a 
 
 from __future__ import annotations
 
-import copy
 import json
 import math
 import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from .providers import Provider
+from .schema import Bounds, Quantiles
 from .workloads import Inputs
 
 PHASES = ("forward", "backward", "both")
 CLOCKS = (*PHASES, "host", "wall")
 CPU_TIME = "cpu"
 MIN_ROUNDS = 5
-QUANTILES = {"q20": 0.2, "q50": 0.5, "q80": 0.8}
 
 Seconds = dict[str, float]
 
 
 class Timed(Protocol):
-    """What has the two phases that are timed."""
+    """The two phases that are timed."""
 
-    def forward(self) -> Tensor: ...
+    @property
+    def forward(self) -> Callable[[], Tensor]: ...
 
-    def backward(self, values: Tensor, /) -> object: ...
+    @property
+    def backward(self) -> Callable[[Tensor], object]: ...
 
 
+class Call(NamedTuple):
+    """Two functions as phases; the second may do nothing."""
+
+    forward: Callable[[], Tensor]
+    backward: Callable[[Tensor], object] = lambda _: None
+
+
+@dataclass(frozen=True)
 class Task:
-    """One provider's computation, on given features."""
+    """A provider's computation, on some features."""
 
-    def __init__(self, provider: Provider, measure: str, inputs: Inputs) -> None:
-        self.name = provider.name
-        self._values, self._settings = provider.measures[measure], provider.settings
-        self.inputs = inputs
+    provider: Provider
+    measure: str
+    inputs: Inputs
 
     def forward(self) -> Tensor:
-        with self._settings():
-            return self._values(self.inputs)
+        with self.provider.settings():
+            return self.provider.measures[self.measure](self.inputs)
 
     def backward(self, values: Tensor) -> tuple[Tensor, ...]:
-        with self._settings():
+        with self.provider.settings():
             return torch.autograd.grad(values, self.inputs.students, torch.ones_like(values))
-
-    def on(self, inputs: Inputs) -> Task:
-        """The same computation on others."""
-        other = copy.copy(self)
-        other.inputs = inputs
-        return other
 
 
 def synchronize(device: torch.device) -> None:
@@ -77,22 +80,20 @@ def time_once(task: Timed, device: torch.device) -> Seconds:
     """Seconds of each clock for one forward and backward, and of the process's CPU time."""
     synchronize(device)
     busy = time.process_time()
-    marks = [_Mark(device)]
+    start = _Mark(device)
     values = task.forward()
-    marks.append(_Mark(device))
+    middle = _Mark(device)
     task.backward(values)
-    marks.append(_Mark(device))
+    end = _Mark(device)
     returned = time.perf_counter()
     synchronize(device)
-    start, middle, end = marks
     return {
         "forward": middle.since(start),
         "backward": end.since(middle),
         "both": end.since(start),
         "host": returned - start.host,
         "wall": time.perf_counter() - start.host,
-        # In which nothing is that other processes take.
-        CPU_TIME: time.process_time() - busy,
+        CPU_TIME: time.process_time() - busy,  # which excludes other processes
     }
 
 
@@ -103,12 +104,11 @@ class _Mark:
         self.host = time.perf_counter()
         self._event: Any = None
         if device.type == "cuda":
-            event: Any = torch.cuda.Event
-            self._event = event(enable_timing=True)
+            self._event = torch.cuda.Event(enable_timing=True)
             self._event.record()
 
     def since(self, earlier: _Mark) -> float:
-        """Seconds; on a GPU both marks have been passed."""
+        """Seconds; on a GPU, once it has passed both marks."""
         if self._event is None:
             return self.host - earlier.host
         return earlier._event.elapsed_time(self._event) / 1e3
@@ -119,7 +119,7 @@ def time_rounds(
 ) -> dict[str, list[Seconds]]:
     """Every task once a round, each round starting with another, until ``deadline``.
 
-    Whatever disturbs the machine thus disturbs all of them. There are at least ``MIN_ROUNDS``.
+    Whatever disturbs the machine thus disturbs all tasks. There are at least ``MIN_ROUNDS``.
     """
     samples: dict[str, list[Seconds]] = {name: [] for name in tasks}
     names = deque(tasks)
@@ -132,79 +132,66 @@ def time_rounds(
     return samples
 
 
-def quantiles(samples: list[Seconds]) -> dict[str, dict[str, float]]:
-    """Clock -> quantile -> seconds."""
+def quantiles(samples: list[Seconds]) -> dict[str, Quantiles]:
+    """Clock -> seconds."""
     return {clock: quantiles_of([sample[clock] for sample in samples]) for clock in CLOCKS}
 
 
-def quantiles_of(seconds: list[float]) -> dict[str, float]:
-    found = torch.tensor(seconds, dtype=torch.float64)
-    return {name: found.quantile(q).item() for name, q in QUANTILES.items()}
+def quantiles_of(seconds: list[float]) -> Quantiles:
+    values = torch.tensor(seconds, dtype=torch.float64)
+    return Quantiles(*(values.quantile(share).item() for share in (0.2, 0.5, 0.8)))
 
 
-def relative(samples: list[Seconds], base: list[Seconds]) -> dict[str, float]:
-    """The median over rounds of the ratio to another task in the same round, and how sure it is.
-
-    Whatever slows the machine for longer than a round is in both and cancels. ``low`` and ``high``
-    hold the median of all such rounds with 95 %, whatever their distribution (order statistics).
-    """
-    pairs = zip(samples, base, strict=True)
-    return middle_of([own["both"] / other["both"] for own, other in pairs])
+def relative(samples: list[Seconds], base: list[Seconds]) -> Bounds:
+    """The ratio to another task in the same round; what slows a whole round cancels."""
+    return bounds_of([own["both"] / b["both"] for own, b in zip(samples, base, strict=True)])
 
 
 def added(
     more: list[Seconds], less: list[Seconds] | None, whole: list[Seconds], clock: str = "both"
-) -> dict[str, float]:
+) -> Bounds:
     """How much longer one task takes than another, as a share of a third in the same round.
 
-    Without another, how long it takes at all. Bounds as of :func:`relative`.
+    Without another, how long it takes at all.
     """
     less = less or [{clock: 0.0}] * len(more)
     rounds = zip(more, less, whole, strict=True)
-    return middle_of([(m[clock] - n[clock]) / w[clock] for m, n, w in rounds])
+    return bounds_of([(m[clock] - n[clock]) / w[clock] for m, n, w in rounds])
 
 
-def middle_of(values: list[float]) -> dict[str, float]:
-    """A median, and bounds that hold that of many more with 95 %, whatever their distribution."""
+def bounds_of(values: list[float]) -> Bounds:
+    """A median, and bounds that hold the median of many more values with 95 %.
+
+    These are order statistics, which suppose nothing about the distribution.
+    """
     values = sorted(values)
-    count = len(values)
-    outside = max(0, math.floor((count - 1.96 * math.sqrt(count)) / 2))
+    outside = max(0, math.floor((len(values) - 1.96 * math.sqrt(len(values))) / 2))
     middle = torch.tensor(values, dtype=torch.float64).quantile(0.5).item()
-    return {"low": values[outside], "q50": middle, "high": values[count - 1 - outside]}
+    return Bounds(values[outside], middle, values[-1 - outside])
 
 
-def noise(once: list[float], again: list[float]) -> float:
+def noise(once: list[Seconds], again: list[Seconds], clock: str) -> float:
     """How far apart two medians of the same step may be, relative.
 
-    Those of one step timed twice may agree by chance, and what is looked for is small, so at
-    least two standard errors of such a difference: for a normal distribution, about twice the range
-    from the 20th to the 80th percentile over the root of the number of rounds.
+    The medians of a step timed twice may agree by chance, and differences of interest are small.
+    So this is at least two standard errors of such a difference: for a normal distribution, about
+    twice the range from the 20th to the 80th percentile over the root of the number of rounds.
     """
-    first, second, all_of_them = map(quantiles_of, (once, again, once + again))
-    spread = 2 * (all_of_them["q80"] - all_of_them["q20"]) / len(once) ** 0.5
-    return max(abs(second["q50"] / first["q50"] - 1), spread / all_of_them["q50"])
+    first, second = ([sample[clock] for sample in samples] for samples in (once, again))
+    together = quantiles_of(first + second)
+    spread = 2 * (together.q80 - together.q20) / len(first) ** 0.5 / together.q50
+    return max(abs(quantiles_of(second).q50 / quantiles_of(first).q50 - 1), spread)
 
 
 def peak_memory(task: Timed, device: torch.device) -> dict[str, int]:
     """Bytes at the peak of each phase; what the forward keeps counts in the backward."""
     peaks = _peaks_on_gpu(task, device) if device.type == "cuda" else _peaks_on_cpu(task)
-    forward, backward = peaks
-    return {"forward": forward, "backward": backward, "both": max(peaks)}
+    return dict(zip(PHASES, (*peaks, max(peaks)), strict=True))
 
 
-def kept_memory(task: Timed, device: torch.device) -> int:
+def kept_memory(forward: Callable[[], Tensor], device: torch.device) -> int:
     """Bytes that a forward leaves: what it returns, and what it keeps for its backward."""
-    return peak_memory(_OnlyForward(task), device)["backward"]
-
-
-class _OnlyForward:
-    """A task whose backward never comes."""
-
-    def __init__(self, task: Timed) -> None:
-        self.forward = task.forward
-
-    def backward(self, _values: object) -> None:
-        """Nothing, while the forward's values are there."""
+    return peak_memory(Call(forward), device)["backward"]
 
 
 def _peaks_on_gpu(task: Timed, device: torch.device) -> tuple[int, int]:
@@ -221,8 +208,7 @@ def _peaks_on_gpu(task: Timed, device: torch.device) -> tuple[int, int]:
 def _peaks_on_cpu(task: Timed) -> tuple[int, int]:
     """The largest running sum of the allocations and releases that torch's profiler records."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        with record_function("benchmark_forward"):
-            values = task.forward()
+        values = task.forward()
         with record_function("benchmark_backward"):
             task.backward(values)
     with tempfile.TemporaryDirectory() as folder:
@@ -235,9 +221,8 @@ def _peaks_on_cpu(task: Timed) -> tuple[int, int]:
     for change in sorted(changes, key=lambda event: event["ts"]):
         allocated += change["args"]["Bytes"]
         if change["ts"] < middle:
-            forward = max(forward, allocated)
             # The backward starts from what the forward leaves.
-            backward = allocated
+            forward, backward = max(forward, allocated), allocated
         else:
             backward = max(backward, allocated)
     return forward, backward
@@ -245,8 +230,7 @@ def _peaks_on_cpu(task: Timed) -> tuple[int, int]:
 
 def matmul_peak(dtype: torch.dtype, width: int, device: torch.device) -> float:
     """FLOP/s of a large square product, the best of a few."""
-    a = torch.randn(width, width, device=device).to(dtype)
-    b = torch.randn(width, width, device=device).to(dtype)
+    a, b = (torch.randn(width, width, device=device).to(dtype) for _ in range(2))
     return 2 * width**3 / _best(lambda: a @ b, device)
 
 
@@ -258,12 +242,6 @@ def copy_bandwidth(mebibytes: int, device: torch.device) -> float:
 
 
 def _best(function: Callable[[], Tensor], device: torch.device, repeats: int = 10) -> float:
-    seconds = []
-    for _ in range(repeats + 1):
-        synchronize(device)
-        start = time.perf_counter()
-        function()
-        synchronize(device)
-        seconds.append(time.perf_counter() - start)
-    # The first one warms up.
+    """Seconds of the fastest call after one that warms up."""
+    seconds = [time_once(Call(function), device)["wall"] for _ in range(repeats + 1)]
     return min(seconds[1:])

@@ -9,7 +9,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,14 +27,12 @@ class Moments:
     def __init__(self, x: Tensor, y: Tensor, processors: int, hopper: bool) -> None:
         self.x, self.y, self.machine = x, y, (processors, hopper)
         schedule = cuda.extension().moments_schedule(*x.shape, y.shape[1], *self.machine)
-        self.schedule = schedule
-        # Of each tile the part that begins with the first rows; and all others, by square and part.
+        self.schedule, self._before = schedule, -(-x.shape[1] // BLOCK)
+        # The part of each tile that begins with the first rows; all others, by square and part.
         self.tiles = torch.empty(schedule.tiles, BLOCK, BLOCK, device=x.device)
-        self.spill = torch.empty(
-            schedule.spill_floats // (schedule.square_side * BLOCK) ** 2,
-            *(schedule.square_side, schedule.square_side, BLOCK, BLOCK),
-            device=x.device,
-        )
+        side = schedule.square_side
+        squares = schedule.spill_floats // (side * BLOCK) ** 2
+        self.spill = torch.empty(squares, side, side, BLOCK, BLOCK, device=x.device)
 
     def __call__(self, stream: int) -> None:
         sides = [(t.data_ptr(), t.stride(0), t.shape[1]) for t in (self.x, self.y)]
@@ -47,7 +44,9 @@ class Moments:
         """Tiles of the last launch, all parts added up: (slot, row, column)."""
         schedule, tiles = self.schedule, self.tiles.clone()
         for slot in range(schedule.tiles):
-            i, j = self._blocks(schedule.tile(slot))
+            tile = schedule.tile(slot)
+            # Places among the blocks of all columns, those of X before those of Y.
+            i, j = tile.i + tile.left_is_y * self._before, tile.j + tile.right_is_y * self._before
             square = _pair_index(i // schedule.square_side, j // schedule.square_side)
             for part in range(1, schedule.parts(square)):
                 within = i % schedule.square_side, j % schedule.square_side
@@ -56,16 +55,11 @@ class Moments:
 
     def cross(self) -> Tensor:
         """X^T Y of the last launch."""
-        down, across = (-(-t.shape[1] // BLOCK) for t in (self.x, self.y))
+        down, across = self._before, -(-self.y.shape[1] // BLOCK)
         totals = self.totals()
         slots = [[_pair_index(i, down + j) for j in range(across)] for i in range(down)]
         whole = torch.cat([torch.cat([totals[slot] for slot in row], 1) for row in slots])
         return whole[: self.x.shape[1], : self.y.shape[1]]
-
-    def _blocks(self, tile: Any) -> tuple[int, int]:
-        """Of all columns, those of X before those of Y."""
-        before = -(-self.x.shape[1] // BLOCK)
-        return tile.i + tile.left_is_y * before, tile.j + tile.right_is_y * before
 
 
 def _pair_index(i: int, j: int) -> int:
@@ -73,7 +67,7 @@ def _pair_index(i: int, j: int) -> int:
 
 
 def _seconds(calls: list[Callable[[], object]]) -> float:
-    """Of one call, the inputs in turn."""
+    """The time of one call, the inputs in turn."""
     event: type = torch.cuda.Event
     for call in calls:
         call()
@@ -100,8 +94,7 @@ def main() -> int:
     for rows, width in SHAPES:
         pairs = [torch.randn(2, rows, width, device="cuda").bfloat16().unbind() for _ in range(3)]
         x, y = pairs[0]
-        expected = x.float().T @ y.float()
-        flops = 2 * rows * width * (2 * width + 1)
+        expected, flops = x.float().T @ y.float(), 2 * rows * width * (2 * width + 1)
         for kind, hopper in kinds.items():
             launches = [Moments(x, y, processors, hopper) for x, y in pairs]
             seconds = _seconds([partial(launch, stream) for launch in launches])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -16,31 +16,42 @@ from .workloads import Inputs, Workload
 VALUE_TOLERANCE = 1e-2
 GRADIENT_TOLERANCE = 5e-2
 
-# Up to here the definition itself is affordable.
+# The definition itself is affordable up to here.
 MAX_ROWS_OF_DEFINITION = 1024
+
+_OTHERS = {
+    "procrustes": reference.procrustes_similarity,
+    "covariance": reference.covariance_distance,
+    "bures": reference.bures_distance,
+}
 
 
 class Oracle:
     """The right answer for one workload's features."""
 
     def __init__(self, workload: Workload, inputs: Inputs) -> None:
-        function = _function(workload)
+        small = workload.rows <= MAX_ROWS_OF_DEFINITION
+        cka = partial(
+            reference.linear_cka if small else _large_cka,
+            debiased=workload.measure == "cka_debiased",
+        )
+        function = _OTHERS.get(workload.measure, cka)
         rows = slice(None) if inputs.mask is None else inputs.mask
         values: list[Tensor] = []
-        gradients: list[Tensor] = []
+        self.gradients: list[Tensor] = []
         for student, teacher in zip(inputs.students, inputs.teachers, strict=True):
             x = student.detach().double().requires_grad_()
             value = function(x[rows], teacher.double()[rows])
-            gradients += torch.autograd.grad(value, x)
+            self.gradients += torch.autograd.grad(value, x)
             values.append(value.detach())
-        self.values, self.gradients = torch.stack(values), gradients
+        self.values = torch.stack(values)
 
     def errors(self, values: Tensor, gradients: tuple[Tensor, ...]) -> tuple[float, float]:
         """The largest absolute error of a value, the largest relative error of a gradient."""
         value_error = (values.double() - self.values).abs().max().item()
         gradient_errors = [
-            ((got.double() - right).norm() / right.norm()).item()
-            for got, right in zip(gradients, self.gradients, strict=True)
+            ((gradient.double() - right).norm() / right.norm()).item()
+            for gradient, right in zip(gradients, self.gradients, strict=True)
         ]
         # max() of floats may step over a NaN.
         return value_error, torch.tensor(gradient_errors).max().item()
@@ -49,19 +60,6 @@ class Oracle:
 def wrong(value_error: float, gradient_error: float) -> bool:
     # A comparison with NaN is false.
     return not (value_error <= VALUE_TOLERANCE and gradient_error <= GRADIENT_TOLERANCE)
-
-
-def _function(workload: Workload) -> Callable[[Tensor, Tensor], Tensor]:
-    if workload.measure == "procrustes":
-        return reference.procrustes_similarity
-    if workload.measure == "covariance":
-        return reference.covariance_distance
-    if workload.measure == "bures":
-        return reference.bures_distance
-    debiased = workload.measure == "cka_debiased"
-    if workload.rows <= MAX_ROWS_OF_DEFINITION:
-        return lambda x, y: reference.linear_cka(x, y, debiased=debiased)
-    return lambda x, y: _large_cka(x, y, debiased)
 
 
 def _large_cka(x: Tensor, y: Tensor, debiased: bool) -> Tensor:

@@ -23,17 +23,19 @@ from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
 from . import carried, environment, exercise, gpu_tests, providers, workloads
 
-# Of the processes of the tests, which this module is a plugin of: the target.
+# Names the target to the processes of the tests, which this module is a plugin of.
 VARIABLE = "RIFT_KERNELS_PRECOMPILE"
 # Targets in tests/support/triton_compile.py, and what nvcc calls them.
 TARGETS = {"sm80": "80", "sm90": "90a", "sm100": "100a"}
 PARTS = ("extension", "check", "bench", "exercise", "tests")
 HEADLINE = workloads.PROFILES["headline"].workloads
+CPU = torch.device("cpu")
 
 
 @contextlib.contextmanager
@@ -49,16 +51,16 @@ def compiling(target: str) -> Iterator[list[Any]]:
     stand_in = importlib.import_module("tests.support.stand_in_gpu")
     recorder = importlib.import_module("tests.support.triton_compile")
     choose_backend, reason_against = plan.choose_backend, availability.reason_against
+
+    def reason_against_triton(_: object, dtypes: Sequence[torch.dtype]) -> str | None:
+        return "float64" if torch.float64 in dtypes else None
+
     with pytest.MonkeyPatch.context() as patch, recorder.recording(target) as launched:
         stand_in.install(patch.setattr)
         patch.setattr(plan, "choose_backend", choose_backend)
         patch.setattr(availability, "reason_against", reason_against)
         patch.setattr(plan, "_has_kernels", lambda _: True)
-        patch.setattr(
-            availability,
-            "_reason_against_triton",
-            lambda _, dtypes: "float64" if torch.float64 in dtypes else None,
-        )
+        patch.setattr(availability, "_reason_against_triton", reason_against_triton)
         with stand_in.OnCPU():
             yield launched
 
@@ -81,12 +83,8 @@ def _driver_to_link_with() -> Iterator[None]:
     with tempfile.TemporaryDirectory() as folder:
         line = ["gcc", "-shared", "-x", "c", os.devnull, "-Wl,-soname,libcuda.so.1"]
         subprocess.run([*line, "-o", f"{folder}/libcuda.so.1"], check=True)
-        before = os.environ.get("TRITON_LIBCUDA_PATH")
-        os.environ["TRITON_LIBCUDA_PATH"] = folder
-        yield
-        del os.environ["TRITON_LIBCUDA_PATH"]
-        if before is not None:
-            os.environ["TRITON_LIBCUDA_PATH"] = before
+        with mock.patch.dict(os.environ, TRITON_LIBCUDA_PATH=folder):
+            yield
 
 
 def _check() -> None:
@@ -95,12 +93,11 @@ def _check() -> None:
 
     for kernels in known_answers.ALL:
         for case in known_answers.cases_of(kernels, True) if kernels.backend == "triton" else ():
-            trial.attempt(kernels, case, torch.device("cpu"))
+            trial.attempt(kernels, case, CPU)
 
 
 def _bench() -> None:
-    device = torch.device("cpu")
-    (ours,) = (p for p in providers.providers(device, ()) if p.name.endswith("triton"))
+    (ours,) = (p for p in providers.providers(CPU, ()) if p.name.endswith("triton"))
     for workload in HEADLINE:
         x = torch.zeros(workload.rows, workload.width, dtype=workload.dtype)
         students = [x.clone().requires_grad_() for _ in range(workload.layers)]
@@ -108,42 +105,30 @@ def _bench() -> None:
         ours.measures[workload.measure](inputs).sum().backward()
 
 
-def _exercise() -> None:
-    exercise.compare(torch.device("cpu"))
-
-
 def _here(part: str, target: str) -> None:
     """A part that is no process of its own."""
     with compiling(target) as launched:
-        {"check": _check, "bench": _bench, "exercise": _exercise}[part]()
+        if part == "exercise":
+            exercise.compare(CPU)
+        else:
+            {"check": _check, "bench": _bench}[part]()
         launchers(launched)
 
 
 def _tests(target: str, jobs: int) -> None:
     """As gpu-check runs them; whether they pass says nothing, since nothing is computed."""
-    workers = ["-n", str(jobs)] if find_spec("xdist") and jobs > 1 else []
+    workers = f"-n {jobs}" if find_spec("xdist") and jobs > 1 else ""
+    # Those of test_gpu.py have features for a GPU, and kernels that others have, too.
+    options = (
+        "-p no:cacheprovider -p benchmarks.gpu_tests -p benchmarks.precompile -q --tb=no "
+        f"--no-summary --ignore=tests/backends/test_gpu.py {workers} tests"
+    )
     with tempfile.TemporaryDirectory() as folder:
+        variables = {VARIABLE: target, gpu_tests.VARIABLE: str(Path(folder) / "outcomes.jsonl")}
         subprocess.run(
-            [
-                *(sys.executable, "-m", "pytest", "-p", "no:cacheprovider"),
-                *("-p", "benchmarks.gpu_tests", "-p", "benchmarks.precompile"),
-                # Those of test_gpu.py have features for a GPU, and kernels that others have, too.
-                *(
-                    "-q",
-                    "--tb=no",
-                    "--no-summary",
-                    "--ignore=tests/backends/test_gpu.py",
-                    *workers,
-                    "tests",
-                ),
-            ],
+            [sys.executable, "-m", "pytest", *options.split()],
             cwd=environment.ROOT,
-            env={
-                **os.environ,
-                VARIABLE: target,
-                gpu_tests.VARIABLE: str(Path(folder) / "outcomes.jsonl"),
-                "RIFT_TEST_DEVICE": "cuda",
-            },
+            env={**os.environ, **variables, "RIFT_TEST_DEVICE": "cuda"},
             check=False,
         )
 
@@ -158,7 +143,7 @@ def pytest_configure(config: Any) -> None:
 
 
 def pytest_runtest_teardown(item: Any) -> None:
-    """Of each test, not to keep what all of them compiled."""
+    """After each test, not to keep what all of them compiled."""
     if os.environ.get(VARIABLE):
         launchers(item.config.rift_launched)
 

@@ -18,7 +18,7 @@ import rift_kernels
 from rift_kernels.dispatch import availability, plan
 
 from . import baselines, flops
-from .workloads import AUTOTUNED, CKA_MEASURES, COMPILED, Inputs, Workload
+from .workloads import AUTOTUNED, CKA_MEASURES, COMPILED, Inputs, Workload, dtype_name
 
 Pair = Callable[[Tensor, Tensor], Tensor]
 Values = Callable[[Inputs], Tensor]
@@ -39,7 +39,7 @@ class Provider:
         measures: measure -> function of the inputs.
         reason: why it cannot run here, or None.
         flops: the model of its cost, None where there is none.
-        products_in: the dtype that it multiplies in, None for that of the features.
+        products_in: the dtype that it multiplies in, None for the features' dtype.
         takes: whether it has anything for a workload of these measures.
         settings: what holds while it runs, forward and backward.
     """
@@ -52,31 +52,34 @@ class Provider:
     takes: Callable[[Workload], bool] = lambda _: True
     settings: Callable[[], AbstractContextManager[None]] = nullcontext
 
+    def can_do(self, workload: Workload) -> bool:
+        return self.reason is None and workload.measure in self.measures and self.takes(workload)
+
+    def predicted(self, workload: Workload, peaks: Mapping[str, float]) -> float | None:
+        """Seconds of its products, at the peak of the dtype that it multiplies in."""
+        count, dtype = self.flops(workload), self.products_in or workload.dtype
+        return None if count is None else count / peaks[dtype_name(dtype)]
+
 
 def providers(device: torch.device, compiled: Sequence[str] = (COMPILED,)) -> list[Provider]:
-    """All of them, in the order of their turn when time is short.
+    """All providers, in the order of their turn when time is short.
 
     Args:
         device: where the features are.
         compiled: which of torch.compile's modes to include; each needs seconds for every shape.
     """
+    on_gpu = device.type == "cuda"
+    naive = _each_layer(baselines.NAIVE)
+    hand_derived = _each_layer({"cka_biased": baselines.hand_derived_cka})
+    products_in = None if on_gpu else torch.float32
     return [
-        Provider(NAIVE, _each_layer(baselines.NAIVE), flops=flops.naive),
+        Provider(NAIVE, naive, flops=flops.naive),
         *(_ours(backend) for backend in availability.BACKENDS),
-        Provider(
-            HAND_DERIVED,
-            _each_layer({"cka_biased": baselines.hand_derived_cka}),
-            flops=flops.hand_derived,
-            products_in=None if device.type == "cuda" else torch.float32,
-        ),
-        _naive_in(WIDE, torch.float32, lambda w: w.dtype.itemsize == 2),
-        _naive_in(HALF, torch.bfloat16, lambda w: w.dtype == torch.float32),
+        Provider(HAND_DERIVED, hand_derived, flops=flops.hand_derived, products_in=products_in),
+        _naive_in(WIDE, torch.float32, takes=lambda w: w.dtype.itemsize == 2),
+        _naive_in(HALF, torch.bfloat16, takes=lambda w: w.dtype == torch.float32),
         _naive_in(
-            TF32,
-            torch.float32,
-            lambda _: True,
-            reason=None if device.type == "cuda" else "TF32 needs a GPU",
-            settings=_tf32,
+            TF32, torch.float32, reason=None if on_gpu else "TF32 needs a GPU", settings=_tf32
         ),
         _ckatorch(),
         _pytorch_cka(),
@@ -91,24 +94,20 @@ def _each_layer(functions: Mapping[str, Pair]) -> dict[str, Values]:
         pairs = list(zip(inputs.students, inputs.teachers, strict=True))
         if inputs.mask is not None:
             pairs = [(x[inputs.mask], y[inputs.mask]) for x, y in pairs]
-        found = [function(x, y) for x, y in pairs]
-        return found[0] if len(found) == 1 else torch.stack(found)
+        similarities = [function(x, y) for x, y in pairs]
+        return similarities[0] if len(similarities) == 1 else torch.stack(similarities)
 
     return {measure: partial(values, function) for measure, function in functions.items()}
 
 
-def _naive_in(
-    name: str, dtype: torch.dtype, takes: Callable[[Workload], bool], **fields: Any
-) -> Provider:
+def _naive_in(name: str, dtype: torch.dtype, **fields: Any) -> Provider:
     """Naive code on features that were cast first: what autocast, or its absence, makes of it."""
 
     def cast(function: Pair, x: Tensor, y: Tensor) -> Tensor:
         return function(x.to(dtype), y.to(dtype))
 
     functions = {measure: partial(cast, baselines.NAIVE[measure]) for measure in CKA_MEASURES}
-    return Provider(
-        name, _each_layer(functions), flops=flops.naive, products_in=dtype, takes=takes, **fields
-    )
+    return Provider(name, _each_layer(functions), flops=flops.naive, products_in=dtype, **fields)
 
 
 @contextmanager
@@ -176,13 +175,8 @@ def _ckatorch() -> Provider:
     except ImportError as error:
         return Provider("ckatorch", reason=f"cannot be imported: {error}")
     # Its other method, "fro_norm", detaches the features: no gradient.
-    function = partial(cka_base, kernel="linear", method="hsic")
-    return Provider(
-        "ckatorch",
-        _each_layer({"cka_biased": function}),
-        flops=flops.ckatorch,
-        products_in=torch.float64,
-    )
+    values = _each_layer({"cka_biased": partial(cka_base, kernel="linear", method="hsic")})
+    return Provider("ckatorch", values, flops=flops.ckatorch, products_in=torch.float64)
 
 
 def _pytorch_cka() -> Provider:
@@ -190,9 +184,6 @@ def _pytorch_cka() -> Provider:
         from cka import cka_from_features
     except ImportError as error:
         return Provider("pytorch-cka", reason=f"cannot be imported: {error}")
-    return Provider(
-        "pytorch-cka",
-        # It returns the matrix of all pairs of layers.
-        _each_layer({"cka_debiased": lambda x, y: cka_from_features(x, y)[0, 0]}),
-        flops=flops.pytorch_cka,
-    )
+    # It returns the matrix of all pairs of layers.
+    values = _each_layer({"cka_debiased": lambda x, y: cka_from_features(x, y)[0, 0]})
+    return Provider("pytorch-cka", values, flops=flops.pytorch_cka)

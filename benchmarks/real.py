@@ -6,7 +6,7 @@ needs transformers and the network, and says what the features are like. The mod
 sequences, its weights from the PyPI wheel antiberty 0.1.3. The inputs are variable domains of
 therapeutic antibodies, as in their PDB entries. The teacher is the model as it was pretrained, the
 student the same after some steps of masked language modelling on half of the sequences. A row is a
-token, of every layer the same ones.
+token; every layer has the same tokens.
 """
 
 from __future__ import annotations
@@ -33,58 +33,9 @@ _LAYERS = (4, 8)
 _WHEEL = "antiberty==0.1.3"
 _SHA256 = "30d910992b190013871bac49cdc032e01a19339f7d2b958ab99b0eb44638352a"
 _STEPS, _RATE, _SEED = 30, 1e-4, 0
-
 # Name and PDB entry -> heavy and light chain.
-_SEQUENCES = {
-    "trastuzumab 1N8Z": (
-        "EVQLVESGGGLVQPGGSLRLSCAASGFNIKDTYIHWVRQAPGKGLEWVARIYPTNGYTRYADSVKGRFTISADTSKNTAYLQMNSLRAEDTAVYY"
-        "CSRWGGDGFYAMDYWGQGTLVTVSS",
-        "DIQMTQSPSSLSASVGDRVTITCRASQDVNTAVAWYQQKPGKAPKLLIYSASFLYSGVPSRFSGSRSGTDFTLTISSLQPEDFATYYCQQHYTTP"
-        "PTFGQGTKVEIK",
-    ),
-    "adalimumab 3WD5": (
-        "EVQLVESGGGLVQPGRSLRLSCAASGFTFDDYAMHWVRQAPGKGLEWVSAITWNSGHIDYADSVEGRFTISRDNAKNSLYLQMNSLRAEDTAVYY"
-        "CAKVSYLSTASSLDYWGQGTLVTVSS",
-        "DIQMTQSPSSLSASVGDRVTITCRASQGIRNYLAWYQQKPGKAPKLLIYAASTLQSGVPSRFSGSGSGTDFTLTISSLQPEDVATYYCQRYNRAP"
-        "YTFGQGTKVEIK",
-    ),
-    "bevacizumab 1BJ1": (
-        "EVQLVESGGGLVQPGGSLRLSCAASGYTFTNYGMNWVRQAPGKGLEWVGWINTYTGEPTYAADFKRRFTFSLDTSKSTAYLQMNSLRAEDTAVYY"
-        "CAKYPHYYGSSHWYFDVWGQGTLVTVSS",
-        "DIQMTQSPSSLSASVGDRVTITCSASQDISNYLNWYQQKPGKAPKVLIYFTSSLHSGVPSRFSGSGSGTDFTLTISSLQPEDFATYYCQQYSTVP"
-        "WTFGQGTKVEIK",
-    ),
-    "rituximab 2OSL": (
-        "QVQLQQPGAELVKPGASVKMSCKASGYTFTSYNMHWVKQTPGRGLEWIGAIYPGNGDTSYNQKFKGKATLTADKSSSTAYMQLSSLTSEDSAVYY"
-        "CARSTYYGGDWYFNVWGAGTTVTVSA",
-        "QIVLSQSPAILSASPGEKVTMTCRASSSVSYIHWFQQKPGSSPKPWIYATSNLASGVPVRFSGSGSGTSYSLTISRVEAEDAATYYCQQWTSNPP"
-        "TFGGGTKLEIK",
-    ),
-    "cetuximab 1YY9": (
-        "QVQLKQSGPGLVQPSQSLSITCTVSGFSLTNYGVHWVRQSPGKGLEWLGVIWSGGNTDYNTPFTSRLSINKDNSKSQVFFKMNSLQSNDTAIYYC"
-        "ARALTYYDYEFAYWGQGTLVTVSA",
-        "DILLTQSPVILSVSPGERVSFSCRASQSIGTNIHWYQQRTNGSPRLLIKYASESISGIPSRFSGSGSGTDFTLSINSVESEDIADYYCQQNNNWP"
-        "TTFGAGTKLELK",
-    ),
-    "pertuzumab 1S78": (
-        "EVQLVESGGGLVQPGGSLRLSCAASGFTFTDYTMDWVRQAPGKGLEWVADVNPNSGGSIYNQRFKGRFTLSVDRSKNTLYLQMNSLRAEDTAVYY"
-        "CARNLGPSFYFDYWGQGTLVTVSS",
-        "DIQMTQSPSSLSASVGDRVTITCKASQDVSIGVAWYQQKPGKAPKLLIYSASYRYTGVPSRFSGSGSGTDFTLTISSLQPEDFATYYCQQYYIYP"
-        "YTFGQGTKVEIK",
-    ),
-    "pembrolizumab 5DK3": (
-        "QVQLVQSGVEVKKPGASVKVSCKASGYTFTNYYMYWVRQAPGQGLEWMGGINPSNGGTNFNEKFKNRVTLTTDSSTTTAYMELKSLQFDDTAVYY"
-        "CARRDYRFDMGFDYWGQGTTVTVSS",
-        "EIVLTQSPATLSLSPGERATLSCRASKGVSTSGYSYLHWYQQKPGQAPRLLIYLASYLESGVPARFSGSGSGTDFTLTISSLEPEDFAVYYCQHS"
-        "RDLPLTFGGGTKVEIK",
-    ),
-    "nivolumab 5WT9": (
-        "QVQLVESGGGVVQPGRSLRLDCKASGITFSNSGMHWVRQAPGKGLEWVAVIWYDGSKRYYADSVKGRFTISRDNSKNTLFLQMNSLRAEDTAVYY"
-        "CATNDDYWGQGTLVTVSS",
-        "EIVLTQSPATLSLSPGERATLSCRASQSVSSYLAWYQQKPGQAPRLLIYDASNRATGIPARFSGSGSGTDFTLTISSLEPEDFAVYYCQQSSNWP"
-        "RTFGQGTKVEIK",
-    ),
-}
+_LINES = DATA.with_name("antibodies.tsv").read_text(encoding="utf-8").splitlines()
+_SEQUENCES = {name: chains for name, *chains in (line.split("\t") for line in _LINES)}
 
 
 class UnavailableError(Exception):
@@ -136,31 +87,22 @@ def describe(pairs: list[tuple[Tensor, Tensor]]) -> list[str]:
     return lines
 
 
-def _transformers() -> Any:
-    try:
-        import transformers  # type: ignore[import-not-found,unused-ignore]
-    except ImportError as error:
-        raise UnavailableError(f"making real features needs transformers: {error}") from error
-    return transformers
-
-
 def _wheel(folder: Path) -> Path:
-    # Of anything but a wheel, pip would run code.
+    # pip would run code of anything but a wheel.
     options = ["--no-deps", "--only-binary", ":all:", "--dest", str(folder)]
     command = [sys.executable, "-m", "pip", "download", *options, _WHEEL]
     status = subprocess.run(command, check=False).returncode
     if status:
         raise UnavailableError(f"pip could not download {_WHEEL}: exit status {status}")
     (path,) = folder.glob("*.whl")
-    found = hashlib.sha256(path.read_bytes()).hexdigest()
-    if found != _SHA256:
-        raise UnavailableError(f"{path.name} must have the SHA-256 {_SHA256}; got {found}")
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    if digest != _SHA256:
+        raise UnavailableError(f"{path.name} must have the SHA-256 {_SHA256}; got {digest}")
     return path
 
 
-def _pretrained(wheel: Path) -> tuple[Any, dict[str, int]]:
+def _pretrained(wheel: Path, transformers: Any) -> tuple[Any, dict[str, int]]:
     """The model and its vocabulary; nothing of the wheel's code is run."""
-    transformers = _transformers()
     folder = "antiberty/trained_models"
     with zipfile.ZipFile(wheel) as archive:
         names = archive.read(f"{folder}/vocab.txt").decode().split()
@@ -168,22 +110,20 @@ def _pretrained(wheel: Path) -> tuple[Any, dict[str, int]]:
         weights = archive.read(f"{folder}/AntiBERTy_md_smooth/pytorch_model.bin")
     model = transformers.BertForMaskedLM(transformers.BertConfig(**config))
     state = torch.load(io.BytesIO(weights), map_location="cpu", weights_only=True)
-    unmatched = model.load_state_dict(state, strict=False)
+    missing = model.load_state_dict(state, strict=False).missing_keys
     # A weight that is left as it was drawn would go unnoticed.
-    if unmatched.missing_keys:
-        raise UnavailableError(
-            f"{wheel.name} must have all weights; none of {unmatched.missing_keys}"
-        )
+    if missing:
+        raise UnavailableError(f"{wheel.name} must have all weights; none of {missing}")
     return model, {name: i for i, name in enumerate(names)}
 
 
 def _hidden_states(model: Any, tokens: list[Tensor]) -> dict[int, Tensor]:
-    """Of ROWS tokens, spread evenly over all chains."""
+    """Those of ROWS tokens, spread evenly over all chains."""
     model.eval()
     with torch.no_grad():
-        found = [model.bert(t[None], output_hidden_states=True).hidden_states for t in tokens]
+        states = [model.bert(t[None], output_hidden_states=True).hidden_states for t in tokens]
     rows = torch.linspace(0, sum(map(len, tokens)) - 1, ROWS).long()
-    return {n: torch.cat([states[n][0] for states in found])[rows] for n in _LAYERS}
+    return {n: torch.cat([chain[n][0] for chain in states])[rows] for n in _LAYERS}
 
 
 def _finetune(model: Any, tokens: list[Tensor], mask: int) -> None:
@@ -203,19 +143,16 @@ def _finetune(model: Any, tokens: list[Tensor], mask: int) -> None:
 
 
 def _make() -> None:
-    # Before the download.
-    version = _transformers().__version__
     try:
+        import transformers  # type: ignore[import-not-found,unused-ignore]
         from safetensors.torch import save_file
     except ImportError as error:
-        raise UnavailableError(f"real features need safetensors: {error}") from error
-
+        raise UnavailableError(f"making real features needs another package: {error}") from error
     with tempfile.TemporaryDirectory() as folder:
-        model, vocabulary = _pretrained(_wheel(Path(folder)))
+        model, vocabulary = _pretrained(_wheel(Path(folder)), transformers)
     chains = [chain for pair in _SEQUENCES.values() for chain in pair]
-    tokens = [
-        torch.tensor([vocabulary[name] for name in ("[CLS]", *chain, "[SEP]")]) for chain in chains
-    ]
+    names = [("[CLS]", *chain, "[SEP]") for chain in chains]
+    tokens = [torch.tensor([vocabulary[name] for name in sequence]) for sequence in names]
     teacher = _hidden_states(model, tokens)
     seen = tokens[: len(tokens) // 2]
     _finetune(model, seen, vocabulary["[MASK]"])
@@ -229,9 +166,8 @@ def _make() -> None:
         "layers": f"hidden states after layers {' and '.join(map(str, _LAYERS))} of 8",
         "student": f"the teacher after {_STEPS} steps of masked language modelling on the first "
         f"{len(seen)} of {len(tokens)} chains: one a step, AdamW, rate {_RATE}, seed {_SEED}",
-        "versions": f"torch {torch.__version__}, transformers {version}",
+        "versions": f"torch {torch.__version__}, transformers {transformers.__version__}",
     }
-    DATA.parent.mkdir(exist_ok=True)
     save_file(tensors, DATA, about)
 
 

@@ -15,10 +15,10 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from . import charts, demo, environment, files, lora_table, pictures, step_table, tables
-from .files import Result
-from .schema import BENCHMARK, FRONTIER, LORA, SCALING, STEP
+from . import demo, environment, files, pictures, step_table, tables
+from .schema import Benchmark, Frontier, Lora, Result, Scaling, Step
 
 DEMO = environment.ROOT / "examples" / "results" / "results.json"
 # Pages, from the repository's root: where most sections stand, and where the others do.
@@ -50,81 +50,28 @@ def _inside(page: str, name: str) -> str:
     return page[page.find(first) + len(first) : page.find(last)].strip()
 
 
-def with_tables(
-    summary: Callable[[Result], str], explanation: str = ""
-) -> Callable[[dict[Path, Result]], str]:
-    """The text of a section of tables: of each result, and what explains them all."""
-
-    def text(results: dict[Path, Result]) -> str:
-        parts = []
-        for path, result in results.items():
-            parts += [summary(result), f"From `{_short(path)}`."]
-        return "\n\n".join([*parts, explanation]).rstrip()
-
-    return text
-
-
-def with_pictures(explanation: str) -> Callable[[dict[Path, Result]], str]:
-    """The text of a section that shows pictures: of each result the first, and links to others."""
-
-    def text(results: dict[Path, Result]) -> str:
-        parts = [explanation]
-        for path, result in results.items():
-            shown, *others = pictures.of(path, result)
-            caption = tables.caption(result)
-            if others:
-                links = (f"[{other.short}]({other.link('light')})" for other in others)
-                caption += f" The same for {', '.join(links)}."
-            parts += [shown.markup(), caption, *pictures.missing(result), f"From `{_short(path)}`."]
-        return "\n\n".join(parts)
-
-    return text
-
-
 @dataclass(frozen=True)
 class Section:
-    """A section of a page: the kind of result that it shows, what writes it, and its text.
+    """A section of a page: the kind of result that it shows, what writes it, and a result's text.
 
     Results of the ``reduced`` profiles are not shown.
     """
 
-    schema: str
+    kind: type[Result]
     command: str
-    text: Callable[[dict[Path, Result]], str]
+    summary: Callable[[Any], str]
     reduced: tuple[str, ...] = ("smoke",)
     page: str = MEASURED
 
 
 SECTIONS = {
-    "speed": Section(BENCHMARK, "run", with_tables(tables.best_and_worst), page=README),
-    "cost": Section(STEP, "step", with_tables(step_table.cost), page=README),
-    "benchmarks": Section(BENCHMARK, "run", with_tables(tables.summary, tables.EXPLANATION)),
-    "step": Section(STEP, "step", with_tables(step_table.summary, step_table.EXPLANATION)),
-    "lora": Section(
-        LORA,
-        "lora --profile full",
-        with_tables(lora_table.summary, lora_table.EXPLANATION),
-        reduced=("smoke", "cpu"),
-    ),
-    "frontier": Section(
-        FRONTIER,
-        "frontier",
-        with_pictures(
-            "How wrong the student's gradient is, beside float64 of the same features, as the "
-            "student nears its teacher: where finetuning starts, and where the gradient is a "
-            "difference of near-equal terms. An error of 1, where the shade begins, is that of no "
-            "gradient at all; rounding alone is that of the right gradient in the features' dtype."
-        ),
-    ),
-    "scaling": Section(
-        SCALING,
-        "scaling",
-        with_pictures(
-            "How the time of biased linear CKA, forward and student gradient, grows with rows, "
-            "with the width and with layers. rift_kernels gets all layers in one call, the others "
-            "one layer a call."
-        ),
-    ),
+    "speed": Section(Benchmark, "run", tables.best_and_worst, page=README),
+    "cost": Section(Step, "step", step_table.cost, page=README),
+    "benchmarks": Section(Benchmark, "run", tables.summary),
+    "step": Section(Step, "step", step_table.summary),
+    "lora": Section(Lora, "lora --profile full", step_table.lora_summary, ("smoke", "cpu")),
+    "frontier": Section(Frontier, "frontier", pictures.summary),
+    "scaling": Section(Scaling, "scaling", pictures.summary),
 }
 
 
@@ -138,15 +85,16 @@ def pending(name: str) -> str:
 
 def section(name: str, page: str, folder: Path, check: bool) -> tuple[dict[Path, Result], str]:
     """The results that a section of a page is about, and its text."""
-    kind = SECTIONS[name]
+    shown = SECTIONS[name]
     if check:
         results = named(page, name, folder)
     else:
-        results = files.newest(folder, kind.schema, kind.reduced)
+        results = files.newest(folder, shown.kind, shown.reduced)
     # A table that is there is not given up for the lack of a file.
     if not results and not check and _file_names(page, name):
-        raise ReportError(f"no result of the kind {kind.schema!r} in {folder}")
-    return results, kind.text(results) if results else pending(name)
+        raise ReportError(f"no result of the kind {shown.kind.schema!r} in {folder}")
+    parts = [f"{shown.summary(r)}\n\nFrom `{_short(path)}`." for path, r in results.items()]
+    return results, "\n\n".join(parts) or pending(name)
 
 
 def updated(page: str, name: str, text: str) -> str:
@@ -183,18 +131,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         before = {page: path.read_text(encoding="utf-8") for page, path in paths.items()}
         after = dict(before)
-        shown: dict[Path, Result] = {}
-        for name, kind in SECTIONS.items():
-            results, text = section(name, before[kind.page], options.results, options.check)
-            after[kind.page] = updated(after[kind.page], name, text)
-            shown |= results
+        sources: dict[Path, Result] = {}
+        for name, page in ((name, shown.page) for name, shown in SECTIONS.items()):
+            results, text = section(name, before[page], options.results, options.check)
+            after[page] = updated(after[page], name, text)
+            sources |= results
         record = json.loads(options.demo.read_text(encoding="utf-8"))
         after[EXAMPLES] = updated(after[EXAMPLES], "demo", demo.section(record))
-        stale = list(pictures.stale(shown, drawn, everything=options.redraw))
+        stale = list(pictures.stale(sources.values(), drawn, everything=options.redraw))
         if not options.check:
             for picture, theme in stale:
                 print(f"wrote {picture.write(drawn, theme)}")
-    except (OSError, ReportError, ValueError, charts.NoMatplotlibError) as error:
+    except (OSError, ReportError, ValueError, pictures.NoMatplotlibError) as error:
         print(f"benchmarks.report: {error}", file=sys.stderr)
         return 1
     changed = [page for page in paths if before[page] != after[page]]

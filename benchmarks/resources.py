@@ -19,35 +19,28 @@ def section(path: Path) -> str:
     content = json.loads(path.read_text(encoding="utf-8"))
     version = content.pop("triton")
     del content["sources"]
-    most: dict[str, dict[str, tuple[int, int]]] = {}
+    needs: dict[str, dict[str, list[tuple[int, int]]]] = {}
     for target, cases in content.items():
         for case, kernels in cases.items():
+            features = next(name for name in FEATURES if name in case)
             # A string is the reason why triton does not compile it.
             for kernel in [] if isinstance(kernels, str) else kernels:
-                row = most.setdefault(_name(kernel["kernel"], case), {})
-                before = row.get(target, (0, 0))
-                row[target] = (
-                    max(before[0], kernel["registers"]),
-                    max(before[1], kernel["shared"]),
-                )
-    rows = [
-        [name, *(_cell(row.get(target)) for target in content)]
-        for name, row in sorted(most.items())
-    ]
-    caption = (
+                name = f"{kernel['kernel'].removesuffix('_kernel')}, {features}"
+                need = kernel["registers"], kernel["shared"]
+                needs.setdefault(name, {}).setdefault(target, []).append(need)
+    rows = [[name, *(_most(row.get(target)) for target in content)] for name, row in needs.items()]
+    return (
+        f"{markdown(['kernel', *content], sorted(rows))}\n\n"
         "Registers a thread and KiB of shared memory a program, the most of all cases that "
         f"`tests/support/triton_compile.py` compiles; triton {version}."
     )
-    return f"{markdown(['kernel', *content], rows)}\n\n{caption}"
 
 
-def _name(kernel: str, case: str) -> str:
-    features = next(name for name in FEATURES if name in case)
-    return f"{kernel.removesuffix('_kernel')}, {features}"
-
-
-def _cell(needs: tuple[int, int] | None) -> str:
-    return "-" if needs is None else f"{needs[0]} / {needs[1] / 1024:.0f}"
+def _most(needs: list[tuple[int, int]] | None) -> str:
+    if needs is None:
+        return "-"
+    registers, shared = map(max, zip(*needs, strict=True))
+    return f"{registers} / {shared / 1024:.0f}"
 
 
 def cuda_section(path: Path) -> str:
@@ -60,11 +53,8 @@ def cuda_section(path: Path) -> str:
             # Whether blocks meet in a cluster goes with the architecture.
             name = kernel.replace(", true>", ">").replace(", false>", ">")
             rows.setdefault(name, {})[arch] = str(needs["registers"])
-    table = markdown(
-        ["kernel", *content],
-        [[f"`{name}`", *(row.get(arch, "-") for arch in content)] for name, row in rows.items()],
-    )
+    cells = [[f"`{name}`", *(row.get(arch, "-") for arch in content)] for name, row in rows.items()]
     return (
-        f"{table}\n\nRegisters a thread, nothing spilled; types of features and gradients, rows; "
-        f"nvcc {release}."
+        f"{markdown(['kernel', *content], cells)}\n\nRegisters a thread, nothing spilled; types of "
+        f"features and gradients, rows; nvcc {release}."
     )

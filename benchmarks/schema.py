@@ -1,293 +1,336 @@
-"""The forms of result files, and a check that a result has its own.
+"""The forms of result files: ``dataclasses.asdict`` writes them, :func:`parse` reads and checks.
 
-Every result has a ``schema``, a ``profile``, and an ``environment`` as environment.py describes it.
-
-A benchmark has the machine's peaks, the providers, each with the reason why it cannot run, and the
-workloads. A workload's ``results`` has an entry for each provider that does its measure and can run
-here: with a ``reason`` where it was not measured, else with seconds per clock and quantile, its
-time relative to naive eager's in the same rounds, seconds in a CUDA graph or why there are none,
-kernels launched, bytes per phase, and its errors against float64. An error of None is NaN or
-infinite.
-
-A scaling is a benchmark and the curves on which its workloads lie, by their places in the list:
-those of a curve differ in one size, which ``along`` names.
-
-A frontier has curves of errors: of each provider, or the reason why there are none, and of nothing
-but rounding the right gradient, at the same ``distances``, which are 1 - CKA. Each number stands
-for ``pairs`` random pairs of features.
-
-A step has the model, and the ways of finetuning it: each with a ``reason`` where it was not
-measured, else with seconds and bytes as above, and the error of its loss's gradient. ``left_out``
-says which losses were never tried, and why.
-
-A check is no measurement: which kernels agree with known answers, None where that could not be
-tried, and every case of them. ``python -m rift_kernels check`` writes it, case by case.
-
-A lora has ways of finetuning with adapters: what they add to the plain step's time, bytes of
-weights, and bytes at the peak of a step. The loss by itself is in ``losses``.
+Seconds are per clock: forward, backward or both, on a GPU between events; host, until the calls
+return; wall, until the device is done. Memory is bytes per phase (forward, backward or both).
+A field with a default may be absent or null. An error of None is NaN or infinite.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import types
+import typing
+from dataclasses import dataclass, field
 from typing import Any
 
-from .measure import CLOCKS, PHASES, QUANTILES
 
-BENCHMARK = "rift_kernels benchmark 2"
-SCALING = "rift_kernels scaling 1"
-FRONTIER = "rift_kernels frontier 1"
-STEP = "rift_kernels step 1"
-LORA = "rift_kernels lora 1"
-CHECK = "rift_kernels check 1"
+@dataclass
+class Quantiles:
+    """Over rounds."""
 
-_NUMBER = (int, float)
-_OPTIONAL_NUMBER = (int, float, type(None))
-_OPTIONAL_TEXT = (str, type(None))
-
-# Of every result.
-_HEADER: dict[str, Any] = {
-    "schema": str,
-    "profile": str,
-    "environment": {
-        "date": str,
-        "device": str,
-        "cpu": str,
-        "cores": int,
-        "threads": int,
-        "gpu": _OPTIONAL_TEXT,
-        "driver": _OPTIONAL_TEXT,
-        "clocks": str,
-        "system": str,
-        "commit": str,
-        "dirty": (bool, type(None)),
-        "versions": dict,
-    },
-}
-_PROVIDERS = [{"name": str, "reason": _OPTIONAL_TEXT}]
-_BENCHMARK = {
-    **_HEADER,
-    "peaks": {"matmul_flops": dict, "copy_bytes": _NUMBER},
-    "providers": _PROVIDERS,
-    "workloads": [
-        {
-            "measure": str,
-            "shape": str,
-            "rows": int,
-            "width": int,
-            "layers": int,
-            "dtype": str,
-            "valid": _NUMBER,
-            "kind": str,
-            "floor_seconds": _OPTIONAL_NUMBER,
-            "predicted_seconds": dict,
-            "reason": _OPTIONAL_TEXT,
-            "rounds": int,
-            "noise": dict,
-            "results": dict,
-        }
-    ],
-}
-_SCALING = {**_BENCHMARK, "curves": [{"along": str, "workloads": [int]}]}
-_SPREAD = dict.fromkeys(("min", "median", "max"), _OPTIONAL_NUMBER)
-_FRONTIER = {
-    **_HEADER,
-    "providers": _PROVIDERS,
-    "pairs": int,
-    "curves": [
-        {
-            "measure": str,
-            "rows": int,
-            "width": int,
-            "dtype": str,
-            "rotated": bool,
-            "distances": [_SPREAD],
-            "rounding": [_SPREAD],
-            "results": dict,
-        }
-    ],
-}
-_BOUNDS = dict.fromkeys(("low", "q50", "high"), _NUMBER)
-_MEASURED = {
-    "reason": type(None),
-    "seconds": {clock: dict.fromkeys(QUANTILES, _NUMBER) for clock in CLOCKS},
-    "relative": (_BOUNDS, None),
-    "graph": (dict.fromkeys(QUANTILES, _NUMBER), None),
-    "graph_reason": str,
-    "launches": (int, type(None)),
-    "memory": dict.fromkeys(PHASES, int),
-    "value_error": _OPTIONAL_NUMBER,
-    "gradient_error": _OPTIONAL_NUMBER,
-    "wrong": bool,
-}
-_NOT_MEASURED = {"reason": str}
-_ERRORS = {"reason": type(None), "errors": [_SPREAD]}
-_NO_ERRORS = {"reason": str, "errors": list}
-_SIZE = dict.fromkeys(("image", "patch", "width", "depth", "heads", "classes"), int)
-_STEP = {
-    **_HEADER,
-    "peaks": {"matmul_flops": dict},
-    "model": {**_SIZE, "parameters": int, "batch": int, "tokens": int, "autocast": bool},
-    "rounds": int,
-    "noise": dict,
-    "ways": [
-        {
-            "loss": _OPTIONAL_TEXT,
-            "features": _OPTIONAL_TEXT,
-            "teacher_runs": bool,
-            "predicted_seconds": _NUMBER,
-            "reason": _OPTIONAL_TEXT,
-            "seconds": (_MEASURED["seconds"], None),
-            "memory": (_MEASURED["memory"], None),
-            "gradient_error": _OPTIONAL_NUMBER,
-            "wrong": bool,
-        }
-    ],
-    "left_out": [{"loss": str, "features": _OPTIONAL_TEXT, "reason": str}],
-}
-
-_LORA = {
-    **_HEADER,
-    "model": {
-        **_SIZE,
-        "rank": int,
-        "parameters": int,
-        "trained": int,
-        "batch": int,
-        "tokens": int,
-        "autocast": bool,
-    },
-    "rounds": int,
-    "clock": str,
-    "noise": dict,
-    "ways": [
-        {
-            "teacher": _OPTIONAL_TEXT,
-            "pooling": _OPTIONAL_TEXT,
-            "seconds": (_MEASURED["seconds"], None),
-            "cpu_seconds": (dict.fromkeys(QUANTILES, _NUMBER), None),
-            "adds": (_BOUNDS, None),
-            "loss_adds": (_BOUNDS, None),
-            "weights": int,
-            "memory": _MEASURED["memory"],
-        }
-    ],
-    "teacher_memory": int,
-    "losses": [
-        {
-            "pooling": str,
-            "features": str,
-            "predicted_share": _NUMBER,
-            "seconds": _MEASURED["seconds"],
-            "cpu_seconds": dict.fromkeys(QUANTILES, _NUMBER),
-            "share": _BOUNDS,
-            "memory": _MEASURED["memory"],
-            "kept": int,
-        }
-    ],
-}
-
-_KERNELS = dict.fromkeys(("backend", "family", "dtype"), str)
-_STATE = {"good": (bool, type(None)), "seen": str}
-_CHECK = {
-    **_HEADER,
-    "seconds": _NUMBER,
-    "complete": bool,
-    "backends": _PROVIDERS,
-    "kernels": [{**_KERNELS, **_STATE}],
-    "cases": [
-        {
-            **_KERNELS,
-            **_STATE,
-            "case": str,
-            "value_error": _OPTIONAL_NUMBER,
-            "gradient_error": _OPTIONAL_NUMBER,
-            "seconds": _OPTIONAL_NUMBER,
-        }
-    ],
-}
-
-_FORMS: dict[str, Any] = {
-    BENCHMARK: _BENCHMARK,
-    SCALING: _SCALING,
-    FRONTIER: _FRONTIER,
-    STEP: _STEP,
-    LORA: _LORA,
-    CHECK: _CHECK,
-}
+    q20: float
+    q50: float
+    q80: float
 
 
-def validate(result: Any) -> None:
-    """Return if ``result`` is a result of a kind that is known.
+@dataclass
+class Bounds:
+    """A median over rounds, and bounds that hold it with 95 %."""
+
+    low: float
+    q50: float
+    high: float
+
+
+@dataclass
+class Spread:
+    """Over pairs of features; None is infinite."""
+
+    min: float | None
+    median: float | None
+    max: float | None
+
+
+@dataclass
+class Environment:
+    date: str  # ISO 8601, UTC
+    device: str  # the GPU's name, or the CPU's
+    cpu: str
+    cores: int  # logical cores of the machine
+    threads: int  # that torch uses
+    gpu: str | None
+    driver: str | None
+    clocks: str  # a CPU's load average and MHz; what nvidia-smi says of clocks, power, throttling
+    system: str
+    commit: str  # of this repository, or "unknown"
+    dirty: bool | None  # whether tracked files had local changes
+    versions: dict[str, str | None]  # None: not installed
+
+
+@dataclass(kw_only=True)
+class Result:
+    """What every kind has."""
+
+    schema: str = ""
+    profile: str  # the set of workloads
+    environment: Environment
+
+
+@dataclass
+class Peaks:
+    matmul_flops: dict[str, float]  # dtype: operations a second of a large square product
+    copy_bytes: float | None = None  # bytes a second, read and written by a copy
+
+
+@dataclass
+class Provider:
+    name: str
+    reason: str | None = None  # why it cannot run here
+
+
+@dataclass(kw_only=True)
+class Outcome:
+    """What a provider made of a workload; with a reason, nothing was measured."""
+
+    reason: str | None = None
+    seconds: dict[str, Quantiles] = field(default_factory=dict)
+    relative: Bounds | None = None  # ratio to naive eager's time of the same round
+    graph: Quantiles | None = None  # seconds in a CUDA graph, with features from memory
+    graph_reason: str = ""  # why there is no graph
+    launches: int | None = None  # kernels and copies of a call on a GPU
+    memory: dict[str, int] = field(default_factory=dict)  # above the inputs
+    value_error: float | None = None  # the largest, absolute, against float64
+    gradient_error: float | None = None  # the largest of a layer, relative, against float64
+    wrong: bool = False  # whether an error is beyond what oracle.py tolerates
+
+
+@dataclass(kw_only=True)
+class Workload:
+    measure: str
+    shape: str  # the next six fields in words
+    rows: int
+    width: int
+    layers: int
+    dtype: str
+    valid: float  # share of the rows that a mask selects
+    kind: str  # random features, random ones with massive activations, or real ones
+    floor_seconds: float | None  # of the optimal operations or one pass over memory, at the peaks
+    predicted_seconds: dict[str, float | None]  # provider: of its operations at the peak
+    reason: str | None = None  # why the workload was not measured at all
+    rounds: int = 0
+    noise: dict[str, float] = field(default_factory=dict)  # clock: share; naive eager timed twice
+    results: dict[str, Outcome] = field(default_factory=dict)
+
+
+@dataclass(kw_only=True)
+class Benchmark(Result):
+    """``python -m benchmarks.run``."""
+
+    schema: str = "rift_kernels benchmark 2"
+    peaks: Peaks
+    providers: list[Provider]
+    workloads: list[Workload]
+
+
+@dataclass
+class Curve:
+    along: str  # the size that grows: rows, width or layers
+    workloads: list[int]  # places in the list of workloads
+
+
+@dataclass(kw_only=True)
+class Scaling(Benchmark):
+    """``python -m benchmarks.scaling``: a benchmark whose workloads lie on curves."""
+
+    schema: str = "rift_kernels scaling 1"
+    curves: list[Curve]
+
+
+@dataclass
+class Errors:
+    reason: str | None = None  # why there are none
+    errors: list[Spread] = field(default_factory=list)  # relative, of the gradient, per distance
+
+
+@dataclass(kw_only=True)
+class ErrorCurve:
+    measure: str
+    rows: int
+    width: int
+    dtype: str
+    rotated: bool  # whether students are rotated as well
+    distances: list[Spread]  # 1 - CKA in float64
+    rounding: list[Spread]  # error of the right gradient, rounded to the features' dtype
+    results: dict[str, Errors]
+
+
+@dataclass(kw_only=True)
+class Frontier(Result):
+    """``python -m benchmarks.frontier``."""
+
+    schema: str = "rift_kernels frontier 1"
+    providers: list[Provider]
+    pairs: int  # of random features, for each number
+    curves: list[ErrorCurve]
+
+
+@dataclass(kw_only=True)
+class Model:
+    """A vision transformer and its batch."""
+
+    image: int  # pixels, height and width
+    patch: int
+    width: int  # of a token
+    depth: int
+    heads: int
+    classes: int
+    parameters: int
+    batch: int
+    tokens: int
+    autocast: bool  # whether products are in bfloat16
+    rank: int | None = None  # of an adapter
+    trained: int | None = None  # numbers that are trained, if not all
+
+
+@dataclass(kw_only=True)
+class StepWay:
+    """A way of finetuning; with a reason, it was not measured."""
+
+    loss: str | None  # a provider; None for the plain step
+    features: str | None  # what it compares
+    teacher_runs: bool  # whether the teacher's forward pass is in the step
+    predicted_seconds: float  # of the operations, at the peaks
+    reason: str | None = None
+    seconds: dict[str, Quantiles] = field(default_factory=dict)
+    memory: dict[str, int] = field(default_factory=dict)  # above what was there before
+    gradient_error: float | None = None  # at the student's features, relative, against float64
+    wrong: bool = False
+
+
+@dataclass
+class LeftOut:
+    """A loss that was never tried, on these features or on all, and why."""
+
+    loss: str
+    features: str | None
+    reason: str
+
+
+@dataclass(kw_only=True)
+class Step(Result):
+    """``python -m benchmarks.step``."""
+
+    schema: str = "rift_kernels step 1"
+    peaks: Peaks
+    model: Model
+    rounds: int = 0
+    noise: dict[str, float] = field(default_factory=dict)  # clock: share; the plain step's
+    ways: list[StepWay]
+    left_out: list[LeftOut]
+
+
+@dataclass(kw_only=True)
+class LoraWay:
+    """A way of finetuning with adapters; a copy as teacher is not timed."""
+
+    teacher: str | None  # "adapters off" or "a copy"
+    pooling: str | None  # of the features that are compared
+    weights: int  # bytes: the plain way's, and what setting this way up keeps
+    memory: dict[str, int]
+    seconds: dict[str, Quantiles] = field(default_factory=dict)
+    cpu_seconds: Quantiles | None = None  # of the process, all threads
+    adds: Bounds | None = None  # share that it takes more than the plain step of the same round
+    loss_adds: Bounds | None = None  # the same, more than a step with the teacher's pass alone
+
+
+@dataclass(kw_only=True)
+class LoraLoss:
+    """The loss by itself."""
+
+    pooling: str
+    features: str  # shape and dtype
+    predicted_share: float  # of the plain step's operations
+    seconds: dict[str, Quantiles]
+    cpu_seconds: Quantiles
+    share: Bounds  # of the plain step of the same round
+    memory: dict[str, int]  # above its features
+    kept: int  # bytes that its forward leaves
+
+
+@dataclass(kw_only=True)
+class Lora(Result):
+    """``python -m benchmarks.lora``. The first way is the plain step."""
+
+    schema: str = "rift_kernels lora 1"
+    model: Model
+    rounds: int
+    clock: str  # whose seconds shares are of: "cpu", the process's time, or "both", on a GPU
+    noise: dict[str, float]  # has the clock "cpu", too
+    ways: list[LoraWay]
+    teacher_memory: int  # bytes at the peak of the teacher's pass by itself
+    losses: list[LoraLoss]
+
+
+@dataclass(kw_only=True)
+class Kernels:
+    """Whether kernels agree with known answers; None: that could not be tried."""
+
+    backend: str
+    family: str  # what they compute
+    dtype: str
+    good: bool | None
+    seen: str  # what is not right, or why it could not be tried
+
+
+@dataclass(kw_only=True)
+class Case(Kernels):
+    case: str
+    value_error: float | None  # absolute up to 1 and relative beyond
+    gradient_error: float | None
+    seconds: float | None  # compilation included
+
+
+@dataclass(kw_only=True)
+class Check(Result):
+    """``python -m rift_kernels check``, which writes it anew after each case."""
+
+    schema: str = "rift_kernels check 1"
+    seconds: float
+    complete: bool  # whether every case is there
+    backends: list[Provider]
+    kernels: list[Kernels]
+    cases: list[Case]
+
+
+_KINDS: tuple[type[Result], ...] = (Benchmark, Scaling, Frontier, Step, Lora, Check)
+KINDS = {kind.schema: kind for kind in _KINDS}
+
+
+def parse(content: Any) -> Result:
+    """The result that a file's content is.
 
     Raises:
-        ValueError: it is not; the message says where.
+        ValueError: it is none; the message says where.
     """
-    schema = result.get("schema") if isinstance(result, dict) else None
-    if schema not in _FORMS:
-        raise ValueError(f"result.schema must be one of {', '.join(_FORMS)}; got {schema!r}")
-    _check(result, _FORMS[schema], "result")
-    if schema == FRONTIER:
-        _validate_results(result, "curves", _ERRORS, _NO_ERRORS)
-        _validate_lengths(result)
-    elif schema not in (STEP, LORA, CHECK):
-        _validate_results(result, "workloads", _MEASURED, _NOT_MEASURED)
-    if schema == SCALING:
-        _validate_places(result)
+    schema = content.get("schema") if isinstance(content, dict) else None
+    if schema not in KINDS:
+        raise ValueError(f"result.schema must be one of {', '.join(KINDS)}; got {schema!r}")
+    result: Result = _parsed(content, KINDS[schema], "result")
+    return result
 
 
-def _validate_results(result: Any, what: str, measured: Any, not_measured: Any) -> None:
-    names = {provider["name"] for provider in result["providers"]}
-    for i, one in enumerate(result[what]):
-        where = f"result.{what}[{i}].results"
-        for name, entry in one["results"].items():
-            if name not in names:
-                raise ValueError(f"{where} names {name!r}, which is not in result.providers")
-            known = isinstance(entry, dict) and entry.get("reason") is None
-            _check(entry, measured if known else not_measured, f"{where}[{name!r}]")
-
-
-def _validate_lengths(result: Any) -> None:
-    for i, curve in enumerate(result["curves"]):
-        lists = {"rounding": curve["rounding"]}
-        for name, entry in curve["results"].items():
-            if entry["reason"] is None:
-                lists[f"results[{name!r}].errors"] = entry["errors"]
-        expected = len(curve["distances"])
-        for name, found in lists.items():
-            where = f"result.curves[{i}].{name}"
-            _expect(len(found) == expected, where, f"as long as distances, {expected}", len(found))
-
-
-def _validate_places(result: Any) -> None:
-    count = len(result["workloads"])
-    for i, curve in enumerate(result["curves"]):
-        where = f"result.curves[{i}].along"
-        _expect(curve["along"] in ("rows", "width", "layers"), where, "a size", curve["along"])
-        for place in curve["workloads"]:
-            where = f"result.curves[{i}].workloads"
-            _expect(0 <= place < count, where, f"places among {count} workloads", place)
-
-
-def _check(value: Any, form: Any, where: str) -> None:
-    if isinstance(form, tuple) and form[-1] is None:
-        # A form, or None.
-        if value is not None:
-            _check(value, form[0], where)
-    elif isinstance(form, dict):
-        _expect(isinstance(value, dict), where, "an object", value)
-        missing, unknown = sorted(form.keys() - value.keys()), sorted(value.keys() - form.keys())
-        if missing or unknown:
-            raise ValueError(f"{where}: missing keys {missing}, unknown keys {unknown}")
-        for key, inner in form.items():
-            _check(value[key], inner, f"{where}.{key}")
-    elif isinstance(form, list):
-        _expect(isinstance(value, list), where, "a list", value)
-        for i, item in enumerate(value):
-            _check(item, form[0], f"{where}[{i}]")
-    else:
-        _expect(isinstance(value, form), where, str(form), value)
-
-
-def _expect(condition: bool, where: str, expected: str, value: Any) -> None:
-    if not condition:
-        raise ValueError(f"{where} must be {expected}; got {value!r}")
+def _parsed(value: Any, form: Any, where: str) -> Any:
+    """``value`` as the type ``form``."""
+    origin, arguments = typing.get_origin(form), typing.get_args(form)
+    if origin is types.UnionType:
+        return None if value is None else _parsed(value, arguments[0], where)
+    if form is float and type(value) is int:
+        return float(value)
+    expected = dict if dataclasses.is_dataclass(form) else origin or form
+    if not isinstance(value, expected):
+        raise ValueError(f"{where} must be of type {expected.__name__}; got {value!r}")
+    if origin is list:
+        return [_parsed(item, arguments[0], f"{where}[{i}]") for i, item in enumerate(value)]
+    if origin is dict:
+        return {key: _parsed(item, arguments[1], f"{where}.{key}") for key, item in value.items()}
+    if not dataclasses.is_dataclass(form):
+        return value
+    forms, build = typing.get_type_hints(form), typing.cast(Any, form)
+    # Neither a default nor a factory of one: both are the same mark of what is missing.
+    required = {f.name for f in dataclasses.fields(form) if f.default is f.default_factory}
+    missing, unknown = sorted(required - value.keys()), sorted(value.keys() - forms.keys())
+    if missing or unknown:
+        raise ValueError(f"{where}: missing keys {missing}, unknown keys {unknown}")
+    # A null where there is a default stands for that.
+    names = [name for name, item in value.items() if item is not None or name in required]
+    return build(**{name: _parsed(value[name], forms[name], f"{where}.{name}") for name in names})

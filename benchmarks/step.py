@@ -10,12 +10,9 @@ wrong, or nothing was measured.
 from __future__ import annotations
 
 import dataclasses
-import math
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
 
 import torch
 from torch.nn.functional import cross_entropy
@@ -24,59 +21,31 @@ from torch.utils.flop_counter import FlopCounterMode
 from rift_kernels.dispatch import availability
 from rift_kernels.dispatch.plan import use_gram
 
-from . import command, environment, files, measure, step_table
-from .finetuning import CLASS_TOKENS, TOKENS, Features, Finetuning, Step, Way
+from . import command, environment, measure, schema, step_table
+from .command import Job
+from .finetuning import CLASS_TOKENS, TOKENS, Features, Finetuning, Profile, Step, Way
 from .oracle import wrong
 from .providers import NAIVE, OURS, WIDE, Provider, providers
-from .schema import STEP
-from .side_by_side import dtype_name, sentence
-from .vit import VIT_B_16, Size, ViT
+from .run import finite, sentence
+from .schema import LeftOut, StepWay
+from .vit import SMOKE, VIT_B_16, Size, ViT
+from .workloads import dtype_name
 
 PLAIN, AGAIN = Way(), "plain step again"
 
-Result = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Profile:
-    """A model, its batch and what of it is compared; effort as in workloads.py."""
-
-    size: Size
-    batch: int
-    features: tuple[Features, ...]
-    autocast: bool
-    budget: float
-    probe: int
-    max_rounds: int = 100
-
 
 _FLOAT32 = (Features(CLASS_TOKENS, torch.float32), Features(TOKENS, torch.float32))
+# Autocast leaves the states in float32; code that casts them first reads and multiplies less.
+_CAST = (*_FLOAT32, Features(TOKENS, torch.bfloat16))
 
 PROFILES = {
-    "cpu": Profile(Size(64, 8, 192, 4, 3, 100), 16, _FLOAT32, False, budget=40, probe=2048),
-    # Autocast leaves the states in float32; who casts them first has less to read and multiply.
-    "gpu": Profile(
-        VIT_B_16,
-        64,
-        (*_FLOAT32, Features(TOKENS, torch.bfloat16)),
-        autocast=True,
-        budget=90,
-        probe=8192,
-    ),
-    "smoke": Profile(
-        Size(16, 4, 16, 2, 2, 4), 8, _FLOAT32, False, budget=5, probe=64, max_rounds=5
-    ),
+    "cpu": Profile(Size(64, 8, 192, 4, 3, 100), 16, 40, features=_FLOAT32, probe=2048),
+    "gpu": Profile(VIT_B_16, 64, 90, autocast=True, features=_CAST, probe=8192),
+    "smoke": Profile(SMOKE, 8, 5, max_rounds=5, features=_FLOAT32, probe=64),
 }
 
 
-class Count(NamedTuple):
-    """Floating point operations."""
-
-    forward: int
-    both: int
-
-
-def model_flops(size: Size, batch: int) -> Count:
+def model_flops(size: Size, batch: int) -> tuple[int, int]:
     """Of the model's products, forward, and with the backward; counted, not computed."""
     with torch.device("meta"):
         model = ViT(size)
@@ -86,188 +55,140 @@ def model_flops(size: Size, batch: int) -> Count:
         loss = cross_entropy(model.logits(model(images)), labels)
         forward = counter.get_total_flops()
         loss.backward()
-    return Count(forward, counter.get_total_flops())
+    return forward, counter.get_total_flops()
 
 
 def plan(
-    profile: Profile, device: torch.device, candidates: Mapping[str, Provider]
-) -> tuple[list[Way], list[Result]]:
+    profile: Profile, device: torch.device, candidates: Sequence[Provider]
+) -> tuple[list[Way], list[LeftOut]]:
     """All ways, and the losses that are no part of them, with the reasons."""
     ways = [PLAIN, Way(teacher_runs=True)]
-    left_out: list[Result] = [
-        {"loss": p.name, "features": None, "reason": p.reason}
-        for p in candidates.values()
-        if p.name.startswith(OURS) and p.reason
-    ]
+    ours = [p for p in candidates if p.name.startswith(OURS)]
+    left_out = [LeftOut(p.name, None, p.reason) for p in ours if p.reason]
     for features in profile.features:
-        losses = [NAIVE]
-        if profile.autocast and features.dtype == torch.float32:
-            # For autocast multiplies float32 features in bfloat16.
-            losses.append(WIDE)
-        for name in (n for n, p in candidates.items() if n.startswith(OURS) and p.reason is None):
-            reason = _refusal(name, features, profile, device)
+        # Autocast multiplies float32 features in bfloat16.
+        cast = profile.autocast and features.dtype == torch.float32
+        losses = [NAIVE, WIDE] if cast else [NAIVE]
+        w = features.workload(profile.size, profile.batch)
+        gram = use_gram("cka", w.rows, w.width, w.width)
+        problem = availability.Problem("cka", (gram,) * w.layers, w.rows, w.width)
+        for name in (p.name for p in ours if not p.reason):
+            backend = name.removeprefix(OURS)
+            reason = availability.reason_against(backend, device, [w.dtype], problem)
             if reason is None:
                 losses.append(name)
             else:
                 label = features.label(profile.size, profile.batch)
-                left_out.append({"loss": name, "features": label, "reason": reason})
+                left_out.append(LeftOut(name, label, reason))
         ways += [Way(name, features, runs) for name in losses for runs in (False, True)]
     return ways, left_out
-
-
-def _refusal(name: str, features: Features, profile: Profile, device: torch.device) -> str | None:
-    """Why a backend does not take these features, if it does not."""
-    w = features.workload(profile.size, profile.batch)
-    gram = use_gram("cka", w.rows, w.width, w.width)
-    problem = availability.Problem("cka", (gram,) * w.layers, w.rows, w.width)
-    return availability.reason_against(name.removeprefix(OURS), device, [w.dtype], problem)
 
 
 def predicted(
     way: Way,
     profile: Profile,
-    count: Count,
-    candidates: Mapping[str, Provider],
+    count: tuple[int, int],
+    candidates: Sequence[Provider],
     peaks: Mapping[str, float],
 ) -> float:
     """Seconds of the products of the model, the teacher and the loss, each at its dtype's peak."""
-    dtype = torch.bfloat16 if profile.autocast else torch.float32
-    operations = count.both + (count.forward if way.teacher_runs else 0)
-    seconds = operations / peaks[dtype_name(dtype)]
+    forward, both = count
+    peak = peaks["bfloat16" if profile.autocast else "float32"]
+    seconds = (both + (forward if way.teacher_runs else 0)) / peak
     if way.loss and way.features:
-        provider = candidates[way.loss]
+        (provider,) = (p for p in candidates if p.name == way.loss)
         workload = way.features.workload(profile.size, profile.batch)
-        products_in = provider.products_in or workload.dtype
         if way.loss == NAIVE and profile.autocast:
-            products_in = dtype
-        seconds += (provider.flops(workload) or 0.0) / peaks[dtype_name(products_in)]
+            provider = dataclasses.replace(provider, products_in=torch.bfloat16)
+        seconds += provider.predicted(workload, peaks) or 0.0
     return seconds
 
 
-def run(
-    name: str,
-    profile: Profile,
-    device: torch.device,
-    budget: float,
-    candidates: Sequence[Provider],
-) -> Result:
-    """Measure all ways in about ``budget`` seconds."""
-    end = time.monotonic() + budget
-    by_name = {p.name: p for p in candidates}
+def run(job: Job[Profile], candidates: Sequence[Provider]) -> schema.Step:
+    """Measure all ways in about the budget."""
+    end = time.monotonic() + job.budget
+    profile, device = job.profile, job.device
     dtypes = {torch.float32, *(f.dtype for f in profile.features)}
     dtypes |= {torch.bfloat16} if profile.autocast else set()
     peaks = {dtype_name(d): measure.matmul_peak(d, profile.probe, device) for d in dtypes}
     count = model_flops(profile.size, profile.batch)
-    ways, left_out = plan(profile, device, by_name)
+    ways, left_out = plan(profile, device, candidates)
     finetuning = Finetuning(profile.size, profile.batch, profile.autocast, device)
-    result = {
-        "schema": STEP,
-        "profile": name,
-        "environment": environment.describe(device),
-        "peaks": {"matmul_flops": peaks},
-        "model": {
-            **dataclasses.asdict(profile.size),
-            "parameters": sum(p.numel() for p in finetuning.student.parameters()),
-            "batch": profile.batch,
-            "tokens": profile.size.tokens,
-            "autocast": profile.autocast,
-        },
-        "rounds": 0,
-        "noise": {},
-        "ways": [
-            _entry(way, profile, predicted(way, profile, count, by_name, peaks)) for way in ways
+    result = schema.Step(
+        profile=job.name,
+        environment=environment.describe(device),
+        peaks=schema.Peaks(peaks),
+        model=profile.model(finetuning.optimiser.weights),
+        ways=[
+            StepWay(
+                loss=way.loss,
+                features=way.features.label(profile.size, profile.batch) if way.features else None,
+                teacher_runs=way.teacher_runs,
+                predicted_seconds=predicted(way, profile, count, candidates, peaks),
+            )
+            for way in ways
         ],
-        "left_out": left_out,
-    }
+        left_out=left_out,
+    )
     print(step_table.predictions(result), flush=True)
-    _complete(result, ways, finetuning, device, end, profile.max_rounds)
+    _complete(result, ways, finetuning, job, end)
     return result
 
 
-def _entry(way: Way, profile: Profile, seconds: float) -> Result:
-    """What is known before anything is measured."""
-    return {
-        "loss": way.loss,
-        "features": way.features and way.features.label(profile.size, profile.batch),
-        "teacher_runs": way.teacher_runs,
-        "predicted_seconds": seconds,
-        "reason": None,
-        "seconds": None,
-        "memory": None,
-        "gradient_error": None,
-        "wrong": False,
-    }
-
-
 def _complete(
-    result: Result,
+    result: schema.Step,
     ways: Sequence[Way],
     finetuning: Finetuning,
-    device: torch.device,
+    job: Job[Profile],
     end: float,
-    max_rounds: int,
 ) -> None:
     """Check all ways, time those that run, and write what was found into the result.
 
     The plain step is timed twice, which gives the noise.
     """
-    tasks: dict[str, Step] = {}
-    entries = dict(zip(map(str, ways), result["ways"], strict=True))
+    tasks: dict[str, measure.Timed] = {}
+    entries = dict(zip(map(str, ways), result.ways, strict=True))
     for way in ways:
         try:
-            tasks[str(way)] = _examined(way, entries[str(way)], finetuning, device)
+            tasks[str(way)] = _examined(way, entries[str(way)], finetuning, job.device)
         except Exception as error:
             # A way that fails is no reason to lose the others.
-            entries[str(way)]["reason"] = sentence(error)
+            entries[str(way)].reason = sentence(error)
     if str(PLAIN) not in tasks:
         return
     tasks[AGAIN] = tasks[str(PLAIN)]
-    samples = measure.time_rounds(tasks, device, end, max_rounds)
-    result["rounds"] = len(samples[AGAIN])
+    samples = measure.time_rounds(tasks, job.device, end, job.profile.max_rounds)
     again = samples.pop(AGAIN)
     for name, rounds in samples.items():
-        entries[name]["seconds"] = measure.quantiles(rounds)
-    for clock in measure.CLOCKS:
-        result["noise"][clock] = measure.noise(
-            *([seconds[clock] for seconds in rounds] for rounds in (samples[str(PLAIN)], again))
-        )
+        entries[name].seconds = measure.quantiles(rounds)
+    result.rounds = len(again)
+    result.noise = {c: measure.noise(samples[str(PLAIN)], again, c) for c in measure.CLOCKS}
 
 
-def _examined(way: Way, entry: Result, finetuning: Finetuning, device: torch.device) -> Step:
+def _examined(way: Way, entry: StepWay, finetuning: Finetuning, device: torch.device) -> Step:
     """A way's step, warm; its entry gets its memory, and how right its loss is."""
     step = Step(finetuning, way)
     step.backward(step.forward())
-    entry["memory"] = measure.peak_memory(step, device)
+    entry.memory = measure.peak_memory(step, device)
     if way.loss and way.features:
         error = finetuning.gradient_error(way.loss, way.features)
-        entry["gradient_error"] = error if math.isfinite(error) else None
-        entry["wrong"] = wrong(0.0, error)
+        entry.gradient_error, entry.wrong = finite(error), wrong(0.0, error)
     return step
 
 
-def failures(result: Result) -> list[str]:
+def failures(ways: Sequence[StepWay]) -> list[str]:
     """What of ours failed or was wrong."""
-    found = [] if any(w["seconds"] for w in result["ways"]) else ["nothing was measured"]
-    for way in result["ways"]:
-        if (way["loss"] or "").startswith(OURS) and (way["reason"] or way["wrong"]):
-            found.append(f"{way['loss']}: {way['features']}: {way['reason'] or 'wrong'}")
-    return found
+    lines = [] if any(way.seconds for way in ways) else ["nothing was measured"]
+    for way in ways:
+        if (way.loss or "").startswith(OURS) and (way.reason or way.wrong):
+            lines.append(f"{way.loss}: {way.features}: {way.reason or 'wrong'}")
+    return lines
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = command.parser("step", __doc__, PROFILES)
-    parser.add_argument("--budget", type=command.positive, help="seconds; default: the profile's")
-    options = parser.parse_args(arguments)
-    name, device, out = command.settle(parser, options)
-    profile = PROFILES[name]
-    budget = options.budget or profile.budget
-    result = run(name, profile, device, budget, providers(device, compiled=()))
-    path = files.write(result, out)
-    print(f"\n{step_table.summary(result)}\n\nwrote {path}")
-    failed = failures(result)
-    for failure in failed:
-        print(f"FAILED {failure}")
-    return 1 if failed else 0
+    job, out = command.options("step", __doc__, PROFILES, arguments)
+    result = run(job, providers(job.device, compiled=()))
+    return command.finish(result, out, step_table.summary(result), failures(result.ways))
 
 
 if __name__ == "__main__":

@@ -1,186 +1,209 @@
-"""The cost of a finetuning step as a Markdown table, for terminal and documents."""
+"""The cost of a finetuning step as Markdown tables, for terminal and documents."""
 
 from __future__ import annotations
 
-from typing import Any
-
-from .oracle import GRADIENT_TOLERANCE
+from .adapted import ADAPTERS_OFF, COPY
+from .measure import CPU_TIME
 from .providers import OURS
-from .tables import caption, error_text, markdown, milliseconds
+from .schema import Bounds, Lora, LoraLoss, LoraWay, Quantiles, Step, StepWay
+from .tables import WRONG, caption, error_text, markdown, milliseconds, not_measured
 
-Result = dict[str, Any]
-
-EXPLANATION = (
-    "Forward, loss, backward and optimiser step (AdamW), medians of interleaved steps; on a GPU, "
-    "between events, and the wall time beside them. What the loss adds is timed with the "
-    "teacher's features from a cache, and what the teacher adds is its forward pass in every "
-    "step, beside that; both are in percent of the plain step. `~` marks a difference within the "
-    "noise, which is that of the plain step timed twice, or two standard errors of such a "
-    "difference where these are more. Memory is the peak's over the plain step's, with the "
-    "teacher's features from a cache and with its forward pass. Predicted are the floating point "
-    "operations of matrix products at their measured peak. Class tokens are compared by debiased "
-    "CKA, and the last layer's tokens by biased CKA, for which naive code is cheapest. Under "
-    "autocast naive code multiplies in bfloat16; `naive eager float32` keeps it out. A gradient "
-    "error is that of the loss at the student's features, relative, against float64; more than "
-    f"{GRADIENT_TOLERANCE:.0%} is **wrong**, at whatever speed."
-)
+MIB = 2**20
 
 
-def summary(result: Result) -> str:
+def summary(result: Step) -> str:
     """A result's caption, its model, its table and what it lacks."""
-    parts = [caption(result), _model(result)]
-    if _way(result, None, None, False)["seconds"]:
-        parts.append(_table(result))
-    missing = _not_measured(result)
-    if missing:
-        parts.append("Not measured:\n" + "\n".join(f"- {line}" for line in missing))
-    return "\n\n".join(parts)
+    missing = [_where(left.loss, left.features) + f": {left.reason}" for left in result.left_out]
+    for way in result.ways:
+        if way.reason:
+            teacher = ", with the teacher's forward" if way.teacher_runs else ""
+            missing.append(f"{_where(way.loss, way.features)}{teacher}: {way.reason}")
+    table = [_table(result), WRONG] if _way(result).seconds else []
+    return "\n\n".join([caption(result), _model(result), *table, *not_measured(missing)])
 
 
-def cost(result: Result) -> str:
+def _where(loss: str | None, features: str | None) -> str:
+    return ", ".join(filter(None, (loss or "plain step", features)))
+
+
+def cost(result: Step) -> str:
     """A sentence for the README: what our fastest right loss and the teacher add to a step."""
-    losses = [
-        way
-        for way in _cached(result)
-        if way["seconds"] and (way["loss"] or "").startswith(OURS) and not way["wrong"]
-    ]
-    plain, teacher = (_way(result, None, None, runs) for runs in (False, True))
-    where = f"On {result['environment']['device']}, a finetuning step of a ViT"
-    if not losses or not plain["seconds"]:
+    losses = [w for w in _cached(result) if w.seconds and (w.loss or "").startswith(OURS)]
+    way = min((w for w in losses if not w.wrong), key=_seconds, default=None)
+    plain, teacher = _way(result), _way(result, teacher_runs=True)
+    where = f"On {result.environment.device}, a finetuning step of a ViT"
+    if way is None or not plain.seconds:
         return f"{where} was not measured."
-    way = min(losses, key=_seconds)
     return (
-        f"{where} takes {milliseconds(_seconds(plain))}. The loss ({way['features']}) adds "
+        f"{where} takes {milliseconds(_seconds(plain))}. The loss ({way.features}) adds "
         f"{_adds(result, way)} (`~`: within the noise), the teacher's forward pass "
-        f"**{_teacher_adds(result, plain, teacher)}**."
+        f"**{_difference(result, teacher, plain)}**."
     )
 
 
-def predictions(result: Result) -> str:
+def predictions(result: Step) -> str:
     """What is expected before anything is measured, in percent of the plain step."""
-    plain, teacher = (_way(result, None, None, runs) for runs in (False, True))
-    seconds = plain["predicted_seconds"]
+    plain, teacher = _way(result), _way(result, teacher_runs=True)
     rows = [
-        ["plain step", "-", milliseconds(seconds)],
-        ["the teacher's forward", "-", _percent(teacher["predicted_seconds"] / seconds - 1)],
+        ["plain step", "-", milliseconds(plain.predicted_seconds)],
+        ["the teacher's forward", "-", _predicted(result, teacher)],
     ]
-    for way in _cached(result)[1:]:
-        rows.append([way["features"], way["loss"], _predicted(result, way)])
+    rows += [[str(w.features), str(w.loss), _predicted(result, w)] for w in _cached(result)[1:]]
     return markdown(["predicted", "loss by", "step"], rows)
 
 
-def _model(result: Result) -> str:
+def _model(result: Step) -> str:
     """The model, and the plain step."""
-    m = result["model"]
-    dtype = "bfloat16 autocast" if m["autocast"] else "float32"
+    m, plain = result.model, _way(result)
     text = (
-        f"A ViT of {m['depth']} layers, {m['width']} wide, {m['parameters'] / 1e6:.3g} M "
-        f"parameters, on {m['batch']} images of {m['tokens']} tokens in {dtype}"
+        f"A ViT of {m.depth} layers, {m.width} wide, {m.parameters / 1e6:.3g} M "
+        f"parameters, on {m.batch} images of {m.tokens} tokens in {_products(m.autocast)}"
     )
-    plain, teacher = (_way(result, None, None, runs) for runs in (False, True))
-    if not plain["seconds"]:
-        return f"{text}: not measured: {plain['reason']}"
-    share = teacher["predicted_seconds"] / plain["predicted_seconds"] - 1
+    if not plain.seconds:
+        return f"{text}: not measured: {plain.reason}"
     return (
-        f"{text}. Plain step: predicted {milliseconds(plain['predicted_seconds'])}, measured "
-        f"{milliseconds(_seconds(plain))}, noise {result['noise']['both']:.1%}, "
-        f"{result['rounds']} rounds; peak memory {plain['memory']['both'] / 2**20:,.0f} MiB. "
-        f"Teacher's forward pass: predicted {_percent(share)}."
+        f"{text}. Plain step: predicted {milliseconds(plain.predicted_seconds)}, measured "
+        f"{milliseconds(_seconds(plain))}, noise {result.noise['both']:.1%}, "
+        f"{result.rounds} rounds; peak memory {plain.memory['both'] / MIB:,.0f} MiB. "
+        f"Teacher's forward pass: predicted {_predicted(result, _way(result, teacher_runs=True))}."
     )
 
 
-def _table(result: Result) -> str:
-    on_gpu = result["environment"]["gpu"] is not None
+def _products(autocast: bool) -> str:
+    return "bfloat16 autocast" if autocast else "float32"
+
+
+def _table(result: Step) -> str:
+    on_gpu = result.environment.gpu is not None
     header = ["features", "loss by", "step", "the loss adds", "predicted"]
     header += ["wall", "the loss adds to it"] if on_gpu else []
     header += ["the teacher adds", "memory", "gradient error"]
-    rows = []
+    rows, plain = [], _way(result)
     for way in _cached(result):
-        if not way["seconds"]:
+        if not way.seconds:
             continue
-        running = _way(result, way["loss"], way["features"], True)
-        row = [way["features"] or "no loss", way["loss"] or "-", milliseconds(_seconds(way))]
-        row += [_adds(result, way), _predicted(result, way)]
+        running = _way(result, way.loss, way.features, teacher_runs=True)
+        row = [way.features or "no loss", way.loss or "-", milliseconds(_seconds(way))]
+        row += [_adds(result, way), "-" if way is plain else _predicted(result, way)]
         if on_gpu:
-            wall = milliseconds(_seconds(way, "wall"))
-            row += [wall, _adds(result, way, "wall")]
-        row += [_teacher_adds(result, way, running), _memory(result, way, running), _error(way)]
-        rows.append(row)
+            row += [milliseconds(_seconds(way, "wall")), _adds(result, way, "wall")]
+        row.append(_difference(result, running, way))
+        over = [
+            f"{(w.memory['both'] - plain.memory['both']) / MIB:+,.1f}" if w.memory else "-"
+            for w in (way, running)
+        ]
+        row.append(f"{'-' if way is plain else over[0]} / {over[1]} MiB")
+        error = error_text(way.gradient_error) + (", **wrong**" if way.wrong else "")
+        rows.append([*row, "-" if way is plain else error])
     return markdown(header, rows)
 
 
-def _way(result: Result, loss: str | None, features: str | None, teacher_runs: bool) -> Result:
+def _way(
+    result: Step, loss: str | None = None, features: str | None = None, teacher_runs: bool = False
+) -> StepWay:
     wanted = loss, features, teacher_runs
-    found: Result = next(
-        w for w in result["ways"] if (w["loss"], w["features"], w["teacher_runs"]) == wanted
-    )
-    return found
+    return next(w for w in result.ways if (w.loss, w.features, w.teacher_runs) == wanted)
 
 
-def _cached(result: Result) -> list[Result]:
+def _cached(result: Step) -> list[StepWay]:
     """The plain step and those with a loss, without the teacher's forward."""
-    return [way for way in result["ways"] if not way["teacher_runs"]]
+    return [way for way in result.ways if not way.teacher_runs]
 
 
-def _seconds(way: Result, clock: str = "both") -> float:
-    seconds: float = way["seconds"][clock]["q50"]
-    return seconds
+def _seconds(way: StepWay, clock: str = "both") -> float:
+    return way.seconds[clock].q50
 
 
-def _difference(result: Result, more: Result, less: Result, clock: str = "both") -> str:
+def _difference(result: Step, more: StepWay, less: StepWay, clock: str = "both") -> str:
     """In percent of the plain step, marked where it is within the noise."""
-    plain = _seconds(_way(result, None, None, False), clock)
-    share = (_seconds(more, clock) - _seconds(less, clock)) / plain
-    return ("~" if abs(share) <= result["noise"][clock] else "") + _percent(share)
-
-
-def _adds(result: Result, way: Result, clock: str = "both") -> str:
-    if way["loss"] is None:
+    if not more.seconds:
         return "-"
-    found = _difference(result, way, _way(result, None, None, False), clock)
-    ours = way["loss"].startswith(OURS) and not way["wrong"]
-    return f"**{found}**" if ours else found
+    share = (_seconds(more, clock) - _seconds(less, clock)) / _seconds(_way(result), clock)
+    return ("~" if abs(share) <= result.noise[clock] else "") + f"{share:+.1%}"
 
 
-def _teacher_adds(result: Result, way: Result, running: Result) -> str:
-    return _difference(result, running, way) if running["seconds"] else "-"
-
-
-def _predicted(result: Result, way: Result) -> str:
-    if way["loss"] is None:
+def _adds(result: Step, way: StepWay, clock: str = "both") -> str:
+    if way.loss is None:
         return "-"
-    plain = _way(result, None, None, False)["predicted_seconds"]
-    return _percent(way["predicted_seconds"] / plain - 1)
+    difference = _difference(result, way, _way(result), clock)
+    return f"**{difference}**" if way.loss.startswith(OURS) and not way.wrong else difference
 
 
-def _memory(result: Result, way: Result, running: Result) -> str:
-    plain = _way(result, None, None, False)["memory"]["both"]
-
-    def over(one: Result) -> str:
-        return f"{(one['memory']['both'] - plain) / 2**20:+,.1f}" if one["memory"] else "-"
-
-    return f"{'-' if way['loss'] is None else over(way)} / {over(running)} MiB"
+def _predicted(result: Step, way: StepWay) -> str:
+    return f"{way.predicted_seconds / _way(result).predicted_seconds - 1:+.1%}"
 
 
-def _error(way: Result) -> str:
-    if way["loss"] is None:
-        return "-"
-    return error_text(way["gradient_error"]) + (", **wrong**" if way["wrong"] else "")
+def loss_alone(result: Lora, way: LoraWay) -> LoraLoss | None:
+    """The loss that a way adds, by itself, if its teacher is the student."""
+    losses = {loss.pooling: loss for loss in result.losses}
+    return losses[way.pooling] if way.pooling and way.teacher == ADAPTERS_OFF else None
 
 
-def _percent(share: float) -> str:
-    """With a sign."""
-    return f"{share:+.1%}"
+def lora_summary(result: Lora) -> str:
+    """A result's caption, its model, and its tables of time and memory."""
+    m, noise = result.model, result.noise[result.clock]
+    model = (
+        f"{m.depth} layers, {m.width} wide, {m.heads} heads, {m.parameters / 1e6:.3g} "
+        f"M parameters of which {(m.trained or 0) / 1e6:.3g} M are trained (rank {m.rank}), on "
+        f"{m.batch} images of {m.tokens} tokens in {_products(m.autocast)}; {result.rounds} "
+        f"rounds. The plain step, timed twice, differs from itself by {noise:.1%} (noise)."
+    )
+    return "\n\n".join([caption(result), model, _lora_times(result), _lora_memory(result)])
 
 
-def _not_measured(result: Result) -> list[str]:
-    lines = []
-    for entry in result["left_out"]:
-        where = f", {entry['features']}" if entry["features"] else ""
-        lines.append(f"{entry['loss']}{where}: {entry['reason']}")
-    for way in result["ways"]:
-        if way["reason"]:
-            where = ", ".join(filter(None, (way["loss"] or "plain step", way["features"])))
-            teacher = ", with the teacher's forward" if way["teacher_runs"] else ""
-            lines.append(f"{where}{teacher}: {way['reason']}")
-    return lines
+def _lora_times(result: Lora) -> str:
+    on_cpu = result.clock == CPU_TIME
+    header = ["step", "CPU time", "wall time"] if on_cpu else ["step", "time"]
+    header += ["adds to the plain step", "of which the loss"]
+    header += ["the loss alone", "share of the plain step", "predicted"]
+    rows = []
+    for way in result.ways:
+        if not way.seconds:
+            continue
+        times = [_median(way.cpu_seconds)] if on_cpu else []
+        row = [_title(way, result), *times, _median(way.seconds["both"])]
+        row += [_bounds(way.adds), _bounds(way.loss_adds)]
+        loss = loss_alone(result, way)
+        if loss:
+            row += [_median(loss.cpu_seconds if on_cpu else loss.seconds["both"])]
+            row += [f"**{_bounds(loss.share)}**", f"{loss.predicted_share:.2%}"]
+        rows.append(row if loss else [*row, *["-"] * 3])
+    return markdown(header, rows)
+
+
+def _lora_memory(result: Lora) -> str:
+    header = ["step", "weights", "peak", "above the plain step", "bound"]
+    header += ["the loss alone", "of which it keeps"]
+    plain, teacher = result.ways[0].memory["both"], result.teacher_memory
+    rows = [["the teacher's pass by itself", "-", _mebibytes(teacher), *["-"] * 4]]
+    for way in result.ways:
+        peak, loss = way.memory["both"], loss_alone(result, way)
+        above = "-" if way is result.ways[0] else _mebibytes(peak - plain)
+        row = [_title(way, result), _mebibytes(way.weights), _mebibytes(peak), above]
+        if loss:
+            alone = loss.memory["both"]
+            row += map(_mebibytes, (plain + teacher + alone, alone, loss.kept))
+        rows.append(row if loss else [*row, *["-"] * 3])
+    return markdown(header, rows)
+
+
+def _title(way: LoraWay, result: Lora) -> str:
+    if way.teacher is None:
+        return "plain"
+    if way.pooling is None:
+        return "+ teacher's pass, nothing compared"
+    features = next(loss.features for loss in result.losses if loss.pooling == way.pooling)
+    teacher = ", teacher a copy" if way.teacher == COPY else ""
+    return f"+ RIFT, {way.pooling}, {features}{teacher}"
+
+
+def _median(seconds: Quantiles | None) -> str:
+    return milliseconds(seconds.q50) if seconds else "-"
+
+
+def _bounds(share: Bounds | None) -> str:
+    return f"{share.q50:+.2%} ({share.low:+.2%} to {share.high:+.2%})" if share else "-"
+
+
+def _mebibytes(count: int) -> str:
+    return f"{count / MIB:,.2f} MiB"

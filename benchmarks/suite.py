@@ -19,27 +19,22 @@ import torch
 from . import environment, files
 
 KINDS = ("run", "frontier", "scaling", "step", "lora")
-PROFILES = ("cpu", "gpu", "full", "smoke")
 
 
-def commands(
-    kinds: Sequence[str], profile: str | None, device: str | None, out: Path
-) -> dict[str, list[str]]:
-    """A process for each kind; only the comparison has a profile that is longer than others."""
-    found = {}
-    for kind in kinds:
-        command = [sys.executable, "-m", f"benchmarks.{kind}", "--out", str(out)]
-        if profile is not None:
-            command += ["--profile", "gpu" if profile == "full" and kind != "run" else profile]
-        if device is not None:
-            command += ["--device", device]
-        found[kind] = command
-    return found
+def command(kind: str, profile: str | None, device: str | None, out: Path) -> list[str]:
+    """A kind's process; only the comparison has a profile that is longer than others."""
+    if profile == "full" and kind != "run":
+        profile = "gpu"
+    words = [sys.executable, "-m", f"benchmarks.{kind}", "--out", str(out)]
+    words += ["--profile", profile] if profile else []
+    return words + (["--device", device] if device else [])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.suite", description=__doc__)
-    parser.add_argument("--profile", choices=PROFILES, help="default: gpu on a GPU, else cpu")
+    parser.add_argument(
+        "--profile", choices=("cpu", "gpu", "full", "smoke"), help="default: gpu on a GPU, else cpu"
+    )
     parser.add_argument("--device", help="default: cuda where there is one, else cpu")
     parser.add_argument("--out", type=Path, default=files.RESULTS, help="folder of result files")
     parser.add_argument("--only", default=",".join(KINDS), help="kinds, separated by commas")
@@ -50,16 +45,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"argument --only: must be of {', '.join(KINDS)}; got {', '.join(unknown)}")
     if options.profile in ("gpu", "full") and not torch.cuda.is_available():
         parser.error(f"argument --profile: {options.profile} needs a GPU that torch can use")
-    failed = []
-    start = time.monotonic()
-    out = options.out.resolve()
-    for kind, command in commands(kinds, options.profile, options.device, out).items():
+    failed, start = [], time.monotonic()
+    for kind in kinds:
         print(f"--- {kind}", flush=True)
-        if subprocess.run(command, cwd=environment.ROOT, check=False).returncode != 0:
-            failed.append(kind)
+        words = command(kind, options.profile, options.device, options.out.resolve())
+        if subprocess.run(words, cwd=environment.ROOT, check=False).returncode != 0:
+            failed.append(f"FAILED {kind}")
     print(f"--- {time.monotonic() - start:.0f} s in all; python -m benchmarks.report writes tables")
-    for kind in failed:
-        print(f"FAILED {kind}")
+    print(*failed, sep="\n")
     return 1 if failed else 0
 
 

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any
 
-from .measure import CLOCKS, PHASES
 from .oracle import GRADIENT_TOLERANCE, VALUE_TOLERANCE
 from .providers import HALF, HAND_DERIVED, NAIVE, OURS, PACKAGES, TF32, WIDE
+from .schema import Benchmark, Outcome, Result, Workload
 from .workloads import AUTOTUNED, CKA_MEASURES, COMPILED
-
-Result = dict[str, Any]
 
 # Titles of the measures in the first column.
 _TITLES = {
@@ -22,52 +19,47 @@ _TITLES = {
     "covariance": "covariance",
     "bures": "Bures",
 }
+WRONG = (
+    f"**Wrong** is a value off by more than {VALUE_TOLERANCE} or a gradient off by more than "
+    f"{GRADIENT_TOLERANCE:.0%}, at whatever speed."
+)
 FIXED_COSTS = (
     "A graph has forward and backward of inputs that together exceed the L2 cache twice. The "
     "host's time is until the calls return, without waiting for the device."
 )
-EXPLANATION = (
-    "Forward and backward together, medians of interleaved calls; on a GPU, between events. "
-    "Ratios are naive eager's time, in the features' dtype, divided by the column's, so more is "
-    "faster; `naive in` is the same code on features cast to another dtype; `~` marks a "
-    "difference within the noise, which is that of naive eager timed twice. The predicted ratio "
-    "is that of a count of floating point operations at the measured peak of a matrix product. "
-    "Memory is ours over naive eager's, at the peak and without the inputs. The roofline is the "
-    "least time that the optimal count of operations or one pass over the features allows on this "
-    "machine, as a share of ours; its peak is that of torch.mm, which other libraries can exceed. "
-    "A gradient error is relative, against float64. **Wrong** is a "
-    f"value off by more than {VALUE_TOLERANCE} or a gradient by more than {GRADIENT_TOLERANCE:.0%},"
-    " at whatever speed."
-)
 
 
-def summary(result: Result) -> str:
+def summary(result: Benchmark) -> str:
     """A result's caption, its tables and what they lack."""
-    measured = [w for w in result["workloads"] if w["reason"] is None]
-    cka = [w for w in measured if w["measure"] in CKA_MEASURES]
-    others = [w for w in measured if w["measure"] not in CKA_MEASURES]
+    measured = [w for w in result.workloads if w.reason is None]
+    cka = [w for w in measured if w.measure in CKA_MEASURES]
+    others = [w for w in measured if w.measure not in CKA_MEASURES]
+    in_graphs = [w for w in measured if any(o.graph for o in w.results.values())]
     parts = [caption(result)]
-    for title, workloads in (("Linear CKA", cka), ("Other measures", others)):
-        if workloads:
-            parts += [f"{title}:", _comparison(workloads)]
-    in_graphs = [w for w in measured if any(e.get("graph") for e in w["results"].values())]
+    parts += ["Linear CKA:", _comparison(cka)] if cka else []
+    parts += ["Other measures:", _comparison(others)] if others else []
     if in_graphs:
         parts += ["The device alone, in CUDA graphs, and what a call costs the host:"]
         parts += [_fixed_costs(in_graphs), FIXED_COSTS]
-    missing = _not_measured(result)
-    if missing:
-        parts.append("Not measured:\n" + "\n".join(f"- {line}" for line in missing))
-    return "\n\n".join(parts)
+    missing = [f"{p.name}: {p.reason}" for p in result.providers if p.reason]
+    for w in result.workloads:
+        missing += [f"{_label(w)}: {w.reason}"] if w.reason else []
+        reasons = ((name, outcome.reason) for name, outcome in w.results.items())
+        missing += [f"{name}, {_label(w)}: {reason}" for name, reason in reasons if reason]
+    return "\n\n".join([*parts, WRONG, *not_measured(missing)])
 
 
-def best_and_worst(result: Result) -> str:
+def best_and_worst(result: Benchmark) -> str:
     """A sentence for the README: the largest and the smallest ratio to right naive code."""
-    ratios = {
-        _full_label(w): ratio
-        for w in result["workloads"]
-        if (naive := _measured(w, NAIVE)) and not naive["wrong"] and (ratio := _ratio(w, _best(w)))
-    }
-    where = f"On {result['environment']['device']}"
+    ratios = {}
+    for w in result.workloads:
+        naive, ours = _measured(w, NAIVE), _measured(w, _best(w))
+        if naive and ours and not naive.wrong:
+            # Outside of the tables, no caption says what is linear CKA.
+            cka = " CKA" if w.measure in CKA_MEASURES else ""
+            label = f"{_TITLES[w.measure]}{cka}, {w.shape}"
+            ratios[label] = _seconds(naive) / _seconds(ours)
+    where = f"On {result.environment.device}"
     if not ratios:
         return f"{where}, no workload was measured."
     best, worst = max(ratios, key=ratios.__getitem__), min(ratios, key=ratios.__getitem__)
@@ -78,50 +70,28 @@ def best_and_worst(result: Result) -> str:
     )
 
 
-def predictions(workloads: Sequence[Result]) -> str:
+def not_measured(lines: Iterable[str]) -> list[str]:
+    """A paragraph, or none."""
+    items = "\n".join(f"- {line}" for line in dict.fromkeys(lines))
+    return [f"Not measured:\n{items}"] if items else []
+
+
+def predictions(workloads: Sequence[Workload]) -> str:
     """What the model says before anything is measured: ratios to naive eager."""
-    names = _names(w["predicted_seconds"] for w in workloads)
-    rows = []
-    for w in workloads:
-        rows.append([_label(w), *(_ratio_text(_predicted(w, name)) for name in names)])
+    names = names_of(w.predicted_seconds for w in workloads)
+    rows = [[_label(w), *(_ratio_text(_predicted(w, name)) for name in names)] for w in workloads]
     return markdown(["predicted ratio", *names], rows)
-
-
-def details(result: Result) -> str:
-    """All that was measured, workload by workload."""
-    # Without a GPU the wall is the only clock there is.
-    clocks = CLOCKS if result["environment"]["gpu"] else PHASES
-    return "\n\n".join(_details(workload, clocks) for workload in result["workloads"])
 
 
 def caption(result: Result) -> str:
     """Hardware, versions, commit and date."""
-    e = result["environment"]
-    cpu = f"{e['cpu']}, {_count(e['cores'], 'core')}, {_count(e['threads'], 'thread')}"
-    hardware = f"{e['gpu']} (driver {e['driver']}), {cpu}" if e["gpu"] else cpu
-    installed = ((name, v) for name, v in e["versions"].items() if v is not None)
+    e = result.environment
+    cpu = f"{e.cpu}, {_count(e.cores, 'core')}, {_count(e.threads, 'thread')}"
+    hardware = f"{e.gpu} (driver {e.driver}), {cpu}" if e.gpu else cpu
+    installed = ((name, version) for name, version in e.versions.items() if version is not None)
     versions = ", ".join(f"{name} {version}" for name, version in installed)
-    commit = e["commit"][:12] + (" with local changes" if e["dirty"] else "")
-    return f"**{hardware}**, {e['system']}; {versions}; commit {commit}; {e['date'][:10]}."
-
-
-def _details(workload: Result, clocks: Sequence[str]) -> str:
-    title = f"{_label(workload)}: {workload['rounds']} rounds"
-    if workload["reason"]:
-        return f"{title}: not measured: {workload['reason']}"
-    if workload["noise"]:
-        title += f", noise {workload['noise']['both']:.1%}"
-    header = ["", *clocks, "peak memory", "value error", "gradient error", "note"]
-    rows = []
-    for name, entry in workload["results"].items():
-        if entry["reason"]:
-            rows.append([name, *[""] * (len(header) - 2), entry["reason"]])
-            continue
-        seconds = [milliseconds(entry["seconds"][clock]["q50"]) for clock in clocks]
-        errors = [error_text(entry[key]) for key in ("value_error", "gradient_error")]
-        note = "wrong" if entry["wrong"] else ""
-        rows.append([name, *seconds, f"{entry['memory']['both'] / 2**10:,.0f} KiB", *errors, note])
-    return f"{title}\n{markdown(header, rows)}"
+    commit = e.commit[:12] + (" with local changes" if e.dirty else "")
+    return f"**{hardware}**, {e.system}; {versions}; commit {commit}; {e.date[:10]}."
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -141,11 +111,11 @@ def milliseconds(seconds: float) -> str:
     return f"{_three_digits(seconds * 1e3)} ms"
 
 
-def _comparison(workloads: Sequence[Result]) -> str:
+def _comparison(workloads: Sequence[Workload]) -> str:
     """A row a workload; a column only for what one of the workloads has."""
-    names = _names(w["results"] for w in workloads)
-    columns: dict[str, Callable[[Result], str]] = {"features": _label, NAIVE: _naive_cell}
-    if any(name in names for name in (WIDE, HALF)):
+    names = names_of(w.results for w in workloads)
+    columns: dict[str, Callable[[Workload], str]] = {"features": _label, NAIVE: _naive_cell}
+    if WIDE in names or HALF in names:
         columns["naive in"] = _cast_cell
     for name in (TF32, COMPILED, AUTOTUNED, HAND_DERIVED):
         if any(_measured(w, name) for w in workloads):
@@ -158,124 +128,111 @@ def _comparison(workloads: Sequence[Result]) -> str:
     if any(_predicted(w, _best(w)) for w in workloads):
         columns["predicted"] = lambda w: _ratio_text(_predicted(w, _best(w)))
     columns["memory"] = _memory_cell
-    if any(w["floor_seconds"] for w in workloads):
-        columns["roofline"] = _roofline_cell
+    if any(w.floor_seconds for w in workloads):
+        columns["roofline"] = lambda w: _roofline(w, _measured(w, _best(w)), _seconds)
     columns["gradient error, naive / ours"] = _error_cell
     return markdown(list(columns), [[cell(w) for cell in columns.values()] for w in workloads])
 
 
-def _fixed_costs(workloads: Sequence[Result]) -> str:
+def _fixed_costs(workloads: Sequence[Workload]) -> str:
     """Naive eager and our best side by side: seconds in a graph, seconds of the host, launches."""
     rows = []
     for w in workloads:
-        entries = [_measured(w, NAIVE), _measured(w, _best(w))]
-        cells = [
-            [milliseconds(e["graph"]["q50"]) if e and e["graph"] else "-" for e in entries],
-            [milliseconds(e["seconds"]["host"]["q50"]) if e else "-" for e in entries],
-            [str(e["launches"]) if e else "-" for e in entries],
-        ]
-        share = "-"
-        if w["floor_seconds"] and entries[1] and entries[1]["graph"]:
-            share = f"{w['floor_seconds'] / entries[1]['graph']['q50']:.0%}"
-        rows.append([_label(w), *(f"{naive} / {ours}" for naive, ours in cells), share])
+        ours = _measured(w, _best(w))
+        outcomes = (_measured(w, NAIVE), ours)
+        graphs = (milliseconds(o.graph.q50) if o and o.graph else "-" for o in outcomes)
+        hosts = (milliseconds(o.seconds["host"].q50) if o else "-" for o in outcomes)
+        launches = (str(o.launches) if o else "-" for o in outcomes)
+        cells = map(" / ".join, (graphs, hosts, launches))
+        rows.append([_label(w), *cells, _roofline(w, ours, _graph_seconds)])
     header = ["naive eager / ours", "graph", "host", "launches", "roofline in the graph"]
     return markdown(header, rows)
 
 
-def _names(entries: Iterable[Result]) -> list[str]:
+def names_of(entries: Iterable[Mapping[str, object]]) -> list[str]:
     """Keys of all entries, each once, in order."""
     return list(dict.fromkeys(name for entry in entries for name in entry))
 
 
-def _label(w: Result) -> str:
-    return f"{_TITLES[w['measure']]}, {w['shape']}"
+def _label(w: Workload) -> str:
+    return f"{_TITLES[w.measure]}, {w.shape}"
 
 
-def _full_label(w: Result) -> str:
-    """The label outside of the tables, whose captions say what is linear CKA."""
-    cka = " CKA" if w["measure"] in CKA_MEASURES else ""
-    return f"{_TITLES[w['measure']]}{cka}, {w['shape']}"
+def _measured(w: Workload, name: str | None) -> Outcome | None:
+    outcome = w.results.get(name or "")
+    return outcome if outcome and outcome.reason is None else None
 
 
-def _measured(w: Result, name: str | None) -> Result | None:
-    entry = w["results"].get(name)
-    return entry if entry and entry["reason"] is None else None
+def _seconds(outcome: Outcome) -> float:
+    return outcome.seconds["both"].q50
 
 
-def _seconds(entry: Result) -> float:
-    return entry["seconds"]["both"]["q50"]
+def _graph_seconds(outcome: Outcome) -> float | None:
+    return outcome.graph.q50 if outcome.graph else None
 
 
-def _best(w: Result) -> str | None:
+def _best(w: Workload) -> str | None:
     """Our fastest backend, of those that are right."""
-    right = {}
-    for name in w["results"]:
-        entry = _measured(w, name)
-        if name.startswith(OURS) and entry and not entry["wrong"]:
-            right[name] = _seconds(entry)
+    ours = {name: _measured(w, name) for name in w.results if name.startswith(OURS)}
+    right = {name: _seconds(o) for name, o in ours.items() if o and not o.wrong}
     return min(right, key=lambda name: right[name], default=None)
 
 
-def _ratio(w: Result, name: str | None) -> float | None:
-    naive, entry = _measured(w, NAIVE), _measured(w, name)
-    return _seconds(naive) / _seconds(entry) if naive and entry else None
-
-
-def _predicted(w: Result, name: str | None) -> float | None:
-    naive, own = (w["predicted_seconds"].get(key) for key in (NAIVE, name))
+def _predicted(w: Workload, name: str | None) -> float | None:
+    naive, own = (w.predicted_seconds.get(key or "") for key in (NAIVE, name))
     return naive / own if naive and own else None
 
 
-def _naive_cell(w: Result) -> str:
-    entry = _measured(w, NAIVE)
-    if entry is None:
+def _naive_cell(w: Workload) -> str:
+    outcome = _measured(w, NAIVE)
+    if outcome is None:
         return "-"
-    return milliseconds(_seconds(entry)) + (", **wrong**" if entry["wrong"] else "")
+    return milliseconds(_seconds(outcome)) + (", **wrong**" if outcome.wrong else "")
 
 
-def _speed_cell(w: Result, name: str) -> str:
+def _speed_cell(w: Workload, name: str) -> str:
     """The ratio to naive eager, or the error of an answer that is wrong."""
-    entry, ratio = _measured(w, name), _ratio(w, name)
-    if entry is None:
+    naive, outcome = _measured(w, NAIVE), _measured(w, name)
+    if outcome is None:
         return "-"
-    if entry["wrong"]:
-        return f"**wrong** by {error_text(entry['gradient_error'])}"
-    if ratio is None:
+    if outcome.wrong:
+        return f"**wrong** by {error_text(outcome.gradient_error)}"
+    if naive is None:
         return "-"
-    return ("~" if abs(ratio - 1) <= w["noise"]["both"] else "") + _ratio_text(ratio)
+    ratio = _seconds(naive) / _seconds(outcome)
+    return ("~" if abs(ratio - 1) <= w.noise["both"] else "") + _ratio_text(ratio)
 
 
-def _cast_cell(w: Result) -> str:
+def _cast_cell(w: Workload) -> str:
     """Naive code in the other dtype, float32 for half features and bfloat16 for the others."""
     name = next((n for n in (WIDE, HALF) if _measured(w, n)), None)
     return "-" if name is None else f"{name.removeprefix(NAIVE)[1:]} {_speed_cell(w, name)}"
 
 
-def _package_cell(w: Result) -> str:
+def _package_cell(w: Workload) -> str:
     cells = [f"{name} {_speed_cell(w, name)}" for name in PACKAGES if _measured(w, name)]
     return ", ".join(cells) or "-"
 
 
-def _ours_cell(w: Result, name: str) -> str:
-    entry = _measured(w, name)
-    if entry is None or entry["wrong"]:
-        return _speed_cell(w, name)
-    return f"{milliseconds(_seconds(entry))}, **{_speed_cell(w, name)}**"
+def _ours_cell(w: Workload, name: str) -> str:
+    outcome, speed = _measured(w, name), _speed_cell(w, name)
+    right = outcome and not outcome.wrong
+    return f"{milliseconds(_seconds(outcome))}, **{speed}**" if outcome and right else speed
 
 
-def _memory_cell(w: Result) -> str:
+def _memory_cell(w: Workload) -> str:
     naive, ours = _measured(w, NAIVE), _measured(w, _best(w))
-    return f"{ours['memory']['both'] / naive['memory']['both']:.0%}" if naive and ours else "-"
+    return f"{ours.memory['both'] / naive.memory['both']:.0%}" if naive and ours else "-"
 
 
-def _roofline_cell(w: Result) -> str:
-    ours, floor = _measured(w, _best(w)), w["floor_seconds"]
-    return f"{floor / _seconds(ours):.0%}" if ours and floor else "-"
+def _roofline(w: Workload, ours: Outcome | None, time: Callable[[Outcome], float | None]) -> str:
+    seconds = time(ours) if ours else None
+    return f"{w.floor_seconds / seconds:.0%}" if w.floor_seconds and seconds else "-"
 
 
-def _error_cell(w: Result) -> str:
-    entries = (_measured(w, NAIVE), _measured(w, _best(w)))
-    return " / ".join(error_text(e["gradient_error"]) if e else "-" for e in entries)
+def _error_cell(w: Workload) -> str:
+    outcomes = (_measured(w, NAIVE), _measured(w, _best(w)))
+    return " / ".join(error_text(o.gradient_error) if o else "-" for o in outcomes)
 
 
 def _ratio_text(ratio: float | None) -> str:
@@ -285,17 +242,6 @@ def _ratio_text(ratio: float | None) -> str:
 def error_text(error: float | None) -> str:
     """One digit: "3e-7"."""
     return "NaN" if error is None else f"{error:.0e}".replace("e-0", "e-").replace("e+0", "e+")
-
-
-def _not_measured(result: Result) -> list[str]:
-    lines = [f"{p['name']}: {p['reason']}" for p in result["providers"] if p["reason"]]
-    for w in result["workloads"]:
-        if w["reason"]:
-            lines.append(f"{_label(w)}: {w['reason']}")
-        for name, entry in w["results"].items():
-            if entry["reason"]:
-                lines.append(f"{name}, {_label(w)}: {entry['reason']}")
-    return lines
 
 
 def _three_digits(number: float) -> str:

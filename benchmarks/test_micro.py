@@ -21,11 +21,9 @@ from .providers import NAIVE, OURS, Provider, providers
 from .workloads import MEASURES, Workload, features
 
 DEVICE = torch.device(os.environ.get("RIFT_TEST_DEVICE", "cpu"))
-PROVIDERS = [
-    provider
-    for provider in providers(DEVICE, compiled=())
-    if provider.name == NAIVE or provider.name.startswith(OURS)
-]
+PROVIDERS = [p for p in providers(DEVICE, ()) if p.name.startswith(OURS) or p.name == NAIVE]
+every_provider = pytest.mark.parametrize("provider", PROVIDERS, ids=lambda p: p.name)
+every_measure = pytest.mark.parametrize("measure", MEASURES)
 
 
 def _task(provider: Provider, workload: Workload) -> Task:
@@ -34,8 +32,8 @@ def _task(provider: Provider, workload: Workload) -> Task:
     return Task(provider, workload.measure, features(workload, DEVICE))
 
 
-@pytest.mark.parametrize("provider", PROVIDERS, ids=lambda p: p.name)
-@pytest.mark.parametrize("measure", MEASURES)
+@every_provider
+@every_measure
 def test_forward(benchmark: BenchmarkFixture, measure: str, provider: Provider) -> None:
     task = _task(provider, Workload(measure, 64, 768))
 
@@ -46,8 +44,8 @@ def test_forward(benchmark: BenchmarkFixture, measure: str, provider: Provider) 
     benchmark(call)
 
 
-@pytest.mark.parametrize("provider", PROVIDERS, ids=lambda p: p.name)
-@pytest.mark.parametrize("measure", MEASURES)
+@every_provider
+@every_measure
 def test_backward(benchmark: BenchmarkFixture, measure: str, provider: Provider) -> None:
     task = _task(provider, Workload(measure, 64, 768))
 
@@ -63,7 +61,7 @@ def test_backward(benchmark: BenchmarkFixture, measure: str, provider: Provider)
     )
 
 
-@pytest.mark.parametrize("provider", PROVIDERS, ids=lambda p: p.name)
+@every_provider
 def test_overhead(benchmark: BenchmarkFixture, provider: Provider) -> None:
     """Features so small that what remains is the cost of calling."""
     task = _task(provider, Workload("cka_biased", 4, 4))

@@ -3,7 +3,7 @@
 Bytes are those that ``rift_kernels.dispatch.shared_batch`` chooses by. Time is a model, not a
 measurement: a message takes its bytes at the rate of the slowest link that it crosses, and a
 latency for each of the hops that follow one another; computing takes the products at the machine's
-rate. Of the gathered batch, every rank computes all.
+rate. Every rank computes all of the gathered batch.
 """
 
 from __future__ import annotations
@@ -44,47 +44,32 @@ SHAPES = (
 
 class Cost(NamedTuple):
     bytes: float
-    moving: float
+    moving: float  # seconds
     computing: float
 
-    @property
-    def seconds(self) -> float:
-        return self.moving + self.computing
-
-
-def _hops(ranks: int) -> int:
-    """Of a tree over the ranks, there and back."""
-    return 2 * (ranks - 1).bit_length()
-
-
-def _flops(rows: int, width: int) -> float:
-    """Of forward and student gradient in the cheaper form."""
-    if plan.use_gram("cka", rows, width, width):
-        return 4.0 * rows * rows * width
-    return 8.0 * rows * width * width
+    def __str__(self) -> str:
+        return f"{_time(self.moving)} + {_time(self.computing)}"
 
 
 def cost(shape: Shape, ranks: int, way: str) -> Cost:
-    """Of one loss of bfloat16 features, ``rows`` of them on each rank."""
+    """The cost of one loss of bfloat16 features, ``rows`` of them on each rank."""
     x = torch.empty(shape.rows, shape.width, dtype=torch.bfloat16, device="meta")
-    given = Layers([x], [x], [])
+    layers, rows, width = Layers([x], [x], []), shape.rows, shape.width
+    received: float = shared_batch.bytes_summed(layers, ranks)
+    # Rows that stay where they are are summed in covariance form, however few they are.
+    flops = 8.0 * rows * width**2
     if way == "gathered":
-        received: float = shared_batch.bytes_gathered(given, [[shape.rows]] * ranks)
-        flops = _flops(shape.rows * ranks, shape.width)
-    else:
-        received = shared_batch.bytes_summed(given, ranks)
-        # Rows that stay where they are are summed in covariance form, however few they are.
-        flops = 8.0 * shape.rows * shape.width**2
+        received, rows = shared_batch.bytes_gathered(layers, [[rows]] * ranks), rows * ranks
+        gram = plan.use_gram("cka", rows, width, width)
+        flops = 4.0 * rows * rows * width if gram else 8.0 * rows * width * width
     rate = FAST if ranks <= NODE else SLOW
-    moving = received / rate + MESSAGES[way] * _hops(ranks) * HOP
-    return Cost(received, moving, flops / FLOPS)
+    hops = 2 * (ranks - 1).bit_length()  # of a tree over the ranks, there and back
+    return Cost(received, received / rate + MESSAGES[way] * hops * HOP, flops / FLOPS)
 
 
 def _time(seconds: float) -> str:
-    for unit, size in (("s", 1.0), ("ms", 1e-3)):
-        if seconds >= size:
-            return f"{seconds / size:.3g} {unit}"
-    return f"{seconds * 1e6:.3g} us"
+    unit, size = next(((u, s) for u, s in (("s", 1.0), ("ms", 1e-3)) if seconds >= s), ("us", 1e-6))
+    return f"{seconds / size:.3g} {unit}"
 
 
 def _size(count: float) -> str:
@@ -104,13 +89,11 @@ def table() -> str:
     ]
     for shape in SHAPES:
         for ranks in RANKS:
-            ways = {way: cost(shape, ranks, way) for way in MESSAGES}
-            taken = "summed" if ways["gathered"].bytes > ways["summed"].bytes else "gathered"
-            cells = []
-            for way, found in ways.items():
-                bold = "**" if way == taken else ""
-                cells.append(f"{bold}{_size(found.bytes)}{bold}")
-                cells.append(f"{_time(found.moving)} + {_time(found.computing)}")
-            first = str(shape) if ranks == RANKS[0] else ""
-            lines.append(f"| {first} | {ranks} | {' | '.join(cells)} |")
+            gathered, summed = costs = [cost(shape, ranks, way) for way in MESSAGES]
+            taken = summed if gathered.bytes > summed.bytes else gathered
+            cells = [str(shape) if ranks == RANKS[0] else "", str(ranks)]
+            for way in costs:
+                bold = "**" if way is taken else ""
+                cells += [f"{bold}{_size(way.bytes)}{bold}", str(way)]
+            lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)

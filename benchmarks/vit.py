@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,10 +26,11 @@ class Size:
 
 
 VIT_B_16 = Size(image=224, patch=16, width=768, depth=12, heads=12, classes=1000)
+SMOKE = Size(image=16, patch=4, width=16, depth=2, heads=2, classes=4)
 
 
 class ViT(nn.Module):
-    """Returns the states after every layer, (batch, tokens, D); the last of them normalised.
+    """Returns the states after every layer, (batch, tokens, D); the last state is normalised.
 
     There is no dropout, so that training and evaluation differ only in a shortcut of torch's own
     layers, which other models do not have: leave it in training mode.
@@ -36,23 +38,16 @@ class ViT(nn.Module):
 
     def __init__(self, size: Size) -> None:
         super().__init__()
-        self.patches = nn.Conv2d(3, size.width, size.patch, stride=size.patch)
-        self.token = nn.Parameter(0.02 * torch.randn(1, 1, size.width))
-        self.position = nn.Parameter(0.02 * torch.randn(1, size.tokens, size.width))
+        d = size.width
+        self.patches = nn.Conv2d(3, d, size.patch, stride=size.patch)
+        self.token = nn.Parameter(0.02 * torch.randn(1, 1, d))
+        self.position = nn.Parameter(0.02 * torch.randn(1, size.tokens, d))
+        form: Any = {"dropout": 0.0, "activation": "gelu", "batch_first": True, "norm_first": True}
         self.layers = nn.ModuleList(
-            nn.TransformerEncoderLayer(
-                size.width,
-                size.heads,
-                4 * size.width,
-                dropout=0.0,
-                activation="gelu",
-                batch_first=True,
-                norm_first=True,
-            )
-            for _ in range(size.depth)
+            nn.TransformerEncoderLayer(d, size.heads, 4 * d, **form) for _ in range(size.depth)
         )
-        self.norm = nn.LayerNorm(size.width)
-        self.head = nn.Linear(size.width, size.classes)
+        self.norm = nn.LayerNorm(d)
+        self.head = nn.Linear(d, size.classes)
 
     def forward(self, images: Tensor) -> list[Tensor]:
         patches = self.patches(images).flatten(2).transpose(1, 2)
@@ -63,5 +58,5 @@ class ViT(nn.Module):
         return [*states[1:-1], self.norm(states[-1])]
 
     def logits(self, states: list[Tensor]) -> Tensor:
-        found: Tensor = self.head(states[-1][:, 0])
-        return found
+        logits: Tensor = self.head(states[-1][:, 0])
+        return logits

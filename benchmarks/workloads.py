@@ -10,8 +10,8 @@ from torch import Tensor
 from . import real
 
 CKA_MEASURES = ("cka_biased", "cka_debiased")
-MEASURES = (*CKA_MEASURES, "procrustes", "covariance", "bures")
-KINDS = ("random", "massive", "real")
+OTHER_MEASURES = ("procrustes", "covariance", "bures")
+MEASURES = (*CKA_MEASURES, *OTHER_MEASURES)
 COMPILED = "torch.compile"
 AUTOTUNED = f"{COMPILED} max-autotune"
 
@@ -21,7 +21,7 @@ class Workload:
     """A measure on features of one shape; student and teacher are equally wide.
 
     ``valid`` is the share of rows that a mask selects, and ``kind`` where features come from:
-    random numbers, random numbers with massive activations, or a pretrained transformer.
+    "random" numbers, random numbers with "massive" activations, or a "real" transformer.
     """
 
     measure: str
@@ -35,13 +35,16 @@ class Workload:
     @property
     def shape(self) -> str:
         layers = f"{self.layers} layers of " if self.layers > 1 else ""
-        text = f"{layers}{self.rows} x {self.width} {str(self.dtype).removeprefix('torch.')}"
-        if self.kind != "random":
-            text += f", {self.kind} features"
-        return text if self.valid == 1 else f"{text}, {self.valid:.0%} valid"
+        kind = f", {self.kind} features" if self.kind != "random" else ""
+        valid = f", {self.valid:.0%} valid" if self.valid < 1 else ""
+        return f"{layers}{self.rows} x {self.width} {dtype_name(self.dtype)}{kind}{valid}"
 
     def __str__(self) -> str:
         return f"{self.measure} {self.shape}"
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,6 @@ class Profile:
 
 
 BFLOAT16 = torch.bfloat16
-_OTHERS = ("procrustes", "covariance", "bures")
 
 _CPU = (
     # Pooled features: a row an image or a text.
@@ -96,31 +98,23 @@ _CPU = (
     Workload("cka_debiased", 2048, 768, valid=0.75),
     Workload("cka_biased", 2048, 768, BFLOAT16, kind="massive"),
     Workload("cka_debiased", real.ROWS, real.WIDTH, BFLOAT16, real.LAYERS, kind="real"),
-    *(Workload(m, rows, width) for m in _OTHERS for rows, width in ((64, 768), (1024, 256))),
+    *(Workload(m, rows, width) for m in OTHER_MEASURES for rows, width in ((64, 768), (1024, 256))),
 )
-
 # What a GPU is bought for: tokens of a ViT-B and a ViT-L, of a language model.
 _TOKENS = tuple(
     Workload("cka_biased", rows, width, BFLOAT16)
     for rows, width in ((12608, 768), (50432, 1024), (65536, 4096))
 )
-
-_GPU = (
-    *_CPU,
-    *_TOKENS,
-    Workload("cka_biased", 256, 768, layers=12),
-    Workload("cka_debiased", 12608, 768, BFLOAT16),
-)
-
+_DEBIASED_TOKENS = Workload("cka_debiased", 12608, 768, BFLOAT16)
+_GPU = (*_CPU, *_TOKENS, Workload("cka_biased", 256, 768, layers=12), _DEBIASED_TOKENS)
 # Those by which a GPU is judged first: pooled features, class tokens of all layers, tokens.
 _HEADLINE = (
     Workload("cka_debiased", 64, 768, BFLOAT16),
     Workload("cka_debiased", 256, 768, BFLOAT16, layers=12),
-    Workload("cka_debiased", 12608, 768, BFLOAT16),
+    _DEBIASED_TOKENS,
     *_TOKENS[:2],
     Workload("covariance", 12608, 768, BFLOAT16),
 )
-
 _FULL = (
     *(
         Workload("cka_debiased", rows, width, BFLOAT16)
@@ -129,30 +123,26 @@ _FULL = (
     ),
     *_CPU,
     *_TOKENS,
-    *(Workload("cka_debiased", 12608, 768, BFLOAT16, valid=valid) for valid in (1.0, 0.75)),
+    _DEBIASED_TOKENS,
+    Workload("cka_debiased", 12608, 768, BFLOAT16, valid=0.75),
     Workload("cka_biased", 12608, 768),
     Workload("cka_biased", 12608, 768, BFLOAT16, kind="massive"),
     *(Workload("cka_biased", 256, 768, BFLOAT16, layers) for layers in (12, 24)),
     Workload("cka_debiased", 4096, 768, BFLOAT16, 12),
-    *(Workload(m, 12608, 768, BFLOAT16) for m in _OTHERS),
+    *(Workload(m, 12608, 768, BFLOAT16) for m in OTHER_MEASURES),
     Workload("covariance", 65536, 1024, BFLOAT16),
 )
+_SMOKE = tuple(Workload(measure, 16, 8) for measure in MEASURES)
 
 PROFILES = {
     "cpu": Profile(_CPU, budget=90, probe=2048, max_rounds=40),
-    # With what gpu-check begins: no compiler beside ours, and no step takes a minute.
+    # What gpu-check begins with: no compiler beside ours, and no step takes a minute.
     "headline": Profile(_HEADLINE, budget=50, probe=8192, compiled=()),
-    # And what it measures where there is time.
-    "gpu": Profile(_GPU, budget=140, probe=8192, compiled=(COMPILED,)),
+    # What gpu-check measures where there is time.
+    "gpu": Profile(_GPU, budget=140, probe=8192),
     "full": Profile(_FULL, budget=500, probe=8192, compiled=(COMPILED, AUTOTUNED)),
-    "smoke": Profile(
-        tuple(Workload(measure, 16, 8) for measure in MEASURES),
-        # Not that it takes so long: nothing is left out on a busy machine.
-        budget=30,
-        probe=64,
-        max_rounds=5,
-        compiled=(),
-    ),
+    # It does not take as long; on a busy machine, nothing is left out.
+    "smoke": Profile(_SMOKE, budget=30, probe=64, max_rounds=5, compiled=()),
 }
 
 
@@ -166,7 +156,7 @@ def features(
     """A workload's features.
 
     Random columns differ in scale and have means that are not zero, as those of a pretrained model
-    do. The student is the teacher plus noise: a finetuned model; or all of that, rotated.
+    do. The student is the teacher plus noise, like a finetuned model; or that sum, rotated.
     """
     generator = torch.Generator(device).manual_seed(seed)
     if workload.kind == "real":
@@ -176,11 +166,8 @@ def features(
     mask = None
     if workload.valid < 1:
         mask = torch.rand(workload.rows, generator=generator, device=device) < workload.valid
-    return Inputs(
-        [x.to(workload.dtype).requires_grad_() for x, _ in pairs],
-        [y.to(workload.dtype) for _, y in pairs],
-        mask,
-    )
+    students = [x.to(workload.dtype).requires_grad_() for x, _ in pairs]
+    return Inputs(students, [y.to(workload.dtype) for _, y in pairs], mask)
 
 
 def _random(

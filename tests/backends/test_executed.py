@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from benchmarks import executed, files
 from benchmarks.predict import COMPILED, COMPILED_CUDA, DOCS, STATUS
+from benchmarks.schema import Kernels
 from tests.support import executed as recorder
 
 pytestmark = pytest.mark.eager_only
@@ -105,10 +107,10 @@ def test_only_what_agreed_was_on_a_gpu(gpu, expected, tmp_path, monkeypatch) -> 
     """In every dtype, and of kernels for one architecture only those of this one."""
     answers = [("triton", "small", True), ("cuda", "covariance", True)]
     answers += [("triton", "gram", good) for good in (True, None)]
-    check = {
-        "environment": {"gpu": gpu},
-        "kernels": [{"backend": b, "family": f, "good": good} for b, f, good in answers],
-    }
+    check = SimpleNamespace(
+        environment=SimpleNamespace(gpu=gpu),
+        kernels=[Kernels(backend=b, family=f, dtype="", good=g, seen="") for b, f, g in answers],
+    )
     monkeypatch.setattr(files, "newest", lambda *_: {tmp_path: check})
     lines = written(tmp_path).splitlines()
     assert {re.search(r"`(\w+)`", t)[1] for t in lines if gpu and gpu in t} == expected

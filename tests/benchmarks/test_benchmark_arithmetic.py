@@ -8,31 +8,21 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import flops, measure, oracle, side_by_side, tables, traffic
+from benchmarks import flops, measure, oracle, run, tables, traffic
 from benchmarks.providers import NAIVE, Provider, providers
+from benchmarks.run import AGAIN, NotMeasuredError
+from benchmarks.schema import Outcome, Quantiles
 from benchmarks.workloads import Workload
 
 CPU = torch.device("cpu")
 EAGER = "rift_kernels eager"
 PEAKS = dict.fromkeys(("float64", "float32", "bfloat16"), 1e9)
-
-
-class Recorded:
-    """A task that only notes its turn."""
-
-    def __init__(self, name: str, turns: list[str]) -> None:
-        self._name, self._turns = name, turns
-
-    def forward(self) -> None:
-        self._turns.append(self._name)
-
-    def backward(self, _: Any) -> None:
-        pass
+SMALL = Workload("cka_biased", 16, 8)
 
 
 def test_each_round_starts_with_another() -> None:
     turns: list[str] = []
-    tasks: Any = {name: Recorded(name, turns) for name in "abc"}
+    tasks: Any = {name: measure.Call(lambda name=name: turns.append(name)) for name in "abc"}
     measure.time_rounds(tasks, CPU, deadline=0, max_rounds=2)
     assert "".join(turns) == "abcbca"
     turns.clear()
@@ -40,13 +30,13 @@ def test_each_round_starts_with_another() -> None:
     assert len(turns) == measure.MIN_ROUNDS
 
 
-def test_the_best_of_a_few_leaves_out_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    ticks = iter([0, 0.5, 10, 12, 20, 21, 30, 33])
-    monkeypatch.setattr(measure.time, "perf_counter", lambda: next(ticks))
+def test_the_best_of_a_few_leaves_out_the_first(monkeypatch) -> None:
+    seconds = iter([0.5, 2, 1, 3])
+    monkeypatch.setattr(measure, "time_once", lambda *_: {"wall": next(seconds)})
     assert measure._best(lambda: torch.empty(0), CPU, repeats=3) == 1
 
 
-def test_peaks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_peaks(monkeypatch) -> None:
     monkeypatch.setattr(measure, "_best", lambda *_: 2.0)
     assert measure.matmul_peak(torch.float32, 4, CPU) == 2 * 4**3 / 2
     # A MiB is read and a MiB is written.
@@ -68,37 +58,34 @@ def test_predictions_and_floor() -> None:
         "p", {"cka_biased": None}, flops=flops.hand_derived, products_in=torch.float32
     )
     peaks = {"float32": 10.0, "bfloat16": 1e30}
-    entry = side_by_side.describe(workload, [provider], peaks, bandwidth=2.0)
-    assert entry["predicted_seconds"] == {"p": flops.hand_derived(workload) / 10}
+    entry = run.describe(workload, [provider], peaks, bandwidth=2.0)
+    assert entry.predicted_seconds == {"p": flops.hand_derived(workload) / 10}
     # Two features of two bytes a number are read, one is written.
-    assert entry["floor_seconds"] == 3 * 64 * 8 * 2 / 2
+    assert entry.floor_seconds == 3 * 64 * 8 * 2 / 2
 
 
-def test_noise_is_the_difference_of_naive_eager_to_itself(monkeypatch: pytest.MonkeyPatch) -> None:
-    def rounds(tasks: dict[str, Any], *_: Any) -> dict[str, Any]:
-        def seconds(name: str) -> dict[str, float]:
-            return dict.fromkeys(measure.CLOCKS, 0.8 if name == side_by_side.AGAIN else 1.0)
-
-        return {name: [seconds(name)] for name in tasks}
+def test_noise_is_the_difference_of_naive_eager_to_itself(monkeypatch) -> None:
+    def rounds(tasks, *_):
+        seconds = {name: 0.8 if name == AGAIN else 1.0 for name in tasks}
+        return {name: [dict.fromkeys(measure.CLOCKS, s)] for name, s in seconds.items()}
 
     monkeypatch.setattr(measure, "time_rounds", rounds)
-    workload, candidates = Workload("cka_biased", 16, 8), providers(CPU, compiled=())[:1]
-    entry = side_by_side.describe(workload, candidates, PEAKS, 1e9)
-    side_by_side.complete(entry, workload, candidates, CPU, 5, max_rounds=5)
-    assert entry["noise"] == pytest.approx(dict.fromkeys(measure.CLOCKS, 0.2))
+    candidates = providers(CPU, compiled=())[:1]
+    entry = run.describe(SMALL, candidates, PEAKS, 1e9)
+    run.complete(entry, SMALL, candidates, CPU, 5, max_rounds=5)
+    assert entry.noise == pytest.approx(dict.fromkeys(measure.CLOCKS, 0.2))
 
 
 def test_what_takes_too_long_is_left_out() -> None:
-    again = side_by_side.AGAIN
-    tasks: Any = dict.fromkeys((NAIVE, EAGER, "a", "b", again))
-    estimates = {NAIVE: 0.5, EAGER: 5.0, "a": 4.0, "b": 0.25, again: 0.5}
-    entry: dict[str, Any] = {"results": {}}
-    side_by_side._drop_the_slowest(entry, tasks, estimates, left=33)
+    tasks: Any = dict.fromkeys((NAIVE, EAGER, "a", "b", AGAIN))
+    estimates = {NAIVE: 0.5, EAGER: 5.0, "a": 4.0, "b": 0.25, AGAIN: 0.5}
+    entry = run.describe(SMALL, [], PEAKS, 1e9)
+    run._drop_the_slowest(entry, tasks, estimates, left=33)
     # Without the second naive eager there would be no noise.
-    assert list(tasks) == [NAIVE, EAGER, "b", again]
-    assert "4.00 s" in entry["results"]["a"]["reason"]
-    with pytest.raises(side_by_side.NotMeasuredError, match="would take 30 s; 9 s were left"):
-        side_by_side._drop_the_slowest(entry, tasks, estimates, left=9)
+    assert list(tasks) == [NAIVE, EAGER, "b", AGAIN]
+    assert "4.00 s" in entry.results["a"].reason
+    with pytest.raises(NotMeasuredError, match="would take 30 s; 9 s were left"):
+        run._drop_the_slowest(entry, tasks, estimates, left=9)
 
 
 def test_errors_are_relative_and_nan_is_the_largest() -> None:
@@ -114,27 +101,17 @@ def test_errors_are_relative_and_nan_is_the_largest() -> None:
 
 
 def test_a_row_of_the_table() -> None:
-    def entry(seconds: float, memory: int, wrong: bool = False) -> dict[str, Any]:
-        return {
-            "reason": None,
-            "seconds": {"both": {"q50": seconds}},
-            "memory": {"both": memory},
-            "gradient_error": 1e-3,
-            "wrong": wrong,
-        }
+    def outcome(seconds: float, memory: int, wrong: bool = False) -> Outcome:
+        times = {"both": Quantiles(0, seconds, 0)}
+        return Outcome(seconds=times, memory={"both": memory}, gradient_error=1e-3, wrong=wrong)
 
-    workload = {
-        "measure": "cka_biased",
-        "shape": "s",
-        "floor_seconds": 1.0,
-        "noise": {"both": 0.1},
-        "predicted_seconds": {},
-        "results": {
-            NAIVE: entry(8, 100),
-            EAGER: entry(4, 50),
-            "rift_kernels triton": entry(1, 10, wrong=True),
-            "torch.compile": entry(7.5, 1),
-        },
+    workload = run.describe(SMALL, [], PEAKS, 1e9)
+    workload.floor_seconds, workload.noise = 1.0, {"both": 0.1}
+    workload.results = {
+        NAIVE: outcome(8, 100),
+        EAGER: outcome(4, 50),
+        "rift_kernels triton": outcome(1, 10, wrong=True),
+        "torch.compile": outcome(7.5, 1),
     }
     lines = tables._comparison([workload]).splitlines()
     heading, row = ([cell.strip() for cell in lines[i].split("|")[1:-1]] for i in (0, 2))

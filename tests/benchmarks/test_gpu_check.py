@@ -11,6 +11,7 @@ import textwrap
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -31,7 +32,7 @@ def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "a GPU")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
-    monkeypatch.setattr(environment, "describe", lambda _: {})
+    monkeypatch.setattr(environment, "describe", lambda _: SimpleNamespace())
     monkeypatch.setattr(gpu_check, "fingerprint", lambda: "these")
     monkeypatch.setattr(gpu_check, "WORK", tmp_path / "work")
     monkeypatch.setattr(gpu_check, "SPARE", ())
@@ -160,11 +161,12 @@ def test_its_steps_take_nine_minutes_at_most() -> None:
 
 KILLED = """
 import os, sys, torch
+from types import SimpleNamespace
 from benchmarks import environment, gpu_check
 torch.cuda.is_available = lambda: True
 torch.cuda.get_device_name = lambda *_: "a GPU"
 torch.cuda.get_device_capability = lambda *_: (9, 0)
-environment.describe = lambda _: {}
+environment.describe = lambda _: SimpleNamespace()
 gpu_check.WORK = gpu_check.Path(sys.argv[1])
 gpu_check.SPARE = ()
 first, second = sys.argv[2:4]

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import measure, oracle, real, side_by_side
+from benchmarks import measure, oracle, real, run
 from benchmarks.providers import NAIVE, OURS, providers
 from benchmarks.workloads import Workload, features
 from tests.support import cases
@@ -86,10 +86,10 @@ def test_without_them_the_workload_says_why(monkeypatch: pytest.MonkeyPatch, tmp
     pytest.importorskip("safetensors", reason="needs safetensors")
     monkeypatch.setattr(real, "DATA", tmp_path / "none.safetensors")
     peaks = dict.fromkeys(("float64", "float32", "bfloat16"), 1e9)
-    entry = side_by_side.describe(REAL, [], peaks, 1e9)
-    side_by_side.complete(entry, REAL, [], CPU, 5, max_rounds=5)
-    assert entry["reason"].endswith("run python -m benchmarks.real")
-    assert entry["results"] == {}
+    entry = run.describe(REAL, [], peaks, 1e9)
+    run.complete(entry, REAL, [], CPU, 5, max_rounds=5)
+    assert entry.reason.endswith("run python -m benchmarks.real")
+    assert entry.results == {}
 
 
 def test_the_lines_about_features() -> None:
