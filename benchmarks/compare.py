@@ -80,25 +80,22 @@ class Overall(NamedTuple):
         )
 
 
-class CompareError(Exception):
-    """Why two files cannot be compared; the message is for the user."""
-
-
-def _read(names: str) -> list[Benchmark]:
+def read(names: str) -> list[Benchmark]:
+    """The benchmarks in these files."""
     results = [files.read(Path(name)) for name in names.split(",")]
-    for result in results:
-        if result.schema != Benchmark.schema:
-            raise CompareError(f"A and B must be a {Benchmark.schema!r}; got {result.schema!r}")
+    other = next((r.schema for r in results if r.schema != Benchmark.schema), None)
+    if other:
+        raise ValueError(f"A and B must be a {Benchmark.schema!r}; got {other!r}")
     return [result for result in results if isinstance(result, Benchmark)]
 
 
 def check(results: Sequence[Benchmark]) -> None:
+    """Raise where results have too little in common."""
     # What another profile lacks was never meant to be there.
     for key in ("profile", "device", "threads"):
-        first, *others = ({**vars(r.environment), **vars(r)}[key] for r in results)
-        for other in others:
-            if other != first:
-                raise CompareError(f"A and B must have one {key}; got {first!r} and {other!r}")
+        first, *others = dict.fromkeys({**vars(r.environment), **vars(r)}[key] for r in results)
+        if others:
+            raise ValueError(f"A and B must have one {key}; got {first!r} and {others[0]!r}")
 
 
 def other_versions(results: Sequence[Benchmark]) -> Iterator[str]:
@@ -110,7 +107,7 @@ def other_versions(results: Sequence[Benchmark]) -> Iterator[str]:
 
 
 def changes(before: Sequence[Benchmark], after: Sequence[Benchmark]) -> list[Change]:
-    """Of everything that has been measured before and after."""
+    """The change of everything that has been measured before and after."""
     old, new = ([_times(result) for result in side] for side in (before, after))
     sides: dict[Key, Sides] = {}
     for key in dict.fromkeys(key for times in old for key in times):
@@ -121,14 +118,14 @@ def changes(before: Sequence[Benchmark], after: Sequence[Benchmark]) -> list[Cha
         clock: _spread(pair for key, pair in sides.items() if key[2] == clock)
         for clock in ("both", "graph")
     }
-    found = []
+    result = []
     for key, pair in sides.items():
         # Files that agree by chance are no proof that the next one does.
         error = max(pooled[key[2]], _spread([pair])) * math.sqrt(sum(1 / len(s) for s in pair))
         uncertain = max(sum(map(_within, pair)), math.expm1(SIGMAS_ALONE * error))
         less, more = (statistics.fmean(map(_log_middle, side)) for side in pair)
-        found.append(Change(*key, math.expm1(more - less), uncertain, min(map(len, pair))))
-    return found
+        result.append(Change(*key, math.expm1(more - less), uncertain, min(map(len, pair))))
+    return result
 
 
 def _spread(sides: Iterable[Sides]) -> float:
@@ -150,16 +147,11 @@ def _within(side: Sequence[Bounds]) -> float:
     return statistics.fmean((b.high - b.low) / 2 / b.q50 for b in side)
 
 
-def overall(found: Sequence[Change], clock: str) -> Overall | None:
+def overall(differences: Sequence[Change], clock: str) -> Overall | None:
     """None where there is too little to tell a mean's error."""
-    ours, others = (
-        [
-            math.log1p(c.change)
-            for c in found
-            if c.clock == clock and c.provider.startswith(OURS) == wanted
-        ]
-        for wanted in (True, False)
-    )
+    logs = [(c.provider, math.log1p(c.change)) for c in differences if c.clock == clock]
+    ours = [log for provider, log in logs if provider.startswith(OURS)]
+    others = [log for provider, log in logs if not provider.startswith(OURS)]
     if len(ours) < 2:
         return None
     mean, variance = statistics.fmean(ours), statistics.variance(ours) / len(ours)
@@ -225,22 +217,22 @@ def _key(workload: Workload) -> str:
     return f"{workload.measure} {workload.shape}"
 
 
-def report(found: Sequence[Change], threshold: float) -> Iterator[str]:
+def report(differences: Sequence[Change], threshold: float) -> Iterator[str]:
     """What changed, as a table, and how much cannot be told."""
-    if not found:
+    if not differences:
         yield "Nothing was compared."
         return
-    verdicts = [c.verdict(threshold) for c in found]
+    verdicts = [c.verdict(threshold) for c in differences]
     rows = [
         [verdict, c.provider, c.workload, c.clock, f"{c.change:+.1%}", f"{c.uncertain:.1%}"]
-        for verdict, c in zip(verdicts, found, strict=True)
+        for verdict, c in zip(verdicts, differences, strict=True)
         if verdict != "same"
     ]
     header = ["", "provider", "workload", "clock", "time", "uncertain"]
     yield tables.markdown(header, rows) if rows else "Nothing changed."
     if "unresolved" in verdicts:
         yield (
-            f"{verdicts.count('unresolved')} of {len(found)} are unresolved: more than "
+            f"{verdicts.count('unresolved')} of {len(differences)} are unresolved: more than "
             f"{2 * threshold:.0%} is uncertain, so that no such change would be seen. Longer runs "
             "and more files see more."
         )
@@ -259,18 +251,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     options = parser.parse_args(arguments)
     try:
-        before, after = _read(options.a), _read(options.b)
+        before, after = read(options.a), read(options.b)
         check([*before, *after])
-    except (OSError, ValueError, CompareError) as error:
+    except (OSError, ValueError) as error:
         print(f"benchmarks.compare: {error}", file=sys.stderr)
         return 2
-    found = changes(before, after)
+    differences = changes(before, after)
     gone = dict.fromkeys(line for a in before for b in after for line in lost(a, b))
-    totals = [total for clock in ("both", "graph") if (total := overall(found, clock))]
+    totals = [total for clock in ("both", "graph") if (total := overall(differences, clock))]
     print(*other_versions([*before, *after]), sep="\n")
-    paragraphs = [*report(found, options.threshold), *map(str, totals)]
+    paragraphs = [*report(differences, options.threshold), *map(str, totals)]
     print("\n\n".join([*paragraphs, *(f"LOST {line}" for line in gone)]))
-    ours = [c for c in found if c.provider.startswith(OURS)]
+    ours = [c for c in differences if c.provider.startswith(OURS)]
     slower = [c for c in ours if c.verdict(options.threshold) == "slower"]
     suspects = sum(c.files == 1 for c in slower)
     if suspects:

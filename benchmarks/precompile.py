@@ -87,31 +87,25 @@ def _driver_to_link_with() -> Iterator[None]:
             yield
 
 
-def _check() -> None:
+def _here(part: str, target: str) -> None:
+    """A part that is no process of its own."""
     from rift_kernels.commands import trial
     from rift_kernels.trust import known_answers
 
-    for kernels in known_answers.ALL:
-        for case in known_answers.cases_of(kernels, True) if kernels.backend == "triton" else ():
-            trial.attempt(kernels, case, CPU)
-
-
-def _bench() -> None:
-    (ours,) = (p for p in providers.providers(CPU, ()) if p.name.endswith("triton"))
-    for workload in HEADLINE:
-        x = torch.zeros(workload.rows, workload.width, dtype=workload.dtype)
-        students = [x.clone().requires_grad_() for _ in range(workload.layers)]
-        inputs = workloads.Inputs(students, [x] * workload.layers, None)
-        ours.measures[workload.measure](inputs).sum().backward()
-
-
-def _here(part: str, target: str) -> None:
-    """A part that is no process of its own."""
     with compiling(target) as launched:
         if part == "exercise":
             exercise.compare(CPU)
+        elif part == "bench":
+            (ours,) = (p for p in providers.providers(CPU, ()) if p.name.endswith("triton"))
+            for workload in HEADLINE:
+                x = torch.zeros(workload.rows, workload.width, dtype=workload.dtype)
+                students = [x.clone().requires_grad_() for _ in range(workload.layers)]
+                inputs = workloads.Inputs(students, [x] * workload.layers)
+                ours.measures[workload.measure](inputs).sum().backward()
         else:
-            {"check": _check, "bench": _bench}[part]()
+            for kernels in (k for k in known_answers.ALL if k.backend == "triton"):
+                for case in known_answers.cases_of(kernels, True):
+                    trial.attempt(kernels, case, CPU)
         launchers(launched)
 
 

@@ -45,7 +45,7 @@ def run(job: Job[Profile], candidates: Sequence[Provider]) -> schema.Benchmark:
     return schema.Benchmark(
         profile=job.name,
         environment=environment.describe(device),
-        peaks=schema.Peaks(peaks, bandwidth),
+        peaks={"matmul_flops": peaks, "copy_bytes": bandwidth},
         providers=[schema.Provider(p.name, p.reason) for p in candidates],
         workloads=[*entries.values()],
     )

@@ -46,7 +46,7 @@ PROFILES = {
 
 
 def model_flops(size: Size, batch: int) -> tuple[int, int]:
-    """Of the model's products, forward, and with the backward; counted, not computed."""
+    """Operations of the products, forward, and with the backward; counted, not computed."""
     with torch.device("meta"):
         model = ViT(size)
         images = torch.empty(batch, 3, size.image, size.image)
@@ -117,7 +117,7 @@ def run(job: Job[Profile], candidates: Sequence[Provider]) -> schema.Step:
     result = schema.Step(
         profile=job.name,
         environment=environment.describe(device),
-        peaks=schema.Peaks(peaks),
+        peaks={"matmul_flops": peaks},
         model=profile.model(finetuning.optimiser.weights),
         ways=[
             StepWay(
