@@ -27,12 +27,12 @@ _TARGETS = r".*\.(?:[qkvo]_proj|query|key|value|attention\.output\.dense)"
 
 
 class NotInstalledError(ImportError):
-    """Which packages are missing; the message is for the user."""
+    """Packages are missing; the message names them for the user."""
 
 
 @dataclass(frozen=True)
 class Way:
-    """Who the teacher is, if one runs, and the pooling of what is compared with it, if anything."""
+    """The teacher, if one runs, and the pooling of the features that are compared, if any are."""
 
     teacher: str | None = None
     pooling: str | None = None
@@ -57,20 +57,20 @@ class Adapted:
         return copy.deepcopy(self.model, shared).train()
 
     def pretrained(self) -> Any:
-        """A second copy of the weights, those before the adapters."""
+        """A second copy of the weights, as they were before the adapters."""
         with torch.no_grad():
             return copy.deepcopy(self.model).unload().eval().requires_grad_(False)
 
 
 class TeacherPass:
-    """The student without its adapters: no gradients, its features caught, nothing compared."""
+    """A pass of the student without its adapters: features are caught and not compared."""
 
     def __init__(self, adapted: Adapted, student: Any) -> None:
         self._batch, self._student = adapted.batch, student
         self.capture = rk.FeatureCapture(student, adapted.layer, "tokens")
 
     def forward(self) -> Tensor:
-        """What :class:`~rift_kernels.RIFTRegularizer` does before it compares."""
+        """The same as :class:`~rift_kernels.RIFTRegularizer` does before it compares."""
         student, batch = self._student, self._batch
         off = without_adapters(student)
         with torch.no_grad(), evaluating(student), off, batch.autocast(), self.capture.fresh():
@@ -96,7 +96,7 @@ class Step:
         self.backward = adapted.optimiser.backward
 
     def forward(self) -> Tensor:
-        """The student, the task's loss, and what the way adds."""
+        """The student's pass, the task's loss, and what the way adds."""
         batch = self._adapted.batch
         with batch.autocast():
             states = self.student(pixel_values=batch.images).last_hidden_state
@@ -105,13 +105,13 @@ class Step:
                 loss = loss + self._rift(pixel_values=batch.images)
         if self._teacher:
             self._teacher.forward()
-            # The student's features, caught and not compared.
+            # The student's features were caught, too.
             self._teacher.capture.clear()
         return loss
 
 
 class LossAlone:
-    """The loss on the states of the last layer that a step caught, down to their gradient."""
+    """The loss by itself, on the states of the last layer, down to their gradient."""
 
     def __init__(self, adapted: Adapted, pooling: str) -> None:
         self._pooling, self._batch, self._loss = pooling, adapted.batch, rk.RIFTLoss()
@@ -126,7 +126,7 @@ class LossAlone:
         self._teacher = teachers.view(shape)
 
     def rows(self, states: Tensor) -> Tensor:
-        """What the regularizer compares of them."""
+        """The features that the regularizer compares."""
         return states[:, 0] if self._pooling == "cls" else states.flatten(0, 1)
 
     def forward(self) -> Tensor:

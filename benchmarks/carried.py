@@ -1,8 +1,8 @@
 """What was compiled elsewhere for this machine's GPU: packed into one file there, unpacked here.
 
-The file has of triton's cache the machine code and what triton asks of it, and the extension
-``rift_kernels._C``. It is of use where Python, torch, triton and the sources are the same; where
-they are not, nothing in it is found, and everything is compiled as ever.
+The file has the machine code of triton's cache, with the files that triton reads beside it, and the
+extension ``rift_kernels._C``. It helps where Python, torch, triton and the sources are the same.
+Elsewhere, triton finds nothing in it and compiles as ever.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ CACHE = ROOT / "build" / "triton-cache"
 ARCHIVE = ROOT / "build" / "precompiled.tar.xz"
 EXTENSION = "rift_kernels/_C" + str(sysconfig.get_config_var("EXT_SUFFIX"))
 STAMP = "build/extension.sha256"
-# What triton reads of an entry; the rest, most of the bytes, is for people.
+# Triton reads these files of an entry; the rest, most of the bytes, is for people.
 _KEPT = (".json", ".cubin", ".so")
 
 
@@ -45,7 +45,7 @@ def is_built(architecture: str) -> bool:
 
 
 def pack(cache: Path, archive: Path) -> int:
-    """How many kernels it holds."""
+    """Write the archive; returns how many kernels it holds."""
     archive.parent.mkdir(parents=True, exist_ok=True)
     entries = [path for path in sorted(cache.glob("*/*")) if path.name.endswith(_KEPT)]
     with tarfile.open(archive, "w:xz") as file:
@@ -57,7 +57,7 @@ def pack(cache: Path, archive: Path) -> int:
 
 
 def unpack(archive: Path, cache: Path) -> int:
-    """How many kernels are new here; what is here already stays."""
+    """Unpack what is not here yet; returns how many kernels were new."""
     if not archive.exists():
         return 0
     # An extension that is here may be of other sources, whatever the file says of its own.
@@ -71,7 +71,7 @@ def unpack(archive: Path, cache: Path) -> int:
             reader = file.extractfile(member)
             content = reader.read() if reader else b""
             if path.name.startswith("__grp__"):
-                # An entry's list of its files has their folder: where they lie now.
+                # An entry's list of its files names their folder, which is another one here.
                 names = json.loads(content)["child_paths"]
                 paths = {n: str(path.parent / n) for n in names if n.endswith(_KEPT)}
                 content = json.dumps({"child_paths": paths}).encode()

@@ -33,10 +33,9 @@ def options(
     profiles: Mapping[str, Profile],
     arguments: Sequence[str] | None,
 ) -> tuple[Job[Profile], Path]:
-    """What a command line asks for, and where the result goes.
+    """The job that a command line asks for, and the folder of its result.
 
-    Exits where that cannot be, before anything is measured. There is a ``--budget`` if profiles
-    have one.
+    Wrong options exit before anything is measured. Profiles with a budget have a ``--budget``.
     """
     parser = argparse.ArgumentParser(
         prog=f"python -m benchmarks.{command}", description=description

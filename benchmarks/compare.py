@@ -1,21 +1,22 @@
 """``python -m benchmarks.compare A B``: what became slower from one result to another.
 
 A and B are result files, or several of one commit each, separated by commas. Times are compared as
-ratios to naive eager's of the same file, which ran in turn with them, so that a machine that is
-slower as a whole changes nothing; on a GPU, seconds in CUDA graphs as well.
+ratios to those of naive eager, which ran in turn with them: a machine that is slower as a whole
+changes nothing. On a GPU, seconds in CUDA graphs are compared as well.
 
-Two runs of one commit differ, for processes lie differently in memory and machines are shared. So
+Two runs of one commit differ: processes lie differently in memory, and machines are shared. So
+there are two kinds of regression:
 
-- *all in all*: the mean change of rift_kernels over all workloads, less that of the others, whose
-  code is the same, is a regression where it is larger than ``--threshold`` and than what chance
-  makes of so few workloads once in 700 times (Student's t); that one file of each can tell;
-- *a workload alone* is one where its change is larger than ``--threshold``, than the bounds within
-  the files and than four standard errors of the difference between files, and there are two of
-  each or more; with one of each it is a suspect, to be measured again. Two files hardly tell their
-  own spread, so that it counts as at least that of all workloads together.
+- *All in all*: the mean change of rift_kernels over all workloads, less that of the others, whose
+  code is the same. It must exceed ``--threshold``, and what chance makes of so few workloads once
+  in 700 times (Student's t). One file of each side is enough.
+- *One workload*: its change must exceed ``--threshold``, the bounds within the files, and four
+  standard errors of the difference between files. It takes two files or more of each side; with
+  one, the workload is a suspect, to be measured again. Two files hardly tell their own spread, so
+  it counts as at least that of all workloads together.
 
-Exits with 1 if rift_kernels became slower, wrong or failed, else with 2 if the files cannot be
-compared, or not wholly, for B had no time for a workload of A, and else with 0.
+Exits with 1 if rift_kernels became slower, became wrong or failed. Else exits with 2 if the files
+cannot be compared, or B had no time for a workload of A. Else exits with 0.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ SIGMAS_OVERALL, SIGMAS_ALONE = 3.0, 4.0
 
 # Workload, provider, clock.
 Key = tuple[str, str, str]
-# What the files before and the files after have of one of these.
+# The times of one key, in the files before and in the files after.
 Sides = tuple[list[Bounds], list[Bounds]]
 
 
@@ -91,7 +92,7 @@ def read(names: str) -> list[Benchmark]:
 
 def check(results: Sequence[Benchmark]) -> None:
     """Raise where results have too little in common."""
-    # What another profile lacks was never meant to be there.
+    # Another profile lacks workloads that it was never meant to have.
     for key in ("profile", "device", "threads"):
         first, *others = dict.fromkeys({**vars(r.environment), **vars(r)}[key] for r in results)
         if others:
@@ -99,7 +100,7 @@ def check(results: Sequence[Benchmark]) -> None:
 
 
 def other_versions(results: Sequence[Benchmark]) -> Iterator[str]:
-    """What may have made naive eager itself faster or slower."""
+    """Versions that differ: they may have made naive eager itself faster or slower."""
     for name in ("python", "torch", "cuda", "triton"):
         versions = dict.fromkeys(str(r.environment.versions.get(name)) for r in results)
         if len(versions) > 1:
@@ -129,7 +130,7 @@ def changes(before: Sequence[Benchmark], after: Sequence[Benchmark]) -> list[Cha
 
 
 def _spread(sides: Iterable[Sides]) -> float:
-    """The standard deviation between files of one side, as a logarithm; 0 of single files."""
+    """The standard deviation between files of one side, as a logarithm; 0 for single files."""
     squares, freedom = 0.0, 0
     for side in (side for pair in sides for side in pair):
         middles = list(map(_log_middle, side))
@@ -148,7 +149,7 @@ def _within(side: Sequence[Bounds]) -> float:
 
 
 def overall(differences: Sequence[Change], clock: str) -> Overall | None:
-    """None where there is too little to tell a mean's error."""
+    """The change of ours as a whole; None where too few workloads tell a mean's error."""
     logs = [(c.provider, math.log1p(c.change)) for c in differences if c.clock == clock]
     ours = [log for provider, log in logs if provider.startswith(OURS)]
     others = [log for provider, log in logs if not provider.startswith(OURS)]
@@ -173,7 +174,7 @@ def student(sigmas: float, freedom: float) -> float:
 
 
 def _times(result: Benchmark) -> dict[Key, Bounds]:
-    """By workload, provider and clock; naive eager is what they are relative to."""
+    """All times of a result but naive eager's, which they are relative to."""
     times = {}
     for workload in result.workloads:
         for name, outcome in workload.results.items():
@@ -186,7 +187,7 @@ def _times(result: Benchmark) -> dict[Key, Bounds]:
 
 
 def lost(before: Benchmark, after: Benchmark) -> Iterator[str]:
-    """What was right and is wrong, was measured and failed or is not in B.
+    """Outcomes that were right and are wrong, or were measured and failed or are not in B.
 
     A workload that was left out as a whole, for lack of time or of features, says nothing.
     """
@@ -259,7 +260,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     differences = changes(before, after)
     gone = dict.fromkeys(line for a in before for b in after for line in lost(a, b))
     totals = [total for clock in ("both", "graph") if (total := overall(differences, clock))]
-    print(*other_versions([*before, *after]), sep="\n")
+    for line in other_versions([*before, *after]):
+        print(line)
     paragraphs = [*report(differences, options.threshold), *map(str, totals)]
     print("\n\n".join([*paragraphs, *(f"LOST {line}" for line in gone)]))
     ours = [c for c in differences if c.provider.startswith(OURS)]

@@ -73,7 +73,7 @@ def cpu_name() -> str:
 
 
 def _clocks(device: torch.device) -> str:
-    """What the speed of the moment depends on: load, clocks, power, temperature, throttling."""
+    """The state that speed depends on: load, clocks, power, temperature, throttling."""
     if device.type == "cuda":
         state = _of_gpu(_CLOCKS)
         return state if state == UNKNOWN else f"{_CLOCKS}: {state}"
@@ -88,7 +88,7 @@ def _cpuinfo() -> str:
 
 
 def _of_gpu(fields: str) -> str:
-    """What nvidia-smi says of the first GPU."""
+    """The fields of the first GPU, as nvidia-smi prints them."""
     text = _output("nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader")
     return next(iter(text.splitlines()), UNKNOWN)
 

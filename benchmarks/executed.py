@@ -27,7 +27,7 @@ NEVER = "not yet"
 
 
 def kernels() -> Iterator[tuple[str, str]]:
-    """Backend and name of all there are, as the sources define them."""
+    """Backend and name of all kernels that the sources define."""
     for backend, (folder, pattern, definition) in SOURCES.items():
         paths = (environment.ROOT / folder).rglob(pattern)
         for path in sorted(paths, key=lambda path: path.name):

@@ -1,6 +1,6 @@
 """``python -m benchmarks.exercise``: every Triton and CUDA kernel once on small features.
 
-What compute-sanitizer watches, and what a first look at a new GPU runs: values and gradients are
+compute-sanitizer watches it, and a first look at a new GPU runs it. Values and gradients are
 compared with the eager backend's in float64.
 """
 
@@ -21,7 +21,7 @@ from rift_kernels.backends import cuda
 from rift_kernels.dispatch import availability
 
 TOLERANCE = 1e-2
-# Many rows by the kernels for any GPU, on a Hopper GPU as well.
+# The kernels for any GPU compute many rows, on a Hopper GPU as well.
 GENERAL = "cuda without Hopper's own kernels"
 MEASURES = (
     "linear_cka",
@@ -50,7 +50,7 @@ def _value_and_gradient(
 
 
 def compare(device: torch.device, few: bool = False) -> int:
-    """How often kernels disagree; ``few``: one of each kind, which a slow tool has time for."""
+    """The number of disagreements; ``few`` takes one of each kind, for a slow tool."""
     failures = 0
     reason = availability.reason_against("cuda")
     if reason is not None:

@@ -40,7 +40,7 @@ def read(path: Path) -> Result:
 def newest(
     folder: Path, kind: type[Kind], reduced: Collection[str] = ("smoke",)
 ) -> dict[Path, Kind]:
-    """The newest full result of each device, of one kind: not of the profiles named."""
+    """The newest result of a kind for each device; ``reduced`` profiles do not count."""
     contents = {path: json.loads(path.read_text("utf-8")) for path in folder.glob("*.json")}
     # Other kinds of files lie there, too.
     results: dict[Path, Any] = {

@@ -45,7 +45,7 @@ class Profile:
     def model(
         self, weights: list[Tensor], rank: int | None = None, trained: list[Tensor] | None = None
     ) -> schema.Model:
-        """As result files describe it."""
+        """The description in a result file."""
         return schema.Model(
             **dataclasses.asdict(self.size),
             parameters=sum(p.numel() for p in weights),
@@ -58,9 +58,9 @@ class Profile:
 
 
 class Batch:
-    """Images and their labels. The seed is set before a model is made, and its batch after it.
+    """Images and their labels, drawn after the model, whose maker sets the seed.
 
-    Images are smooth: their patches are alike, and images differ, as photographs do.
+    The images are smooth: patches of one are alike, and images differ, as photographs do.
     """
 
     def __init__(self, size: Size, batch: int, autocast: bool, device: torch.device) -> None:
@@ -107,7 +107,7 @@ class Features:
         return "cka_debiased" if self.of == CLASS_TOKENS else "cka_biased"
 
     def pick(self, states: list[Tensor]) -> Picked:
-        """From the states after every layer."""
+        """The features among the states after every layer."""
         if self.of == CLASS_TOKENS:
             return [state[:, 0].to(self.dtype) for state in states]
         return states[-1].flatten(0, 1).to(self.dtype)
@@ -123,7 +123,7 @@ class Features:
 
 @dataclass(frozen=True)
 class Way:
-    """A kind of step: whose loss is added, if any, of what, and whether the teacher runs in it."""
+    """A kind of step: the loss that is added and its features, and whether the teacher runs."""
 
     loss: str | None = None
     features: Features | None = None
@@ -203,7 +203,7 @@ class Step:
         self.backward = finetuning.optimiser.backward
 
     def forward(self) -> Tensor:
-        """The teacher, if it runs, the student, and the loss."""
+        """The passes of the teacher, if it runs, and of the student, and the loss."""
         f, way = self._finetuning, self._way
         teacher = f.teachers(way.features) if way.teacher_runs else self._cached
         with f.batch.autocast():

@@ -38,8 +38,8 @@ class Profile:
     pairs: int = 5
 
 
-# A batch, compared by its Gram matrices, and tokens, by covariances. What some packages do to 4096
-# rows is for a GPU.
+# A batch is compared by its Gram matrices, and tokens by covariances. Some packages are too slow on
+# 4096 rows without a GPU.
 PROFILES = {
     "cpu": Profile(((64, 768), (512, 64))),
     "gpu": Profile(((64, 768), (4096, 768))),
@@ -48,7 +48,7 @@ PROFILES = {
 
 
 def curves(profile: Profile) -> Iterator[tuple[Workload, bool]]:
-    """What is computed: workloads, and whether the student is rotated."""
+    """The workloads, each with a student as it is and a rotated one."""
     for rows, width in profile.shapes:
         for dtype in (BFLOAT16, torch.float32):
             for measure in CKA_MEASURES:
@@ -124,7 +124,7 @@ def _spread(numbers: Sequence[float]) -> Spread:
 
 
 def failures(result: schema.Frontier) -> Iterator[str]:
-    """What of ours failed or was wrong anywhere."""
+    """The curves on which ours failed or was wrong."""
     for curve in result.curves:
         for name, entry in curve.results.items():
             worst = max((math.inf if e.max is None else e.max for e in entry.errors), default=0)

@@ -6,8 +6,7 @@ tests side by side, a few kernels under compute-sanitizer; then, if there is tim
 benchmarks. All results lie in ``build/gpu-check``, written as they come, and so does
 ``gpu-check.json``, which says what is done: a further run goes on from there, as long as sources,
 versions and the GPU are the same. ``--out FOLDER`` (or the variable OUT) keeps copies of all files
-there while it runs. ``python -m benchmarks.precompile`` makes what saves it most of the time for
-compilers.
+there while it runs. ``python -m benchmarks.precompile`` compiles beforehand.
 
 Exits with 0 if all is well, 1 if something failed or was not done, 2 without a GPU.
 """
@@ -45,7 +44,7 @@ Outcome = dict[str, Any]
 
 
 class Step(NamedTuple):
-    """A command of this interpreter, with {names} of what ``Check`` fills in."""
+    """A command of this interpreter, with {names} that ``Check`` fills in."""
 
     name: str
     command: str
@@ -63,7 +62,7 @@ def _sanitizer(tool: str) -> Step:
     return Step(f"sanitize {tool}", f"compute-sanitizer {options}", 30)
 
 
-# They take nine minutes at most.
+# These take nine minutes at most.
 STEPS = (
     Step("build", "{python} setup.py build_ext --inplace", 75),
     Step(
@@ -84,7 +83,7 @@ STEPS = (
     _sanitizer("memcheck"),
     _sanitizer("racecheck"),
 )
-# They need not be done.
+# These run if there is time.
 SPARE = (
     _benchmark("bench gpu", "run --profile gpu --budget {seconds}", 190, 60),
     _benchmark("bench step", "step --profile gpu", 90, 30),
@@ -107,7 +106,7 @@ def fingerprint() -> str:
 
 
 def architecture() -> str:
-    """As RIFT_KERNELS_CUDA_ARCHS has it: this GPU alone, which is sooner compiled."""
+    """The GPU's, as in RIFT_KERNELS_CUDA_ARCHS: one alone is compiled sooner."""
     major, minor = torch.cuda.get_device_capability()
     return f"{major}{minor}" + ("a" if major in (9, 10) else "")
 
@@ -135,14 +134,14 @@ class Check:
                     path.unlink()
 
     def forget(self, steps: Sequence[Step]) -> None:
-        """Do these anew."""
+        """Begin these anew."""
         for step in steps:
             self.steps.pop(step.name, None)
             if step.name == "tests":
                 self.outcomes.unlink(missing_ok=True)
 
     def run(self, steps: Sequence[Step]) -> bool:
-        """Whether all are done, and well; those that spare time is for need not be done."""
+        """Whether all are done and good; those of SPARE need not be done."""
         for step in steps:
             done = self.steps.get(step.name, {})
             if done.get("finished"):
@@ -155,7 +154,7 @@ class Check:
         return all(self.steps[step.name]["ok"] or step.name in spare for step in steps)
 
     def _outcome(self, step: Step) -> Outcome:
-        """What comes of running it, or why it cannot be run."""
+        """The outcome of running a step, or why it cannot be run."""
         seconds = min(step.most, self.end - time.monotonic())
         if seconds < step.least:
             note = f"not begun: it needs {step.least:.0f} s, and {max(seconds, 0):.0f} s are left"
@@ -175,7 +174,7 @@ class Check:
         return outcome
 
     def _needless(self, step: Step) -> str:
-        """Why there is nothing to do, if so."""
+        """The reason why there is nothing to do, or empty."""
         if step.command.startswith("compute-sanitizer") and not shutil.which("compute-sanitizer"):
             return "not done: there is no compute-sanitizer"
         if step.name == "build" and not (ROOT / "csrc").is_dir():
@@ -254,7 +253,7 @@ class Check:
         self._copy()
 
     def _copy(self) -> None:
-        """All files as they are now to the folder for copies."""
+        """Copy all files, as they are now, to the folder for copies."""
         if self.out is None:
             return
         self.out.mkdir(parents=True, exist_ok=True)

@@ -20,7 +20,7 @@ import pytest
 import torch
 
 VARIABLE = "RIFT_KERNELS_OUTCOMES"
-# The first ones are what only a GPU can show, and what is nearest to the kernels.
+# These run first: what only a GPU can show, and what is nearest to the kernels.
 FIRST = ("test_gpu", "test_triton", "test_measures")
 
 
@@ -52,7 +52,7 @@ def _concerns_a_gpu(item: pytest.Item) -> bool:
 
 
 def _turn(item: pytest.Item) -> tuple[bool, bool, int]:
-    """Those that Triton's interpreter has time for, too, are before others of the same kernels."""
+    """The place of a test: what Triton's interpreter has time for is before the rest."""
     module, conftest = item.path.stem, sys.modules.get("tests.conftest")
     chosen = module == "test_gpu" or (conftest is not None and conftest.is_interpreted(item))
     place = FIRST.index(module) if module in FIRST else len(FIRST)
@@ -64,7 +64,7 @@ def _path() -> Path:
 
 
 def _before() -> Path:
-    """As it was when this run began: processes that begin later must find the same tests."""
+    """The outcomes when this run began: processes that begin later must find the same tests."""
     return _path().with_suffix(".before")
 
 
@@ -77,7 +77,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 class Writer:
-    """In the process that hears of all tests."""
+    """Writes outcomes, in the process that hears of all tests."""
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.when != "call" and report.passed:

@@ -21,7 +21,7 @@ REPLAYS = 10
 
 
 def seconds(task: Task, device: torch.device) -> Quantiles | None:
-    """For one forward and backward; None without a GPU.
+    """The time of one forward and backward; None without a GPU.
 
     Raises:
         RuntimeError: the task cannot be captured, for it waits for the device.
@@ -58,7 +58,7 @@ def _run(tasks: list[Task]) -> None:
 
 
 def launches(task: Task, device: torch.device) -> int | None:
-    """Kernels and copies of one forward and backward; None without a GPU."""
+    """The number of kernels and copies of one forward and backward; None without a GPU."""
     if device.type != "cuda":
         return None
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:

@@ -45,7 +45,7 @@ class _Identity(torch.autograd.Function):
 
 @contextmanager
 def without_launches() -> Iterator[None]:
-    """The CUDA backend on CPU tensors, all of it but what the GPU would do."""
+    """The whole CUDA backend on CPU tensors, but for what the GPU would do."""
     launch = SimpleNamespace(cluster=True)
     extension = SimpleNamespace(
         cka_small_plan=lambda *_: launch, cka_small=lambda *_: None, scale=lambda *_: None
@@ -60,7 +60,7 @@ def without_launches() -> Iterator[None]:
 
 
 def stages(backend: str, device: torch.device) -> dict[str, Call]:
-    """What contains the stage before it, from the backend's own function to the whole."""
+    """Calls that each contain the one before, from the backend's own function to the whole."""
     x, y = torch.randn(2, ROWS, WIDTH, device=device).bfloat16()
     student = x.clone().requires_grad_()
     arguments: tuple[Any, ...] = ([x], [y], [], [True], True, False, "highest")

@@ -1,9 +1,9 @@
 """``python -m benchmarks.lora``: what RIFT costs in a LoRA finetuning step, in time and memory.
 
 A step of transformers' ViT with adapters by peft: plain, with the teacher's forward pass alone, and
-with :class:`~rift_kernels.RIFTRegularizer`, whose teacher is the student without its adapters, or a
-copy, whose cost is its memory. The others are timed in interleaved rounds of one run, and the loss
-alone among them; on a CPU, shares are of CPU time, which other processes do not lengthen.
+with :class:`~rift_kernels.RIFTRegularizer`. Its teacher is the student without its adapters, or a
+copy, whose cost is its memory. All but the copy are timed in interleaved rounds of one run, and so
+is the loss alone. On a CPU, shares are of CPU time, which other processes do not lengthen.
 ``--profile full`` is a ViT-B/16 (ten minutes on a CPU); ``cpu``, a part of ``make bench``, has two
 of its layers and smaller images. Exits with 1 if a step with RIFT needs more memory than its parts.
 """
@@ -86,7 +86,7 @@ def run(job: Job[Profile]) -> schema.Lora:
 def _in_turn(
     steps: Mapping[Way, Step], losses: Mapping[str, LossAlone]
 ) -> dict[str, measure.Timed]:
-    """What a round consists of: a loss alone has the caches that a step has left to it."""
+    """The tasks of a round. A loss alone follows a step, which leaves it the caches."""
     tasks: dict[str, measure.Timed] = {}
     for way, pooling in zip(WAYS[:-1], (*POOLINGS, None, None), strict=True):
         tasks[str(way)] = steps[way]
@@ -96,7 +96,7 @@ def _in_turn(
 
 
 def _way(way: Way, step: Step, finetuning: Adapted, device: torch.device) -> LoraWay:
-    """What is known of a way without its time."""
+    """All of a way but its times."""
     steps = []
 
     def set_up() -> Tensor:
@@ -113,7 +113,7 @@ def _way(way: Way, step: Step, finetuning: Adapted, device: torch.device) -> Lor
 
 
 def write_times(entry: LoraWay, way: Way, samples: Samples, clock: str) -> None:
-    """Seconds, and what is added, by one clock, within a round."""
+    """Fill in the seconds, and what is added within a round, by one clock."""
     rounds, plain = samples[str(way)], samples[str(PLAIN)]
     entry.seconds, entry.cpu_seconds = measure.quantiles(rounds), _cpu_seconds(rounds)
     if way.teacher:

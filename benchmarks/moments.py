@@ -22,7 +22,7 @@ ROUNDS = 10
 
 
 class Moments:
-    """A launch on some features, and what it leaves."""
+    """A launch on some features, and its results."""
 
     def __init__(self, x: Tensor, y: Tensor, processors: int, hopper: bool) -> None:
         self.x, self.y, self.machine = x, y, (processors, hopper)
@@ -54,7 +54,7 @@ class Moments:
         return tiles
 
     def cross(self) -> Tensor:
-        """X^T Y of the last launch."""
+        """X^T Y, as the last launch computed it."""
         down, across = self._before, -(-self.y.shape[1] // BLOCK)
         totals = self.totals()
         slots = [[_pair_index(i, down + j) for j in range(across)] for i in range(down)]
@@ -104,7 +104,7 @@ def main() -> int:
                 f"{rows} x {width}, {kind}: off by {off:.1e}; {seconds * 1e6:.1f} us, "
                 f"{flops / seconds / 1e12:.0f} TFLOP/s"
             )
-        # As many products as the two triangles and X^T Y have.
+        # It has as many products as the two triangles and X^T Y.
         both = [(x.T, torch.cat([x, y], 1)) for x, y in pairs]
         theirs = _seconds([partial(torch.mm, left, right) for left, right in both])
         print(f"{rows} x {width}, torch.mm of X^T [X Y]: {theirs * 1e6:.1f} us")

@@ -11,12 +11,12 @@ from rift_kernels import reference
 
 from .workloads import Inputs, Workload
 
-# More than these is wrong. Plain bfloat16 arithmetic stays below them; an error beyond means
-# another function, or one that has cancelled. How right ours is, the tests say.
+# A larger error is wrong. Plain bfloat16 arithmetic stays below these; an error beyond means
+# another function, or one that has cancelled. The tests say how right ours is.
 VALUE_TOLERANCE = 1e-2
 GRADIENT_TOLERANCE = 5e-2
 
-# The definition itself is affordable up to here.
+# Up to here, the definition itself is affordable.
 MAX_ROWS_OF_DEFINITION = 1024
 
 _OTHERS = {

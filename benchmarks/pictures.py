@@ -24,8 +24,8 @@ from .workloads import COMPILED
 FOLDER = Path("pictures")  # beside docs/benchmarks.md
 ROUNDING = "rounding alone"
 
-# After Okabe and Ito's colours, which people with any colour vision tell apart; none is too faint
-# on white nor too dark on black. By how names begin, longest first.
+# Colours after Okabe and Ito, which people with any colour vision tell apart, and neither too faint
+# on white nor too dark on black. Keys are how names begin, longest first.
 _COLOURS = {
     f"{OURS}triton": "#0a6fa8",
     f"{OURS}cuda": "#7a63d9",
@@ -93,7 +93,8 @@ def _colour(name: str) -> str:
 class Picture:
     """Panels of lines, by title, what they show in words, and a ``short`` name for links.
 
-    Of errors, which have two columns, every panel names its lines; of times, the last does.
+    Pictures of errors have two columns, and each panel names its lines. In those of times, the
+    last panel does.
     """
 
     stem: str
@@ -119,7 +120,7 @@ class Picture:
         return hashlib.sha256(drawn.encode()).hexdigest()
 
     def is_current(self, folder: Path, theme: str) -> bool:
-        """Whether the file there shows this."""
+        """Whether the file in the folder shows this."""
         path = folder / self.file(theme)
         return path.exists() and f">{self.digest(theme)}<" in path.read_text(encoding="utf-8")
 
@@ -201,7 +202,7 @@ def _names(panels: Iterable[Any]) -> None:
 
 
 def of(result: Result) -> list[Picture]:
-    """The pictures of a result; of one without curves, none."""
+    """The pictures of a result; none without curves."""
     if isinstance(result, Frontier):
         shapes = dict.fromkeys((curve.rows, curve.width) for curve in result.curves)
         return [_frontier(result, *shape) for shape in shapes]
@@ -211,7 +212,7 @@ def of(result: Result) -> list[Picture]:
 def stale(
     results: Iterable[Result], folder: Path, everything: bool = False
 ) -> Iterator[tuple[Picture, str]]:
-    """What is missing there, or shows something else; or all, with the themes."""
+    """Pictures and themes that are missing there or show something else; or all of them."""
     for picture in (picture for result in results for picture in of(result)):
         for theme in THEMES:
             if everything or not picture.is_current(folder, theme):
@@ -229,7 +230,7 @@ def summary(result: Frontier | Scaling) -> str:
 
 
 def missing(result: Result) -> list[str]:
-    """What the pictures lack because it failed or took too long: a paragraph, or none."""
+    """A paragraph, or none: what failed or took too long, and is not in the pictures."""
     reasons: list[tuple[str, str | None]] = []
     if isinstance(result, Frontier):
         for curve in result.curves:
@@ -248,7 +249,7 @@ def _kind(curve: ErrorCurve) -> str:
 
 
 def _frontier(result: Frontier, rows: int, width: int) -> Picture:
-    """A panel for each dtype and each kind of CKA, and who is how wrong at its last point."""
+    """A panel for each dtype and kind of CKA; in words, the errors at its last point."""
     panels: dict[str, list[Line]] = {}
     words = []
     for curve in sorted(result.curves, key=lambda curve: curve.rotated):
@@ -288,7 +289,7 @@ def _in_words(error: float | None) -> str:
 
 
 def _scaling(result: Scaling) -> Picture:
-    """A panel for each size that grows, and who takes how long at its end."""
+    """A panel for each size that grows; in words, the times at its end."""
     panels: dict[str, list[Line]] = {}
     words = []
     for curve in result.curves:
@@ -331,7 +332,7 @@ def _times(name: str, along: str, workloads: Sequence[Workload]) -> Line:
 
 
 def _fixed(along: str, workload: Workload) -> str:
-    """What does not grow."""
+    """The sizes that do not grow."""
     rows = "N" if along == "rows" else workload.rows
     width = "D" if along == "width" else workload.width
     return f"{'L x ' if along == 'layers' else ''}{rows} x {width} {workload.dtype}"

@@ -29,7 +29,7 @@ import torch
 
 from . import carried, environment, exercise, gpu_tests, providers, workloads
 
-# Names the target to the processes of the tests, which this module is a plugin of.
+# This variable names the target to the tests' processes, which have this module as a plugin.
 VARIABLE = "RIFT_KERNELS_PRECOMPILE"
 # Targets in tests/support/triton_compile.py, and what nvcc calls them.
 TARGETS = {"sm80": "80", "sm90": "90a", "sm100": "100a"}
@@ -40,9 +40,9 @@ CPU = torch.device("cpu")
 
 @contextlib.contextmanager
 def compiling(target: str) -> Iterator[list[Any]]:
-    """Inside, there is a GPU whose tensors lie on the CPU: kernels are compiled for it, not run.
+    """A context with a GPU whose tensors lie on the CPU: kernels are compiled, not run.
 
-    Yields what was launched, which a caller empties.
+    Yields the list of launched kernels, which a caller empties.
     """
     import pytest
 
@@ -66,12 +66,12 @@ def compiling(target: str) -> Iterator[list[Any]]:
 
 
 def launchers(launched: list[Any]) -> None:
-    """What hands kernels their arguments is C code, which triton compiles at the first launch."""
+    """Compile the C code that hands kernels their arguments, as triton does at a first launch."""
     from triton.backends.nvidia.driver import CudaLauncher
 
     for kernel in {kernel.hash: kernel for kernel in launched}.values():
-        # Once it lies in the cache, it cannot be loaded: there is no driver. Triton 3.7 has no such
-        # code, and asks the driver at once.
+        # The code is then in the cache, but cannot be loaded: there is no driver. Triton 3.7 has no
+        # such code, and asks the driver at once.
         with contextlib.suppress(ImportError, AttributeError):
             CudaLauncher(kernel.src, kernel.metadata)
     launched.clear()
@@ -79,7 +79,7 @@ def launchers(launched: list[Any]) -> None:
 
 @contextlib.contextmanager
 def _driver_to_link_with() -> Iterator[None]:
-    """An empty one by the driver's name is enough for a linker."""
+    """A library by the driver's name, empty, which is enough for a linker."""
     with tempfile.TemporaryDirectory() as folder:
         line = ["gcc", "-shared", "-x", "c", os.devnull, "-Wl,-soname,libcuda.so.1"]
         subprocess.run([*line, "-o", f"{folder}/libcuda.so.1"], check=True)
@@ -88,7 +88,7 @@ def _driver_to_link_with() -> Iterator[None]:
 
 
 def _here(part: str, target: str) -> None:
-    """A part that is no process of its own."""
+    """Compile a part in this process."""
     from rift_kernels.commands import trial
     from rift_kernels.trust import known_answers
 
@@ -110,9 +110,9 @@ def _here(part: str, target: str) -> None:
 
 
 def _tests(target: str, jobs: int) -> None:
-    """As gpu-check runs them; whether they pass says nothing, since nothing is computed."""
+    """Run the tests as gpu-check does. Whether they pass says nothing: nothing is computed."""
     workers = f"-n {jobs}" if find_spec("xdist") and jobs > 1 else ""
-    # Those of test_gpu.py have features for a GPU, and kernels that others have, too.
+    # test_gpu.py has features for a GPU, and kernels that other tests have, too.
     options = (
         "-p no:cacheprovider -p benchmarks.gpu_tests -p benchmarks.precompile -q --tb=no "
         f"--no-summary --ignore=tests/backends/test_gpu.py {workers} tests"
@@ -137,7 +137,7 @@ def pytest_configure(config: Any) -> None:
 
 
 def pytest_runtest_teardown(item: Any) -> None:
-    """After each test, not to keep what all of them compiled."""
+    """Compile launchers after each test, which keeps the list of launches short."""
     if os.environ.get(VARIABLE):
         launchers(item.config.rift_launched)
 

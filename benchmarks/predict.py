@@ -69,12 +69,12 @@ def launches(shape: Shape) -> list[Launch]:
     if n <= 128:
         gram = 4 * n * n * layers
         return [
-            # Features split in two: three products of each side's.
+            # Features are split in two: each side has three products.
             Launch("small_gram", 3 * 2 * 2 * n * n * d * layers, 2 * features + 2 * gram),
             Launch("gram_backward", 2 * 2 * n * n * d * layers, 2 * features + 2 * gram),
         ]
-    # Column programs read everything once, before the tile programs, to whom the cache leaves it
-    # where it fits.
+    # Column programs read everything once, before the tile programs. Where it fits, it is in the
+    # cache for those.
     columns = Launch("moments, columns", 0, 2 * features)
     again = 0 if 2 * features < L2_BYTES else 2 * features
     if n < 2 * d:
@@ -94,7 +94,7 @@ def launches(shape: Shape) -> list[Launch]:
         columns,
         Launch("moments, tiles", 2 * tiles * BLOCK**2 * n, again + partial),
         Launch("cka", 0, partial + 4 * blocks**2 * BLOCK**2 * layers + planes),
-        # Near its teacher: only the high halves.
+        # Near its teacher, only the high halves count.
         Launch("backward", 4 * n * d * d * layers, 3 * features + planes / 2),
     ]
 

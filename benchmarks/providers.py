@@ -88,7 +88,7 @@ def providers(device: torch.device, compiled: Sequence[str] = (COMPILED,)) -> li
 
 
 def _each_layer(functions: Mapping[str, Pair]) -> dict[str, Values]:
-    """One call a layer, as a user of a function of two features has to; valid rows picked out."""
+    """One call a layer on the valid rows, as a user of a function of two features has to."""
 
     def values(function: Pair, inputs: Inputs) -> Tensor:
         pairs = list(zip(inputs.students, inputs.teachers, strict=True))
@@ -101,7 +101,7 @@ def _each_layer(functions: Mapping[str, Pair]) -> dict[str, Values]:
 
 
 def _naive_in(name: str, dtype: torch.dtype, **fields: Any) -> Provider:
-    """Naive code on features that were cast first: what autocast, or its absence, makes of it."""
+    """Naive code on features that were cast first, as autocast, or its absence, does."""
 
     def cast(function: Pair, x: Tensor, y: Tensor) -> Tensor:
         return function(x.to(dtype), y.to(dtype))
@@ -114,7 +114,7 @@ def _naive_in(name: str, dtype: torch.dtype, **fields: Any) -> Provider:
 def _tf32() -> Iterator[None]:
     matmul: Any = torch.backends.cuda.matmul
     before = matmul.fp32_precision
-    # What is read may be inherited; written back as it is, it would stay for good.
+    # The value may be inherited; written back as it is, it would stay for good.
     matmul.fp32_precision = "none"
     inherited = matmul.fp32_precision == before
     matmul.fp32_precision = "tf32"
@@ -161,7 +161,7 @@ def _ours(backend: str) -> Provider:
 
 
 def _suits_cuda(workload: Workload) -> bool:
-    """What the CUDA kernels are for: few rows, or on Hopper many in bfloat16."""
+    """Whether the CUDA kernels are made for it: few rows, or on Hopper many in bfloat16."""
     if workload.measure not in CKA_MEASURES:
         return False
     if plan.use_gram("cka", workload.rows, workload.width, workload.width):
@@ -174,7 +174,7 @@ def _ckatorch() -> Provider:
         from ckatorch.core import cka_base
     except ImportError as error:
         return Provider("ckatorch", reason=f"cannot be imported: {error}")
-    # Its other method, "fro_norm", detaches the features: no gradient.
+    # The package's other method, "fro_norm", detaches the features: no gradient.
     values = _each_layer({"cka_biased": partial(cka_base, kernel="linear", method="hsic")})
     return Provider("ckatorch", values, flops=flops.ckatorch, products_in=torch.float64)
 
@@ -184,6 +184,6 @@ def _pytorch_cka() -> Provider:
         from cka import cka_from_features
     except ImportError as error:
         return Provider("pytorch-cka", reason=f"cannot be imported: {error}")
-    # It returns the matrix of all pairs of layers.
+    # The package returns the matrix of all pairs of layers.
     values = _each_layer({"cka_debiased": lambda x, y: cka_from_features(x, y)[0, 0]})
     return Provider("pytorch-cka", values, flops=flops.pytorch_cka)

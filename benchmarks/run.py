@@ -37,7 +37,7 @@ def run(job: Job[Profile], candidates: Sequence[Provider]) -> schema.Benchmark:
     entries = {w: describe(w, candidates, peaks, bandwidth) for w in profile.workloads}
     print(tables.predictions([*entries.values()]), flush=True)
     _warm_up(device, bool(profile.compiled))
-    # What the cheap ones leave of their part goes to those that need more.
+    # Cheap workloads come first and leave time to those that need more.
     order = sorted(entries, key=lambda w: entries[w].predicted_seconds.get(NAIVE) or 0.0)
     for done, workload in enumerate(command.progress(order)):
         seconds = (end - time.monotonic()) / (len(order) - done)
@@ -52,7 +52,7 @@ def run(job: Job[Profile], candidates: Sequence[Provider]) -> schema.Benchmark:
 
 
 def failures(result: schema.Benchmark) -> list[str]:
-    """What of ours failed or was wrong."""
+    """The workloads on which ours failed or was wrong."""
     lines = [] if any(w.results for w in result.workloads) else ["nothing was measured"]
     for w in result.workloads:
         for name, outcome in w.results.items():
@@ -62,7 +62,7 @@ def failures(result: schema.Benchmark) -> list[str]:
 
 
 def _warm_up(device: torch.device, compiled: bool) -> None:
-    """What a process does once and slowly, whatever the workload."""
+    """Do what a process does once and slowly, whatever the workload."""
     ones = torch.ones(1, device=device, requires_grad=True)
     first = Provider("first", {"": lambda inputs: inputs.students[0] * inputs.teachers[0]})
     measure.peak_memory(Task(first, "", Inputs([ones], [ones.detach()])), device)
@@ -70,7 +70,7 @@ def _warm_up(device: torch.device, compiled: bool) -> None:
         try:
             torch.compile(lambda x: x.sin().sum())(ones).backward()
         except Exception as error:
-            # Every workload will then say the same in its place.
+            # Each workload will then say so in its place.
             print(f"torch.compile does not work here: {error}")
 
 
@@ -174,7 +174,7 @@ def _prepare(
     for provider in (p for p in candidates if p.can_do(workload)):
         name = provider.name
         if name.startswith(COMPILED):
-            # It counts the shapes it has seen, and after a few silently runs the eager code.
+            # torch.compile counts shapes, and after a few silently runs the eager code.
             torch.compiler.reset()
         task = Task(provider, workload.measure, inputs)
         try:
@@ -202,7 +202,7 @@ def _refuse_the_hopeless(predicted: float | None, left: float) -> None:
 
 
 def _examine(task: Task, oracle: Oracle, device: torch.device) -> Outcome:
-    """Errors and memory."""
+    """A task's errors and memory."""
     values = task.forward()
     value_error, gradient_error = oracle.errors(values, task.backward(values))
     del values
@@ -218,7 +218,7 @@ def _examine(task: Task, oracle: Oracle, device: torch.device) -> Outcome:
 def _drop_the_slowest(
     entry: schema.Workload, tasks: dict[str, Task], estimates: Mapping[str, float], left: float
 ) -> None:
-    """Until the fewest rounds fit into what is left, leave out what can be done without."""
+    """Leave out what is not essential, until the fewest rounds fit into the time left."""
 
     def needed(names: Iterable[str]) -> float:
         return MIN_ROUNDS * sum(estimates[name] for name in names)
@@ -229,7 +229,7 @@ def _drop_the_slowest(
         raise NotMeasuredError(
             f"{MIN_ROUNDS} rounds would take {least:.0f} s; {left:.0f} s were left"
         )
-    # What adds little may stay in any case.
+    # Tasks that add little may stay in any case.
     allowed = max(left, 1.2 * least)
     for name in sorted(tasks, key=lambda name: estimates[name], reverse=True):
         if needed(tasks) > allowed and not _essential(name):
@@ -239,7 +239,7 @@ def _drop_the_slowest(
 
 
 def finite(error: float) -> float | None:
-    """As result files have it."""
+    """The error as result files have it."""
     return error if math.isfinite(error) else None
 
 

@@ -17,7 +17,7 @@ from .command import Job
 from .providers import HAND_DERIVED, NAIVE, OURS, providers
 from .workloads import BFLOAT16, COMPILED, Profile, Workload
 
-# Where all providers have something to compute.
+# All providers have something to compute here.
 _CKA = partial(Workload, "cka_biased")
 
 # Profile -> the size that grows -> workloads.
@@ -44,7 +44,7 @@ _WORKLOADS = {
     for name, curves in CURVES.items()
 }
 PROFILES = {
-    # torch.compile takes seconds for every shape: on a CPU, more than there are.
+    # torch.compile takes seconds for every shape, too many on a CPU.
     "cpu": Profile(_WORKLOADS["cpu"], budget=32, probe=1024, max_rounds=40, compiled=()),
     "gpu": Profile(_WORKLOADS["gpu"], budget=40, probe=8192),
     "smoke": Profile(_WORKLOADS["smoke"], budget=20, probe=64, max_rounds=5, compiled=()),

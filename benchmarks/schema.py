@@ -59,7 +59,7 @@ class Environment:
 
 @dataclass(kw_only=True)
 class Result:
-    """What every kind has."""
+    """The fields of every kind."""
 
     schema: str = ""
     profile: str  # the set of workloads
@@ -74,7 +74,7 @@ class Provider:
 
 @dataclass(kw_only=True)
 class Outcome:
-    """What a provider made of a workload; with a reason, nothing was measured."""
+    """A provider's part in a workload; with a reason, nothing was measured."""
 
     reason: str | None = None
     seconds: dict[str, Quantiles] = field(default_factory=dict)
@@ -293,10 +293,10 @@ KINDS = {kind.schema: kind for kind in _KINDS}
 
 
 def parse(content: Any) -> Result:
-    """The result that a file's content is.
+    """The result in a file's content.
 
     Raises:
-        ValueError: it is none; the message says where.
+        ValueError: there is none; the message says where it differs.
     """
     schema = content.get("schema") if isinstance(content, dict) else None
     if schema not in KINDS:
@@ -322,11 +322,11 @@ def _parsed(value: Any, form: Any, where: str) -> Any:
     if not dataclasses.is_dataclass(form):
         return value
     forms, build = typing.get_type_hints(form), typing.cast(Any, form)
-    # Neither a default nor a factory of one: both are the same mark of what is missing.
+    # Fields with neither a default nor a factory of one: both are then the same marker.
     required = {f.name for f in dataclasses.fields(form) if f.default is f.default_factory}
     missing, unknown = sorted(required - value.keys()), sorted(value.keys() - forms.keys())
     if missing or unknown:
         raise ValueError(f"{where}: missing keys {missing}, unknown keys {unknown}")
-    # A null where there is a default stands for that.
+    # A null stands for the default.
     names = [name for name, item in value.items() if item is not None or name in required]
     return build(**{name: _parsed(value[name], forms[name], f"{where}.{name}") for name in names})

@@ -61,7 +61,7 @@ def model_flops(size: Size, batch: int) -> tuple[int, int]:
 def plan(
     profile: Profile, device: torch.device, candidates: Sequence[Provider]
 ) -> tuple[list[Way], list[LeftOut]]:
-    """All ways, and the losses that are no part of them, with the reasons."""
+    """All ways, and the losses that are left out, with the reasons."""
     ways = [PLAIN, Way(teacher_runs=True)]
     ours = [p for p in candidates if p.name.startswith(OURS)]
     left_out = [LeftOut(p.name, None, p.reason) for p in ours if p.reason]
@@ -177,7 +177,7 @@ def _examined(way: Way, entry: StepWay, finetuning: Finetuning, device: torch.de
 
 
 def failures(ways: Sequence[StepWay]) -> list[str]:
-    """What of ours failed or was wrong."""
+    """The ways in which ours failed or was wrong."""
     lines = [] if any(way.seconds for way in ways) else ["nothing was measured"]
     for way in ways:
         if (way.loss or "").startswith(OURS) and (way.reason or way.wrong):

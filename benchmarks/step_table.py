@@ -42,7 +42,7 @@ def cost(result: Step) -> str:
 
 
 def predictions(result: Step) -> str:
-    """What is expected before anything is measured, in percent of the plain step."""
+    """The predictions, in percent of the plain step."""
     plain, teacher = _way(result), _way(result, teacher_runs=True)
     rows = [
         ["plain step", "-", milliseconds(plain.predicted_seconds)],
@@ -115,7 +115,7 @@ def _seconds(way: StepWay, clock: str = "both") -> float:
 
 
 def _difference(result: Step, more: StepWay, less: StepWay, clock: str = "both") -> str:
-    """In percent of the plain step, marked where it is within the noise."""
+    """A difference in percent of the plain step, marked where it is within the noise."""
     if not more.seconds:
         return "-"
     share = (_seconds(more, clock) - _seconds(less, clock)) / _seconds(_way(result), clock)

@@ -1,6 +1,6 @@
 """``python -m benchmarks.suite``: every kind of benchmark, one after another, a result file each.
 
-What ``make bench`` runs: five minutes on a CPU. On a GPU, ``--profile full`` adds to the comparison
+``make bench`` runs this: five minutes on a CPU. On a GPU, ``--profile full`` adds to the comparison
 what needs longer than ``gpu``. ``--only frontier,step`` runs these alone. Each is a process of its
 own, so that none leaves caches or memory to the next. Exits with 1 if one of them failed.
 """
@@ -22,7 +22,7 @@ KINDS = ("run", "frontier", "scaling", "step", "lora")
 
 
 def command(kind: str, profile: str | None, device: str | None, out: Path) -> list[str]:
-    """A kind's process; only the comparison has a profile that is longer than others."""
+    """The command of a kind; only the comparison has a longer profile than gpu."""
     if profile == "full" and kind != "run":
         profile = "gpu"
     words = [sys.executable, "-m", f"benchmarks.{kind}", "--out", str(out)]
@@ -50,9 +50,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"--- {kind}", flush=True)
         words = command(kind, options.profile, options.device, options.out.resolve())
         if subprocess.run(words, cwd=environment.ROOT, check=False).returncode != 0:
-            failed.append(f"FAILED {kind}")
+            failed.append(kind)
     print(f"--- {time.monotonic() - start:.0f} s in all; python -m benchmarks.report writes tables")
-    print(*failed, sep="\n")
+    for kind in failed:
+        print(f"FAILED {kind}")
     return 1 if failed else 0
 
 

@@ -55,7 +55,7 @@ def best_and_worst(result: Benchmark) -> str:
     for w in result.workloads:
         naive, ours = _measured(w, NAIVE), _measured(w, _best(w))
         if naive and ours and not naive.wrong:
-            # Outside of the tables, no caption says what is linear CKA.
+            # No caption says here what is linear CKA.
             cka = " CKA" if w.measure in CKA_MEASURES else ""
             label = f"{_TITLES[w.measure]}{cka}, {w.shape}"
             ratios[label] = _seconds(naive) / _seconds(ours)
@@ -77,7 +77,7 @@ def not_measured(lines: Iterable[str]) -> list[str]:
 
 
 def predictions(workloads: Sequence[Workload]) -> str:
-    """What the model says before anything is measured: ratios to naive eager."""
+    """The predicted ratios to naive eager."""
     names = names_of(w.predicted_seconds for w in workloads)
     rows = [[_label(w), *(_ratio_text(_predicted(w, name)) for name in names)] for w in workloads]
     return markdown(["predicted ratio", *names], rows)

@@ -56,7 +56,7 @@ def cost(shape: Shape, ranks: int, way: str) -> Cost:
     x = torch.empty(shape.rows, shape.width, dtype=torch.bfloat16, device="meta")
     layers, rows, width = Layers([x], [x], []), shape.rows, shape.width
     received: float = shared_batch.bytes_summed(layers, ranks)
-    # Rows that stay where they are are summed in covariance form, however few they are.
+    # Rows that stay on their rank are summed in covariance form, however few there are.
     flops = 8.0 * rows * width**2
     if way == "gathered":
         received, rows = shared_batch.bytes_gathered(layers, [[rows]] * ranks), rows * ranks

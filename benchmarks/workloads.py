@@ -100,14 +100,14 @@ _CPU = (
     Workload("cka_debiased", real.ROWS, real.WIDTH, BFLOAT16, real.LAYERS, kind="real"),
     *(Workload(m, rows, width) for m in OTHER_MEASURES for rows, width in ((64, 768), (1024, 256))),
 )
-# What a GPU is bought for: tokens of a ViT-B and a ViT-L, of a language model.
+# GPUs are bought for these: tokens of a ViT-B and a ViT-L, and of a language model.
 _TOKENS = tuple(
     Workload("cka_biased", rows, width, BFLOAT16)
     for rows, width in ((12608, 768), (50432, 1024), (65536, 4096))
 )
 _DEBIASED_TOKENS = Workload("cka_debiased", 12608, 768, BFLOAT16)
 _GPU = (*_CPU, *_TOKENS, Workload("cka_biased", 256, 768, layers=12), _DEBIASED_TOKENS)
-# Those by which a GPU is judged first: pooled features, class tokens of all layers, tokens.
+# A GPU is judged by these first: pooled features, class tokens of all layers, tokens.
 _HEADLINE = (
     Workload("cka_debiased", 64, 768, BFLOAT16),
     Workload("cka_debiased", 256, 768, BFLOAT16, layers=12),
@@ -136,12 +136,12 @@ _SMOKE = tuple(Workload(measure, 16, 8) for measure in MEASURES)
 
 PROFILES = {
     "cpu": Profile(_CPU, budget=90, probe=2048, max_rounds=40),
-    # What gpu-check begins with: no compiler beside ours, and no step takes a minute.
+    # gpu-check begins with this: no compiler beside ours, and no step takes a minute.
     "headline": Profile(_HEADLINE, budget=50, probe=8192, compiled=()),
-    # What gpu-check measures where there is time.
+    # gpu-check measures this where there is time.
     "gpu": Profile(_GPU, budget=140, probe=8192),
     "full": Profile(_FULL, budget=500, probe=8192, compiled=(COMPILED, AUTOTUNED)),
-    # It does not take as long; on a busy machine, nothing is left out.
+    # More time than it takes: on a busy machine, nothing is left out.
     "smoke": Profile(_SMOKE, budget=30, probe=64, max_rounds=5, compiled=()),
 }
 
@@ -155,8 +155,8 @@ def features(
 ) -> Inputs:
     """A workload's features.
 
-    Random columns differ in scale and have means that are not zero, as those of a pretrained model
-    do. The student is the teacher plus noise, like a finetuned model; or that sum, rotated.
+    Random columns differ in scale and have means other than zero, like those of a pretrained model.
+    The student is the teacher plus noise, like a finetuned model, or that sum rotated.
     """
     generator = torch.Generator(device).manual_seed(seed)
     if workload.kind == "real":
