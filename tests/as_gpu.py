@@ -69,7 +69,7 @@ def triton(name: str, processors: int = 5, descriptor_rows: float | None = None)
         "_descriptor_rows": lambda _: descriptor_rows,
         "_blocks": lambda dtype, _: blocks(dtype, "cuda"),
         "_multiplies_float64": lambda _: True,
-        "_row_programs": lambda _, debiased: 32 if debiased else 0,
+        "energy_programs": lambda _, debiased: 32 if debiased else 0,
     }
     missing = set(replaced)
     with pytest.MonkeyPatch.context() as patch:

@@ -24,32 +24,32 @@ if not INTERPRETED and not torch.cuda.is_available():
 
 from rift_kernels.backends import triton as kernels  # noqa: E402
 from rift_kernels.backends.triton import (  # noqa: E402
-    backward,
     blocks,
-    cka,
-    cka_head,
     config,
-    covariance,
+    covariance_backward,
+    covariance_cka,
+    covariance_distance,
     covariance_form,
-    gram,
+    covariance_saved,
     gram_backward,
+    gram_cka,
+    gram_cka_small,
     launch,
     layers,
     longest,
     products,
-    small_gram,
-    tiles,
+    raw_moments,
 )
 
 KERNELS = [
     (longest, "longest_kernel"),
-    (tiles, "moments_kernel"),
-    (cka, "cka_kernel"),
-    (covariance, "covariance_kernel"),
+    (raw_moments, "moments_kernel"),
+    (covariance_cka, "cka_kernel"),
+    (covariance_distance, "covariance_kernel"),
     (blocks, "blocks_kernel"),
-    (backward, "backward_kernel"),
-    (gram, "gram_kernel"),
-    (small_gram, "small_gram_kernel"),
+    (covariance_backward, "backward_kernel"),
+    (gram_cka, "gram_kernel"),
+    (gram_cka_small, "small_gram_kernel"),
     (gram_backward, "gram_backward_kernel"),
     (products, "product_kernel"),
 ]
@@ -184,7 +184,7 @@ def test_more_layers_than_a_launch_takes(masked, launches, monkeypatch, device) 
 def test_any_number_of_programs(programs, dtype, form, force_form, monkeypatch, device) -> None:
     """Tiles that one program finishes, and tiles that several share."""
     force_form(form)
-    monkeypatch.setattr(launch, "processors", lambda _: programs)
+    monkeypatch.setattr(raw_moments, "processors", lambda _: programs)
     x, y = pair(150, 70, device, dtype)
     backends_agree(rk.linear_cka, x, y)
 
@@ -194,7 +194,7 @@ def long_rows(x: Tensor, y: Tensor, mask: Tensor | None = None) -> tuple[list[in
     masks = [] if mask is None else [mask]
     given = layers.pack([x.detach()], [y], masks)
     found = torch.full((32,), -7, dtype=torch.int32, device=x.device)
-    covariance_form._find_longest(given, config.configuration(given, "covariance"), found)
+    longest.launch(given, config.configuration(given, "covariance"), found)
     count = int(found[8])
     assert found[count:8].tolist() == [-1] * (8 - count)
     return found[:count].tolist(), [chunk for chunk in found[16:24].tolist() if chunk >= 0]
@@ -231,7 +231,7 @@ def test_which_rows_are_long(device) -> None:
 
 def test_rows_of_one_length_that_are_compared_apart(monkeypatch, device) -> None:
     """By one of two programs, 1,024 at once: the first row comes first all the same."""
-    monkeypatch.setattr(covariance_form, "processors", lambda _: 1)
+    monkeypatch.setattr(longest, "processors", lambda _: 1)
     x, y = (t.detach().clone() for t in pair(2500, 24, device))
     x[[5, 1200, 2490]] = 50 * x[0]
     assert long_rows(x, y)[0] == [5, 1200, 2490]
@@ -270,7 +270,7 @@ def test_descriptors_load_what_pointers_load(gram, monkeypatch, device) -> None:
         return made[-1]
 
     monkeypatch.setattr(launch, "_descriptor_rows", lambda _: 1)
-    for module in (launch, covariance_form):
+    for module in (raw_moments, covariance_backward):
         monkeypatch.setattr(module, "descriptors_of", descriptors)
     actual = cases.value_and_gradients(rk.linear_cka, x, y)
     assert made
@@ -320,7 +320,7 @@ def test_descriptors_only_where_the_copy_engine_can(change, monkeypatch, device)
 def is_full(x: Tensor, y: Tensor, high: bool = True) -> bool:
     """Whether the student's backward multiplies the low halves as well."""
     _, saved = covariance_form.cka_fwd(layers.pack([x], [y], []), True, False, True, False, high)
-    return bool(saved[0][int(cka_head.FULL.value)])
+    return bool(saved[0][int(covariance_saved.FULL.value)])
 
 
 @pytest.mark.parametrize("gap", [1e-2, 1e-4])

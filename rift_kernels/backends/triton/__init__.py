@@ -6,7 +6,7 @@ Fused measures, from features to values and back, up to 24 layers in one launch 
 
 and the primitives that the others are made of, as in ``backends/eager.py``:
 
-    moments                                 launch.py; float64: products.py
+    moments                                 blocks.py; float64: products.py
     product, product_transposed, symmetric  products.py
 """
 
@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from . import covariance_form, gram_form, interpreter, launch, products
+from . import blocks, covariance_form, gram_form, interpreter, products
 from .layers import MAX_LAYERS, Layers, alike, pack
 
 if interpreter.is_active():
@@ -152,7 +152,12 @@ def _bwd(
             for side, tensors in enumerate((students, teachers)):
                 if wanted[side]:
                     how = (layers, mine, kept, side, dtypes[side])
-                    some = gram_form.cka_bwd(*how) if form else covariance_form.bwd(*how, is_cka)
+                    if form:
+                        some = gram_form.cka_bwd(*how)
+                    elif is_cka:
+                        some = covariance_form.cka_bwd(*how)
+                    else:
+                        some = covariance_form.covariance_bwd(*how)
                     for i, grad in zip(indices, some, strict=True):
                         grads[side * count + i] = grad.view(tensors[i].shape)
     return (grads[:count] if wanted[0] else []) + (grads[count:] if wanted[1] else [])
@@ -197,8 +202,9 @@ def moments(x: Tensor, y: Tensor, gram: bool, wanted: str) -> tuple[Tensor | Non
             products.product(y.mT, y, symmetric=True) if "yy" in wanted else None,
         )
     with torch.cuda.device_of(x):
-        blocks = launch.second_moments(pack([x], [y], []), "gram" if gram else "covariance", wanted)
-    return tuple(b if b is None else b.reshape(*x.shape[:-2], *b.shape[-2:]) for b in blocks)
+        form = "gram" if gram else "covariance"
+        matrices = blocks.second_moments(pack([x], [y], []), form, wanted)
+    return tuple(b if b is None else b.reshape(*x.shape[:-2], *b.shape[-2:]) for b in matrices)
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:

@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from .device import sum_partials
-from .tiles import tile_of
+from . import raw_moments
+from .config import configuration
+from .layers import Layers
+from .tiles import sum_partials, tile_of
 
 
 @triton.jit(do_not_specialize=["n", "d1", "d2", "tile_programs", "slots", "spills"])
@@ -47,3 +50,28 @@ def blocks_kernel(
     tl.store(out + i64[:, None] * breadth + j64[None, :], tile, mask=inside)
     if (left_is_y == right_is_y) & (block_i != block_j):
         tl.store(out + j64[None, :] * breadth + i64[:, None], tile, mask=inside)
+
+
+def second_moments(layers: Layers, form: str, wanted: str) -> tuple[Tensor | None, ...]:
+    """The blocks xx, xy, yy of centered features in float32, (B, ., .) each; None if not wanted."""
+    config = configuration(layers, form)
+    is_gram = form == "gram"
+    n, d1, d2 = layers.rows[0], layers.x.widths[0], layers.y.widths[0]
+    first, second = (n, n) if is_gram else (d1, d2)
+    shapes = {"xx": (first, first), "xy": (first, second), "yy": (second, second)}
+    results = {
+        name: layers.empty(layers.entries, *shape)
+        for name, shape in shapes.items()
+        if name in wanted
+    }
+    if not layers.idle:
+        moments = raw_moments.launch(layers, config, form, wanted)
+        some = next(iter(results.values()))
+        blocks_kernel[(moments.slots * (config.block // config.sub), layers.entries)](
+            n, d1, d2, moments.tiles, moments.spill, *(results.get(name, some) for name in shapes),
+            moments.tile_programs, moments.slots, moments.tile_programs,
+            XX="xx" in wanted, YY="yy" in wanted, GRAM=is_gram,
+            BLOCK=config.block, BLOCK_K=config.block_k, SUB=config.sub,
+            num_warps=config.head_warps,
+        )  # fmt: skip
+    return tuple(results.get(name) for name in shapes)

@@ -8,27 +8,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .device import (
-    COUNT,
-    ENERGY_X,
-    ENERGY_XY,
-    ENERGY_Y,
-    PIVOT_X,
-    PIVOT_Y,
-    first_kept_row,
-    kept_rows,
-)
+from .device import first_kept_row, kept_rows, load_features
 
-
-@triton.jit
-def load_features(ptr, stride_n, stride_d, rows, valid, columns, width, mean, CENTER: tl.constexpr):
-    """A tile (rows, columns) of features, masked rows 0; centered in float32 if asked for."""
-    mask = valid[:, None] & (columns < width)[None, :]
-    offsets = rows.to(tl.int64)[:, None] * stride_n + columns.to(tl.int64)[None, :] * stride_d
-    tile = tl.load(ptr + offsets, mask=mask, other=0.0)
-    if CENTER:
-        tile = tl.where(mask, tile.to(tl.float32) - mean[None, :], 0.0)
-    return tile
+# Fields of a layer's statistics, each one number per column program.
+COUNT = tl.constexpr(0)
+PIVOT_X = tl.constexpr(1)
+PIVOT_Y = tl.constexpr(2)
+ENERGY_X = tl.constexpr(3)
+ENERGY_Y = tl.constexpr(4)
+ENERGY_XY = tl.constexpr(5)
+STATISTICS = 6
 
 
 @triton.jit
@@ -62,8 +51,8 @@ def column_statistics(
     for start in range(segment * length, tl.minimum(n, (segment + 1) * length), BLOCK_R):
         rows = start + tl.arange(0, BLOCK_R)
         valid = kept_rows(mask_ptr, longest, rows, n, HAS_MASK, APART)
-        x = load_features(x_ptr, stride_xn, stride_xd, rows, valid, columns, d1, zero, False)
-        y = load_features(y_ptr, stride_yn, stride_yd, rows, valid, columns, d2, zero, False)
+        x = load_features(x_ptr, stride_xn, stride_xd, rows, valid, columns, d1)
+        y = load_features(y_ptr, stride_yn, stride_yd, rows, valid, columns, d2)
         x, y = x.to(tl.float32), y.to(tl.float32)
         sum_x += tl.sum(x, 0)
         sum_y += tl.sum(y, 0)
@@ -88,3 +77,33 @@ def column_statistics(
     tl.store(out + ENERGY_X * programs, tl.sum(square_x - shifted_x * shifted_x * share, 0))
     tl.store(out + ENERGY_Y * programs, tl.sum(square_y - shifted_y * shifted_y * share, 0))
     tl.store(out + ENERGY_XY * programs, tl.sum(product - shifted_x * shifted_y * share, 0))
+
+
+@triton.jit
+def statistic(statistics_ptr, field, programs):
+    """The sum of one field over the column programs, in float64."""
+    several = tl.arange(0, 256)
+    total = tl.zeros([256], tl.float64)
+    for first in range(0, programs, 256):
+        i = first + several
+        parts = tl.load(statistics_ptr + field * programs + i, mask=i < programs, other=0.0)
+        total += parts.to(tl.float64)
+    return tl.sum(total, 0)
+
+
+@triton.jit
+def inverse_scale(statistics_ptr, pivot_field, field, programs):
+    """About 1 / the norm of the centered features, so that all blocks are of the size of 1."""
+    energy = statistic(statistics_ptr, field, programs)
+    pivot = statistic(statistics_ptr, pivot_field, programs)
+    energy = tl.where(energy > 0, energy, pivot)
+    return tl.where(energy == 0, 1.0, 1.0 / tl.sqrt(energy)).to(tl.float32)
+
+
+@triton.jit
+def column_mean(sums_ptr, columns, segments, stride, count, mask, BLOCK: tl.constexpr):
+    """Means of some columns from the segments' sums, added in order."""
+    total = tl.zeros([BLOCK], tl.float32)
+    for segment in range(segments):
+        total += tl.load(sums_ptr + segment * stride + columns, mask=mask, other=0.0)
+    return total / count

@@ -10,15 +10,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# Fields of a layer's statistics, each one number per column program.
-COUNT = tl.constexpr(0)
-PIVOT_X = tl.constexpr(1)
-PIVOT_Y = tl.constexpr(2)
-ENERGY_X = tl.constexpr(3)
-ENERGY_Y = tl.constexpr(4)
-ENERGY_XY = tl.constexpr(5)
-STATISTICS = 6
-
 # Rows that debiasing keeps apart at most, see longest.py. A layer has their numbers, the longest
 # first, and -1 behind them; how many they are; and the chunks of rows that hold them, each once.
 LONGEST = tl.constexpr(8)
@@ -109,6 +100,13 @@ def split(x):
 
 
 @triton.jit
+def square_sum(tile):
+    """Sum of squares in float64: squares of float32 may not be float32."""
+    wide = tile.to(tl.float64)
+    return tl.sum(tl.sum(wide * wide, 1), 0)
+
+
+@triton.jit
 def valid_rows(mask_ptr, rows, n, HAS_MASK: tl.constexpr):
     """Which rows exist and are not masked."""
     valid = rows < n
@@ -173,62 +171,16 @@ def first_valid_row(mask_ptr, n, HAS_MASK: tl.constexpr):
 
 
 @triton.jit
-def triangle(t):
-    """Row and column ``i <= j`` of the t-th pair of an upper triangle, column by column."""
-    j = ((tl.sqrt((8 * t + 1).to(tl.float32)) - 1) * 0.5).to(tl.int32)
-    j = tl.where(j * (j + 1) // 2 > t, j - 1, j)
-    j = tl.where((j + 1) * (j + 2) // 2 <= t, j + 1, j)
-    return t - j * (j + 1) // 2, j
-
-
-@triton.jit
-def triangle_index(i, j):
-    """The inverse of :func:`triangle`, for ``i <= j``."""
-    return j * (j + 1) // 2 + i
-
-
-@triton.jit
-def sum_partials(tiles_ptr, spill_ptr, slot, chunks, share, offsets, SIZE: tl.constexpr):
-    """A tile's total over the programs that worked on it, in the order of their chunks.
-
-    The program that begins a tile leaves its sum in the tile's own slot, one that begins in the
-    middle of a tile in its own spill. Each has ``share`` iterations of ``chunks`` per tile.
-    """
-    total = tl.load(tiles_ptr + slot.to(tl.int64) * SIZE + offsets)
-    begin = slot * chunks
-    for program in range(begin // share + 1, (begin + chunks - 1) // share + 1):
-        total += tl.load(spill_ptr + (slot * 0 + program).to(tl.int64) * SIZE + offsets)
-    return total
-
-
-@triton.jit
-def statistic(statistics_ptr, field, programs):
-    """The sum of one field over the column programs, in float64."""
-    several = tl.arange(0, 256)
-    total = tl.zeros([256], tl.float64)
-    for first in range(0, programs, 256):
-        i = first + several
-        parts = tl.load(statistics_ptr + field * programs + i, mask=i < programs, other=0.0)
-        total += parts.to(tl.float64)
-    return tl.sum(total, 0)
-
-
-@triton.jit
-def inverse_scale(statistics_ptr, pivot_field, field, programs):
-    """About 1 / the norm of the centered features, so that all blocks are of the size of 1."""
-    energy = statistic(statistics_ptr, field, programs)
-    pivot = statistic(statistics_ptr, pivot_field, programs)
-    energy = tl.where(energy > 0, energy, pivot)
-    return tl.where(energy == 0, 1.0, 1.0 / tl.sqrt(energy)).to(tl.float32)
-
-
-@triton.jit
-def column_mean(sums_ptr, columns, segments, stride, count, mask, BLOCK: tl.constexpr):
-    """Means of some columns from the segments' sums, added in order."""
-    total = tl.zeros([BLOCK], tl.float32)
-    for segment in range(segments):
-        total += tl.load(sums_ptr + segment * stride + columns, mask=mask, other=0.0)
-    return total / count
+def load_features(
+    ptr, stride_n, stride_d, rows, valid, columns, width, mean=None, CENTER: tl.constexpr = False
+):
+    """A tile (rows, columns) of features, masked rows 0; centered in float32 if asked for."""
+    mask = valid[:, None] & (columns < width)[None, :]
+    offsets = rows.to(tl.int64)[:, None] * stride_n + columns.to(tl.int64)[None, :] * stride_d
+    tile = tl.load(ptr + offsets, mask=mask, other=0.0)
+    if CENTER:
+        tile = tl.where(mask, tile.to(tl.float32) - mean[None, :], 0.0)
+    return tile
 
 
 @triton.jit

@@ -12,9 +12,12 @@ Bytes: both K once per block of columns, X once per block of rows, the gradient 
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from .config import Config
 from .device import (
     batch_of,
     features_of,
@@ -26,7 +29,10 @@ from .device import (
     split,
     valid_rows,
 )
-from .gram import INVERSE, OTHER, OWN, SCALARS, edge_of, grams_of
+from .gram_cka_small import SMALL_ROWS, rows_of
+from .gram_saved import INVERSE, OTHER, OWN, SCALARS, Saved, edge_of, grams_of, stride_of
+from .launch import gradients
+from .layers import Layers
 
 
 @triton.jit(
@@ -104,3 +110,36 @@ def gram_backward_kernel(
         offsets = row.to(tl.int64)[:, None] * d + column[None, :]
         inside = (row < n)[:, None] & (column < d)[None, :]
         tl.store(grad_ptr + offsets, acc.to(grad_ptr.dtype.element_ty), mask=inside)
+
+
+def launch(
+    layers: Layers,
+    config: Config,
+    saved: Saved,
+    incoming: Tensor,
+    side: int,
+    dtype: torch.dtype,
+) -> tuple[Tensor, ...]:
+    """One side's gradients, side 0 being the student."""
+    own = layers.x if side == 0 else layers.y
+    grads, stride_gb = gradients(own, layers, dtype)
+    if layers.idle:
+        return grads
+    entries, max_width = layers.entries, max(own.widths)
+    width = saved.means.numel() // (entries * 2)
+    block_m, block_n, block_k = config.gram_backward
+    small = layers.max_rows <= SMALL_ROWS
+    if small:
+        # The mean of a column is that of its one block.
+        block_m = block_k = rows_of(layers)
+    grid = (-(-layers.max_rows // block_m) * -(-max_width // block_n), entries)
+    gram_backward_kernel[grid](
+        own.addresses, layers.mask_numbers, layers.filled(grads), layers.row_numbers, own.columns,
+        own.strides_n, own.strides_d, own.stride_b, layers.stride_mb, stride_gb,
+        incoming, saved.grams, saved.means, width, stride_of(layers), max_width,
+        **layers.feature_options, SIDE=side,
+        SMALL=small, EXACT=layers.exact,
+        BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k,
+        num_warps=config.gram_backward_warps, num_stages=config.gram_backward_stages,
+    )  # fmt: skip
+    return grads

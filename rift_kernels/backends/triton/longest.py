@@ -13,10 +13,13 @@ Bytes: X and Y once, and 32 rows of them for each program; 8 a row.
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from .columns import load_features
+from .config import Config
+from .debiasing import row_energies
 from .device import (
     CHUNKS,
     LONG_COUNT,
@@ -28,11 +31,13 @@ from .device import (
     features_of,
     first_valid_row,
     layer_of,
+    load_features,
     mask_of,
     size,
     valid_rows,
 )
-from .energies import row_energies
+from .launch import padded_width, processors
+from .layers import Layers
 
 # A long row has this many times the mean energy of all rows that are shorter.
 LONG_ENERGY = tl.constexpr(4)
@@ -81,7 +86,7 @@ def _centre(
         for turn in range(rounds):
             rows = sample + turn * SAMPLE
             valid = valid_rows(mask_ptr, rows, n, HAS_MASK)
-            x = load_features(x_ptr, stride_n, stride_d, rows, valid, column, width, count, False)
+            x = load_features(x_ptr, stride_n, stride_d, rows, valid, column, width)
             total += tl.sum(x.to(tl.float32), 0)
             count += valid.to(tl.float32)
         tl.store(out_ptr + column, total / tl.maximum(tl.sum(count, 0), 1))
@@ -246,3 +251,23 @@ def longest_kernel(
             r_ptr, q_ptr, candidates_ptr, programs * (2 * LONGEST), total_x, total_y,
             valid_count, longest_ptr, BLOCK_K,
         )  # fmt: skip
+
+
+def launch(layers: Layers, config: Config, longest: Tensor) -> None:
+    """Find the long rows of every layer."""
+    entries, width = layers.entries, padded_width(layers, config)
+    # Twice as many as run at once, so that a run of rows is short.
+    programs = -(-2 * processors(layers.device) // entries)
+    programs = min(programs, -(-layers.max_rows // (2 * config.block_r)))
+    # Fresh, at the price of a small launch: see gram_cka_small.py.
+    counters = torch.zeros(entries, dtype=torch.int32, device=layers.device)
+    longest_kernel[(programs, entries)](
+        *layers.shape,
+        layers.empty(entries * programs * 2 * width), layers.empty(entries * 2 * layers.max_rows),
+        layers.empty(entries * programs * TOTALS.value, dtype=torch.float64),
+        layers.empty(entries * programs * 2 * LONGEST.value, dtype=torch.int32),
+        longest, counters, width, layers.max_rows,
+        **layers.feature_options,
+        BLOCK=config.block, BLOCK_K=config.block_k, BLOCK_R=config.block_r,
+        num_warps=config.head_warps,
+    )  # fmt: skip

@@ -18,7 +18,8 @@ import triton.language as tl
 from torch import Tensor
 from torch._subclasses import FakeTensor
 
-from .device import split, triangle
+from .device import split
+from .tiles import triangle
 
 
 @triton.jit

@@ -13,24 +13,18 @@ Bytes: the partial tiles of A and B once; A - B (and B) is written as two bfloat
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from .cka import square_sum, store_halves, store_shift
-from .cka_head import store_side
-from .device import (
-    COUNT,
-    PIVOT_X,
-    PIVOT_Y,
-    arrive,
-    column_mean,
-    layer_of,
-    over_programs,
-    size,
-    statistic,
-    sum_partials,
-    triangle,
-)
+from .columns import COUNT, PIVOT_X, PIVOT_Y, column_mean, statistic
+from .config import Config
+from .covariance_saved import Saved, store_halves, store_shift, store_side
+from .device import arrive, layer_of, over_programs, size, square_sum
+from .layers import Layers
+from .raw_moments import RawMoments
+from .tiles import sum_partials, triangle
 
 SQUARE_DIFFERENCE = tl.constexpr(0)
 SQUARE_B = tl.constexpr(1)
@@ -195,3 +189,32 @@ def covariance_kernel(
             values_ptr + entry, scalars_ptr + entry * 32, total, count, d.to(tl.float64),
             mean_weight, pivot_x, pivot_y, KIND,
         )  # fmt: skip
+
+
+def launch(
+    layers: Layers,
+    config: Config,
+    moments: RawMoments,
+    values: Tensor,
+    saved: Saved,
+    *,
+    scale: str,
+    mean_weight: float,
+    student: bool,
+    teacher: bool,
+) -> None:
+    """Values, and what the backward needs, from raw moments."""
+    programs = moments.slots // 2 * (config.block // config.sub)
+    partial = layers.empty(layers.entries * programs * FIELDS.value, dtype=torch.float64)
+    covariance_kernel[(programs, layers.entries)](
+        layers.row_numbers, layers.x.columns,
+        moments.tiles, moments.spill, moments.sums, moments.statistics, moments.counters,
+        values, saved.scalars, saved.planes_x, saved.planes_y, saved.shift_x, saved.shift_y,
+        saved.means, partial,
+        mean_weight, moments.tile_programs, moments.column_programs, moments.segments,
+        moments.width, moments.slots, moments.tile_programs,
+        LAYERS=len(layers.rows), SPLIT=layers.exact,
+        SHIFT=not layers.exact, KIND=KINDS[scale], STUDENT=student, TEACHER=teacher,
+        BLOCK=config.block, BLOCK_K=config.block_k, SUB=config.sub,
+        num_warps=config.head_warps,
+    )  # fmt: skip

@@ -17,6 +17,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .covariance_saved import store_side
+
 # Fields of the sums that the programs leave to the last of them.
 SQUARE_A = tl.constexpr(0)
 SQUARE_B = tl.constexpr(1)
@@ -38,19 +40,6 @@ LONG_X = tl.constexpr(13)
 LONG_Y = tl.constexpr(14)
 FIELDS = tl.constexpr(16)
 
-# Fields of the scalars that the backward reads, for each side.
-SCALE = tl.constexpr(0)
-OWN = tl.constexpr(1)
-OTHER = tl.constexpr(2)
-FULL = tl.constexpr(3)
-ROW = tl.constexpr(4)
-ROW_OWN = tl.constexpr(5)
-ROW_OTHER = tl.constexpr(6)
-ROWS = tl.constexpr(7)
-INVERSE_OWN = tl.constexpr(8)
-INVERSE_OTHER = tl.constexpr(9)
-SCALARS = 16
-
 # What is left of a unit block by less than this is made of rounding: of float32 sums, or of
 # features split in two, where the more columns there are, the more of it averages out.
 ROUNDING = tl.constexpr(2.0**-19)
@@ -69,27 +58,6 @@ def _hsic(sums, square, pairs, first, second, product, n):
     h = square + _field(sums, pairs)
     h += _field(sums, first) * _field(sums, second) / ((n - 1) * (n - 2))
     return h - 2 / (n - 2) * _field(sums, product)
-
-
-@triton.jit
-def store_side(
-    scalars_ptr, side, n, scale, own, other, full, row, row_own, row_other, inverse_own,
-    inverse_other,
-):  # fmt: skip
-    """One side's scalars for the backward. The inverses stay apart from the rest, because their
-    product may not be a float32."""
-    field = tl.arange(0, 16)
-    values = tl.where(field == SCALE, scale.to(tl.float32), 0.0)
-    values = tl.where(field == OWN, own.to(tl.float32), values)
-    values = tl.where(field == OTHER, other.to(tl.float32), values)
-    values = tl.where(field == FULL, full.to(tl.float32), values)
-    values = tl.where(field == ROW, row.to(tl.float32), values)
-    values = tl.where(field == ROW_OWN, row_own.to(tl.float32), values)
-    values = tl.where(field == ROW_OTHER, row_other.to(tl.float32), values)
-    values = tl.where(field == ROWS, n.to(tl.float32), values)
-    values = tl.where(field == INVERSE_OWN, inverse_own.to(tl.float32), values)
-    values = tl.where(field == INVERSE_OTHER, inverse_other.to(tl.float32), values)
-    tl.store(scalars_ptr + side * 16 + field, values)
 
 
 @triton.jit
@@ -140,7 +108,7 @@ def cka_head(
     alpha_x, alpha_y = -u_x * beta, -u_y * beta
     full_x = (_field(sums, SQUARE_FX) > left) & HIGH
     full_y = (_field(sums, SQUARE_FY) > left) & HIGH
-    # What a row weighs beside the products, from its sums: see backward.py.
+    # What a row weighs beside the products, from its sums: see covariance_backward.py.
     store_side(
         scalars_ptr, 0, n, beta, -u_x * inverse_x / inverse_y, t_x, full_x,
         -b * (alpha_x * sum_k + beta * sum_l), -a * alpha_x, -a * beta, inverse_x, inverse_y,

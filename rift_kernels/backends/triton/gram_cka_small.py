@@ -1,16 +1,19 @@
 """Linear CKA in Gram form with up to 128 rows: from features to the value in one launch.
 
 Each program centers its columns of all rows before it multiplies, in halves; the last one to finish
-adds up what all have left, in order, and has the head. See gram.py for the formulae.
+adds up what all have left, in order, and has the head. See gram_cka.py for the formulae.
 
 Bytes: the features once, both K in float32 once, and once more per program where there are several.
 """
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from .config import Config
 from .device import (
     arrive,
     batch_of,
@@ -22,7 +25,12 @@ from .device import (
     split,
     valid_rows,
 )
-from .gram import SCALARS, center_offset, edge_of, gram_head, grams_of, inner_product, pack_sums
+from .gram_cka_head import center_offset, gram_head, inner_product, pack_sums
+from .gram_saved import SCALARS, Saved, edge_of, grams_of, stride_of
+from .launch import round_up
+from .layers import Layers
+
+SMALL_ROWS = 128
 
 
 @triton.jit
@@ -190,3 +198,36 @@ def small_gram_kernel(
             values_ptr + entry, kept_ptr + entry * SCALARS, sums, count.to(tl.float64),
             pivot_x, pivot_y, inverse_x, inverse_y, DEBIASED, DISTANCE,
         )  # fmt: skip
+
+
+def rows_of(layers: Layers) -> int:
+    """Of the kernels for few rows: two sizes, those of the configurations' classes."""
+    return 64 if layers.max_rows <= 64 else SMALL_ROWS
+
+
+def launch(
+    layers: Layers,
+    config: Config,
+    values: Tensor,
+    saved: Saved,
+    *,
+    debiased: bool,
+    distance: bool,
+    store: bool,
+) -> None:
+    """Values, and what the backward needs, from up to SMALL_ROWS rows of features."""
+    programs = triton.next_power_of_2(-(-layers.widest // config.small_share))
+    share = round_up(-(-layers.widest // programs), config.small_k)
+    rows = rows_of(layers)
+    workspace = layers.empty(layers.entries * programs * (2 * rows * rows + 4))
+    # Fresh ones, at the price of one small launch: memory kept between calls would have to be one a
+    # stream, and inside CUDA graphs it would belong to nobody.
+    counters = None
+    if programs > 1:
+        counters = torch.zeros(layers.entries, dtype=torch.int32, device=layers.device)
+    small_gram_kernel[(programs, layers.entries)](
+        *layers.shape, workspace, counters, values, saved.grams, stride_of(layers), share,
+        **layers.feature_options, DEBIASED=debiased, DISTANCE=distance, STORE=store,
+        ROWS=rows, BLOCK_K=config.small_k, PROGRAMS=programs,
+        num_warps=8 if rows > 64 else 4, num_stages=2,
+    )  # fmt: skip

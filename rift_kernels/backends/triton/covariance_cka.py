@@ -1,7 +1,7 @@
 """Linear CKA in covariance form: from partial moments to the value and the backward's operands.
 
 With features scaled to unit norm, ``A = X^T X``, ``C = X^T Y``, ``B = Y^T Y`` and
-``value = h / sqrt(hxx hyy)`` (``cka_head.py``), the student's gradient is
+``value = h / sqrt(hxx hyy)`` (``covariance_cka_head.py``), the student's gradient is
 
     beta (X (-u A) + Y C^T),    u = h / hxx,  beta = 2 / sqrt(hxx hyy)
 
@@ -24,17 +24,25 @@ as two bfloat16 each.
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from .cka_head import (
+from .columns import (
+    COUNT,
+    ENERGY_X,
+    ENERGY_XY,
+    ENERGY_Y,
+    PIVOT_X,
+    PIVOT_Y,
+    column_mean,
+    inverse_scale,
+    statistic,
+)
+from .config import Config
+from .covariance_cka_head import (
     FIELDS,
-    LONG_X,
-    LONG_Y,
-    PAIRS_XX,
-    PAIRS_XY,
-    PAIRS_YY,
-    PRODUCT_KL,
     ROUNDING,
     ROUNDING_OF_SPLIT,
     SQUARE_A,
@@ -42,117 +50,34 @@ from .cka_head import (
     SQUARE_C,
     SQUARE_FX,
     SQUARE_FY,
-    SQUARE_K,
-    SQUARE_L,
-    SUM_K,
-    SUM_L,
     cka_head,
 )
+from .covariance_saved import Saved, energy_programs, store_halves, store_shift
+from .debiasing import sums_of_rows, weighted_sums
 from .device import (
-    COUNT,
-    ENERGY_X,
-    ENERGY_XY,
-    ENERGY_Y,
     LONG_COUNT,
     LONG_FIELDS,
     LONGEST,
-    PIVOT_X,
-    PIVOT_Y,
     arrive,
     batch_of,
-    column_mean,
     features_of,
-    inverse_scale,
     layer_of,
     long_rows,
     mask_of,
     over_programs,
     size,
-    split,
-    statistic,
-    sum_partials,
-    triangle_index,
+    square_sum,
 )
-from .energies import long_products, row_energies, weighted_sums
-from .tiles import tile_of
-
-
-@triton.jit
-def square_sum(tile):
-    """Sum of squares in float64: squares of float32 may not be float32."""
-    wide = tile.to(tl.float64)
-    return tl.sum(tl.sum(wide * wide, 1), 0)
-
-
-@triton.jit
-def store_halves(planes_ptr, plane, offsets, tile):
-    """A float32 tile as two bfloat16 ones."""
-    high, low = split(tile)
-    tl.store(planes_ptr + offsets, high)
-    tl.store(planes_ptr + plane + offsets, low)
-
-
-@triton.jit
-def store_shift(shift_ptr, half, offsets, mean, tile, AXIS: tl.constexpr):
-    """What the mean of the left operand's columns makes of both halves of the right operand."""
-    high, low = split(tile)
-    factor = mean[None, :] if AXIS == 1 else mean[:, None]
-    tl.store(shift_ptr + offsets, tl.sum(factor * high.to(tl.float32), AXIS))
-    tl.store(shift_ptr + half + offsets, tl.sum(factor * low.to(tl.float32), AXIS))
-
-
-@triton.jit
-def _rows_of_k(
-    k_ptr, l_ptr, with_x, with_y, longest_ptr, long_count, begin, end, BLOCK_R: tl.constexpr
-):  # fmt: skip
-    """Makes of energies, in place, less the sums of the rows of K and L without the diagonal: the
-    energy less the products with the long rows. Returns what the head needs of these rows."""
-    field, slots = tl.arange(0, FIELDS), tl.arange(0, LONGEST)
-    long = tl.load(longest_ptr + slots)
-    sums = tl.zeros([FIELDS], tl.float64)
-    for start in range(begin, end, BLOCK_R):
-        row = start + tl.arange(0, BLOCK_R)
-        inside = row < end
-        r = tl.load(k_ptr + row, mask=inside, other=0.0).to(tl.float64)
-        q = tl.load(l_ptr + row, mask=inside, other=0.0).to(tl.float64)
-        at = row.to(tl.int64)[:, None] * LONGEST + slots[None, :]
-        known = inside[:, None] & (slots < long_count)[None, :]
-        x = tl.load(with_x + at, mask=known, other=0.0).to(tl.float64)
-        y = tl.load(with_y + at, mask=known, other=0.0).to(tl.float64)
-        with_itself = row[:, None] == long[None, :]
-        own_x, own_y = tl.where(with_itself, x, 0.0), tl.where(with_itself, y, 0.0)
-        x, y = x - own_x, y - own_y
-        less_k, less_l = r - tl.sum(x, 1), q - tl.sum(y, 1)
-        tl.store(k_ptr + row, less_k.to(tl.float32), mask=inside)
-        tl.store(l_ptr + row, less_l.to(tl.float32), mask=inside)
-        xx, yy, xy = tl.sum(x * x, 1), tl.sum(y * y, 1), tl.sum(x * y, 1)
-        sums += tl.where(field == SUM_K, -tl.sum(less_k, 0), 0.0)
-        sums += tl.where(field == SUM_L, -tl.sum(less_l, 0), 0.0)
-        sums += tl.where(field == SQUARE_K, tl.sum(less_k * less_k, 0), 0.0)
-        sums += tl.where(field == SQUARE_L, tl.sum(less_l * less_l, 0), 0.0)
-        sums += tl.where(field == PRODUCT_KL, tl.sum(less_k * less_l, 0), 0.0)
-        # Once from either end, where both are long. A long row has no energy here.
-        ends = 2 - tl.max(with_itself.to(tl.float64), 1)
-        sums += tl.where(field == PAIRS_XX, tl.sum(ends * xx - r * r, 0), 0.0)
-        sums += tl.where(field == PAIRS_YY, tl.sum(ends * yy - q * q, 0), 0.0)
-        sums += tl.where(field == PAIRS_XY, tl.sum(ends * xy - r * q, 0), 0.0)
-        sums += tl.where(field == LONG_X, tl.sum(tl.sum(own_x, 1), 0), 0.0)
-        sums += tl.where(field == LONG_Y, tl.sum(tl.sum(own_y, 1), 0), 0.0)
-    return sums
+from .layers import Layers
+from .raw_moments import RawMoments
+from .tiles import sum_partials, tile_of, triangle_index
 
 
 @triton.jit(
     do_not_specialize=[
-        "stride_xb",
-        "stride_yb",
-        "stride_mb",
-        "tile_programs",
-        "column_programs",
-        "segments",
-        "slots",
-        "spills",
-        "max_rows",
-        "row_programs",
+        *("stride_xb", "stride_yb", "stride_mb"),
+        *("tile_programs", "column_programs", "segments", "slots", "spills"),
+        *("max_rows", "row_programs"),
     ]
 )
 def cka_kernel(
@@ -306,32 +231,12 @@ def cka_kernel(
         l_ptr = k_ptr + max_rows
         with_x = products_ptr + entry.to(tl.int64) * 2 * max_rows * LONGEST
         with_y = with_x + max_rows.to(tl.int64) * LONGEST
-        row_energies(
-            x_ptr, stride_xn, stride_xd, mask_ptr, longest, n, d1,
-            sums_x, segments, width, n_float, inverse_x, k_ptr, begin, end,
-            HAS_MASK, True, BLOCK, BLOCK_R,
+        sums += sums_of_rows(
+            x_ptr, y_ptr, stride_xn, stride_xd, stride_yn, stride_yd, mask_ptr, n, d1, d2,
+            longest_ptr, longest, long_count, sums_x, sums_y, segments, width, n_float,
+            inverse_x, inverse_y, k_ptr, l_ptr, with_x, with_y, begin, end,
+            HAS_MASK, BLOCK, BLOCK_R,
         )  # fmt: skip
-        row_energies(
-            y_ptr, stride_yn, stride_yd, mask_ptr, longest, n, d2,
-            sums_y, segments, width, n_float, inverse_y, l_ptr, begin, end,
-            HAS_MASK, True, BLOCK, BLOCK_R,
-        )  # fmt: skip
-        if long_count > 0:
-            long_products(
-                x_ptr, stride_xn, stride_xd, mask_ptr, longest_ptr, long_count, n, d1,
-                sums_x, segments, width, n_float, inverse_x, with_x, begin, end,
-                HAS_MASK, BLOCK, BLOCK_R,
-            )  # fmt: skip
-            long_products(
-                y_ptr, stride_yn, stride_yd, mask_ptr, longest_ptr, long_count, n, d2,
-                sums_y, segments, width, n_float, inverse_y, with_y, begin, end,
-                HAS_MASK, BLOCK, BLOCK_R,
-            )  # fmt: skip
-        # What this program has just stored, it reads again with other threads.
-        tl.debug_barrier()
-        sums += _rows_of_k(
-            k_ptr, l_ptr, with_x, with_y, longest_ptr, long_count, begin, end, BLOCK_R
-        )
         tl.debug_barrier()
         half_sums = row_programs * width
         weighted_ptr += entry.to(tl.int64) * 4 * half_sums + run * width
@@ -368,3 +273,35 @@ def cka_kernel(
             pivot_x, pivot_y, mean_x, mean_y, inverse_x, inverse_y, t_x, t_y, rounding,
             DEBIASED, DISTANCE, HIGH,
         )  # fmt: skip
+
+
+def launch(
+    layers: Layers,
+    config: Config,
+    moments: RawMoments,
+    values: Tensor,
+    saved: Saved,
+    *,
+    debiased: bool,
+    distance: bool,
+    student: bool,
+    teacher: bool,
+    high: bool,
+) -> None:
+    """Values, and what the backward needs, from raw moments."""
+    rows = energy_programs(layers, debiased)
+    programs = moments.slots * (config.block // config.sub) + rows
+    partial = layers.empty(layers.entries * programs * FIELDS.value, dtype=torch.float64)
+    cka_kernel[(programs, layers.entries)](
+        *layers.shape, saved.longest if debiased else None,
+        moments.tiles, moments.spill, moments.sums, moments.statistics, moments.counters,
+        values, *saved[:-1], partial,
+        moments.tile_programs, moments.column_programs, moments.segments, moments.width,
+        moments.slots, moments.tile_programs, layers.max_rows, rows,
+        **layers.feature_options,
+        SPLIT=layers.exact, NEAR=layers.x.widths == layers.y.widths,
+        SHIFT=not layers.exact, DEBIASED=debiased, DISTANCE=distance,
+        STUDENT=student, TEACHER=teacher, HIGH=high,
+        BLOCK=config.block, BLOCK_K=config.block_k, SUB=config.sub, BLOCK_R=config.block_r,
+        num_warps=config.head_warps,
+    )  # fmt: skip

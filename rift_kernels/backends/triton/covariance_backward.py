@@ -19,30 +19,30 @@ each, or three and two times with the low halves.
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .cka_head import (
+from .config import Config
+from .covariance_saved import (
     FULL,
     INVERSE_OTHER,
     INVERSE_OWN,
     OTHER,
     OWN,
     ROW,
-    ROW_OTHER,
-    ROW_OWN,
-    ROWS,
     SCALE,
+    Saved,
+    energy_programs,
 )
+from .debiasing import add_row_gradients
 from .device import (
-    LONG_COUNT,
-    LONG_FIELDS,
-    LONGEST,
-    among,
     batch_of,
     features_of,
     layer_of,
-    long_rows,
+    load_features,
     mask_of,
     multiple,
     pick,
@@ -50,6 +50,8 @@ from .device import (
     split,
     valid_rows,
 )
+from .launch import descriptors_of, gradients, padded_width
+from .layers import Layers
 
 
 @triton.jit
@@ -61,9 +63,7 @@ def _features(
     if DESCRIPTORS:
         tile = descriptor.load([first_row, first])
     else:
-        mask = valid[:, None] & (column < width)[None, :]
-        offsets = row.to(tl.int64)[:, None] * stride_n + column.to(tl.int64)[None, :] * stride_d
-        tile = tl.load(ptr + offsets, mask=mask, other=0.0)
+        tile = load_features(ptr, stride_n, stride_d, row, valid, column, width)
     return tile
 
 
@@ -206,46 +206,11 @@ def backward_kernel(
         acc *= inverse_own * tl.load(scalars_ptr + SCALE)
         acc *= tl.load(scalars_ptr + INVERSE_OTHER)
         if DEBIASED:
-            side = row_programs * width
-            own_sums = row_sums_ptr + (entry * 2 + SIDE).to(tl.int64) * max_rows
-            other_sums = row_sums_ptr + (entry * 2 + 1 - SIDE).to(tl.int64) * max_rows
-            own_with = products_ptr + (entry * 2 + SIDE).to(tl.int64) * max_rows * LONGEST
-            other_with = products_ptr + (entry * 2 + 1 - SIDE).to(tl.int64) * max_rows * LONGEST
-            longest_ptr += entry * LONG_FIELDS
-            sum_ptr = weighted_ptr + entry.to(tl.int64) * 4 * side + SIDE * 2 * side + column
-            by_own, by_other = tl.load(scalars_ptr + ROW_OWN), tl.load(scalars_ptr + ROW_OTHER)
-            constant, count = tl.load(scalars_ptr + ROW), tl.load(scalars_ptr + ROWS)
-            of_row = by_own * tl.load(own_sums + row, mask=valid, other=0.0)
-            of_row += by_other * tl.load(other_sums + row, mask=valid, other=0.0)
-            weight = of_row + constant
-            mean = tl.load(mean_own_ptr + column)
-            # Of long rows, if any, their columns of U-centered K and L, see longest.py.
-            left = (count - 2) / count
-            for slot in range(tl.load(longest_ptr + LONG_COUNT)):
-                long = tl.load(longest_ptr + slot)
-                at = row.to(tl.int64) * LONGEST + slot
-                product = by_own * tl.load(own_with + at, mask=valid, other=0.0)
-                product += by_other * tl.load(other_with + at, mask=valid, other=0.0)
-                weight += left * product
-                of_long = by_own * tl.load(own_sums + long) + by_other * tl.load(other_sums + long)
-                share = -left * product - (of_row + of_long) / count - constant
-                share = tl.where(row == long, 0.0, share) * inverse_own
-                place = long.to(tl.int64) * own_n + column.to(tl.int64) * own_d
-                x = tl.load(own_ptr + place, mask=inside, other=0.0).to(tl.float32) - mean
-                acc += share[:, None] * (x * inverse_own)[None, :]
-            weight = tl.where(among(row, long_rows(longest_ptr)), 0.0, weight)
-            weight *= inverse_own
-            total = tl.zeros([BLOCK_N], tl.float32)
-            for run in range(row_programs):
-                total += by_own * tl.load(sum_ptr + run * width, mask=inside, other=0.0)
-                total += by_other * tl.load(sum_ptr + side + run * width, mask=inside, other=0.0)
-            own = _features(
-                own_ptr, own_descriptor, own_n, own_d, first_m, row, valid, first_n, column, d_own,
-                False,
+            acc = add_row_gradients(
+                acc, row, valid, column, d_own, own_ptr, own_n, own_d, mean_own_ptr, inverse_own,
+                scalars_ptr, row_sums_ptr, products_ptr, weighted_ptr, longest_ptr,
+                entry, width, max_rows, row_programs, SIDE, BLOCK_N,
             )  # fmt: skip
-            shift = total * inverse_own / count
-            own = weight[:, None] * (own.to(tl.float32) - mean[None, :]) - shift[None, :]
-            acc += own * inverse_own
         if BIAS:
             apart = tl.load(mean_own_ptr + column) - tl.load(mean_other_ptr + column)
             acc += (tl.load(scalars_ptr + ROW) * apart)[None, :]
@@ -254,3 +219,52 @@ def backward_kernel(
         offsets = row.to(tl.int64)[:, None] * d_own + column[None, :]
         bounds = (row < n)[:, None] & inside[None, :]
         tl.store(grad_ptr + offsets, acc.to(grad_ptr.dtype.element_ty), mask=bounds)
+
+
+def launch(
+    layers: Layers,
+    config: Config,
+    saved: Saved,
+    incoming: Tensor,
+    side: int,
+    dtype: torch.dtype,
+    *,
+    near: bool,
+    bias: bool,
+    shift_step: int,
+) -> tuple[Tensor, ...]:
+    """One side's gradients, side 0 being the student.
+
+    ``shift_step``: the columns that one sum of the shift stands for.
+    """
+    entries, width = layers.entries, padded_width(layers, config)
+    own, other = (layers.x, layers.y) if side == 0 else (layers.y, layers.x)
+    planes = (saved.planes_x, saved.planes_y)[side]
+    shift = (saved.shift_x, saved.shift_y)[side]
+    cross = own if bias else other
+    two = planes.numel() == entries * 4 * width * width
+    debiased, exact = saved.weighted.numel() > 0, shift.numel() == 0
+    grads, stride_gb = gradients(own, layers, dtype)
+    if layers.idle:
+        return grads
+    block_m, block_n, block_k = config.backward
+    grid = (-(-layers.max_rows // block_m) * -(-width // block_n), entries)
+    descriptors = None if exact else descriptors_of(layers, (own, cross), (block_m, block_k))
+    if descriptors:
+        matrix = planes.view(-1, width)
+        descriptors.append(TensorDescriptor.from_tensor(matrix, [block_k, block_n]))
+    backward_kernel[grid](
+        own.addresses, cross.addresses, layers.mask_numbers, layers.filled(grads),
+        layers.row_numbers, own.columns, cross.columns,
+        own.strides_n, own.strides_d, cross.strides_n, cross.strides_d,
+        own.stride_b, cross.stride_b, layers.stride_mb, stride_gb,
+        *(descriptors or (None, None, None)), incoming, planes, saved.scalars, shift, saved.means,
+        saved.row_sums, saved.products, saved.weighted, saved.longest,
+        width, width // config.sub, layers.max_rows, energy_programs(layers, debiased),
+        **layers.feature_options, SIDE=side, OWN_BLOCK=two,
+        NEAR=near, DEBIASED=debiased, BIAS=bias,
+        EXACT=exact, DESCRIPTORS=descriptors is not None, SHIFT_STEP=shift_step,
+        BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k,
+        num_warps=config.backward_warps, num_stages=config.backward_stages,
+    )  # fmt: skip
+    return grads

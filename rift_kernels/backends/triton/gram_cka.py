@@ -10,132 +10,36 @@ Bytes: the partial tiles once, both K in float32 once.
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from .device import (
+from .columns import (
     COUNT,
     ENERGY_X,
     ENERGY_Y,
     PIVOT_X,
     PIVOT_Y,
-    arrive,
-    batch_of,
     column_mean,
     inverse_scale,
-    layer_of,
-    mask_of,
-    over_programs,
-    size,
     statistic,
-    sum_partials,
-    triangle,
-    triangle_index,
-    valid_rows,
 )
-
-# Sums that the programs leave to the last of them.
-SQUARE_X = tl.constexpr(0)
-SQUARE_Y = tl.constexpr(1)
-PRODUCT = tl.constexpr(2)
-# The largest squared norm of a row: a maximum, not a sum.
-PEAK_X = tl.constexpr(3)
-PEAK_Y = tl.constexpr(4)
-FIELDS = tl.constexpr(8)
-
-# Scalars for the backward, for each side.
-OWN = tl.constexpr(0)
-OTHER = tl.constexpr(1)
-ROWS = tl.constexpr(2)
-INVERSE = tl.constexpr(3)
-SCALARS = tl.constexpr(8)
-
-NOISE = tl.constexpr(4 * 2.0**-23)
-
-
-@triton.jit
-def inner_product(a, b):
-    """``<a, b>`` of scaled matrices: rows in float32, for fewer registers, their sum in float64."""
-    return tl.sum(tl.sum(a * b, 1).to(tl.float64), 0)
-
-
-@triton.jit
-def _field(sums, field):
-    return tl.sum(tl.where(tl.arange(0, FIELDS) == field, sums, 0.0), 0)
-
-
-@triton.jit
-def pack_sums(square_x, square_y, product, peak_x, peak_y):
-    """The fields in one vector."""
-    field = tl.arange(0, FIELDS)
-    sums = tl.where(field == SQUARE_X, square_x, 0.0)
-    sums = tl.where(field == SQUARE_Y, square_y, sums)
-    sums = tl.where(field == PRODUCT, product, sums)
-    sums = tl.where(field == PEAK_X, peak_x.to(tl.float64), sums)
-    return tl.where(field == PEAK_Y, peak_y.to(tl.float64), sums)
-
-
-@triton.jit
-def _store_side(scalars_ptr, n, own, other, inverse):
-    """The inverse stays apart from the rest, because its square may not be a float32."""
-    field = tl.arange(0, 4)
-    values = tl.where(field == OWN, own.to(tl.float32), 0.0)
-    values = tl.where(field == OTHER, other.to(tl.float32), values)
-    values = tl.where(field == ROWS, n.to(tl.float32), values)
-    tl.store(scalars_ptr + field, tl.where(field == INVERSE, inverse, values))
-
-
-@triton.jit
-def grams_of(kept_ptr, entry, plane):
-    """Both matrices of an entry, behind the scalars of all entries."""
-    return kept_ptr + tl.num_programs(1) * SCALARS + entry * 2 * plane
-
-
-@triton.jit
-def edge_of(n):
-    """Where what is stored of a matrix ends: zeros up to a multiple of 16, for whole vectors."""
-    return tl.cdiv(n, 16) * 16
-
-
-@triton.jit
-def gram_head(
-    value_ptr, scalars_ptr, sums, n, pivot_x, pivot_y, inverse_x, inverse_y,
-    DEBIASED: tl.constexpr, DISTANCE: tl.constexpr,
-):  # fmt: skip
-    """The scalars of one layer, in float64; K of features scaled by the inverses."""
-    xx, yy, xy = _field(sums, SQUARE_X), _field(sums, SQUARE_Y), _field(sums, PRODUCT)
-    dead = (pivot_x == 0) | (pivot_y == 0)
-    fewest = 2
-    if DEBIASED:
-        fewest = 4
-        # What is left of the largest row by less than this is made of rounding.
-        dead = dead | (tl.sqrt(xx) <= _field(sums, PEAK_X) * NOISE)
-        dead = dead | (tl.sqrt(yy) <= _field(sums, PEAK_Y) * NOISE)
-    beta = tl.where(dead, 0.0, 2 / tl.sqrt(tl.where(dead, 1.0, xx * yy)))
-    value = 0.5 * xy * beta
-    # NaN and Inf in the features come through where nothing varies, too.
-    value += (pivot_x - pivot_x) + (pivot_y - pivot_y)
-    value = tl.where(n < fewest, float("nan"), value)
-    beta += value - value
-    slope = -2 * value
-    if DISTANCE:
-        value = 1 - value
-        beta, slope = -beta, -slope
-    tl.store(value_ptr, value.to(tl.float32))
-    alpha_x = tl.where(dead, 0.0, slope / tl.where(dead, 1.0, xx))
-    alpha_y = tl.where(dead, 0.0, slope / tl.where(dead, 1.0, yy))
-    _store_side(scalars_ptr, n, alpha_x, beta, inverse_x)
-    _store_side(scalars_ptr + 4, n, alpha_y, beta, inverse_y)
-
-
-@triton.jit
-def center_offset(row_sum, total, n, DEBIASED: tl.constexpr):
-    """``s`` of a row: what is taken off its row and its column."""
-    if DEBIASED:
-        s = (row_sum - total / (2 * (n - 1))) / (n - 2)
-    else:
-        s = (row_sum - total / (2 * n)) / n
-    return s
+from .config import Config
+from .device import arrive, batch_of, layer_of, mask_of, over_programs, size, valid_rows
+from .gram_cka_head import (
+    FIELDS,
+    PEAK_X,
+    PEAK_Y,
+    center_offset,
+    gram_head,
+    inner_product,
+    pack_sums,
+)
+from .gram_saved import SCALARS, Saved, edge_of, grams_of, stride_of
+from .layers import Layers
+from .raw_moments import RawMoments
+from .tiles import sum_partials, triangle, triangle_index
 
 
 @triton.jit
@@ -304,3 +208,28 @@ def gram_kernel(
             values_ptr + entry, kept_ptr + entry * SCALARS, total, count, pivot_x, pivot_y,
             inverse_x, inverse_y, DEBIASED, DISTANCE,
         )  # fmt: skip
+
+
+def launch(
+    layers: Layers,
+    config: Config,
+    moments: RawMoments,
+    values: Tensor,
+    saved: Saved,
+    *,
+    debiased: bool,
+    distance: bool,
+    store: bool,
+) -> None:
+    """Values, and what the backward needs, from raw moments."""
+    programs = moments.slots // 2 * (config.block // config.sub)
+    partial = layers.empty(layers.entries * programs * FIELDS.value, dtype=torch.float64)
+    gram_kernel[(programs, layers.entries)](
+        layers.mask_numbers, layers.row_numbers, layers.x.columns, layers.y.columns,
+        layers.stride_mb, *moments.tensors,
+        values, saved.grams, saved.means, partial,
+        moments.tile_programs, moments.column_programs, moments.segments, moments.width,
+        moments.slots, moments.tile_programs, stride_of(layers),
+        **layers.options, DEBIASED=debiased, DISTANCE=distance, STORE=store,
+        BLOCK=config.block, BLOCK_K=config.block_k, SUB=config.sub, num_warps=config.head_warps,
+    )  # fmt: skip
