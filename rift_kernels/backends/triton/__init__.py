@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 
 from . import blocks, covariance_form, gram_form, interpreter, products
-from .layers import MAX_LAYERS, Layers, alike, pack
+from .layers import MAX_LAYERS, Layers, pack, unified
 
 if interpreter.is_active():
-    interpreter.mend()
+    interpreter.repair()
 
 
 class _Group(NamedTuple):
@@ -52,7 +52,7 @@ def _groups(
             groups.append(_Group(indices, form, pack(x, y, valid, room)))
     if len(groups) == 1:
         return groups
-    packed = alike([group.layers for group in groups])
+    packed = unified([group.layers for group in groups])
     return [group._replace(layers=layers) for group, layers in zip(groups, packed, strict=True)]
 
 
@@ -83,7 +83,7 @@ def cka_fwd(
     debiased: bool,
     distance: bool,
 ) -> tuple[Tensor, list[Tensor]]:
-    """Values, and what :func:`cka_bwd` needs beside the features."""
+    """Values, and what :func:`cka_bwd` needs besides the features."""
     values, saved = [], []
     with torch.cuda.device_of(students[0]):
         groups = _groups(students, teachers, masks, gram)
@@ -111,7 +111,7 @@ def covariance_fwd(
     scale: str,
     mean_weight: float,
 ) -> tuple[Tensor, list[Tensor]]:
-    """Values, and what :func:`covariance_bwd` needs beside the features; all in covariance form."""
+    """Values, and what :func:`covariance_bwd` needs besides features; all in covariance form."""
     values, saved = [], []
     with torch.cuda.device_of(students[0]):
         groups = _groups(students, teachers, masks, gram)
@@ -134,7 +134,7 @@ def cka_bwd(
     wanted: tuple[bool, bool],
     dtypes: tuple[torch.dtype, torch.dtype],
 ) -> list[Tensor]:
-    """The wanted gradients, all students first; a side that none of them needs may be empty."""
+    """The wanted gradients of CKA, students first; a side that none of them needs may be empty."""
     features = (students, teachers, saved, masks, gram)
     return _backward(covariance_form.cka_bwd, grad_values, *features, wanted, dtypes)
 
@@ -149,7 +149,7 @@ def covariance_bwd(
     wanted: tuple[bool, bool],
     dtypes: tuple[torch.dtype, torch.dtype],
 ) -> list[Tensor]:
-    """The wanted gradients, all students first; a side that none of them needs may be empty."""
+    """As :func:`cka_bwd`, of the covariance distance."""
     features = (students, teachers, saved, masks, gram)
     return _backward(covariance_form.covariance_bwd, grad_values, *features, wanted, dtypes)
 
@@ -165,7 +165,7 @@ def _backward(
     wanted: tuple[bool, bool],
     dtypes: tuple[torch.dtype, torch.dtype],
 ) -> list[Tensor]:
-    """Gradients of a measure from those of one side and group; in Gram form it is CKA."""
+    """The wanted gradients, group after group; every measure in Gram form is CKA."""
     count = len(gram)
     students, teachers = students or teachers, teachers or students
     grads: list[Tensor] = [grad_values] * (2 * count)

@@ -1,25 +1,25 @@
-"""Linear CKA in covariance form: from partial moments to the value and the backward's operands.
+"""Linear CKA in covariance form: values and the backward's operands, from raw moments.
 
-With features scaled to unit norm, ``A = X^T X``, ``C = X^T Y``, ``B = Y^T Y`` and
-``value = h / sqrt(hxx hyy)`` (``covariance_cka_head.py``), the student's gradient is
+Features are scaled to unit norm. With ``A = X^T X``, ``C = X^T Y``, ``B = Y^T Y`` and
+``value = h / sqrt(hxx hyy)`` (covariance_cka_head.py), the student's gradient is
 
     beta (X (-u A) + Y C^T),    u = h / hxx,  beta = 2 / sqrt(hxx hyy)
 
-a difference of near-equal terms where the student is near its teacher. It is rearranged with a
-number t, the regression of Y on X:
+Its terms nearly cancel where the student is near its teacher. A number t, the regression of Y on X,
+rearranges it:
 
     F = C^T - t A               formed here, in float32
     W = t Y - u X               formed in the backward, in float32
     gradient = beta (W A + Y F)
 
-in which every term is as small as the gradient itself, so that bfloat16 operands do, at no more
-products than without. Where ``||F||^2`` is large beside ``(1 - value) ||C||^2`` this is not so (the
-student is a rotation of the teacher), and the low halves of W, A and F are multiplied as well.
-Nothing waits for that decision: A and F are written in halves, W and the number of products are the
-backward's.
+Every term is then as small as the gradient itself, so that bfloat16 operands suffice, and there are
+no more products than before. The exception is ``||F||^2`` large beside ``(1 - value) ||C||^2``,
+where the student is a rotation of its teacher. There the low halves of W, A and F are multiplied as
+well. No kernel waits for that decision: A and F are stored in halves, and the backward forms W and
+chooses the products.
 
-Bytes: every partial tile is read once for A, B and C each and once more per F; A and F are written
-as two bfloat16 each.
+Bytes: every partial tile once for A, B and C each, and once more per F; A and F as two bfloat16
+numbers each.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from .columns import (
     ENERGY_Y,
     PIVOT_X,
     PIVOT_Y,
+    STATISTICS,
     column_mean,
     inverse_scale,
     statistic,
@@ -52,7 +53,7 @@ from .covariance_cka_head import (
     SQUARE_FY,
     cka_head,
 )
-from .covariance_saved import Saved, energy_programs, store_halves, store_shift
+from .covariance_saved import SCALARS, Saved, energy_programs, store_halves, store_shift
 from .debiasing import sums_of_rows, weighted_sums
 from .device import (
     LONG_COUNT,
@@ -103,19 +104,19 @@ def cka_kernel(
     PARTS: tl.constexpr = BLOCK // SUB
     sums_x = sums_ptr + entry.to(tl.int64) * (2 * segments * width)
     sums_y = sums_x + segments * width
-    statistics_ptr += entry * 6 * column_programs
+    statistics_ptr += entry * STATISTICS * column_programs
     tiles_ptr += entry.to(tl.int64) * slots * SIZE
     spill_ptr += entry.to(tl.int64) * spills * SIZE
-    scalars_ptr += entry * 32
+    scalars_ptr += entry * 2 * SCALARS
     partial_ptr += entry.to(tl.int64) * programs * FIELDS
     count = statistic(statistics_ptr, COUNT, column_programs)
     inverse_x = inverse_scale(statistics_ptr, PIVOT_X, ENERGY_X, column_programs)
     inverse_y = inverse_scale(statistics_ptr, PIVOT_Y, ENERGY_Y, column_programs)
     t_x, t_y = inverse_x * 0.0, inverse_y * 0.0
     if NEAR:
-        # Regression coefficients of features of unit norm are one number both ways.
-        both = statistic(statistics_ptr, ENERGY_XY, column_programs)
-        t_x = (both * inverse_x * inverse_y).to(tl.float32)
+        # With features of unit norm, both regressions have the same coefficient.
+        energy_xy = statistic(statistics_ptr, ENERGY_XY, column_programs)
+        t_x = (energy_xy * inverse_x * inverse_y).to(tl.float32)
         t_y = t_x
     n_float = count.to(tl.float32)
     long_count = n * 0
@@ -130,8 +131,8 @@ def cka_kernel(
     share = tl.cdiv(tiles * chunks, tile_programs)
     field = tl.arange(0, FIELDS)
     sums = tl.zeros([FIELDS], tl.float64)
-    local = tl.arange(0, SUB)
-    across = tl.arange(0, BLOCK)
+    within_i = tl.arange(0, SUB)
+    within_j = tl.arange(0, BLOCK)
     plane = (2 * width).to(tl.int64) * width
     planes_x_ptr += entry * 2 * plane
     planes_y_ptr += entry * 2 * plane
@@ -142,10 +143,10 @@ def cka_kernel(
         slot, part = program // PARTS, program % PARTS
         if slot < tiles:
             left_is_y, block_i, right_is_y, block_j = tile_of(slot, blocks_x, blocks_y, True, True)
-            offsets = (part * SUB + local)[:, None] * BLOCK + across[None, :]
-            flipped = (part * SUB + local)[:, None] + across[None, :] * BLOCK
-            i = block_i * BLOCK + part * SUB + local
-            j = block_j * BLOCK + across
+            offsets = (part * SUB + within_i)[:, None] * BLOCK + within_j[None, :]
+            flipped_offsets = (part * SUB + within_i)[:, None] + within_j[None, :] * BLOCK
+            i = block_i * BLOCK + part * SUB + within_i
+            j = block_j * BLOCK + within_j
             tile = sum_partials(tiles_ptr, spill_ptr, slot, chunks, share, offsets, SIZE)
             sums_i = tl.where(left_is_y, sums_y, sums_x)
             sums_j = tl.where(right_is_y, sums_y, sums_x)
@@ -158,7 +159,7 @@ def cka_kernel(
             tile = tile * scale_i * scale_j
             i64, j64 = i.to(tl.int64), j.to(tl.int64)
             direct = i64[:, None] * width + j64[None, :]
-            turned = j64[None, :] * width + i64[:, None]
+            mirrored = j64[None, :] * width + i64[:, None]
             square = square_sum(tile)
             if left_is_y == right_is_y:
                 if block_i == block_j:
@@ -170,21 +171,21 @@ def cka_kernel(
                     if TEACHER:
                         store_halves(planes_y_ptr, plane, direct, tile)
                         if block_i != block_j:
-                            store_halves(planes_y_ptr, plane, turned, tile)
+                            store_halves(planes_y_ptr, plane, mirrored, tile)
                 else:
                     sums = tl.where(field == SQUARE_A, square, sums)
                     if STUDENT:
                         store_halves(planes_x_ptr, plane, direct, tile)
                         if block_i != block_j:
-                            store_halves(planes_x_ptr, plane, turned, tile)
+                            store_halves(planes_x_ptr, plane, mirrored, tile)
             else:
                 sums = tl.where(field == SQUARE_C, square, sums)
                 lower = block_i > block_j
                 pair = triangle_index(tl.minimum(block_i, block_j), tl.maximum(block_i, block_j))
-                own_offsets = tl.where(lower, flipped, offsets)
+                own_offsets = tl.where(lower, flipped_offsets, offsets)
                 if STUDENT:
-                    # The transpose of F, which is C - t A.
-                    rest = tile
+                    # The transpose of F is C - t A.
+                    remainder = tile
                     if NEAR:
                         own = sum_partials(
                             tiles_ptr, spill_ptr, pair, chunks, share, own_offsets, SIZE
@@ -194,13 +195,15 @@ def cka_kernel(
                                 sums_x, j, segments, width, n_float, j < width, BLOCK
                             )
                             own -= (n_float * mean_i)[:, None] * mean[None, :]
-                        rest = tile - t_x * (own * inverse_x * inverse_x)
-                    sums = tl.where(field == SQUARE_FX, square_sum(rest), sums)
-                    store_halves(planes_x_ptr + width.to(tl.int64) * width, plane, turned, rest)
+                        remainder = tile - t_x * (own * inverse_x * inverse_x)
+                    sums = tl.where(field == SQUARE_FX, square_sum(remainder), sums)
+                    store_halves(
+                        planes_x_ptr + width.to(tl.int64) * width, plane, mirrored, remainder
+                    )
                     if SHIFT:
-                        store_shift(shift_x_ptr, half, block_j * width + i, mean_j, rest, 1)
+                        store_shift(shift_x_ptr, half, block_j * width + i, mean_j, remainder, 1)
                 if TEACHER:
-                    rest = tile
+                    remainder = tile
                     if NEAR:
                         own = sum_partials(
                             tiles_ptr, spill_ptr, count_x + pair, chunks, share, own_offsets,
@@ -209,12 +212,14 @@ def cka_kernel(
                         if not SPLIT:
                             mean = column_mean(sums_y, i, segments, width, n_float, i < width, SUB)
                             own -= (n_float * mean)[:, None] * mean_j[None, :]
-                        rest = tile - t_y * (own * inverse_y * inverse_y)
-                    sums = tl.where(field == SQUARE_FY, square_sum(rest), sums)
-                    store_halves(planes_y_ptr + width.to(tl.int64) * width, plane, direct, rest)
+                        remainder = tile - t_y * (own * inverse_y * inverse_y)
+                    sums = tl.where(field == SQUARE_FY, square_sum(remainder), sums)
+                    store_halves(
+                        planes_y_ptr + width.to(tl.int64) * width, plane, direct, remainder
+                    )
                     if SHIFT:
                         row = block_i * PARTS + part
-                        store_shift(shift_y_ptr, half, row * width + j, mean_i, rest, 0)
+                        store_shift(shift_y_ptr, half, row * width + j, mean_i, remainder, 0)
     elif DEBIASED:
         run = program - slots * PARTS
         length = tl.cdiv(tl.cdiv(n, row_programs), BLOCK_R) * BLOCK_R
@@ -237,10 +242,11 @@ def cka_kernel(
             inverse_x, inverse_y, k_ptr, l_ptr, with_x, with_y, begin, end,
             HAS_MASK, BLOCK, BLOCK_R,
         )  # fmt: skip
+        # Other threads read them.
         tl.debug_barrier()
         half_sums = row_programs * width
         weighted_ptr += entry.to(tl.int64) * 4 * half_sums + run * width
-        # One loop over both sides: of two, registers would run out.
+        # One loop over both sides, because registers would run out with two.
         for side in range(0 if STUDENT else 1, 2 if TEACHER else 1):
             is_y = side == 1
             weighted_sums(
@@ -249,7 +255,7 @@ def cka_kernel(
                 tl.where(is_y, sums_y, sums_x), segments, width, n_float,
                 tl.where(is_y, l_ptr, k_ptr), tl.where(is_y, k_ptr, l_ptr),
                 weighted_ptr + 2 * side * half_sums, half_sums,
-                begin, end, HAS_MASK, True, BLOCK, BLOCK_R,
+                begin, end, HAS_MASK, BLOCK, BLOCK_R,
             )  # fmt: skip
     tl.store(partial_ptr + program * FIELDS + field, sums)
     if arrive(counters_ptr + entry, programs):
@@ -257,9 +263,10 @@ def cka_kernel(
         total, _ = over_programs(partial_ptr, programs, FIELDS)
         pivot_x = statistic(statistics_ptr, PIVOT_X, column_programs)
         pivot_y = statistic(statistics_ptr, PIVOT_Y, column_programs)
+        # Squared norms of both means, for long rows alone.
         mean_x, mean_y = count * 0, count * 0
         for first in range(0, tl.where(long_count > 0, width, 0), BLOCK):
-            column = entry * 2 * width + first + across
+            column = entry * 2 * width + first + within_j
             x = tl.load(means_ptr + column).to(tl.float64) * inverse_x
             y = tl.load(means_ptr + column + width).to(tl.float64) * inverse_y
             mean_x += tl.sum(x * x, 0)
@@ -289,15 +296,15 @@ def launch(
     high: bool,
 ) -> None:
     """Values, and what the backward needs, from raw moments."""
-    rows = energy_programs(layers, debiased)
-    programs = moments.slots * (config.block // config.sub) + rows
+    row_programs = energy_programs(layers, debiased)
+    programs = moments.slots * (config.block // config.sub) + row_programs
     partial = layers.empty(layers.entries * programs * FIELDS.value, dtype=torch.float64)
     cka_kernel[(programs, layers.entries)](
-        *layers.shape, saved.longest if debiased else None,
+        *layers.arguments, saved.longest if debiased else None,
         moments.tiles, moments.spill, moments.sums, moments.statistics, moments.counters,
         values, *saved[:-1], partial,
         moments.tile_programs, moments.column_programs, moments.segments, moments.width,
-        moments.slots, moments.tile_programs, layers.max_rows, rows,
+        moments.slots, moments.tile_programs, layers.max_rows, row_programs,
         **layers.feature_options,
         SPLIT=layers.exact, NEAR=layers.x.widths == layers.y.widths,
         SHIFT=not layers.exact, DEBIASED=debiased, DISTANCE=distance,

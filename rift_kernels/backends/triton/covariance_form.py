@@ -1,10 +1,10 @@
 """Launches in covariance form: linear CKA, the covariance distance, and the gradients of both.
 
-    moments, cka, backward            three for up to 24 layers
+    moments, cka, backward            three launches for up to 24 layers
     moments, covariance, backward
 
-float32 and float16 features take one more, for their means come first; and debiased CKA another,
-which looks for long rows.
+float32 and float16 features take one launch more, because their means come first. Debiased CKA
+takes another, which finds long rows.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ SAVED = len(Saved._fields)
 def cka_fwd(
     layers: Layers, debiased: bool, distance: bool, student: bool, teacher: bool, high: bool
 ) -> tuple[Tensor, list[Tensor]]:
-    """Values, and what :func:`cka_bwd` needs beside the features."""
+    """Values, and what :func:`cka_bwd` needs besides the features."""
     config = configuration(layers, "covariance")
     values = layers.values()
     saved = covariance_saved.allocate(layers, config, (2 * student, 2 * teacher), debiased)
@@ -50,10 +50,10 @@ def cka_fwd(
 def covariance_fwd(
     layers: Layers, scale: str, mean_weight: float, student: bool, teacher: bool
 ) -> tuple[Tensor, list[Tensor]]:
-    """The covariance distance, and what :func:`covariance_bwd` needs beside the features."""
+    """The covariance distance, and what :func:`covariance_bwd` needs besides the features."""
     config = configuration(layers, "covariance")
     values = layers.values()
-    # Relative to its own norm, the teacher's gradient has two terms.
+    # In the relative distance, the teacher's gradient has two terms.
     matrices = int(student), teacher * (2 if scale == "relative" else 1)
     saved = covariance_saved.allocate(layers, config, matrices)
     if not layers.idle:

@@ -1,8 +1,7 @@
-"""What debiasing needs of the rows: their energies, their products with the long ones, and sums
-weighted with what these make.
+"""What debiasing needs from single rows: energies, products with long rows, sums over rows.
 
-Bytes: the features once for the energies, once more for the sums, and where rows are long once
-more for the products, 32 a row.
+Bytes: the features once for energies, once more for weighted sums, and once more for products if
+rows are long, which are 32 a row.
 """
 
 from __future__ import annotations
@@ -43,10 +42,9 @@ def row_energies(
     sums_ptr, segments, stride, count, scale, energy_ptr, begin, end,
     HAS_MASK: tl.constexpr, APART: tl.constexpr, BLOCK: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """Squared norms of the centered rows ``begin..end``, 0 of rows that are kept apart; returns
-    their sum and sum of squares."""
+    """Store squared norms of the centered rows ``begin..end``, 0 for rows kept apart; return their
+    sum."""
     total = tl.zeros([BLOCK_R], tl.float64)
-    square = tl.zeros([BLOCK_R], tl.float64)
     for start in range(begin, end, BLOCK_R):
         row = start + tl.arange(0, BLOCK_R)
         valid = kept_rows(mask_ptr, longest, row, n, HAS_MASK, APART) & (row < end)
@@ -60,10 +58,8 @@ def row_energies(
             x = tl.where(mask, (x - mean[None, :]) * scale, 0.0)
             energy += tl.sum(x * x, 1)
         tl.store(energy_ptr + row, energy, mask=row < end)
-        wide = energy.to(tl.float64)
-        total += wide
-        square += wide * wide
-    return tl.sum(total, 0), tl.sum(square, 0)
+        total += energy.to(tl.float64)
+    return tl.sum(total, 0)
 
 
 @triton.jit
@@ -72,7 +68,7 @@ def _long_products(
     sums_ptr, segments, stride, count, scale, out_ptr, begin, end,
     HAS_MASK: tl.constexpr, BLOCK: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """Products of the centered rows ``begin..end`` with the long ones."""
+    """Store products of the centered rows ``begin..end`` with the long ones."""
     slots = tl.arange(0, LONGEST)
     for start in range(begin, end, BLOCK_R):
         row = start + tl.arange(0, BLOCK_R)
@@ -101,35 +97,35 @@ def _long_products(
 def weighted_sums(
     x_ptr, stride_n, stride_d, mask_ptr, longest, n, width, sums_ptr, segments, stride, count,
     own_ptr, other_ptr, out_ptr, half, begin, end,
-    HAS_MASK: tl.constexpr, APART: tl.constexpr, BLOCK: tl.constexpr, BLOCK_R: tl.constexpr,
+    HAS_MASK: tl.constexpr, BLOCK: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """Column sums of the centered rows ``begin..end``, weighted with a number of either side's."""
+    """Store column sums of the centered rows ``begin..end``, weighted by either side's row sums."""
     for first in range(0, width, BLOCK):
         column = first + tl.arange(0, BLOCK)
         mean = column_mean(sums_ptr, column, segments, stride, count, column < width, BLOCK)
-        by_own = tl.zeros([BLOCK], tl.float32)
-        by_other = tl.zeros([BLOCK], tl.float32)
+        own_total = tl.zeros([BLOCK], tl.float32)
+        other_total = tl.zeros([BLOCK], tl.float32)
         for start in range(begin, end, BLOCK_R):
             row = start + tl.arange(0, BLOCK_R)
-            valid = kept_rows(mask_ptr, longest, row, n, HAS_MASK, APART) & (row < end)
+            valid = kept_rows(mask_ptr, longest, row, n, HAS_MASK, True) & (row < end)
             mask = valid[:, None] & (column < width)[None, :]
             offsets = row.to(tl.int64)[:, None] * stride_n + column.to(tl.int64)[None, :] * stride_d
             x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
             x = tl.where(mask, x - mean[None, :], 0.0)
             own = tl.load(own_ptr + row, mask=valid, other=0.0)
             other = tl.load(other_ptr + row, mask=valid, other=0.0)
-            by_own += tl.sum(own[:, None] * x, 0)
-            by_other += tl.sum(other[:, None] * x, 0)
-        tl.store(out_ptr + column, by_own)
-        tl.store(out_ptr + half + column, by_other)
+            own_total += tl.sum(own[:, None] * x, 0)
+            other_total += tl.sum(other[:, None] * x, 0)
+        tl.store(out_ptr + column, own_total)
+        tl.store(out_ptr + half + column, other_total)
 
 
 @triton.jit
 def _sums_of_k(
     k_ptr, l_ptr, with_x, with_y, longest_ptr, long_count, begin, end, BLOCK_R: tl.constexpr
 ):  # fmt: skip
-    """Makes of energies, in place, less the sums of the rows of K and L without the diagonal: the
-    energy less the products with the long rows. Returns what the head needs of these rows."""
+    """Replace energies by negative sums of the rows of K and L without the diagonal, which are the
+    energies less products with long rows. Return what the head needs from these rows."""
     field, slots = tl.arange(0, FIELDS), tl.arange(0, LONGEST)
     long = tl.load(longest_ptr + slots)
     sums = tl.zeros([FIELDS], tl.float64)
@@ -138,24 +134,24 @@ def _sums_of_k(
         inside = row < end
         r = tl.load(k_ptr + row, mask=inside, other=0.0).to(tl.float64)
         q = tl.load(l_ptr + row, mask=inside, other=0.0).to(tl.float64)
-        at = row.to(tl.int64)[:, None] * LONGEST + slots[None, :]
-        known = inside[:, None] & (slots < long_count)[None, :]
-        x = tl.load(with_x + at, mask=known, other=0.0).to(tl.float64)
-        y = tl.load(with_y + at, mask=known, other=0.0).to(tl.float64)
-        with_itself = row[:, None] == long[None, :]
-        own_x, own_y = tl.where(with_itself, x, 0.0), tl.where(with_itself, y, 0.0)
+        offsets = row.to(tl.int64)[:, None] * LONGEST + slots[None, :]
+        mask = inside[:, None] & (slots < long_count)[None, :]
+        x = tl.load(with_x + offsets, mask=mask, other=0.0).to(tl.float64)
+        y = tl.load(with_y + offsets, mask=mask, other=0.0).to(tl.float64)
+        is_diagonal = row[:, None] == long[None, :]
+        own_x, own_y = tl.where(is_diagonal, x, 0.0), tl.where(is_diagonal, y, 0.0)
         x, y = x - own_x, y - own_y
-        less_k, less_l = r - tl.sum(x, 1), q - tl.sum(y, 1)
-        tl.store(k_ptr + row, less_k.to(tl.float32), mask=inside)
-        tl.store(l_ptr + row, less_l.to(tl.float32), mask=inside)
+        minus_k, minus_l = r - tl.sum(x, 1), q - tl.sum(y, 1)
+        tl.store(k_ptr + row, minus_k.to(tl.float32), mask=inside)
+        tl.store(l_ptr + row, minus_l.to(tl.float32), mask=inside)
         xx, yy, xy = tl.sum(x * x, 1), tl.sum(y * y, 1), tl.sum(x * y, 1)
-        sums += tl.where(field == SUM_K, -tl.sum(less_k, 0), 0.0)
-        sums += tl.where(field == SUM_L, -tl.sum(less_l, 0), 0.0)
-        sums += tl.where(field == SQUARE_K, tl.sum(less_k * less_k, 0), 0.0)
-        sums += tl.where(field == SQUARE_L, tl.sum(less_l * less_l, 0), 0.0)
-        sums += tl.where(field == PRODUCT_KL, tl.sum(less_k * less_l, 0), 0.0)
-        # Once from either end, where both are long. A long row has no energy here.
-        ends = 2 - tl.max(with_itself.to(tl.float64), 1)
+        sums += tl.where(field == SUM_K, -tl.sum(minus_k, 0), 0.0)
+        sums += tl.where(field == SUM_L, -tl.sum(minus_l, 0), 0.0)
+        sums += tl.where(field == SQUARE_K, tl.sum(minus_k * minus_k, 0), 0.0)
+        sums += tl.where(field == SQUARE_L, tl.sum(minus_l * minus_l, 0), 0.0)
+        sums += tl.where(field == PRODUCT_KL, tl.sum(minus_k * minus_l, 0), 0.0)
+        # Every pair counts twice, and a pair of long rows is met twice. A long row's energy is 0.
+        ends = 2 - tl.max(is_diagonal.to(tl.float64), 1)
         sums += tl.where(field == PAIRS_XX, tl.sum(ends * xx - r * r, 0), 0.0)
         sums += tl.where(field == PAIRS_YY, tl.sum(ends * yy - q * q, 0), 0.0)
         sums += tl.where(field == PAIRS_XY, tl.sum(ends * xy - r * q, 0), 0.0)
@@ -171,8 +167,8 @@ def sums_of_rows(
     inverse_x, inverse_y, k_ptr, l_ptr, with_x, with_y, begin, end,
     HAS_MASK: tl.constexpr, BLOCK: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """What the head needs of the rows ``begin..end``. Leaves sums of rows of K and L, and products
-    with the long rows."""
+    """What the head needs from the rows ``begin..end``. Stores negative sums of the rows of K and
+    L, and products with long rows."""
     row_energies(
         x_ptr, stride_xn, stride_xd, mask_ptr, longest, n, d1,
         sums_x, segments, width, n_float, inverse_x, k_ptr, begin, end,
@@ -194,7 +190,7 @@ def sums_of_rows(
             sums_y, segments, width, n_float, inverse_y, with_y, begin, end,
             HAS_MASK, BLOCK, BLOCK_R,
         )  # fmt: skip
-    # What this program has just stored, it reads again with other threads.
+    # Other threads of this program read what it has just stored.
     tl.debug_barrier()
     return _sums_of_k(k_ptr, l_ptr, with_x, with_y, longest_ptr, long_count, begin, end, BLOCK_R)
 
@@ -205,7 +201,7 @@ def add_row_gradients(
     scalars_ptr, row_sums_ptr, products_ptr, weighted_ptr, longest_ptr,
     entry, stride, max_rows, row_programs, SIDE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A tile of the gradient, to which what rows weigh beside the products is added."""
+    """A tile of the gradient, ``acc``, plus ``w Own + V S`` and less the shift of column means."""
     side = row_programs * stride
     own_sums = row_sums_ptr + (entry * 2 + SIDE).to(tl.int64) * max_rows
     other_sums = row_sums_ptr + (entry * 2 + 1 - SIDE).to(tl.int64) * max_rows
@@ -213,33 +209,33 @@ def add_row_gradients(
     other_with = products_ptr + (entry * 2 + 1 - SIDE).to(tl.int64) * max_rows * LONGEST
     longest_ptr += entry * LONG_FIELDS
     sum_ptr = weighted_ptr + entry.to(tl.int64) * 4 * side + SIDE * 2 * side + column
-    by_own, by_other = tl.load(scalars_ptr + ROW_OWN), tl.load(scalars_ptr + ROW_OTHER)
+    c_own, c_other = tl.load(scalars_ptr + ROW_OWN), tl.load(scalars_ptr + ROW_OTHER)
     constant, count = tl.load(scalars_ptr + ROW), tl.load(scalars_ptr + ROWS)
-    of_row = by_own * tl.load(own_sums + row, mask=valid, other=0.0)
-    of_row += by_other * tl.load(other_sums + row, mask=valid, other=0.0)
-    weight = of_row + constant
+    row_sum = c_own * tl.load(own_sums + row, mask=valid, other=0.0)
+    row_sum += c_other * tl.load(other_sums + row, mask=valid, other=0.0)
+    weight = row_sum + constant
     mean = tl.load(mean_ptr + column)
     inside = column < width
-    # Of long rows, if any, their columns of U-centered K and L, see longest.py.
-    left = (count - 2) / count
+    # V S: long rows, if any, times their columns of U-centered K and L.
+    factor = (count - 2) / count
     for slot in range(tl.load(longest_ptr + LONG_COUNT)):
         long = tl.load(longest_ptr + slot)
-        at = row.to(tl.int64) * LONGEST + slot
-        product = by_own * tl.load(own_with + at, mask=valid, other=0.0)
-        product += by_other * tl.load(other_with + at, mask=valid, other=0.0)
-        weight += left * product
-        of_long = by_own * tl.load(own_sums + long) + by_other * tl.load(other_sums + long)
-        share = -left * product - (of_row + of_long) / count - constant
-        share = tl.where(row == long, 0.0, share) * inverse
-        place = long.to(tl.int64) * stride_n + column.to(tl.int64) * stride_d
-        x = tl.load(x_ptr + place, mask=inside, other=0.0).to(tl.float32) - mean
-        acc += share[:, None] * (x * inverse)[None, :]
+        index = row.to(tl.int64) * LONGEST + slot
+        product = c_own * tl.load(own_with + index, mask=valid, other=0.0)
+        product += c_other * tl.load(other_with + index, mask=valid, other=0.0)
+        weight += factor * product
+        long_sum = c_own * tl.load(own_sums + long) + c_other * tl.load(other_sums + long)
+        v = -factor * product - (row_sum + long_sum) / count - constant
+        v = tl.where(row == long, 0.0, v) * inverse
+        offsets = long.to(tl.int64) * stride_n + column.to(tl.int64) * stride_d
+        x = tl.load(x_ptr + offsets, mask=inside, other=0.0).to(tl.float32) - mean
+        acc += v[:, None] * (x * inverse)[None, :]
     weight = tl.where(among(row, long_rows(longest_ptr)), 0.0, weight)
     weight *= inverse
     total = tl.zeros([BLOCK], tl.float32)
     for run in range(row_programs):
-        total += by_own * tl.load(sum_ptr + run * stride, mask=inside, other=0.0)
-        total += by_other * tl.load(sum_ptr + side + run * stride, mask=inside, other=0.0)
+        total += c_own * tl.load(sum_ptr + run * stride, mask=inside, other=0.0)
+        total += c_other * tl.load(sum_ptr + side + run * stride, mask=inside, other=0.0)
     x = load_features(x_ptr, stride_n, stride_d, row, valid, column, width)
     shift = total * inverse / count
     x = weight[:, None] * (x.to(tl.float32) - mean[None, :]) - shift[None, :]

@@ -1,9 +1,7 @@
-"""Linear CKA in Gram form: ``K = X X^T`` of either side, centered, and its head.
+"""Linear CKA in Gram form, for more than 128 rows: values and centered K, from raw moments.
 
-    biased      centered on both sides: ``K - s_i - s_j``, s from the row sums
+    biased      K = X X^T, centered on both sides: ``K - s_i - s_j``, s from the row sums
     debiased    U-centered: the same without the diagonal, which becomes 0 (Szekely & Rizzo 2014)
-
-    value = <Kx, Ky> / (||Kx|| ||Ky||)
 
 Bytes: the partial tiles once, both K in float32 once.
 """
@@ -21,6 +19,7 @@ from .columns import (
     ENERGY_Y,
     PIVOT_X,
     PIVOT_Y,
+    STATISTICS,
     column_mean,
     inverse_scale,
     statistic,
@@ -68,25 +67,25 @@ def _row_sums(
 
 @triton.jit
 def _total(totals_ptr, first_slot, tiles, chunks, share, slots, spills, all_tiles):
-    """The sum of all of K."""
-    several = tl.arange(0, 256)
+    """The sum of all elements of K."""
+    lanes = tl.arange(0, 256)
     total = tl.zeros([256], tl.float64)
     for start in range(0, tiles, 256):
-        slot = first_slot + start + several
-        total += tl.load(totals_ptr + slot, mask=start + several < tiles, other=0.0)
+        slot = first_slot + start + lanes
+        total += tl.load(totals_ptr + slot, mask=start + lanes < tiles, other=0.0)
     for start in range(0, spills, 256):
-        program = start + several
+        program = start + lanes
         slot = program * share // chunks
-        mine = (slot >= first_slot) & (slot < first_slot + tiles) & (program < spills)
-        mine = mine & _begins_within(program, share, chunks, all_tiles)
-        total += tl.load(totals_ptr + slots + program, mask=mine, other=0.0)
+        mask = (slot >= first_slot) & (slot < first_slot + tiles) & (program < spills)
+        mask = mask & _begins_within(program, share, chunks, all_tiles)
+        total += tl.load(totals_ptr + slots + program, mask=mask, other=0.0)
     return tl.sum(total, 0).to(tl.float32)
 
 
 @triton.jit
 def _centered_tile(
     tiles_ptr, spill_ptr, row_sums_ptr, totals_ptr, first_slot, pair, block_i, block_j,
-    within_i, within_j, offsets, diagonal, kept, n, scale, blocks, tiles, chunks, share,
+    within_i, within_j, offsets, diagonal, included, n, scale, blocks, tiles, chunks, share,
     slots, spills, DEBIASED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A tile of one side's K, centered and scaled, and its largest element on the diagonal."""
@@ -101,7 +100,7 @@ def _centered_tile(
     peak = tl.max(tl.max(tl.where(diagonal, k, 0.0), 1), 0) * scale
     k = k - center_offset(sums_i, total, n, DEBIASED)[:, None]
     k = k - center_offset(sums_j, total, n, DEBIASED)[None, :]
-    return tl.where(kept, k * scale, 0.0), peak
+    return tl.where(included, k * scale, 0.0), peak
 
 
 @triton.jit(
@@ -112,7 +111,7 @@ def _centered_tile(
 def gram_kernel(
     masks, rows, widths_x, widths_y, stride_mb,
     tiles_ptr, spill_ptr, row_sums_ptr, sums_ptr, statistics_ptr, counters_ptr,
-    values_ptr, kept_ptr, means_ptr, partial_ptr,
+    values_ptr, saved_ptr, means_ptr, partial_ptr,
     tile_programs, column_programs, segments, width, slots, spills, stride,
     LAYERS: tl.constexpr, HAS_MASK: tl.constexpr,
     DEBIASED: tl.constexpr, DISTANCE: tl.constexpr, STORE: tl.constexpr,
@@ -126,7 +125,7 @@ def gram_kernel(
     n = size(rows, layer)
     SIZE: tl.constexpr = BLOCK * BLOCK
     PARTS: tl.constexpr = BLOCK // SUB
-    statistics_ptr += entry * 6 * column_programs
+    statistics_ptr += entry * STATISTICS * column_programs
     tiles_ptr += entry.to(tl.int64) * slots * SIZE
     spill_ptr += entry.to(tl.int64) * spills * SIZE
     row_sums_ptr += entry.to(tl.int64) * (slots + spills) * (2 * BLOCK + 1)
@@ -142,7 +141,7 @@ def gram_kernel(
     chunks = tl.cdiv(tl.maximum(size(widths_x, layer), size(widths_y, layer)), BLOCK_K)
     share = tl.cdiv(2 * tiles * chunks, tile_programs)
     if STORE:
-        # For the backward.
+        # The backward reads means.
         for block in range(program, width // BLOCK, programs):
             column = block * BLOCK + tl.arange(0, BLOCK)
             for side in tl.static_range(2):
@@ -162,32 +161,32 @@ def gram_kernel(
         inside = valid_rows(mask_ptr, i, n, HAS_MASK)[:, None]
         inside = inside & valid_rows(mask_ptr, j, n, HAS_MASK)[None, :]
         diagonal = i[:, None] == j[None, :]
-        kept = inside
+        included = inside
         if DEBIASED:
-            kept = inside & (i[:, None] != j[None, :])
+            included = inside & (i[:, None] != j[None, :])
         plane = stride.to(tl.int64) * stride
-        grams_ptr = grams_of(kept_ptr, entry, plane)
+        grams_ptr = grams_of(saved_ptr, entry, plane)
         direct = i.to(tl.int64)[:, None] * stride + j[None, :]
-        turned = j.to(tl.int64)[None, :] * stride + i[:, None]
+        mirrored = j.to(tl.int64)[None, :] * stride + i[:, None]
         edge = edge_of(n)
         bounds = (i < edge)[:, None] & (j < edge)[None, :]
         scale_x, scale_y = inverse_x * inverse_x, inverse_y * inverse_y
         kx, peak_x = _centered_tile(
             tiles_ptr, spill_ptr, row_sums_ptr, totals_ptr, 0, pair, block_i, block_j,
-            within_i, within_j, offsets, inside & diagonal, kept, n_float, scale_x,
+            within_i, within_j, offsets, inside & diagonal, included, n_float, scale_x,
             blocks, tiles, chunks, share, slots, spills, DEBIASED, BLOCK,
         )  # fmt: skip
         ky, peak_y = _centered_tile(
             tiles_ptr, spill_ptr, row_sums_ptr, totals_ptr, tiles, pair, block_i, block_j,
-            within_i, within_j, offsets, inside & diagonal, kept, n_float, scale_y,
+            within_i, within_j, offsets, inside & diagonal, included, n_float, scale_y,
             blocks, tiles, chunks, share, slots, spills, DEBIASED, BLOCK,
         )  # fmt: skip
         if STORE:
             tl.store(grams_ptr + direct, kx, mask=bounds)
             tl.store(grams_ptr + plane + direct, ky, mask=bounds)
             if block_i != block_j:
-                tl.store(grams_ptr + turned, kx, mask=bounds)
-                tl.store(grams_ptr + plane + turned, ky, mask=bounds)
+                tl.store(grams_ptr + mirrored, kx, mask=bounds)
+                tl.store(grams_ptr + plane + mirrored, ky, mask=bounds)
         twice = tl.where(block_i == block_j, 1.0, 2.0)
         sums = pack_sums(
             twice * inner_product(kx, kx),
@@ -205,7 +204,7 @@ def gram_kernel(
         pivot_x = statistic(statistics_ptr, PIVOT_X, column_programs)
         pivot_y = statistic(statistics_ptr, PIVOT_Y, column_programs)
         gram_head(
-            values_ptr + entry, kept_ptr + entry * SCALARS, total, count, pivot_x, pivot_y,
+            values_ptr + entry, saved_ptr + entry * SCALARS, total, count, pivot_x, pivot_y,
             inverse_x, inverse_y, DEBIASED, DISTANCE,
         )  # fmt: skip
 
@@ -225,7 +224,7 @@ def launch(
     programs = moments.slots // 2 * (config.block // config.sub)
     partial = layers.empty(layers.entries * programs * FIELDS.value, dtype=torch.float64)
     gram_kernel[(programs, layers.entries)](
-        layers.mask_numbers, layers.row_numbers, layers.x.columns, layers.y.columns,
+        layers.mask_addresses, layers.row_counts, layers.x.columns, layers.y.columns,
         layers.stride_mb, *moments.tensors,
         values, saved.grams, saved.means, partial,
         moments.tile_programs, moments.column_programs, moments.segments, moments.width,

@@ -1,7 +1,9 @@
 """Launches in Gram form: linear CKA and its gradient.
 
-small_gram, gram_backward         two for up to 24 layers of up to 128 rows
-moments, gram, gram_backward      three beyond; one more for float32 and float16
+    small_gram, gram_backward         two launches for up to 24 layers of up to 128 rows
+    moments, gram, gram_backward      three for more rows
+
+float32 and float16 features of more rows take one launch more, because their means come first.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ SAVED = len(Saved._fields)
 def cka_fwd(
     layers: Layers, debiased: bool, distance: bool, store: bool
 ) -> tuple[Tensor, list[Tensor]]:
-    """Values, and what :func:`cka_bwd` needs beside the features."""
+    """Values, and what :func:`cka_bwd` needs besides the features."""
     config = configuration(layers, "gram")
     values = layers.values()
     small = layers.max_rows <= SMALL_ROWS

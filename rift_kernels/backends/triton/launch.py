@@ -1,4 +1,4 @@
-"""What launches share: grids, sizes, descriptors, memory for gradients."""
+"""What launches share: numbers of programs, sizes, descriptors, memory for gradients."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .layers import Layers, Side
 
 @cache
 def processors(device: torch.device) -> int:
-    """How many programs run at once; three on a CPU, to share the work of small tests."""
+    """How many programs run at once; three on a CPU, so that even small tests share work."""
     if device.type == "cpu":
         return 3
     return torch.cuda.get_device_properties(device).multi_processor_count
@@ -26,24 +26,24 @@ def round_up(n: int, step: int) -> int:
 
 
 def padded_width(layers: Layers, config: Config) -> int:
-    """The widest layer's, in whole blocks."""
+    """Columns of the widest layer, in whole blocks."""
     return round_up(max(*layers.x.widths, *layers.y.widths), config.block)
 
 
 def gradients(side: Side, layers: Layers, dtype: torch.dtype) -> tuple[tuple[Tensor, ...], int]:
     """Empty gradients of a side, and the stride of their batch."""
-    own = side.tensors[: layers.given]
-    grads = tuple(torch.empty(t.shape, dtype=dtype, device=layers.device) for t in own)
+    features = side.tensors[: layers.layer_count]
+    grads = tuple(torch.empty(t.shape, dtype=dtype, device=layers.device) for t in features)
     return grads, grads[0].shape[-2] * grads[0].shape[-1] if grads[0].dim() == 3 else 0
 
 
 def descriptors_of(
     layers: Layers, sides: tuple[Side, ...], block: tuple[int, int]
 ) -> list[TensorDescriptor] | None:
-    """Of the sides' features for the copy engine of sm_90 and later, or None where it cannot.
+    """The sides' features for the copy engine of sm_90 and later, or None if it cannot load them.
 
-    It takes one bfloat16 matrix without mask, rows aligned to 16 bytes and one behind the other.
-    Small ones are not worth the microseconds that making a descriptor costs.
+    It loads a single bfloat16 matrix without a mask, whose rows are aligned to 16 bytes and do not
+    overlap. Small matrices are not worth the microseconds that a descriptor costs.
     """
     tensors = [side.tensors[0].squeeze(0) for side in sides]
     fits = layers.entries == len(layers.rows) == 1 and not layers.exact and not layers.masks
@@ -51,15 +51,16 @@ def descriptors_of(
         return None
     for tensor in tensors:
         stride_n, stride_d = tensor.stride()
-        apart = stride_n >= tensor.shape[1] and stride_n % 8 == 0
-        if not apart or stride_d != 1 or tensor.data_ptr() % 16:
+        is_separate = stride_n >= tensor.shape[1]
+        is_aligned = stride_n % 8 == 0 and tensor.data_ptr() % 16 == 0
+        if not is_separate or not is_aligned or stride_d != 1:
             return None
     return [TensorDescriptor.from_tensor(tensor, list(block)) for tensor in tensors]
 
 
 @cache
 def _descriptor_rows(device: torch.device) -> float:
-    """Rows from which the copy engine is used."""
+    """The fewest rows for which the copy engine is used."""
     if device.type == "cpu":
         return 256
     has_engine = torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)

@@ -19,8 +19,10 @@ from .device import (
 
 
 @triton.jit
-def _load_turned(ptr, stride_n, stride_d, rows, valid, columns, width, mean, CENTER: tl.constexpr):
-    """As load_features, but (columns, rows): turned in registers, sm_80 could not copy it ahead."""
+def _load_transposed(
+    ptr, stride_n, stride_d, rows, valid, columns, width, mean=None, CENTER: tl.constexpr = False
+):
+    """load_features transposed; a transpose in registers would keep sm_80 from copying ahead."""
     mask = valid[None, :] & (columns < width)[:, None]
     offsets = rows.to(tl.int64)[None, :] * stride_n + columns.to(tl.int64)[:, None] * stride_d
     tile = tl.load(ptr + offsets, mask=mask, other=0.0)
@@ -78,21 +80,21 @@ def accumulate(
                 a = a_descriptor.load([a_block * BLOCK, chunk * BLOCK_K])
                 b = tl.trans(b_descriptor.load([b_block * BLOCK, chunk * BLOCK_K]))
             else:
-                at = chunk * BLOCK_K
+                row = chunk * BLOCK_K
                 if APART:
-                    # The copy engine masks no row. Behind the last one it reads zeros.
-                    at = tl.where(among(chunk, chunks), n, at)
-                a = tl.trans(a_descriptor.load([at, a_block * BLOCK]))
-                b = b_descriptor.load([at, b_block * BLOCK])
+                    # The copy engine cannot mask a row, but reads zeros beyond the last one.
+                    row = tl.where(among(chunk, chunks), n, row)
+                a = tl.trans(a_descriptor.load([row, a_block * BLOCK]))
+                b = b_descriptor.load([row, b_block * BLOCK])
             acc = _product(a, b, acc, SPLIT)
         if APART:
             for slot in range(tl.load(longest_ptr + LONG_COUNT)):
                 chunk = tl.load(longest_ptr + CHUNKS + slot)
                 if (chunk >= first) & (chunk < last):
                     k = chunk * BLOCK_K + tl.arange(0, BLOCK_K)
-                    kept = kept_rows(mask_ptr, longest, k, n, False, True)
-                    a = _load_turned(a_ptr, a_n, a_d, k, kept, a_side, a_width, count, False)
-                    b = load_features(b_ptr, b_n, b_d, k, kept, b_side, b_width)
+                    valid = kept_rows(mask_ptr, longest, k, n, False, True)
+                    a = _load_transposed(a_ptr, a_n, a_d, k, valid, a_side, a_width)
+                    b = load_features(b_ptr, b_n, b_d, k, valid, b_side, b_width)
                     acc = _product(a, b, acc, SPLIT)
     else:
         a_sums = sums_ptr + tl.where(a_is_y, segments * width, 0)
@@ -105,7 +107,7 @@ def accumulate(
                 a_mean = tl.zeros([BLOCK_K], tl.float32)
                 b_mean = a_mean
                 if SPLIT:
-                    # One segment: a loop in here would keep the loads from being pipelined.
+                    # One segment, because a loop in here would keep loads from being pipelined.
                     a_mean = tl.load(a_sums + k, mask=k < width, other=0.0) / count
                     b_mean = tl.load(b_sums + k, mask=k < width, other=0.0) / count
                 a = load_features(a_ptr, a_n, a_d, a_side, a_valid, k, a_width, a_mean, SPLIT)
@@ -120,7 +122,7 @@ def accumulate(
             for chunk in range(first, last):
                 k = chunk * BLOCK_K + tl.arange(0, BLOCK_K)
                 valid = kept_rows(mask_ptr, longest, k, n, HAS_MASK, APART)
-                a = _load_turned(a_ptr, a_n, a_d, k, valid, a_side, a_width, a_mean, SPLIT)
+                a = _load_transposed(a_ptr, a_n, a_d, k, valid, a_side, a_width, a_mean, SPLIT)
                 b = load_features(b_ptr, b_n, b_d, k, valid, b_side, b_width, b_mean, SPLIT)
                 acc = _product(a, b, acc, SPLIT)
     return acc

@@ -1,4 +1,4 @@
-"""Tiles of symmetric matrices: where they lie, and their sums over programs."""
+"""Tiles of symmetric matrices: their positions, and their totals over programs."""
 
 from __future__ import annotations
 
@@ -23,10 +23,9 @@ def triangle_index(i, j):
 
 @triton.jit
 def tile_of(slot, blocks_x, blocks_y, XX: tl.constexpr, YY: tl.constexpr):
-    """Of the slot-th tile: is its left side Y, its row of tiles, is its right side Y, its column.
+    """A slot's tile: whether its left side is Y, its row, whether its right side is Y, its column.
 
-    Slots are in the order XX (upper triangle), YY (upper triangle), XY; what is not wanted is not
-    there.
+    Slots hold the upper triangle of XX, the upper triangle of YY, then XY, each only if wanted.
     """
     count_x = blocks_x * (blocks_x + 1) // 2 if XX else blocks_x * 0
     count_y = blocks_y * (blocks_y + 1) // 2 if YY else blocks_y * 0
@@ -45,8 +44,9 @@ def tile_of(slot, blocks_x, blocks_y, XX: tl.constexpr, YY: tl.constexpr):
 def sum_partials(tiles_ptr, spill_ptr, slot, chunks, share, offsets, SIZE: tl.constexpr):
     """A tile's total over the programs that worked on it, in the order of their chunks.
 
-    The program that begins a tile leaves its sum in the tile's own slot, one that begins in the
-    middle of a tile in its own spill. Each has ``share`` iterations of ``chunks`` per tile.
+    The program that begins a tile leaves its sum in the tile's slot. One that begins in the middle
+    of a tile leaves it in its own spill. Each program has ``share`` (tile, chunk) pairs, each tile
+    ``chunks``.
     """
     total = tl.load(tiles_ptr + slot.to(tl.int64) * SIZE + offsets)
     begin = slot * chunks
