@@ -1,7 +1,7 @@
-"""The backends on CPU tensors as if they lay on a GPU, for whoever can execute their kernels there.
+"""Backends on CPU tensors as if these lay on a GPU, for callers that can execute the kernels.
 
-What runs the kernels is the caller's: an extension for the CPU, or Triton's driver. Here is what of
-the package asks the GPU, so that a renamed function changes this file and no emulator.
+The caller brings what executes them: an extension for the CPU, or a driver for Triton. This file
+replaces what the package asks a GPU, so that a renamed function changes it and no emulator.
 """
 
 from __future__ import annotations
@@ -53,9 +53,9 @@ def cuda(
 
 @contextmanager
 def triton(name: str, processors: int = 5, descriptor_rows: float | None = None) -> Iterator[None]:
-    """Triton's launchers take CPU tensors with the configurations of a GPU "sm80" or "sm90".
+    """Triton's launches take CPU tensors, with the configurations of a GPU "sm80" or "sm90".
 
-    ``descriptor_rows``: from how many rows on the copy engine is used, by default few or never.
+    ``descriptor_rows``: the fewest rows for the copy engine, by default 256 on sm90.
     """
     from rift_kernels.backends import triton as kernels
     from rift_kernels.backends.triton import config, products
@@ -69,7 +69,7 @@ def triton(name: str, processors: int = 5, descriptor_rows: float | None = None)
         "_descriptor_rows": lambda _: descriptor_rows,
         "_blocks": lambda dtype, _: blocks(dtype, "cuda"),
         "_multiplies_float64": lambda _: True,
-        "_row_programs": lambda _, debiased: 32 if debiased else 0,
+        "energy_programs": lambda _, debiased: 32 if debiased else 0,
     }
     missing = set(replaced)
     with pytest.MonkeyPatch.context() as patch:
@@ -78,12 +78,12 @@ def triton(name: str, processors: int = 5, descriptor_rows: float | None = None)
             "_reason_against_triton",
             lambda _, dtypes: "float64" if torch.float64 in dtypes else None,
         )
-        for found in pkgutil.iter_modules(kernels.__path__, kernels.__name__ + "."):
-            module = importlib.import_module(found.name)
+        for info in pkgutil.iter_modules(kernels.__path__, kernels.__name__ + "."):
+            module = importlib.import_module(info.name)
             for attribute in replaced.keys() & vars(module).keys():
                 patch.setattr(module, attribute, replaced[attribute])
                 missing.discard(attribute)
-        assert not missing, f"the launchers do not ask for {missing} any more"
+        assert not missing, f"no launch asks for {missing} any more"
         config.forget()
         yield
     config.forget()

@@ -242,14 +242,14 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, s
 
 
 GRAM_FORM = "backends/triton/gram_form.py"
-LAUNCH = "        _small_gram(layers, config, values, kept, stride, debiased, distance, store)\n"
+LAUNCH = "        gram_cka_small.launch(layers, config, values, saved, **settings)\n"
 
 
 @pytest.mark.parametrize(
     ("file", "before", "after", "seen"),
     [
         pytest.param(
-            "backends/triton/small_gram.py",
+            "backends/triton/gram_cka_small.py",
             "- center_offset(sums, total, n, DEBIASED)[None, :]",
             "- 0 * center_offset(sums, total, n, DEBIASED)[None, :]",
             r"masked layers: value off by .*, gradient off by",

@@ -1,6 +1,6 @@
-"""Long sums on tensor cores, which cut off where a float32 sum is rounded to nearest.
+"""Long sums on tensor cores, which truncate where a float32 sum would be rounded to nearest.
 
-On a GPU, or in Triton's interpreter, whose products add up as those of tensor cores do.
+Runs on a GPU, or in Triton's interpreter, whose products add up as on tensor cores.
 """
 
 import os
@@ -32,14 +32,14 @@ def _triton_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True)
 def _many_rows_at_a_time() -> Iterator[None]:
-    """Of narrow features: in the interpreter what costs is the number of steps."""
+    """Many rows at a time for narrow features, because the interpreter's time goes by steps."""
     if INTERPRETED:
         for kind in config.FEATURES:
             name = f"covariance small {kind}"
-            taken = config.lookup("cpu", name)._replace(
+            entry = config.lookup("cpu", name)._replace(
                 block=16, block_k=64, block_r=1024, sub=16, backward=(1024, 16, 16)
             )
-            config.use("cpu", name, taken)
+            config.use("cpu", name, entry)
     yield
     config.forget()
 
@@ -50,8 +50,8 @@ def features(rows: int, offset: float, dtype: torch.dtype) -> tuple[Tensor, Tens
 
 
 def errors(measure, x, y, device, **more) -> tuple[float, float]:
-    """Of the value, and the worst of both gradients."""
-    # Not the oracle, which makes matrices of all rows by all rows.
+    """The value's error, and the larger one of both gradients."""
+    # The oracle would make matrices of all rows by all rows.
     wide = (x.double(), y.double())
     expected = cases.value_and_gradients(measure, *wide, backend="eager", **more)
     more = {name: tensor.to(device) for name, tensor in more.items()}
@@ -67,9 +67,9 @@ def errors(measure, x, y, device, **more) -> tuple[float, float]:
 @pytest.mark.parametrize("offset", [30.0, 3.0])
 @cases.by_name(MEASURES)
 def test_many_rows_far_from_zero(measure, offset, device) -> None:
-    """A float32's digit of the mean's share, which sums rounded to nearest would miss, too.
+    """The value may miss a float32's last digit of the mean's share, as if rounded to nearest.
 
-    A sum that is cut off all the way is off a hundred times as much.
+    A sum that is truncated all the way misses a hundred times as much.
     """
     x, y = features(6000, offset, torch.bfloat16)
     value, gradient = errors(measure, x, y, device)
@@ -79,7 +79,7 @@ def test_many_rows_far_from_zero(measure, offset, device) -> None:
 
 @cases.by_name([cases.CKA])
 def test_many_rows_some_of_them_masked(measure, device) -> None:
-    """At first all, then few, then none: what a run adds is told from how many rows it has."""
+    """The number of valid rows in a run tells what it adds: first none, then few, then all."""
     x, y = features(6000, 30.0, torch.bfloat16)
     row = torch.arange(6000)
     mask = (row >= 100) & ((row % 5 == 0) | (row > 3000))
@@ -90,7 +90,7 @@ def test_many_rows_some_of_them_masked(measure, device) -> None:
 
 @cases.by_name([cases.CKA])
 def test_many_rows_in_order(measure, device) -> None:
-    """Means that move on by as much as features vary."""
+    """Means drift by as much as features vary."""
     x, y = features(6000, 0.0, torch.float32)
     drift = 30 + torch.linspace(-1, 1, 6000)[:, None]
     value, gradient = errors(measure, (x + drift).bfloat16(), (y - drift).bfloat16(), device)
@@ -101,7 +101,7 @@ def test_many_rows_in_order(measure, device) -> None:
 @pytest.mark.parametrize("width", [8, 7])
 @cases.by_name([cases.CKA])
 def test_many_rows_of_float32(measure, width, device) -> None:
-    """Sums of squares do not cancel, and lose most; rows of 7 are not aligned."""
+    """Sums of squares do not cancel, and lose most. Rows of 7 are not aligned."""
     x, y = (t[:, :width] for t in features(6000, 30.0, torch.float32))
     value, gradient = errors(measure, x, y, device)
     assert value <= 1e-5
@@ -118,7 +118,7 @@ def test_wide_rows_in_gram_form(measure, device) -> None:
 
 @cases.by_name([cases.CKA, cases.CKA_BIASED])
 def test_rows_far_from_zero_in_gram_form(measure, device) -> None:
-    """Rows of a centered K sum to 0 but for rounding, which the mean multiplies."""
+    """Rows of a centered K sum to 0 except for rounding, which the mean multiplies."""
     x, y, _ = cases.Case("", 140, 200, 200, offset=30.0).features(torch.bfloat16)
     value, gradient = errors(measure, x, y, device)
     assert value <= 2**-24 * 30**2

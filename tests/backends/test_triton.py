@@ -1,5 +1,7 @@
-"""What only the Triton kernels do: launches, schedules, halves, descriptors. On a GPU, or in
-Triton's interpreter (TRITON_INTERPRET=1), where they take CPU tensors."""
+"""What only the Triton kernels do: launches, schedules, halves, descriptors.
+
+Runs on a GPU, or in Triton's interpreter (TRITON_INTERPRET=1), which takes CPU tensors.
+"""
 
 import os
 import subprocess
@@ -24,32 +26,32 @@ if not INTERPRETED and not torch.cuda.is_available():
 
 from rift_kernels.backends import triton as kernels  # noqa: E402
 from rift_kernels.backends.triton import (  # noqa: E402
-    backward,
     blocks,
-    cka,
-    cka_head,
     config,
-    covariance,
+    covariance_backward,
+    covariance_cka,
+    covariance_distance,
     covariance_form,
-    gram,
+    covariance_saved,
     gram_backward,
+    gram_cka,
+    gram_cka_small,
     launch,
     layers,
     longest,
     products,
-    small_gram,
-    tiles,
+    raw_moments,
 )
 
 KERNELS = [
     (longest, "longest_kernel"),
-    (tiles, "moments_kernel"),
-    (cka, "cka_kernel"),
-    (covariance, "covariance_kernel"),
+    (raw_moments, "moments_kernel"),
+    (covariance_cka, "cka_kernel"),
+    (covariance_distance, "covariance_kernel"),
     (blocks, "blocks_kernel"),
-    (backward, "backward_kernel"),
-    (gram, "gram_kernel"),
-    (small_gram, "small_gram_kernel"),
+    (covariance_backward, "backward_kernel"),
+    (gram_cka, "gram_kernel"),
+    (gram_cka_small, "small_gram_kernel"),
     (gram_backward, "gram_backward_kernel"),
     (products, "product_kernel"),
 ]
@@ -59,13 +61,13 @@ BIASED = partial(rk.linear_cka, debiased=False)
 
 @pytest.fixture(autouse=True)
 def _triton_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also for what ``auto`` would give to the CUDA kernels."""
+    """The Triton kernels, even where ``auto`` would take the CUDA kernels."""
     kinds = tuple(kind for kind in plan.PREFERRED if kind[0] == "triton")
     monkeypatch.setattr(plan, "PREFERRED", kinds)
 
 
 class _Counted:
-    """A kernel that writes down its launches."""
+    """A kernel that records its launches."""
 
     def __init__(self, kernel, name: str, seen: list[str]) -> None:
         self._kernel, self._name, self._seen = kernel, name, seen
@@ -115,7 +117,7 @@ def backends_agree(function: Callable[..., Tensor], x: Tensor, y: Tensor, **more
     ],
 )
 def test_launches(function, rows, dtype, expected, count, launches, device) -> None:
-    """Of any number of layers as few as of one."""
+    """Any number of layers takes as few launches as one."""
     x, y = pair(rows, 16, device, dtype)
     function([x] * count, [y] * count).sum().backward()
     assert launches == expected
@@ -136,7 +138,7 @@ def test_a_frozen_teacher_has_no_backward(launches, device) -> None:
 @pytest.mark.parametrize("debiased", [True, False])
 @pytest.mark.parametrize("masked", [True, False])
 def test_layers_of_different_shapes(debiased, masked, device) -> None:
-    """In both forms at once; masks, too, are of different lengths."""
+    """Both forms at once, and masks of different lengths."""
     shapes = [(40, 12, 12), (70, 33, 20), (9, 24, 24), (40, 5, 40), (30, 40, 16)]
     students, teachers, masks = [], [], []
     for i, (rows, d1, d2) in enumerate(shapes):
@@ -150,8 +152,8 @@ def test_layers_of_different_shapes(debiased, masked, device) -> None:
     (values * weights).sum().backward()
     for i, (x, y) in enumerate(zip(students, teachers, strict=True)):
         a, b = (t.detach().double().requires_grad_() for t in (x, y))
-        one = mask[i] if masked else None
-        expected = rk.linear_cka(a, b, mask=one, debiased=debiased, backend="eager")
+        own_mask = mask[i] if masked else None
+        expected = rk.linear_cka(a, b, mask=own_mask, debiased=debiased, backend="eager")
         (expected * (i + 1)).backward()
         assert float(values[i]) == pytest.approx(float(expected), abs=1e-5)
         assert cases.relative_error(x.grad, a.grad) <= 4e-3
@@ -160,7 +162,7 @@ def test_layers_of_different_shapes(debiased, masked, device) -> None:
 
 @pytest.mark.parametrize("masked", [True, False])
 def test_more_layers_than_a_launch_takes(masked, launches, monkeypatch, device) -> None:
-    """In as many launches as it takes, each with an even share of them, of either form."""
+    """Each of the launches has an even share of the layers, in either form."""
     monkeypatch.setattr(kernels, "MAX_LAYERS", 2)
     shapes = [(20, 6, 6), (7, 8, 8), (12, 9, 16), (16, 3, 3), (8, 24, 24)]
     pairs = [cases.Case("", *s, masked=True).features(BFLOAT16, i) for i, s in enumerate(shapes)]
@@ -184,20 +186,20 @@ def test_more_layers_than_a_launch_takes(masked, launches, monkeypatch, device) 
 def test_any_number_of_programs(programs, dtype, form, force_form, monkeypatch, device) -> None:
     """Tiles that one program finishes, and tiles that several share."""
     force_form(form)
-    monkeypatch.setattr(launch, "processors", lambda _: programs)
+    monkeypatch.setattr(raw_moments, "processors", lambda _: programs)
     x, y = pair(150, 70, device, dtype)
     backends_agree(rk.linear_cka, x, y)
 
 
 def long_rows(x: Tensor, y: Tensor, mask: Tensor | None = None) -> tuple[list[int], list[int]]:
-    """Those that a launch finds, the longest first, and the chunks of 32 rows that hold them."""
+    """Rows that a launch finds, the longest first, and the chunks of 32 rows that hold them."""
     masks = [] if mask is None else [mask]
-    given = layers.pack([x.detach()], [y], masks)
-    found = torch.full((32,), -7, dtype=torch.int32, device=x.device)
-    covariance_form._find_longest(given, config.configuration(given, "covariance"), found)
-    count = int(found[8])
-    assert found[count:8].tolist() == [-1] * (8 - count)
-    return found[:count].tolist(), [chunk for chunk in found[16:24].tolist() if chunk >= 0]
+    packed = layers.pack([x.detach()], [y], masks)
+    record = torch.full((32,), -7, dtype=torch.int32, device=x.device)
+    longest.launch(packed, config.configuration(packed, "covariance"), record)
+    count = int(record[8])
+    assert record[count:8].tolist() == [-1] * (8 - count)
+    return record[:count].tolist(), [chunk for chunk in record[16:24].tolist() if chunk >= 0]
 
 
 def test_which_rows_are_long(device) -> None:
@@ -208,18 +210,18 @@ def test_which_rows_are_long(device) -> None:
     y[3] *= 20
     x[20], y[20] = 9 * x[5], 9 * y[5]
     assert long_rows(x, y) == ([170, 3, 20], [5, 0])
-    # Compared with what is left without the longer ones.
+    # Each is compared with what is left without the longer ones.
     both = x[:100].clone(), y[:100].clone()
     for side, row in zip(both, (7, 31), strict=True):
         side[row] *= 3000
         side[row + 1] *= 7
     assert sorted(long_rows(*both)[0]) == [3, 7, 8, 20, 31, 32]
-    # Alike, the first ones; a masked row is none, however long.
+    # The first rows win among equal ones, and masked rows never count, however long.
     x[40:60] = 3000 * x[0]
     mask = torch.ones(200, dtype=torch.bool, device=device)
     mask[[3, 20, 40, 41, 42, 43, 44]] = False
     assert long_rows(x, y, mask)[0] == list(range(45, 53))
-    # A quarter of the rows at most, and none of what cannot be compared.
+    # At most a quarter of the rows are long, and none if energies cannot be compared.
     mask[:] = False
     mask[100:106] = mask[[170, 3]] = True
     assert long_rows(x, y, mask)[0] == [170, 3]
@@ -229,20 +231,20 @@ def test_which_rows_are_long(device) -> None:
     assert long_rows(x, y, mask)[0] == []
 
 
-def test_rows_of_one_length_that_are_compared_apart(monkeypatch, device) -> None:
-    """By one of two programs, 1,024 at once: the first row comes first all the same."""
-    monkeypatch.setattr(covariance_form, "processors", lambda _: 1)
+def test_equally_long_rows_that_are_compared_separately(monkeypatch, device) -> None:
+    """One of two programs compares 1,024 rows at once, and the first row still comes first."""
+    monkeypatch.setattr(longest, "processors", lambda _: 1)
     x, y = (t.detach().clone() for t in pair(2500, 24, device))
     x[[5, 1200, 2490]] = 50 * x[0]
     assert long_rows(x, y)[0] == [5, 1200, 2490]
 
 
-@pytest.mark.parametrize("how", ["pointers", "descriptors"])
+@pytest.mark.parametrize("loads", ["pointers", "descriptors"])
 @pytest.mark.parametrize("rows", [[0, 5, 70, 199], list(range(60, 68))], ids=len)
-def test_long_rows_stay_out_of_any_chunk(rows, how, force_form, monkeypatch, device) -> None:
-    """Of several blocks of columns; the copy engine masks no row, and leaves out whole chunks."""
+def test_long_rows_stay_out_of_any_chunk(rows, loads, force_form, monkeypatch, device) -> None:
+    """Several blocks of columns. The copy engine cannot mask rows, and leaves out whole chunks."""
     force_form("covariance")
-    monkeypatch.setattr(launch, "_descriptor_rows", lambda _: 1 if how == "descriptors" else 1e9)
+    monkeypatch.setattr(launch, "_descriptor_rows", lambda _: 1 if loads == "descriptors" else 1e9)
     x, y = (t.detach().clone() for t in pair(200, 72, device))
     for side in (x, y):
         side[rows] *= 3000
@@ -262,19 +264,19 @@ def test_descriptors_load_what_pointers_load(gram, monkeypatch, device) -> None:
     x, y = pair(200, 72, device)
     monkeypatch.setattr(launch, "_descriptor_rows", lambda _: float("inf"))
     expected = cases.value_and_gradients(rk.linear_cka, x, y)
-    made = []
+    descriptors = []
     original = launch.descriptors_of
 
-    def descriptors(*arguments):
-        made.append(original(*arguments))
-        return made[-1]
+    def recorded(*arguments):
+        descriptors.append(original(*arguments))
+        return descriptors[-1]
 
     monkeypatch.setattr(launch, "_descriptor_rows", lambda _: 1)
-    for module in (launch, covariance_form):
-        monkeypatch.setattr(module, "descriptors_of", descriptors)
+    for module in (raw_moments, covariance_backward):
+        monkeypatch.setattr(module, "descriptors_of", recorded)
     actual = cases.value_and_gradients(rk.linear_cka, x, y)
-    assert made
-    assert all(made)
+    assert descriptors
+    assert all(descriptors)
     for got, wanted in zip(actual, expected, strict=True):
         assert torch.equal(got, wanted)
 
@@ -282,16 +284,14 @@ def test_descriptors_load_what_pointers_load(gram, monkeypatch, device) -> None:
 @pytest.mark.parametrize("gram", [False, True])
 @pytest.mark.parametrize("kind", cases.OVERLAPS)
 def test_rows_that_overlap(kind, gram, monkeypatch, device) -> None:
-    """Their stride is less than their width, which the copy engine does not take."""
+    """Their stride is less than their width, so the copy engine cannot load them."""
     monkeypatch.setattr(plan, "use_gram", lambda *_: gram)
     monkeypatch.setattr(launch, "_descriptor_rows", lambda _: 1)
     _, y = pair(140, 40, device)
     x = cases.overlapping(kind, 140, 40, BFLOAT16)
     x = x._base.to(device).as_strided(x.shape, x.stride())
-    assert (
-        launch.descriptors_of(layers.pack([x], [y], []), (layers.pack([x], [y], []).x,), (32, 32))
-        is None
-    )
+    packed = layers.pack([x], [y], [])
+    assert launch.descriptors_of(packed, (packed.x,), (32, 32)) is None
     backends_agree(rk.linear_cka, x, y)
     backends_agree(rk.linear_cka, y, x)
 
@@ -320,7 +320,7 @@ def test_descriptors_only_where_the_copy_engine_can(change, monkeypatch, device)
 def is_full(x: Tensor, y: Tensor, high: bool = True) -> bool:
     """Whether the student's backward multiplies the low halves as well."""
     _, saved = covariance_form.cka_fwd(layers.pack([x], [y], []), True, False, True, False, high)
-    return bool(saved[0][int(cka_head.FULL.value)])
+    return bool(saved[0][int(covariance_saved.FULL.value)])
 
 
 @pytest.mark.parametrize("gap", [1e-2, 1e-4])
@@ -333,7 +333,7 @@ def test_low_halves_are_multiplied_where_they_matter(gap, device) -> None:
     assert not is_full(*near)
     assert is_full(*rotated)
     assert not is_full(*rotated, high=False)
-    # A student of another size is near as well.
+    # A scaled student is near as well.
     assert not is_full(near[0] * 1.5, near[1])
 
 
@@ -358,7 +358,7 @@ def test_dtypes_may_differ(measure, form, force_form, device) -> None:
 
 @pytest.mark.parametrize("form", cases.FORMS)
 def test_offsets_beyond_32_bits(form, force_form, device) -> None:
-    """Rows 2^30 elements apart, of which only a few pages are ever touched."""
+    """Rows lie 2^30 elements apart, and only a few pages are ever touched."""
     force_form(form)
     fill, torch.utils.deterministic.fill_uninitialized_memory = (
         torch.utils.deterministic.fill_uninitialized_memory,
@@ -378,7 +378,7 @@ def test_offsets_beyond_32_bits(form, force_form, device) -> None:
 
 
 def test_features_changed_in_place_raise(device) -> None:
-    """The kernels keep the features themselves, no copies; autograd sees a change and says so."""
+    """The kernels keep no copies of the features, but autograd notices a change and raises."""
     x, y = pair(40, 16, device)
     features = x * 1
     value = rk.linear_cka(features, y)
@@ -397,7 +397,7 @@ def test_too_large_a_batch(monkeypatch, device) -> None:
 @pytest.mark.parametrize("kind", ["cpu", "cuda"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_blocks_of_products_are_square(kind, dtype) -> None:
-    """Of symmetric ones only a triangle of tiles is computed."""
+    """Symmetric products compute only a triangle of tiles."""
     block_m, block_n, *_ = products._blocks(dtype, kind)
     assert block_m == block_n
 
@@ -410,7 +410,7 @@ def test_float64_is_refused_and_left_to_eager(device) -> None:
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1, Triton's interpreter")
-def test_the_interpreter_still_needs_mending() -> None:
+def test_the_interpreter_still_needs_repair() -> None:
     """Remove backends/triton/interpreter.py once this fails."""
     code = """
 import torch, triton, triton.language as tl
@@ -434,7 +434,7 @@ print(bool((out - a.float() @ a.float()).abs().max() > 1))
 
 
 class _OneRank:
-    """Ranks of which the others have no rows."""
+    """One of two ranks, where the other one has no rows."""
 
     size, rank = 2, 0
 
@@ -468,8 +468,8 @@ def test_moments_that_ranks_sum(measure, dtype, device) -> None:
     wide = (x.double(), y.double())
     expected, *gradients = cases.value_and_gradients(measure.reference, *wide, mask=mask)
     assert abs(float(value) - float(expected)) < cases.VALUE_TOLERANCE[dtype]
-    for found, gradient in zip((grad_x, grad_y), gradients, strict=True):
-        assert cases.relative_error(found / 2, gradient) < cases.GRADIENT_TOLERANCE[dtype]
+    for actual, wanted in zip((grad_x, grad_y), gradients, strict=True):
+        assert cases.relative_error(actual / 2, wanted) < cases.GRADIENT_TOLERANCE[dtype]
 
 
 def test_a_rank_without_rows(device) -> None:

@@ -1,8 +1,8 @@
-"""What the Triton kernels compile to on every architecture: found without a GPU.
+"""What the Triton kernels compile to on every architecture, without a GPU.
 
-All of it is in a table, which knows the sources that it is of. A quarter is compiled anew, or, with
-another triton than the table's, all; in a process of its own, because triton decides at import
-whether it compiles or interprets.
+A table has all of it, and a hash of the sources it was made from. A quarter is compiled again, or
+all of it if triton is not the table's version. That takes a process of its own, because triton
+decides at import whether it compiles or interprets.
 """
 
 import os
@@ -33,7 +33,7 @@ MATRIX_KERNELS = {
     "small_gram_kernel",
     "product_kernel",
 }
-# Neither float64 in tensor memory nor by AMD's matrix instructions; torch multiplies there.
+# Tensor memory and AMD's matrix instructions have no float64, so torch multiplies there.
 NOT_COMPILED = {
     (target, case)
     for target in ("sm100", "gfx942")
@@ -64,21 +64,21 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Results:
 
 @pytest.fixture(scope="session")
 def all_kernels(compiled: Results) -> Results:
-    """What was compiled, and what else the table has."""
+    """What was compiled, and the rest of the table."""
     table = triton_compile.loaded(triton_compile.RESULT).results
     return {target: {**table[target], **compiled[target]} for target in TARGETS}
 
 
 @pytest.fixture
 def kernels(all_kernels: Results, target: str, case: str) -> list[Resources]:
-    found = all_kernels[target][case]
+    resources = all_kernels[target][case]
     if (target, case) in NOT_COMPILED:
-        assert found == [], "these products are torch's"
+        assert resources == [], "these products are torch's"
         pytest.skip(f"needs a triton that compiles float64 products for {target}")
-    if target == "gfx942" and triton.__version__ != PINNED and isinstance(found, str):
+    if target == "gfx942" and triton.__version__ != PINNED and isinstance(resources, str):
         pytest.skip(f"needs triton {PINNED}; others fail to compile some for AMD's GPUs")
-    assert not isinstance(found, str), f"triton fails: {found}"
-    return found
+    assert not isinstance(resources, str), f"triton fails: {resources}"
+    return resources
 
 
 @every_case
@@ -87,10 +87,10 @@ def test_fits(target: str, case: str, kernels: list[Resources]) -> None:
     for kernel in kernels:
         assert kernel.shared <= TARGETS[target].shared, kernel
         assert kernel.tensor <= TENSOR_MEMORY, kernel
-        # Below the limit of registers ptxas spills some of its own accord, outside of loops, where
-        # that lets one more program run beside the others. Others than the pinned triton may spill.
-        chosen = kernel.registers < 255 and target != "gfx942"
-        allowed = 96 if chosen or triton.__version__ != PINNED else 0
+        # Below the limit of registers, ptxas may spill a few outside of loops, so that one more
+        # program fits onto a processor. Versions of triton that are not pinned may spill anyway.
+        is_choice = kernel.registers < 255 and target != "gfx942"
+        allowed = 96 if is_choice or triton.__version__ != PINNED else 0
         assert kernel.spilled <= allowed, kernel
 
 
@@ -115,19 +115,19 @@ def test_matrix_instructions(target: str, case: str, kernels: list[Resources]) -
     ],
 )
 def test_asynchronous_copies(case: str, kernels: list[Resources]) -> None:
-    """Where loops around products load tiles, they do so ahead of time and 16 bytes at a time."""
+    """Loops around products load tiles ahead of time, and 16 bytes at once."""
     for kernel in kernels:
-        # One step covers all of few rows: there is nothing to load ahead of.
+        # One step covers all of few rows, so there is nothing to load ahead.
         one_step = " rows " in case and kernel.kernel == "gram_backward_kernel"
-        # Chunks with long rows, of which there are few, are not loaded ahead by the copy engine.
-        apart = 2 if kernel.kernel == "moments_kernel" and kernel.bulk and "debiased" in case else 0
+        # The copy engine does not load the few chunks with long rows.
+        has_chunks = kernel.kernel == "moments_kernel" and kernel.bulk and "debiased" in case
         if kernel.kernel in MATRIX_KERNELS and not one_step:
-            assert kernel.loads <= apart, kernel
+            assert kernel.loads <= (2 if has_chunks else 0), kernel
             assert kernel.copies or kernel.bulk, kernel
 
 
 @pytest.mark.skipif(
-    triton.__version__ != PINNED, reason=f"needs triton {PINNED}, which the table is of"
+    triton.__version__ != PINNED, reason=f"needs triton {PINNED}, which made the table"
 )
 def test_table_is_current(compiled: Results) -> None:
     """If this fails, run ``python -m tests.support.triton_compile`` and look at the difference."""
@@ -147,7 +147,7 @@ def test_the_sample_has_every_case_and_on_every_target_most_kernels() -> None:
         kernels[target] |= set() if isinstance(rows, str) else {row.kernel for row in rows}
     assert {case for _, case in triton_compile.sample()} == CASES.keys()
     rare = {"blocks_kernel", "product_kernel"}
-    assert all(found >= set.union(*kernels.values()) - rare for found in kernels.values())
+    assert all(names >= set.union(*kernels.values()) - rare for names in kernels.values())
 
 
 def test_markdown() -> None:

@@ -1,4 +1,4 @@
-"""The table of configurations: complete, checked when it is read, found for every GPU."""
+"""The table of configurations: complete, checked when it is read, with an entry for every GPU."""
 
 import json
 from pathlib import Path
@@ -67,17 +67,17 @@ def test_unknown_architectures_take_the_closest(arch: str, like: str) -> None:
     ],
 )
 def test_class_of_a_call(form, rows, width, dtype, shapes, monkeypatch) -> None:
-    asked, found = [], config.lookup("sm90", shapes)
-    monkeypatch.setattr(config, "lookup", lambda *call: (asked.append(call), found)[1])
+    calls, entry = [], config.lookup("sm90", shapes)
+    monkeypatch.setattr(config, "lookup", lambda *call: (calls.append(call), entry)[1])
     x = torch.zeros(rows, width, dtype=dtype)
     layers = pack([x[:2, :2], x], [x, x[:2, :2]], [])
     config.configuration(layers, form)
-    assert asked == [("cpu", shapes)]
+    assert calls == [("cpu", shapes)]
 
 
 @pytest.mark.parametrize(("width", "step"), [(64, 1), (72, 1), (63, 1), (64, 2)])
 def test_rows_without_alignment_take_half_as_much_at_a_time(width, step) -> None:
-    """Registers hold an address for every element of theirs."""
+    """Registers hold an address for each of their elements."""
     x = torch.zeros(8, width * step, dtype=torch.bfloat16)[:, ::step]
     layers = pack([x], [x], [])
     usual = config.lookup("cpu", "covariance medium bf16" if width > 64 else SMALL)
@@ -86,7 +86,7 @@ def test_rows_without_alignment_take_half_as_much_at_a_time(width, step) -> None
     assert config.configuration(layers, "covariance").block_k == usual.block_k // (2 - is_aligned)
 
 
-def test_found_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_entry_is_looked_up_once(monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.zeros(8, 8)
     layers = pack([x], [x], [])
     first = config.configuration(layers, "gram")

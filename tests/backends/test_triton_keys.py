@@ -1,4 +1,4 @@
-"""How often triton compiles in a training, whatever shapes come: counted, without compiling."""
+"""How often triton compiles during training, whatever the shapes: counted, without compiling."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ MOST_ROWS, MOST_WIDTH = 6000, 771
 
 @pytest.fixture(autouse=True)
 def _untouched_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing runs, so that what is allocated need not be filled."""
+    """Nothing runs, so memory need not be filled."""
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
 
 
@@ -39,18 +39,18 @@ def _step(
     widths: Sequence[int],
     *,
     masked: bool = False,
-    apart: int = 0,
+    offset: int = 0,
     dtype: torch.dtype = BFLOAT16,
     measure: Callable[..., Tensor] = rk.linear_cka,
 ) -> None:
-    """A loss and its backward, of one layer or of several, which begin ``apart`` elements apart."""
+    """A loss and its backward for one or more layers, which begin ``offset`` elements apart."""
     features, valid = _room(dtype), _room(torch.bool)
     students, teachers, masks = [], [], []
     for i, (n, d) in enumerate(zip(rows, widths, strict=True)):
-        x = features[i * apart :][: n * d].view(n, d)
+        x = features[i * offset :][: n * d].view(n, d)
         students.append(x.detach().requires_grad_())
         teachers.append(x)
-        masks.append(valid[i * apart :][:n])
+        masks.append(valid[i * offset :][:n])
     if len(rows) > 1:
         values = measure(students, teachers, mask=masks if masked else None)
     else:
@@ -59,13 +59,13 @@ def _step(
 
 
 def compilations(
-    steps: int, least: int, most: int, widths: Sequence[int], target: str = "sm90", **how
+    steps: int, least: int, most: int, widths: Sequence[int], target: str = "sm90", **options
 ) -> int:
-    """Of a training whose batches have ``least`` to ``most`` rows, each layer its own number."""
+    """Kernels compiled in a training with ``least`` to ``most`` rows, different in each layer."""
     draw = random.Random(0)
     with triton_compile.recording(target, triton_compile.Counter) as compiled:
         for _ in range(steps):
-            _step([draw.randint(least, most) for _ in widths], widths, **how)
+            _step([draw.randint(least, most) for _ in widths], widths, **options)
     return len(compiled)
 
 
@@ -81,21 +81,21 @@ def compilations(
     ],
 )
 def test_rows_vary(least, most, bound, dtype, target) -> None:
-    """As in sequences of any length, and in the shorter last batch of an epoch."""
+    """As with sequences of any length, and with the shorter last batch of an epoch."""
     assert compilations(200, least, most, [768], target, dtype=dtype) <= bound
 
 
 @pytest.mark.parametrize("masked", [False, True], ids=["", "masked"])
 @pytest.mark.parametrize("widths", [WIDTHS, ODD_WIDTHS], ids=["even", "odd"])
 def test_layers_vary(widths, masked) -> None:
-    """In both forms at once, every step with other layers in either."""
+    """Both forms at once, with different layers in either at every step."""
     assert compilations(100, 600, 1600, widths, masked=masked) <= 8
     assert compilations(100, 4, 6000, widths, masked=masked) <= 12
 
 
 def test_parts_of_one_tensor() -> None:
     """Layers and masks begin at any address."""
-    assert compilations(100, 600, 1500, [771] * 12, masked=True, apart=1) <= 8
+    assert compilations(100, 600, 1500, [771] * 12, masked=True, offset=1) <= 8
 
 
 def test_distances() -> None:
@@ -103,15 +103,15 @@ def test_distances() -> None:
 
 
 def test_more_layers_than_a_launch_takes() -> None:
-    """Compile time and parameters grow with the layers of a launch, so there is a limit to them."""
+    """Compile time and parameters grow with the layers of a launch, so their number is limited."""
     for layers in (24, 25, 100):
         assert compilations(2, 300, 900, [256] * layers) <= 8
 
 
 def test_the_count_would_tell() -> None:
-    """Were sizes what they are, there would be a kernel for each pattern of multiples of 16."""
+    """Plain sizes would make a kernel for every pattern of multiples of 16."""
     from rift_kernels.backends.triton import layers
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(layers, "numbers", tuple)
+        patch.setattr(layers, "encoded", tuple)
         assert compilations(6, 600, 1600, WIDTHS) > 20

@@ -1,7 +1,7 @@
-"""Two writers of one element within a launch, which Triton's interpreter would not notice.
+"""Finds two writers of one element within a launch, which Triton's interpreter does not notice.
 
-It runs programs one after the other, so that the last writer wins. On a GPU either may, and where
-their values differ in the last bit, repeats do.
+The interpreter runs programs one after the other, so that the last writer wins. On a GPU either may
+win, and repeats differ if the values differ in the last bit.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from triton.runtime.interpreter import GridExecutor, InterpreterBuilder
 
 
 class TwoWritersError(AssertionError):
-    """Which kernel, and how many of its elements."""
+    """Names the kernel, and how many elements it writes twice."""
 
 
 class _Stores:
-    """Of one launch: the addresses that are written, and by whom.
+    """The addresses that a launch writes, and their writers.
 
-    A writer is a program between two of its barriers, which keep its own stores in order; nothing
-    orders those of two programs.
+    A writer is a program between two of its barriers, which keep its own stores in order. Nothing
+    orders the stores of two programs.
     """
 
     def __init__(self) -> None:
@@ -39,22 +39,22 @@ class _Stores:
             self.writers.append(self.writer)
 
     def written_twice(self) -> int:
-        """How many elements."""
+        """The number of elements with two writers."""
         if not self.addresses:
             return 0
         sizes = [a.size for a in self.addresses]
         address = np.concatenate(self.addresses)
-        program, writer = (np.repeat(who, sizes) for who in (self.programs, self.writers))
-        # Writers of one element come in the order of time.
+        program, writer = (np.repeat(ids, sizes) for ids in (self.programs, self.writers))
+        # A stable sort keeps the writers of one element in the order of time.
         order = np.argsort(address, kind="stable")
         address, program, writer = address[order], program[order], writer[order]
-        apart = (program[1:] != program[:-1]) | (writer[1:] == writer[:-1])
-        return int(np.count_nonzero((address[1:] == address[:-1]) & apart))
+        is_unordered = (program[1:] != program[:-1]) | (writer[1:] == writer[:-1])
+        return int(np.count_nonzero((address[1:] == address[:-1]) & is_unordered))
 
 
 @contextmanager
 def watched() -> Iterator[None]:
-    """Inside, a launch in which two write one element raises TwoWritersError."""
+    """Inside, a launch with two writers of one element raises TwoWritersError."""
     stores = _Stores()
     launch, store = GridExecutor.__call__, InterpreterBuilder.create_masked_store
     barrier, begin = InterpreterBuilder.create_barrier, InterpreterBuilder.set_grid_idx
@@ -66,9 +66,9 @@ def watched() -> Iterator[None]:
         if count:
             raise TwoWritersError(f"{self.fn.__name__} writes {count} elements twice")
 
-    def watched_store(self: Any, pointers: Any, value: Any, mask: Any, *how: Any) -> Any:
+    def watched_store(self: Any, pointers: Any, value: Any, mask: Any, *options: Any) -> Any:
         stores.add(pointers.data[np.broadcast_to(mask.data, pointers.data.shape)].ravel())
-        return store(self, pointers, value, mask, *how)
+        return store(self, pointers, value, mask, *options)
 
     def watched_begin(self: Any, *index: int) -> None:
         stores.program += 1

@@ -1,12 +1,12 @@
-"""Compiles what the launchers launch, for any GPU and without one, and reads what it costs.
+"""Compiles all Triton kernels for any GPU, without one, and reads what resources they need.
 
     python -m tests.support.triton_compile             all: benchmarks/results/triton-resources.json
     python -m tests.support.triton_compile sm90 gram   some: a target, a word of the cases' names
     python -m tests.support.triton_compile --sample --out FILE    every case on one target
 
-The launchers run on CPU tensors, with recorders in place of the kernels, and triton believes that
-the target is there: types, alignments and constants are what a launch on it would have. A case is
-a line of ``CASES``, and covers whatever kernels its launchers launch.
+Launches run on CPU tensors, with recorders in place of the kernels, and triton believes that the
+target is there. Types, alignments and constants are those of a launch on the target. A case is a
+line of ``CASES``, and covers all kernels that it launches.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Target(NamedTuple):
 
 
 TARGETS = {
-    # Its configurations serve sm86 and sm89, too, which have no more than 99 KiB.
+    # Its configurations also serve sm86 and sm89, which have no more than 99 KiB.
     "sm80": Target(GPUTarget("cuda", 80, 32), 108, 99 * 1024),
     "sm90": Target(GPUTarget("cuda", 90, 32), 132, 227 * 1024, 1024),
     "sm100": Target(GPUTarget("cuda", 100, 32), 148, 227 * 1024, 1024),
@@ -63,7 +63,7 @@ TARGETS = {
 
 
 class _Driver:
-    """All that triton asks a GPU before it compiles for it."""
+    """All that triton asks a GPU before compiling for it."""
 
     def __init__(self, target: GPUTarget) -> None:
         self.target = target
@@ -79,7 +79,7 @@ class _Driver:
 
 
 class _Recorder:
-    """A kernel that compiles when it is launched, and does not run."""
+    """A kernel that compiles when it is launched, but does not run."""
 
     def __init__(self, kernel: JITFunction, compiled: list[Any]) -> None:
         self.kernel, self.compiled = kernel, compiled
@@ -92,7 +92,7 @@ class _Recorder:
 
 
 class Counter:
-    """A kernel that does not even compile: what it would compile is written down, once each."""
+    """A kernel that does not even compile, but records once what it would compile."""
 
     def __init__(self, kernel: JITFunction, compiled: list[Any]) -> None:
         self.kernel, self.compiled = kernel, compiled
@@ -113,7 +113,7 @@ class Counter:
 def recording(
     name: str, recorder: Callable[[JITFunction, list[Any]], Any] = _Recorder
 ) -> Iterator[list[Any]]:
-    """Inside, launches are compiled for a target of ``TARGETS``; yields what they compiled to."""
+    """Inside, launches compile for a target of ``TARGETS``; yields the compiled kernels."""
     target, compiled = TARGETS[name], []
     blocks = products._blocks
     replaced = {
@@ -127,15 +127,15 @@ def recording(
         patch.setattr(driver, "_active", _Driver(target.gpu))
         patch.setattr(plan, "choose_backend", lambda *_: "triton")
         missing = set(replaced)
-        for found in pkgutil.iter_modules(kernels.__path__, kernels.__name__ + "."):
-            module = importlib.import_module(found.name)
+        for info in pkgutil.iter_modules(kernels.__path__, kernels.__name__ + "."):
+            module = importlib.import_module(info.name)
             for attribute, value in list(vars(module).items()):
                 if isinstance(value, JITFunction) and attribute.endswith("_kernel"):
                     patch.setattr(module, attribute, recorder(value, compiled))
                 elif attribute in replaced:
                     patch.setattr(module, attribute, replaced[attribute])
                     missing.discard(attribute)
-        assert not missing, f"the launchers do not ask for {missing} any more"
+        assert not missing, f"no launch asks for {missing} any more"
         config.forget()
         yield compiled
     config.forget()
@@ -234,7 +234,7 @@ CASES: dict[str, Callable[[], None]] = {
 
 
 def compiled(job: tuple[str, str]) -> list[Resources] | str:
-    """What the kernels of a case need on a target, equal ones once; or why triton fails."""
+    """What the kernels of a case need on a target, without duplicates, or why triton fails."""
     name, case = job
     try:
         with recording(name) as launched:
@@ -251,9 +251,9 @@ def _send(job: tuple[str, str], pipe: Connection) -> None:
 
 
 def _isolated(job: tuple[str, str]) -> list[Resources] | str:
-    """In a process of its own: where triton asserts what is not so, the process ends."""
+    """In a separate process, because a failed assertion in triton ends the process."""
     context = multiprocessing.get_context("forkserver")
-    # Imported once, not in every process.
+    # Imported once rather than in every process.
     context.set_forkserver_preload(["tests.support.triton_compile"])
     receive, send = context.Pipe(duplex=False)
     child = context.Process(target=_send, args=(job, send))
@@ -267,7 +267,7 @@ def _isolated(job: tuple[str, str]) -> list[Resources] | str:
 
 
 def sources() -> str:
-    """A hash of what decides what a case compiles to: kernels, launchers, configurations, cases."""
+    """A hash of what decides how cases compile: kernels, launches, configurations, cases."""
     folder = Path(kernels.__file__).parent
     files = [
         *folder.glob("*.py"),
@@ -281,7 +281,7 @@ def sources() -> str:
 
 
 def sample() -> list[tuple[str, str]]:
-    """Every case on one target, every target with as many."""
+    """Every case on one target, and equally many on every target."""
     targets = list(TARGETS)
     return [(targets[i % len(targets)], case) for i, case in enumerate(CASES)]
 
@@ -289,15 +289,15 @@ def sample() -> list[tuple[str, str]]:
 def measured(jobs: Sequence[tuple[str, str]]) -> Results:
     """What these cases compile to on these targets."""
     with ThreadPoolExecutor(min(os.cpu_count() or 1, 8)) as pool:
-        found = dict(zip(jobs, pool.map(_isolated, jobs), strict=True))
+        rows_of_jobs = list(pool.map(_isolated, jobs))
     results: Results = {}
-    for (target, case), rows in found.items():
+    for (target, case), rows in zip(jobs, rows_of_jobs, strict=True):
         results.setdefault(target, {})[case] = rows
     return results
 
 
 def dumped(results: Results) -> str:
-    """As JSON with a kernel a line, to be compared line by line."""
+    """JSON with one kernel a line, to be compared line by line."""
     lines = [f' "triton": "{triton.__version__}"', f' "sources": "{sources()}"']
     for target, cases in results.items():
         texts = []
@@ -320,14 +320,14 @@ class Table(NamedTuple):
 
 
 def loaded(path: Path) -> Table:
-    """What :func:`dumped` has written."""
+    """A file that :func:`dumped` has written."""
     content = json.loads(path.read_text(encoding="utf-8"))
-    triton_version, of_sources = content.pop("triton"), content.pop("sources")
+    triton_version, source_hash = content.pop("triton"), content.pop("sources")
     for cases in content.values():
         for case, rows in cases.items():
             if not isinstance(rows, str):
                 cases[case] = [Resources(**row) for row in rows]
-    return Table(triton_version, of_sources, content)
+    return Table(triton_version, source_hash, content)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -351,8 +351,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         options.out.write_text(dumped(results), encoding="utf-8")
         print(f"wrote {options.out}")
         return
-    for target, of_target in results.items():
-        for case, rows in of_target.items():
+    for target, results_of_cases in results.items():
+        for case, rows in results_of_cases.items():
             for row in [rows] if isinstance(rows, str) else rows:
                 print(f"{target:7} {case:50} {row}")
 

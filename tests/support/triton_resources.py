@@ -1,4 +1,4 @@
-"""What a compiled kernel needs of a processor, from the text that triton leaves of it."""
+"""What resources a compiled kernel needs, from the text that triton keeps of it."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ MATRIX = {
 class Resources(NamedTuple):
     kernel: str
     registers: int
-    spilled: int  # bytes a thread; on AMD, vector registers
+    spilled: int  # bytes per thread; on AMD, vector registers
     shared: int  # bytes
     tensor: int  # columns of tensor memory
     matrix: str  # the kind of its matrix instructions
-    copies: int  # asynchronous ones of 16 bytes each
-    bulk: int  # by the copy engine
-    loads: int  # of tiles, in loops around products, by neither of these
+    copies: int  # asynchronous copies of 16 bytes each
+    bulk: int  # copies by the copy engine
+    loads: int  # other loads of tiles, in loops around products
 
 
 def resources(kernel: Any) -> Resources:
-    """Of a kernel that triton has compiled."""
+    """The resources of a kernel that triton has compiled."""
     asm = kernel.asm
     text = asm["ptx"] if "ptx" in asm else asm["amdgcn"]
     registers, spilled = _usage(asm["cubin"]) if "ptx" in asm else _amd_usage(text)
@@ -61,9 +61,9 @@ def _usage(cubin: bytes) -> tuple[int, int]:
 
 
 def _amd_usage(text: str) -> tuple[int, int]:
-    # Scalar registers are spilled into vector registers, which costs next to nothing.
-    found = (re.search(rf"\.{name}: +(\d+)", text) for name in ("vgpr_count", "vgpr_spill_count"))
-    registers, spilled = (int(match[1]) for match in found)
+    # Scalar registers spill into vector registers, which costs next to nothing.
+    names = ("vgpr_count", "vgpr_spill_count")
+    registers, spilled = (int(re.search(rf"\.{name}: +(\d+)", text)[1]) for name in names)
     return registers, spilled
 
 

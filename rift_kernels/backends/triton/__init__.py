@@ -1,83 +1,75 @@
-"""Triton kernels for NVIDIA GPUs from sm_80 on (and AMD's, compiled but never run).
+"""Triton kernels for NVIDIA GPUs from sm_80 on, and for AMD's, where they compile but never ran.
 
-Fused measures, from features to values and back, up to 24 layers in one launch a pass:
+Fused measures go from features to values and back, for up to 24 layers in one launch of a kernel:
 
-    cka_fwd, covariance_fwd, fused_bwd      covariance_form.py, gram_form.py
+    cka_fwd, cka_bwd                        covariance_form.py, gram_form.py
+    covariance_fwd, covariance_bwd          covariance_form.py
 
-and the primitives that the others are made of, as in ``backends/eager.py``:
+All other measures are made of primitives, as in ``backends/eager.py``:
 
-    moments                                 launch.py; float64: products.py
+    moments                                 blocks.py; float64: products.py
     product, product_transposed, symmetric  products.py
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import covariance_form, gram_form, interpreter, launch, products
-from .layers import MAX_LAYERS, Layers, alike, pack
+from . import blocks, covariance_form, gram_form, interpreter, products
+from .layers import MAX_LAYERS, Layers, pack, unified
 
 if interpreter.is_active():
-    interpreter.mend()
+    interpreter.repair()
 
 
-def _slots(gram: Sequence[bool]) -> int:
-    """Layers that a launch of this call has room for: the same of all, whatever their form is."""
-    launches = -(-len(gram) // MAX_LAYERS)
-    return -(-len(gram) // launches)
+class _Group(NamedTuple):
+    """The layers that share launches, because they are of one form."""
+
+    indices: list[int]  # among the layers of the call
+    gram: bool
+    layers: Layers
 
 
-def _groups(gram: Sequence[bool]) -> list[list[int]]:
-    """The layers of each launch, which are of one form."""
-    slots, groups = _slots(gram), []
-    for form in (False, True):
-        indices = [i for i, g in enumerate(gram) if g == form]
-        groups += [indices[at : at + slots] for at in range(0, len(indices), slots)]
-    return groups
-
-
-def _some(tensors: Sequence[Tensor], indices: list[int]) -> list[Tensor]:
-    """The tensors of these layers; a mask may be one for all."""
-    return [tensors[i] for i in indices] if len(tensors) > 1 else list(tensors)
-
-
-def _launches(
+def _groups(
     students: Sequence[Tensor],
     teachers: Sequence[Tensor],
     masks: Sequence[Tensor],
     gram: Sequence[bool],
-    groups: Sequence[list[int]],
-) -> list[Layers]:
-    slots, packed = _slots(gram), []
-    for indices in groups:
-        x, y, valid = (_some(side, indices) for side in (students, teachers, masks))
-        packed.append(pack(x, y, valid, slots))
-    return packed if len(packed) == 1 else alike(packed)
+) -> list[_Group]:
+    """Groups with room for the same number of layers, so that they share compiled kernels."""
+    launches = -(-len(gram) // MAX_LAYERS)
+    room = -(-len(gram) // launches)
+    groups = []
+    for form in (False, True):
+        members = [i for i, is_gram in enumerate(gram) if is_gram == form]
+        for first in range(0, len(members), room):
+            indices = members[first : first + room]
+            x, y, valid = (_select(side, indices) for side in (students, teachers, masks))
+            groups.append(_Group(indices, form, pack(x, y, valid, room)))
+    if len(groups) == 1:
+        return groups
+    packed = unified([group.layers for group in groups])
+    return [group._replace(layers=layers) for group, layers in zip(groups, packed, strict=True)]
 
 
-def _forward(
-    students: list[Tensor],
-    teachers: list[Tensor],
-    masks: list[Tensor],
-    gram: list[bool],
-    measure: Callable[[Layers, bool], tuple[Tensor, list[Tensor]]],
-) -> tuple[Tensor, list[Tensor]]:
-    """Values, and what the backward needs beside the features, group after group."""
-    values: list[Tensor] = [students[0]] * len(gram)
-    saved, groups = [], _groups(gram)
-    with torch.cuda.device_of(students[0]):
-        launches = _launches(students, teachers, masks, gram, groups)
-        for indices, layers in zip(groups, launches, strict=True):
-            value, kept = measure(layers, gram[indices[0]])
-            if len(groups) == 1:
-                return value, kept
-            for i, one in zip(indices, value.unbind(), strict=True):
-                values[i] = one
-            saved += kept
-    return torch.stack(values), saved
+def _select(tensors: Sequence[Tensor], indices: list[int]) -> list[Tensor]:
+    """The tensors of these layers; a single mask serves all layers."""
+    return [tensors[i] for i in indices] if len(tensors) > 1 else list(tensors)
+
+
+def _in_order(groups: Sequence[_Group], values: Sequence[Tensor]) -> Tensor:
+    """The groups' values, in the order of the call's layers."""
+    if len(groups) == 1:
+        return values[0]
+    ordered = [values[0]] * sum(len(group.indices) for group in groups)
+    for group, group_values in zip(groups, values, strict=True):
+        for i, value in zip(group.indices, group_values.unbind(), strict=True):
+            ordered[i] = value
+    return torch.stack(ordered)
 
 
 def cka_fwd(
@@ -91,15 +83,21 @@ def cka_fwd(
     debiased: bool,
     distance: bool,
 ) -> tuple[Tensor, list[Tensor]]:
-    """Values, and what the backward needs beside the features."""
-    sides = (student_grad, teacher_grad)
-
-    def measure(layers: Layers, form: bool) -> tuple[Tensor, list[Tensor]]:
-        if form:
-            return gram_form.cka_fwd(layers, debiased, distance, any(sides))
-        return covariance_form.cka_fwd(layers, debiased, distance, *sides, precision != "medium")
-
-    return _forward(students, teachers, masks, gram, measure)
+    """Values, and what :func:`cka_bwd` needs besides the features."""
+    values, saved = [], []
+    with torch.cuda.device_of(students[0]):
+        groups = _groups(students, teachers, masks, gram)
+        for group in groups:
+            settings = (group.layers, debiased, distance)
+            if group.gram:
+                forward = gram_form.cka_fwd(*settings, student_grad or teacher_grad)
+            else:
+                forward = covariance_form.cka_fwd(
+                    *settings, student_grad, teacher_grad, precision != "medium"
+                )
+            values.append(forward[0])
+            saved += forward[1]
+    return _in_order(groups, values), saved
 
 
 def covariance_fwd(
@@ -113,49 +111,17 @@ def covariance_fwd(
     scale: str,
     mean_weight: float,
 ) -> tuple[Tensor, list[Tensor]]:
-    """Values, and what the backward needs beside the features."""
-
-    def measure(layers: Layers, _form: bool) -> tuple[Tensor, list[Tensor]]:
-        sides = (student_grad, teacher_grad)
-        return covariance_form.covariance_fwd(layers, scale, mean_weight, *sides)
-
-    return _forward(students, teachers, masks, gram, measure)
-
-
-def _bwd(
-    grad_values: Tensor,
-    students: list[Tensor],
-    teachers: list[Tensor],
-    saved: list[Tensor],
-    masks: list[Tensor],
-    gram: list[bool],
-    wanted: tuple[bool, bool],
-    dtypes: tuple[torch.dtype, torch.dtype],
-    is_cka: bool,
-) -> list[Tensor]:
-    """The wanted gradients, all students first; a side that none of them needs may be empty."""
-    count = len(gram)
-    students, teachers = students or teachers, teachers or students
-    grads: list[Tensor] = [grad_values] * (2 * count)
-    incoming = grad_values.reshape(-1).contiguous()
-    groups = _groups(gram)
-    at = 0
-    with torch.cuda.device_of(grad_values):
-        launches = _launches(students, teachers, masks, gram, groups)
-        for indices, layers in zip(groups, launches, strict=True):
-            form = gram[indices[0]]
-            kept = saved[at : at + (gram_form.SAVED if form else covariance_form.SAVED)]
-            at += len(kept)
-            mine = incoming
-            if len(groups) > 1:
-                mine = torch.stack([incoming[i] for i in indices])
-            for side, tensors in enumerate((students, teachers)):
-                if wanted[side]:
-                    how = (layers, mine, kept, side, dtypes[side])
-                    some = gram_form.cka_bwd(*how) if form else covariance_form.bwd(*how, is_cka)
-                    for i, grad in zip(indices, some, strict=True):
-                        grads[side * count + i] = grad.view(tensors[i].shape)
-    return (grads[:count] if wanted[0] else []) + (grads[count:] if wanted[1] else [])
+    """Values, and what :func:`covariance_bwd` needs besides features; all in covariance form."""
+    values, saved = [], []
+    with torch.cuda.device_of(students[0]):
+        groups = _groups(students, teachers, masks, gram)
+        for group in groups:
+            value, tensors = covariance_form.covariance_fwd(
+                group.layers, scale, mean_weight, student_grad, teacher_grad
+            )
+            values.append(value)
+            saved += tensors
+    return _in_order(groups, values), saved
 
 
 def cka_bwd(
@@ -168,8 +134,9 @@ def cka_bwd(
     wanted: tuple[bool, bool],
     dtypes: tuple[torch.dtype, torch.dtype],
 ) -> list[Tensor]:
-    """The wanted gradients, all students first."""
-    return _bwd(grad_values, students, teachers, saved, masks, gram, wanted, dtypes, True)
+    """The wanted gradients of CKA, students first; a side that none of them needs may be empty."""
+    features = (students, teachers, saved, masks, gram)
+    return _backward(covariance_form.cka_bwd, grad_values, *features, wanted, dtypes)
 
 
 def covariance_bwd(
@@ -182,8 +149,45 @@ def covariance_bwd(
     wanted: tuple[bool, bool],
     dtypes: tuple[torch.dtype, torch.dtype],
 ) -> list[Tensor]:
-    """The wanted gradients, all students first."""
-    return _bwd(grad_values, students, teachers, saved, masks, gram, wanted, dtypes, False)
+    """As :func:`cka_bwd`, of the covariance distance."""
+    features = (students, teachers, saved, masks, gram)
+    return _backward(covariance_form.covariance_bwd, grad_values, *features, wanted, dtypes)
+
+
+def _backward(
+    in_covariance_form: Callable[..., tuple[Tensor, ...]],
+    grad_values: Tensor,
+    students: list[Tensor],
+    teachers: list[Tensor],
+    saved: list[Tensor],
+    masks: list[Tensor],
+    gram: list[bool],
+    wanted: tuple[bool, bool],
+    dtypes: tuple[torch.dtype, torch.dtype],
+) -> list[Tensor]:
+    """The wanted gradients, group after group; every measure in Gram form is CKA."""
+    count = len(gram)
+    students, teachers = students or teachers, teachers or students
+    grads: list[Tensor] = [grad_values] * (2 * count)
+    incoming = grad_values.reshape(-1).contiguous()
+    first = 0
+    with torch.cuda.device_of(grad_values):
+        groups = _groups(students, teachers, masks, gram)
+        for group in groups:
+            backward = gram_form.cka_bwd if group.gram else in_covariance_form
+            length = gram_form.SAVED if group.gram else covariance_form.SAVED
+            group_saved, first = saved[first : first + length], first + length
+            group_incoming = incoming
+            if len(groups) > 1:
+                group_incoming = torch.stack([incoming[i] for i in group.indices])
+            for side, tensors in enumerate((students, teachers)):
+                if wanted[side]:
+                    side_grads = backward(
+                        group.layers, group_incoming, group_saved, side, dtypes[side]
+                    )
+                    for i, grad in zip(group.indices, side_grads, strict=True):
+                        grads[side * count + i] = grad.view(tensors[i].shape)
+    return (grads[:count] if wanted[0] else []) + (grads[count:] if wanted[1] else [])
 
 
 def moments(x: Tensor, y: Tensor, gram: bool, wanted: str) -> tuple[Tensor | None, ...]:
@@ -197,8 +201,9 @@ def moments(x: Tensor, y: Tensor, gram: bool, wanted: str) -> tuple[Tensor | Non
             products.product(y.mT, y, symmetric=True) if "yy" in wanted else None,
         )
     with torch.cuda.device_of(x):
-        blocks = launch.second_moments(pack([x], [y], []), "gram" if gram else "covariance", wanted)
-    return tuple(b if b is None else b.reshape(*x.shape[:-2], *b.shape[-2:]) for b in blocks)
+        form = "gram" if gram else "covariance"
+        matrices = blocks.second_moments(pack([x], [y], []), form, wanted)
+    return tuple(b if b is None else b.reshape(*x.shape[:-2], *b.shape[-2:]) for b in matrices)
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
-"""Second-moment blocks in float32, mirrored below the diagonal, from partial moments.
+"""Second-moment blocks in float32, summed from partial tiles and mirrored below the diagonal.
 
-What the generic measures and ``second_moments`` are made of, of features centered before.
+Measures that are not fused, and ``second_moments``, are built from them; features come centered.
 
 Bytes: the partial tiles once, the blocks once.
 """
@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from .device import sum_partials
-from .tiles import tile_of
+from . import raw_moments
+from .config import configuration
+from .layers import Layers
+from .tiles import sum_partials, tile_of
 
 
 @triton.jit(do_not_specialize=["n", "d1", "d2", "tile_programs", "slots", "spills"])
@@ -33,17 +36,43 @@ def blocks_kernel(
     share = tl.cdiv(slots * chunks, tile_programs)
     slot, part = program // PARTS, program % PARTS
     left_is_y, block_i, right_is_y, block_j = tile_of(slot, blocks_x, blocks_y, XX, YY)
-    local = part * SUB + tl.arange(0, SUB)
-    across = tl.arange(0, BLOCK)
-    i, j = block_i * BLOCK + local, block_j * BLOCK + across
-    offsets = local[:, None] * BLOCK + across[None, :]
+    within_i = part * SUB + tl.arange(0, SUB)
+    within_j = tl.arange(0, BLOCK)
+    i, j = block_i * BLOCK + within_i, block_j * BLOCK + within_j
+    offsets = within_i[:, None] * BLOCK + within_j[None, :]
     tile = sum_partials(tiles_ptr, spill_ptr, slot, chunks, share, offsets, SIZE)
     height = tl.where(left_is_y, second, first)
-    breadth = tl.where(right_is_y, second, first)
+    width = tl.where(right_is_y, second, first)
     out = tl.where(left_is_y, yy_ptr, tl.where(right_is_y, xy_ptr, xx_ptr))
-    out += entry.to(tl.int64) * height * breadth
-    inside = (i < height)[:, None] & (j < breadth)[None, :]
+    out += entry.to(tl.int64) * height * width
+    inside = (i < height)[:, None] & (j < width)[None, :]
     i64, j64 = i.to(tl.int64), j.to(tl.int64)
-    tl.store(out + i64[:, None] * breadth + j64[None, :], tile, mask=inside)
+    tl.store(out + i64[:, None] * width + j64[None, :], tile, mask=inside)
     if (left_is_y == right_is_y) & (block_i != block_j):
-        tl.store(out + j64[None, :] * breadth + i64[:, None], tile, mask=inside)
+        tl.store(out + j64[None, :] * width + i64[:, None], tile, mask=inside)
+
+
+def second_moments(layers: Layers, form: str, wanted: str) -> tuple[Tensor | None, ...]:
+    """The blocks xx, xy, yy of centered features in float32, (B, ., .) each; None if unwanted."""
+    config = configuration(layers, form)
+    is_gram = form == "gram"
+    n, d1, d2 = layers.rows[0], layers.x.widths[0], layers.y.widths[0]
+    first, second = (n, n) if is_gram else (d1, d2)
+    shapes = {"xx": (first, first), "xy": (first, second), "yy": (second, second)}
+    results = {
+        name: layers.empty(layers.entries, *shape)
+        for name, shape in shapes.items()
+        if name in wanted
+    }
+    if not layers.idle:
+        moments = raw_moments.launch(layers, config, form, wanted)
+        placeholder = next(iter(results.values()))
+        blocks_kernel[(moments.slots * (config.block // config.sub), layers.entries)](
+            n, d1, d2, moments.tiles, moments.spill,
+            *(results.get(name, placeholder) for name in shapes),
+            moments.tile_programs, moments.slots, moments.tile_programs,
+            XX="xx" in wanted, YY="yy" in wanted, GRAM=is_gram,
+            BLOCK=config.block, BLOCK_K=config.block_k, SUB=config.sub,
+            num_warps=config.head_warps,
+        )  # fmt: skip
+    return tuple(results.get(name) for name in shapes)

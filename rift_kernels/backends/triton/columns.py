@@ -1,4 +1,6 @@
-"""Column sums of both sides, and how large and how much alike they are; loads of features.
+"""Column statistics: sums of both sides' columns, their energies, and how much the sides share.
+
+Column programs of moments_kernel write them, later kernels read them.
 
 Bytes: X and Y once; a few numbers per program.
 """
@@ -8,27 +10,17 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .device import (
-    COUNT,
-    ENERGY_X,
-    ENERGY_XY,
-    ENERGY_Y,
-    PIVOT_X,
-    PIVOT_Y,
-    first_kept_row,
-    kept_rows,
-)
+from .device import first_kept_row, kept_rows, load_features
 
-
-@triton.jit
-def load_features(ptr, stride_n, stride_d, rows, valid, columns, width, mean, CENTER: tl.constexpr):
-    """A tile (rows, columns) of features, masked rows 0; centered in float32 if asked for."""
-    mask = valid[:, None] & (columns < width)[None, :]
-    offsets = rows.to(tl.int64)[:, None] * stride_n + columns.to(tl.int64)[None, :] * stride_d
-    tile = tl.load(ptr + offsets, mask=mask, other=0.0)
-    if CENTER:
-        tile = tl.where(mask, tile.to(tl.float32) - mean[None, :], 0.0)
-    return tile
+# Fields of a layer's statistics, one number per column program. PIVOT is the energy about the first
+# row, ENERGY that about the mean of a segment of rows.
+COUNT = tl.constexpr(0)
+PIVOT_X = tl.constexpr(1)
+PIVOT_Y = tl.constexpr(2)
+ENERGY_X = tl.constexpr(3)
+ENERGY_Y = tl.constexpr(4)
+ENERGY_XY = tl.constexpr(5)
+STATISTICS = tl.constexpr(6)
 
 
 @triton.jit
@@ -37,11 +29,10 @@ def column_statistics(
     longest, sums_ptr, statistics_ptr, program, segments, blocks, width,
     HAS_MASK: tl.constexpr, APART: tl.constexpr, BLOCK: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """Column sums of one block of columns over one segment of rows, and its energies.
+    """Sums and energies of one block of columns over one segment of rows.
 
-    The energies are about the first row of all, which makes constant features exactly 0, and about
-    the segment's mean, which says how large the features are. Of valid rows, without those that are
-    kept apart.
+    Energies about the first row of all are exactly 0 for constant features. Energies about the
+    segment's mean tell how large the features are. Masked rows and long rows do not count.
     """
     block, segment = program % blocks, program // blocks
     columns = block * BLOCK + tl.arange(0, BLOCK)
@@ -62,8 +53,8 @@ def column_statistics(
     for start in range(segment * length, tl.minimum(n, (segment + 1) * length), BLOCK_R):
         rows = start + tl.arange(0, BLOCK_R)
         valid = kept_rows(mask_ptr, longest, rows, n, HAS_MASK, APART)
-        x = load_features(x_ptr, stride_xn, stride_xd, rows, valid, columns, d1, zero, False)
-        y = load_features(y_ptr, stride_yn, stride_yd, rows, valid, columns, d2, zero, False)
+        x = load_features(x_ptr, stride_xn, stride_xd, rows, valid, columns, d1)
+        y = load_features(y_ptr, stride_yn, stride_yd, rows, valid, columns, d2)
         x, y = x.to(tl.float32), y.to(tl.float32)
         sum_x += tl.sum(x, 0)
         sum_y += tl.sum(y, 0)
@@ -78,13 +69,43 @@ def column_statistics(
     tl.store(sums_ptr + segment * width + columns, sum_x, mask=columns < width)
     sums_ptr += segments * width
     tl.store(sums_ptr + segment * width + columns, sum_y, mask=columns < width)
-    rows_here = tl.sum(count, 0)
-    share = tl.where(rows_here > 0, 1 / rows_here, 0.0)
+    segment_rows = tl.sum(count, 0)
+    share = tl.where(segment_rows > 0, 1 / segment_rows, 0.0)
     programs = blocks * segments
     out = statistics_ptr + program
-    tl.store(out + COUNT * programs, tl.where(block == 0, rows_here, 0.0))
+    tl.store(out + COUNT * programs, tl.where(block == 0, segment_rows, 0.0))
     tl.store(out + PIVOT_X * programs, tl.sum(square_x, 0))
     tl.store(out + PIVOT_Y * programs, tl.sum(square_y, 0))
     tl.store(out + ENERGY_X * programs, tl.sum(square_x - shifted_x * shifted_x * share, 0))
     tl.store(out + ENERGY_Y * programs, tl.sum(square_y - shifted_y * shifted_y * share, 0))
     tl.store(out + ENERGY_XY * programs, tl.sum(product - shifted_x * shifted_y * share, 0))
+
+
+@triton.jit
+def statistic(statistics_ptr, field, programs):
+    """The sum of one field over the column programs, in float64."""
+    lanes = tl.arange(0, 256)
+    total = tl.zeros([256], tl.float64)
+    for first in range(0, programs, 256):
+        i = first + lanes
+        parts = tl.load(statistics_ptr + field * programs + i, mask=i < programs, other=0.0)
+        total += parts.to(tl.float64)
+    return tl.sum(total, 0)
+
+
+@triton.jit
+def inverse_scale(statistics_ptr, pivot_field, field, programs):
+    """Roughly one over the norm of the centered features, to bring all blocks to the order of 1."""
+    energy = statistic(statistics_ptr, field, programs)
+    pivot = statistic(statistics_ptr, pivot_field, programs)
+    energy = tl.where(energy > 0, energy, pivot)
+    return tl.where(energy == 0, 1.0, 1.0 / tl.sqrt(energy)).to(tl.float32)
+
+
+@triton.jit
+def column_mean(sums_ptr, columns, segments, stride, count, mask, BLOCK: tl.constexpr):
+    """Means of some columns from the segments' sums, added in order."""
+    total = tl.zeros([BLOCK], tl.float32)
+    for segment in range(segments):
+        total += tl.load(sums_ptr + segment * stride + columns, mask=mask, other=0.0)
+    return total / count

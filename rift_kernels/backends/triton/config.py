@@ -19,7 +19,7 @@ from .layers import Layers
 ENVIRONMENT_VARIABLE = "RIFT_KERNELS_CONFIGS"
 SHIPPED = Path(__file__).with_name("configs.json")
 FORMS = ("covariance", "gram")
-# Of one side of the blocks, the widest layer's or in Gram form the longest's: up to 64, 128, more.
+# Up to 64, up to 128, or more: columns of the widest layer, or rows of the longest in Gram form.
 SIZES = ("small", "medium", "large")
 FEATURES = ("bf16", "exact")
 
@@ -27,13 +27,13 @@ Block = tuple[int, int, int]
 
 
 class Config(NamedTuple):
-    """What the launchers ask for; 0 in what the other form's launchers use."""
+    """What launches ask for. Fields of the other form are 0."""
 
-    block: int  # of moments: its tiles are squares
+    block: int  # rows and columns of a tile of moments
     block_k: int
     warps: int
     stages: int
-    block_r: int  # rows at a time, where columns are summed
+    block_r: int  # rows that column sums load at a time
     sub: int  # rows of a tile per program of a head
     head_warps: int
     backward: Block = (0, 0, 0)
@@ -57,27 +57,27 @@ class ConfigError(ValueError):
     """A table that cannot be used; the message names the file and the entry."""
 
 
-_found: dict[tuple[object, ...], Config] = {}
+_configurations: dict[tuple[object, ...], Config] = {}
 
 
 def configuration(layers: Layers, form: str) -> Config:
-    """The entry for these layers. Every call of a loss comes here, so the way is short."""
+    """The entry for these layers. Every call of a loss comes here, so the path is short."""
     side = layers.max_rows if form == "gram" else layers.widest
     size = 0 if side <= 64 else 1 if side <= 128 else 2
     is_aligned = layers.vector > 1
     key = layers.device, layers.exact, form, size, is_aligned
-    found = _found.get(key)
-    if found is None:
+    config = _configurations.get(key)
+    if config is None:
         kind = "exact" if layers.exact else "bf16"
-        found = lookup(architecture(layers.device), f"{form} {SIZES[size]} {kind}")
+        config = lookup(architecture(layers.device), f"{form} {SIZES[size]} {kind}")
         if not is_aligned:
-            found = _narrowed(found)
-        _found[key] = found
-    return found
+            config = _narrowed(config)
+        _configurations[key] = config
+    return config
 
 
 def _narrowed(config: Config) -> Config:
-    """For features that are loaded an element at a time: registers hold the addresses of fewer."""
+    """Smaller blocks, for features loaded element by element, whose addresses fill registers."""
     rows, columns, depth = config.backward
     gram_rows, gram_columns, gram_depth = config.gram_backward
     return config._replace(
@@ -98,51 +98,51 @@ def architecture(device: torch.device) -> str:
 
 
 def lookup(name: str, shapes: str) -> Config:
-    """The entry of an architecture, or of the one that comes closest from below."""
-    known = _table()
-    for candidate in _candidates(name, known):
-        if shapes in known[candidate]:
-            return known[candidate][shapes]
+    """An architecture's entry, or that of the closest older one."""
+    table = _table()
+    for candidate in _candidates(name, table):
+        if shapes in table[candidate]:
+            return table[candidate][shapes]
     raise AssertionError(f"{SHIPPED} has an entry for everything")
 
 
-def _candidates(name: str, known: Table) -> list[str]:
+def _candidates(name: str, table: Table) -> list[str]:
     if name == "cpu":
         return ["cpu"]
     if name.startswith("gfx"):
-        return [arch for arch in (name, "gfx942") if arch in known]
-    numbers = sorted((int(arch[2:]) for arch in known if arch.startswith("sm")), reverse=True)
+        return [arch for arch in (name, "gfx942") if arch in table]
+    numbers = sorted((int(arch[2:]) for arch in table if arch.startswith("sm")), reverse=True)
     older = [number for number in numbers if number <= int(name[2:])]
     return [f"sm{number}" for number in older or numbers[-1:]]
 
 
 @cache
 def _table() -> Table:
-    known = read(SHIPPED)
+    table = read(SHIPPED)
     override = os.environ.get(ENVIRONMENT_VARIABLE)
     if override:
         for arch, entries in read(Path(override)).items():
-            known[arch] = {**known.get(arch, {}), **entries}
-    return known
+            table[arch] = {**table.get(arch, {}), **entries}
+    return table
 
 
 def use(name: str, shapes: str, config: Config) -> None:
-    """Override an entry in this process, as the tuner does to try one."""
+    """Override an entry in this process, as the tuner does to try one out."""
     _table().setdefault(name, {})[shapes] = config
-    _found.clear()
+    _configurations.clear()
 
 
 def forget() -> None:
     """Read the tables again at the next call."""
     _table.cache_clear()
-    _found.clear()
+    _configurations.clear()
 
 
 def read(path: Path) -> Table:
     """A table from a file, checked.
 
-    A string in place of an entry, or of an architecture, names another one that it equals. Names
-    that begin with an underscore are remarks.
+    A string in place of an entry or an architecture names another one with the same content. Names
+    that begin with an underscore are comments.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -154,16 +154,17 @@ def read(path: Path) -> Table:
     for arch, entries in content.items():
         if arch.startswith("_"):
             continue
-        entries = _followed(path, arch, entries, content)
+        entries = _resolved(path, arch, entries, content)
         table[arch] = {
-            shapes: entry(f"{path}: {arch}: {shapes}", shapes, _followed(path, arch, e, entries))
-            for shapes, e in entries.items()
+            shapes: entry(f"{path}: {arch}: {shapes}", shapes, _resolved(path, arch, v, entries))
+            for shapes, v in entries.items()
             if not shapes.startswith("_")
         }
     return table
 
 
-def _followed(path: Path, arch: str, value: Any, others: dict[str, Any]) -> dict[str, Any]:
+def _resolved(path: Path, arch: str, value: Any, others: dict[str, Any]) -> dict[str, Any]:
+    """An object, or the one among ``others`` that a string names."""
     if isinstance(value, str):
         value = others.get(value, value)
     if not isinstance(value, dict):
@@ -171,16 +172,16 @@ def _followed(path: Path, arch: str, value: Any, others: dict[str, Any]) -> dict
     return value
 
 
-def entry(where: str, shapes: str, values: dict[str, Any]) -> Config:
-    """A table's entry as a Config; raises with ``where`` if the kernels cannot run with it."""
+def entry(place: str, shapes: str, values: dict[str, Any]) -> Config:
+    """A table's entry as a Config; errors name its ``place`` if the kernels cannot run with it."""
     if shapes not in CLASSES:
-        raise ConfigError(f"{where}: no such class, the classes are {', '.join(CLASSES)}")
+        raise ConfigError(f"{place}: no such class, the classes are {', '.join(CLASSES)}")
     fields = FIELDS[shapes.partition(" ")[0]]
     if values.keys() != set(fields):
         wrong = ", ".join(sorted(values.keys() ^ set(fields)))
-        raise ConfigError(f"{where}: unknown or missing: {wrong}")
+        raise ConfigError(f"{place}: unknown or missing: {wrong}")
     for name, value in values.items():
-        _check_value(f"{where}: {name}", name, value)
+        _check_value(f"{place}: {name}", name, value)
     hashable: dict[str, Any] = {
         name: tuple(value) if isinstance(value, list) else value for name, value in values.items()
     }
@@ -189,23 +190,23 @@ def entry(where: str, shapes: str, values: dict[str, Any]) -> Config:
     if shapes.startswith("covariance"):
         parts |= {"backward's columns": config.backward[1], "backward's depth": config.backward[2]}
     for name, part in parts.items():
-        # The planes that they read and write are padded to whole blocks, and no further.
+        # Kernels read and write planes, which are padded to whole blocks and no further.
         if config.block % part:
-            raise ConfigError(f"{where}: {name}, {part}, must divide block, {config.block}")
+            raise ConfigError(f"{place}: {name}, {part}, must divide block, {config.block}")
     return config
 
 
-def _check_value(where: str, name: str, value: Any) -> None:
+def _check_value(place: str, name: str, value: Any) -> None:
     if name.endswith("backward"):
         if not isinstance(value, list) or len(value) != 3:
-            raise ConfigError(f"{where} must be three numbers, not {value!r}")
+            raise ConfigError(f"{place} must be three numbers, not {value!r}")
         for part in value:
-            _check_value(where, "block", part)
+            _check_value(place, "block", part)
         return
     smallest = 1 if name.endswith(("warps", "stages")) else 16
     if type(value) is not int or value < smallest:
-        raise ConfigError(f"{where} must be an integer from {smallest} on, not {value!r}")
+        raise ConfigError(f"{place} must be an integer from {smallest} on, not {value!r}")
     if not name.endswith("stages") and value & (value - 1):
-        raise ConfigError(f"{where} must be a power of two, not {value}")
+        raise ConfigError(f"{place} must be a power of two, not {value}")
     if name.endswith("warps") and value > 16:
-        raise ConfigError(f"{where} must be at most 16, not {value}")
+        raise ConfigError(f"{place} must be at most 16, not {value}")

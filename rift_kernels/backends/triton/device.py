@@ -1,8 +1,8 @@
-"""What the kernels share: picking a layer, splitting float32, triangles, partial sums.
+"""Device functions that all kernels share: features of a layer, rows, float32 in halves, sums.
 
-Layers come as tuples of addresses and sizes, passed by value: no copy of the features, no table to
-upload, nothing that a CUDA graph could not replay. A batch ``(B, N, D)`` is one layer with a batch
-stride. What they are multiples of is in ``VECTOR`` alone, see layers.py.
+Layers come as tuples of addresses and sizes, passed by value. No features are copied, no table is
+uploaded, and CUDA graphs can replay a launch. A batch ``(B, N, D)`` is one layer with a batch
+stride. ``VECTOR`` alone says what sizes and addresses are multiples of; see layers.py.
 """
 
 from __future__ import annotations
@@ -10,28 +10,19 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# Fields of a layer's statistics, each one number per column program.
-COUNT = tl.constexpr(0)
-PIVOT_X = tl.constexpr(1)
-PIVOT_Y = tl.constexpr(2)
-ENERGY_X = tl.constexpr(3)
-ENERGY_Y = tl.constexpr(4)
-ENERGY_XY = tl.constexpr(5)
-STATISTICS = 6
-
-# Rows that debiasing keeps apart at most, see longest.py. A layer has their numbers, the longest
-# first, and -1 behind them; how many they are; and the chunks of rows that hold them, each once.
+# Debiasing keeps at most LONGEST rows apart, see longest.py. A layer's record has their indices,
+# the longest first, then -1; at LONG_COUNT their number; from CHUNKS on the chunks that hold them.
 LONGEST = tl.constexpr(8)
 LONG_COUNT = tl.constexpr(8)
 CHUNKS = tl.constexpr(16)
 LONG_FIELDS = tl.constexpr(32)
-# Behind all rows.
+# An index beyond all rows.
 NO_ROW = tl.constexpr(2**31 - 1)
 
 
 @triton.jit
 def pick(values, index):
-    """``values[index]`` of a tuple, for an index that only the device knows."""
+    """``values[index]`` from a tuple, for an index that only the device knows."""
     chosen = values[0]
     for i in tl.static_range(1, len(values)):
         chosen = tl.where(index == i, values[i], chosen)
@@ -39,22 +30,22 @@ def pick(values, index):
 
 
 @triton.jit
-def multiple(value, of: tl.constexpr):
-    """The same number, which triton may take for a multiple of another."""
-    if of > 1:
-        value = value // of * of
+def multiple(value, factor: tl.constexpr):
+    """The same number, which triton may now assume to be a multiple of ``factor``."""
+    if factor > 1:
+        value = value // factor * factor
     return value
 
 
 @triton.jit
 def size(values, index, VECTOR: tl.constexpr = 1):
-    """:func:`pick` of what :func:`layers.numbers` has made of sizes, strides and addresses."""
+    """:func:`pick` from sizes, strides or addresses that :func:`layers.encoded` has encoded."""
     return multiple((pick(values, index) >> 1) - 1, VECTOR)
 
 
 @triton.jit
 def layer_of(entry, LAYERS: tl.constexpr):
-    """The grid's second axis counts layers, or the batch of a single one."""
+    """The layer of an entry: the grid's second axis counts layers, or the batch of a single one."""
     if LAYERS > 1:
         layer = entry
     else:
@@ -64,7 +55,7 @@ def layer_of(entry, LAYERS: tl.constexpr):
 
 @triton.jit
 def batch_of(entry, LAYERS: tl.constexpr):
-    """See :func:`layer_of`."""
+    """The index of an entry within the batch, see :func:`layer_of`."""
     if LAYERS > 1:
         batch = entry.to(tl.int64) * 0
     else:
@@ -77,7 +68,7 @@ def features_of(
     addresses, strides_n, strides_d, stride_b, layer, batch,
     DTYPE: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
-    """Where a side's features of one layer begin, and their strides."""
+    """Pointer to one side's features in a layer, and their strides."""
     ptr = size(addresses, layer).to(tl.int64).to(tl.pointer_type(DTYPE))
     if VECTOR > 1:
         ptr = tl.multiple_of(ptr, 16)
@@ -90,22 +81,29 @@ def features_of(
 
 
 @triton.jit
-def mask_of(masks, stride_b, layer, batch, otherwise, HAS_MASK: tl.constexpr):
-    """Where the mask of one layer begins; ``otherwise``, never read, where there is none."""
+def mask_of(masks, stride_b, layer, batch, placeholder, HAS_MASK: tl.constexpr):
+    """Pointer to a layer's mask, or ``placeholder``, which is never read, if there is none."""
     if HAS_MASK:
         address = size(masks, layer).to(tl.int64)
         mask_ptr = address.to(tl.pointer_type(tl.uint8)) + batch * stride_b
     else:
-        mask_ptr = otherwise
+        mask_ptr = placeholder
     return mask_ptr
 
 
 @triton.jit
 def split(x):
-    """A float32 as the sum of two bfloat16, to 16 bits."""
+    """A float32 as the sum of two bfloat16 numbers, to 16 bits."""
     high = x.to(tl.bfloat16)
     low = (x - high.to(tl.float32)).to(tl.bfloat16)
     return high, low
+
+
+@triton.jit
+def square_sum(tile):
+    """Sum of squares in float64, because squares may leave the range of float32."""
+    wide = tile.to(tl.float64)
+    return tl.sum(tl.sum(wide * wide, 1), 0)
 
 
 @triton.jit
@@ -134,16 +132,16 @@ def long_rows(longest_ptr):
 
 @triton.jit
 def among(rows, longest):
-    """Which of the rows are those of :func:`long_rows`."""
-    found = rows == longest[0]
+    """Which rows are among those of :func:`long_rows`."""
+    matches = rows == longest[0]
     for slot in tl.static_range(1, LONGEST):
-        found = found | (rows == longest[slot])
-    return found
+        matches = matches | (rows == longest[slot])
+    return matches
 
 
 @triton.jit
 def kept_rows(mask_ptr, longest, rows, n, HAS_MASK: tl.constexpr, APART: tl.constexpr):
-    """Which rows are valid, and where long ones are kept apart (APART) not one of these."""
+    """Which rows are valid and, with APART, not among the long ones."""
     valid = valid_rows(mask_ptr, rows, n, HAS_MASK)
     if APART:
         valid = valid & (among(rows, longest) == 0)
@@ -152,88 +150,41 @@ def kept_rows(mask_ptr, longest, rows, n, HAS_MASK: tl.constexpr, APART: tl.cons
 
 @triton.jit
 def first_kept_row(mask_ptr, longest, n, HAS_MASK: tl.constexpr, APART: tl.constexpr):
-    """The first of :func:`kept_rows`; n where there is none."""
+    """The first of :func:`kept_rows`, or n if there is none."""
     first = n * 0
     if HAS_MASK or APART:
-        found = n
+        first = n
         start = n * 0
-        while (start < n) & (found == n):
+        while (start < n) & (first == n):
             rows = start + tl.arange(0, 1024)
-            kept = kept_rows(mask_ptr, longest, rows, n, HAS_MASK, APART)
-            found = tl.min(tl.where(kept, rows, n), 0)
+            is_kept = kept_rows(mask_ptr, longest, rows, n, HAS_MASK, APART)
+            first = tl.min(tl.where(is_kept, rows, n), 0)
             start += 1024
-        first = found
     return first
 
 
 @triton.jit
 def first_valid_row(mask_ptr, n, HAS_MASK: tl.constexpr):
-    """0 without a mask; n where no row is valid."""
+    """The first of :func:`valid_rows`, or n if there is none."""
     return first_kept_row(mask_ptr, mask_ptr, n, HAS_MASK, False)
 
 
 @triton.jit
-def triangle(t):
-    """Row and column ``i <= j`` of the t-th pair of an upper triangle, column by column."""
-    j = ((tl.sqrt((8 * t + 1).to(tl.float32)) - 1) * 0.5).to(tl.int32)
-    j = tl.where(j * (j + 1) // 2 > t, j - 1, j)
-    j = tl.where((j + 1) * (j + 2) // 2 <= t, j + 1, j)
-    return t - j * (j + 1) // 2, j
-
-
-@triton.jit
-def triangle_index(i, j):
-    """The inverse of :func:`triangle`, for ``i <= j``."""
-    return j * (j + 1) // 2 + i
-
-
-@triton.jit
-def sum_partials(tiles_ptr, spill_ptr, slot, chunks, share, offsets, SIZE: tl.constexpr):
-    """A tile's total over the programs that worked on it, in the order of their chunks.
-
-    The program that begins a tile leaves its sum in the tile's own slot, one that begins in the
-    middle of a tile in its own spill. Each has ``share`` iterations of ``chunks`` per tile.
-    """
-    total = tl.load(tiles_ptr + slot.to(tl.int64) * SIZE + offsets)
-    begin = slot * chunks
-    for program in range(begin // share + 1, (begin + chunks - 1) // share + 1):
-        total += tl.load(spill_ptr + (slot * 0 + program).to(tl.int64) * SIZE + offsets)
-    return total
-
-
-@triton.jit
-def statistic(statistics_ptr, field, programs):
-    """The sum of one field over the column programs, in float64."""
-    several = tl.arange(0, 256)
-    total = tl.zeros([256], tl.float64)
-    for first in range(0, programs, 256):
-        i = first + several
-        parts = tl.load(statistics_ptr + field * programs + i, mask=i < programs, other=0.0)
-        total += parts.to(tl.float64)
-    return tl.sum(total, 0)
-
-
-@triton.jit
-def inverse_scale(statistics_ptr, pivot_field, field, programs):
-    """About 1 / the norm of the centered features, so that all blocks are of the size of 1."""
-    energy = statistic(statistics_ptr, field, programs)
-    pivot = statistic(statistics_ptr, pivot_field, programs)
-    energy = tl.where(energy > 0, energy, pivot)
-    return tl.where(energy == 0, 1.0, 1.0 / tl.sqrt(energy)).to(tl.float32)
-
-
-@triton.jit
-def column_mean(sums_ptr, columns, segments, stride, count, mask, BLOCK: tl.constexpr):
-    """Means of some columns from the segments' sums, added in order."""
-    total = tl.zeros([BLOCK], tl.float32)
-    for segment in range(segments):
-        total += tl.load(sums_ptr + segment * stride + columns, mask=mask, other=0.0)
-    return total / count
+def load_features(
+    ptr, stride_n, stride_d, rows, valid, columns, width, mean=None, CENTER: tl.constexpr = False
+):
+    """A tile (rows, columns) of features, masked rows 0; with CENTER in float32, less ``mean``."""
+    mask = valid[:, None] & (columns < width)[None, :]
+    offsets = rows.to(tl.int64)[:, None] * stride_n + columns.to(tl.int64)[None, :] * stride_d
+    tile = tl.load(ptr + offsets, mask=mask, other=0.0)
+    if CENTER:
+        tile = tl.where(mask, tile.to(tl.float32) - mean[None, :], 0.0)
+    return tile
 
 
 @triton.jit
 def arrive(counter_ptr, programs):
-    """True in the program that is the last of ``programs`` to come here; it sees their stores."""
+    """Whether this program is the last of ``programs`` to arrive, which sees all their stores."""
     # Scalar atomics and tensor stores are ordered only by a barrier (triton #7125).
     tl.debug_barrier()
     return tl.atomic_add(counter_ptr, 1, sem="acq_rel") == programs - 1
@@ -241,15 +192,15 @@ def arrive(counter_ptr, programs):
 
 @triton.jit
 def over_programs(partial_ptr, programs, FIELDS: tl.constexpr):
-    """Sums, in order, and maxima of the fields that every program has left."""
+    """Sums, in a fixed order, and maxima of the fields that every program has left."""
     total = tl.zeros([FIELDS], tl.float64)
     peak = tl.zeros([FIELDS], tl.float64)
-    field, several = tl.arange(0, FIELDS), tl.arange(0, 32)
+    field, lanes = tl.arange(0, FIELDS), tl.arange(0, 32)
     for first in range(0, programs, 32):
-        which = first + several
+        program = first + lanes
         part = tl.load(
-            partial_ptr + which[:, None] * FIELDS + field[None, :],
-            mask=(which < programs)[:, None], other=0.0,
+            partial_ptr + program[:, None] * FIELDS + field[None, :],
+            mask=(program < programs)[:, None], other=0.0,
         )  # fmt: skip
         total += tl.sum(part, 0)
         peak = tl.maximum(peak, tl.max(part, 0))

@@ -2,19 +2,22 @@
 
     M = c Kx + c' Ky,    c = -2 value / ||Kx||^2,    c' = 2 / (||Kx|| ||Ky||)
 
-formed in float32 tile by tile and multiplied in two halves. Its rows sum to 0, but for what was
-rounded in sums of K before it was centered: times the mean of features far from 0, that is as large
-as the gradient, so it is taken off at the end; not of few rows, whose K is made of centered
-features. Features with more digits than bfloat16 are centered before they are split.
+M is formed in float32, tile by tile, and multiplied in two halves. Its rows sum to 0, except for
+rounding in sums of K before it was centered. Times the mean of features far from 0, that is as
+large as the gradient, so it is subtracted at the end. Few rows need no such step, because their K
+is made of centered features. Features wider than bfloat16 are centered before they are split.
 
 Bytes: both K once per block of columns, X once per block of rows, the gradient once.
 """
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from .config import Config
 from .device import (
     batch_of,
     features_of,
@@ -26,7 +29,10 @@ from .device import (
     split,
     valid_rows,
 )
-from .gram import INVERSE, OTHER, OWN, SCALARS, edge_of, grams_of
+from .gram_cka_small import SMALL_ROWS, rows_of
+from .gram_saved import INVERSE, OTHER, OWN, SCALARS, Saved, edge_of, grams_of, stride_of
+from .launch import gradients
+from .layers import Layers
 
 
 @triton.jit(
@@ -36,7 +42,7 @@ from .gram import INVERSE, OTHER, OWN, SCALARS, edge_of, grams_of
 )
 def gram_backward_kernel(
     owns, masks, grads, rows, widths, strides_n, strides_d, stride_b, stride_mb, stride_gb,
-    incoming_ptr, kept_ptr, means_ptr, width, stride, max_width,
+    incoming_ptr, saved_ptr, means_ptr, width, stride, max_width,
     LAYERS: tl.constexpr, HAS_MASK: tl.constexpr, DTYPE: tl.constexpr, VECTOR: tl.constexpr,
     SIDE: tl.constexpr,
     SMALL: tl.constexpr, EXACT: tl.constexpr,
@@ -54,13 +60,13 @@ def gram_backward_kernel(
         )
         grad_ptr = pick(grads, layer) + batch * multiple(stride_gb, VECTOR)
         mask_ptr = mask_of(masks, stride_mb, layer, batch, x_ptr, HAS_MASK)
-        scalars_ptr = kept_ptr + entry * SCALARS + SIDE * 4
+        scalars_ptr = saved_ptr + entry * SCALARS + SIDE * 4
         incoming = tl.load(incoming_ptr + entry).to(tl.float32)
         c_own = tl.load(scalars_ptr + OWN)
         c_other = tl.load(scalars_ptr + OTHER)
         plane = stride.to(tl.int64) * stride
         edge = edge_of(n)
-        grams_ptr = grams_of(kept_ptr, entry, plane)
+        grams_ptr = grams_of(saved_ptr, entry, plane)
         own_ptr = grams_ptr + SIDE * plane
         other_ptr = grams_ptr + (1 - SIDE) * plane
         row = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -73,10 +79,10 @@ def gram_backward_kernel(
         acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         for start in range(0, n, BLOCK_K):
             k = start + tl.arange(0, BLOCK_K)
-            at = row.to(tl.int64)[:, None] * stride + k[None, :]
+            offsets = row.to(tl.int64)[:, None] * stride + k[None, :]
             inside = (row < edge)[:, None] & (k < edge)[None, :]
-            own = tl.load(own_ptr + at, mask=inside, other=0.0)
-            other = tl.load(other_ptr + at, mask=inside, other=0.0)
+            own = tl.load(own_ptr + offsets, mask=inside, other=0.0)
+            other = tl.load(other_ptr + offsets, mask=inside, other=0.0)
             m = c_own * own + c_other * other
             high, low = split(m)
             valid = valid_rows(mask_ptr, k, n, HAS_MASK)
@@ -104,3 +110,36 @@ def gram_backward_kernel(
         offsets = row.to(tl.int64)[:, None] * d + column[None, :]
         inside = (row < n)[:, None] & (column < d)[None, :]
         tl.store(grad_ptr + offsets, acc.to(grad_ptr.dtype.element_ty), mask=inside)
+
+
+def launch(
+    layers: Layers,
+    config: Config,
+    saved: Saved,
+    incoming: Tensor,
+    side: int,
+    dtype: torch.dtype,
+) -> tuple[Tensor, ...]:
+    """One side's gradients, side 0 being the student."""
+    own = layers.x if side == 0 else layers.y
+    grads, stride_gb = gradients(own, layers, dtype)
+    if layers.idle:
+        return grads
+    entries, max_width = layers.entries, max(own.widths)
+    width = saved.means.numel() // (entries * 2)
+    block_m, block_n, block_k = config.gram_backward
+    small = layers.max_rows <= SMALL_ROWS
+    if small:
+        # One block holds all rows, and gives the mean of a column.
+        block_m = block_k = rows_of(layers)
+    grid = (-(-layers.max_rows // block_m) * -(-max_width // block_n), entries)
+    gram_backward_kernel[grid](
+        own.addresses, layers.mask_addresses, layers.padded(grads), layers.row_counts, own.columns,
+        own.strides_n, own.strides_d, own.stride_b, layers.stride_mb, stride_gb,
+        incoming, saved.grams, saved.means, width, stride_of(layers), max_width,
+        **layers.feature_options, SIDE=side,
+        SMALL=small, EXACT=layers.exact,
+        BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k,
+        num_warps=config.gram_backward_warps, num_stages=config.gram_backward_stages,
+    )  # fmt: skip
+    return grads

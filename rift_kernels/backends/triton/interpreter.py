@@ -1,12 +1,12 @@
-"""Mends Triton's interpreter, which runs the kernels on a CPU (TRITON_INTERPRET=1).
+"""Repairs Triton's interpreter, which runs the kernels on a CPU (TRITON_INTERPRET=1).
 
-It holds bfloat16 as its bits in uint16, multiplies those bits in ``tl.dot``, and cuts
-off where the hardware rounds. ``tests/backends/test_triton.py`` fails once this is not needed.
+The interpreter holds bfloat16 as bits in uint16, multiplies those bits in ``tl.dot``, and truncates
+where hardware rounds. ``tests/backends/test_triton.py`` fails once it needs no repair.
 
 Products are added as tensor cores add them (Fasi et al., PeerJ CS 7:e330; Khattak & Mikaitis,
-arXiv 2512.07004): the sum so far and the products of a block, exact, are cut off at the same bit,
-two below the last of the largest of them, and their sum is cut off to float32. So long sums lose a
-little with every block, which a sum that is rounded to nearest would not show.
+arXiv 2512.07004). The running sum and a block's exact products are truncated at the same bit, two
+below the last bit of the largest. Their sum is truncated to float32. Long sums thus lose a little
+with every block, which rounding to nearest would hide.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def _widened(handle: Any) -> Any:
 def _rounded(data: Any) -> Any:
     """The bits of float32 numbers as bfloat16, to nearest, ties to even."""
     bits = np.ascontiguousarray(data).view(np.uint32)
-    # In 64 bits, because a NaN's may overflow.
+    # In 64 bits, because a NaN's bits may overflow.
     rounded = ((bits.astype(np.uint64) + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
     return np.where(np.isnan(data), np.uint16(0x7FC0), rounded)
 
@@ -47,7 +47,7 @@ def _cast(self: Any, source: Any, target: Any) -> Any:
     return _original_cast(self, source, target)
 
 
-# As in sm_90; sm_80 has blocks of 8, which lose about as much: more often, of fewer terms.
+# As on sm_90. Blocks of 8, on sm_80, lose about as much: more often, but from fewer terms.
 _PRODUCTS = 16
 _EXTRA_BITS = 2
 
@@ -61,18 +61,18 @@ def _dot(_: Any, a: Any, b: Any, acc: Any, *__: Any) -> Any:
         # Rows and columns of padding add nothing.
         rows, inner, columns = left.any(1), left.any(0) & right.any(1), right.any(0)
         left, right = left[rows][:, inner], right[inner][:, columns]
-        where = np.ix_(rows, columns)
-        result[where] = _accumulated(left, right, result[where])
+        block = np.ix_(rows, columns)
+        result[block] = _accumulated(left, right, result[block])
     else:
         result = np.matmul(left, right) + acc.data
     return _Handle(result, acc.dtype.scalar)
 
 
 def _accumulated(a: Any, b: Any, acc: Any) -> Any:
-    """``acc + a b``, block after block of products."""
+    """``acc + a b``, one block of products after another."""
     for first in range(0, len(b), _PRODUCTS):
         block = slice(first, first + _PRODUCTS)
-        # Exact: of numbers of up to 12 bits.
+        # Exact, because the factors have up to 12 bits.
         products = a.T[block, :, None] * b[block, None, :]
         largest = np.maximum(np.abs(products).max(0), np.abs(acc))
         _, exponent = np.frexp(largest)
@@ -81,11 +81,11 @@ def _accumulated(a: Any, b: Any, acc: Any) -> Any:
         if not np.isfinite(largest).all():
             return acc + a @ b
         total = (products * scale).astype(np.int32).sum(0) + (acc * scale).astype(np.int32)
-        acc = _cut(np.ldexp(total.astype(np.float64), -bits))
+        acc = _truncated(np.ldexp(total.astype(np.float64), -bits))
     return acc
 
 
-def _cut(data: Any) -> Any:
+def _truncated(data: Any) -> Any:
     """float64 numbers as float32, toward zero."""
     rounded = data.astype(np.float32)
     beyond = np.abs(rounded.astype(np.float64)) > np.abs(data)
@@ -93,7 +93,7 @@ def _cut(data: Any) -> Any:
 
 
 def is_active() -> bool:
-    """Whether kernels run in the interpreter; triton reads that when a kernel is defined."""
+    """Whether kernels run in the interpreter, which triton decides when a kernel is defined."""
     return bool(knobs.runtime.interpret)
 
 
@@ -101,22 +101,22 @@ _members: dict[Any, list[tuple[str, Any]]] = {}
 
 
 def _patch_builtin(package: Any, builder: Any, scope: Any) -> None:
-    """What the original does, unless it is done: calls of device functions ask for it again.
+    """Do what the original does, but once, though every call of a device function asks for it.
 
-    Looking through the language at each of them took half of the interpreter's time.
+    Searching the language each time took half of the interpreter's time.
     """
     if package not in _members:
-        found = inspect.getmembers(package)
-        _members[package] = [(name, member) for name, member in found if core.is_builtin(member)]
+        members = inspect.getmembers(package)
+        _members[package] = [(name, member) for name, member in members if core.is_builtin(member)]
     for name, member in _members[package]:
         if getattr(package, name) is not member:
-            # All are patched, or none.
+            # Either all members are patched or none.
             return
         interpreter._patch_attr(package, name, member, builder, scope)
 
 
-def mend() -> None:
-    """For this process, for good."""
+def repair() -> None:
+    """Repair the interpreter, for the life of this process."""
     interpreter.InterpreterBuilder.cast_impl = _cast
     interpreter.InterpreterBuilder.create_dot = _dot
     interpreter._patch_builtin = _patch_builtin

@@ -10,31 +10,31 @@ import triton.language as tl
 from torch import Tensor
 from torch._subclasses import FakeTensor
 
-# CUDA's limit of a grid's second axis.
+# CUDA's limit on a grid's second axis.
 MAX_ENTRIES = 65535
-# In one launch. The kernels' parameters and the time to compile them grow with it: 4 KiB of the
-# former are what every driver takes, and there are about 100 bytes a layer.
+# Most layers of one launch. Compile time grows with it, and so do parameters: by about 100 bytes a
+# layer, where every driver takes 4 KiB.
 MAX_LAYERS = 24
 DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
 
-def numbers(values: Iterable[int]) -> tuple[int, ...]:
+def encoded(values: Iterable[int]) -> tuple[int, ...]:
     """Sizes, strides or addresses in a form that is never 1 and never a multiple of 16.
 
-    Triton would compile a kernel for every pattern of such numbers in a tuple, whatever it is told;
-    ``device.size`` makes them what they were.
+    Triton would compile a kernel for every pattern of such numbers in a tuple, whatever it is told.
+    ``device.size`` decodes them.
     """
     return tuple([2 * value + 3 for value in values])
 
 
 class Side(NamedTuple):
-    """Student or teacher: one tensor a layer; the last four as :func:`numbers`, () where idle."""
+    """Student or teacher, one tensor a layer; the last four are :func:`encoded`, or () if idle."""
 
     tensors: tuple[Tensor, ...]
     widths: tuple[int, ...]
     stride_b: int
-    # Elements that are loaded together: 16 bytes of aligned rows; 1 of rows that are contiguous,
-    # and no more; 0 of others.
+    # Elements that one load takes: 16 bytes if rows are aligned, 1 if they are merely contiguous,
+    # else 0.
     vector: int
     addresses: tuple[int, ...]
     columns: tuple[int, ...]  # the widths
@@ -45,8 +45,8 @@ class Side(NamedTuple):
 class Layers(NamedTuple):
     """The layers of one launch; ``entries`` is their number, or the size of the batch of one.
 
-    Where a call has more, the tuples are filled up with the last one, so that its launches share
-    their kernels; ``given`` is the number without those.
+    If a call needs several launches, their tuples repeat the last layer up to a common length, so
+    that they share compiled kernels. ``layer_count`` does not count these repetitions.
     """
 
     x: Side
@@ -54,20 +54,20 @@ class Layers(NamedTuple):
     masks: tuple[Tensor, ...]
     stride_mb: int
     rows: tuple[int, ...]
-    # Addresses and rows as :func:`numbers`.
-    mask_numbers: tuple[int, ...]
-    row_numbers: tuple[int, ...]
+    # Both :func:`encoded`.
+    mask_addresses: tuple[int, ...]
+    row_counts: tuple[int, ...]
     max_rows: int
-    given: int
+    layer_count: int
     entries: int
-    # Of the values: that of the batch of one layer, or (L,).
-    shape_of_values: tuple[int, ...]
+    # The batch of a single layer, or (L,).
+    value_shape: tuple[int, ...]
     device: torch.device
-    # Features with more digits than bfloat16: split in two, and centered before they are.
+    # Whether features have more digits than bfloat16, so that they are centered and split in two.
     exact: bool
-    # Without features (an empty batch) or with shapes only (torch.compile traces): no launch.
+    # Whether nothing is launched: the batch is empty, or torch.compile traces with shapes alone.
     idle: bool
-    # Of both sides, the least and the most that a launch of the call has.
+    # The smallest vector and the largest width of both sides, over all launches of the call.
     vector: int
     widest: int
 
@@ -76,36 +76,36 @@ class Layers(NamedTuple):
         return torch.empty(size, dtype=dtype, device=self.device)
 
     def values(self) -> Tensor:
-        """Memory for a value each, in the shape that they are returned in."""
-        return self.empty(*self.shape_of_values)
+        """Uninitialised values, in the shape that the call returns."""
+        return self.empty(*self.value_shape)
 
     @property
     def options(self) -> dict[str, Any]:
-        """The constants that every kernel over layers takes."""
+        """Constants of every kernel over layers."""
         return {"LAYERS": len(self.rows), "HAS_MASK": bool(self.masks)}
 
     @property
     def feature_options(self) -> dict[str, Any]:
-        """Those of kernels that read features."""
+        """Constants of kernels that read features."""
         return {**self.options, "DTYPE": DTYPES[self.x.tensors[0].dtype], "VECTOR": self.vector}
 
     @property
-    def shape(self) -> tuple[object, ...]:
-        """What kernels of either side take first."""
+    def arguments(self) -> tuple[object, ...]:
+        """First arguments of kernels that read both sides."""
         x, y = self.x, self.y
         return (
-            x.addresses, y.addresses, self.mask_numbers, self.row_numbers, x.columns, y.columns,
+            x.addresses, y.addresses, self.mask_addresses, self.row_counts, x.columns, y.columns,
             x.strides_n, x.strides_d, y.strides_n, y.strides_d,
             x.stride_b, y.stride_b, self.stride_mb,
         )  # fmt: skip
 
-    def filled(self, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """A tensor a layer, as many as the other tuples have."""
+    def padded(self, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """One tensor a layer, repeated up to the length of the other tuples."""
         return tensors + tensors[-1:] * (len(self.rows) - len(tensors))
 
 
 def _side(tensors: Sequence[Tensor], dtype: torch.dtype, idle: bool) -> Side:
-    # One axis for the batch: a copy only where the leading axes cannot be one.
+    # Leading axes become one batch axis, with a copy only if strides do not allow a view.
     flat = tuple(tensors)
     if flat[0].dtype != dtype:
         flat = tuple(t.to(dtype) for t in flat)
@@ -114,12 +114,12 @@ def _side(tensors: Sequence[Tensor], dtype: torch.dtype, idle: bool) -> Side:
     stride_b = flat[0].stride(0) if flat[0].dim() == 3 else 0
     if idle:
         return Side(flat, tuple([t.shape[-1] for t in flat]), stride_b, 0, (), (), (), ())
-    # Twice as much and 3 would be no int32, as which kernels take strides.
+    # Kernels take strides as int32, and larger ones would not fit once encoded.
     flat = tuple([t.contiguous() if max(t.stride()) >= 2**29 else t for t in flat])
     stride_b = flat[0].stride(0) if flat[0].dim() == 3 else 0
     size = flat[0].element_size()
     vector = 16 // size
-    # The last bits are 0 where they are of all.
+    # Low bits stay 0 if they are 0 everywhere.
     bits = stride_b * size
     sizes = []
     for t in flat:
@@ -136,10 +136,10 @@ def _side(tensors: Sequence[Tensor], dtype: torch.dtype, idle: bool) -> Side:
         widths,
         stride_b,
         vector,
-        numbers(addresses),
-        numbers(widths),
-        numbers(strides_n),
-        numbers(strides_d),
+        encoded(addresses),
+        encoded(widths),
+        encoded(strides_n),
+        encoded(strides_d),
     )
 
 
@@ -149,19 +149,19 @@ def pack(
     masks: Sequence[Tensor],
     slots: int | None = None,
 ) -> Layers:
-    """The layers of a launch; where the dtypes of the sides differ, both as float32.
+    """The layers of a launch, as float32 if the dtypes of the sides differ.
 
-    ``slots``: how many of them the kernel has room for, as many as there are by default.
+    ``slots``: how many layers the kernel has room for, by default as many as there are.
     """
     same = students[0].dtype == teachers[0].dtype
     dtype = students[0].dtype if same else torch.float32
     count = len(students)
-    more = (slots or count) - count
+    missing = (slots or count) - count
     idle = isinstance(students[0], FakeTensor) or not students[0].numel()
-    x, y = (_side([*side, *[side[-1]] * more], dtype, idle) for side in (students, teachers))
-    valid = [mask.view(torch.uint8).reshape(-1, mask.shape[-1]).contiguous() for mask in masks]
-    if len(valid) == 1:
-        valid = valid * count
+    x, y = (_side([*side, *[side[-1]] * missing], dtype, idle) for side in (students, teachers))
+    flat = [mask.view(torch.uint8).reshape(-1, mask.shape[-1]).contiguous() for mask in masks]
+    if len(flat) == 1:
+        flat = flat * count
     entries = x.tensors[0].shape[0] if x.tensors[0].dim() == 3 else count
     if entries > MAX_ENTRIES:
         raise ValueError(
@@ -169,19 +169,19 @@ def pack(
             "axes of student)"
         )
     rows = tuple([t.shape[-2] for t in x.tensors])
-    valid += valid[-1:] * more
+    flat += flat[-1:] * missing
     return Layers(
         x=x,
         y=y,
-        masks=tuple(valid),
-        stride_mb=valid[0].stride(0) if valid else 0,
+        masks=tuple(flat),
+        stride_mb=flat[0].stride(0) if flat else 0,
         rows=rows,
-        mask_numbers=() if idle else numbers([mask.data_ptr() for mask in valid]),
-        row_numbers=() if idle else numbers(rows),
+        mask_addresses=() if idle else encoded([mask.data_ptr() for mask in flat]),
+        row_counts=() if idle else encoded(rows),
         max_rows=max(rows),
-        given=count,
+        layer_count=count,
         entries=entries,
-        shape_of_values=students[0].shape[:-2] if len(rows) == 1 else (count,),
+        value_shape=students[0].shape[:-2] if len(rows) == 1 else (count,),
         device=students[0].device,
         exact=dtype != torch.bfloat16,
         idle=idle,
@@ -190,8 +190,8 @@ def pack(
     )
 
 
-def alike(launches: list[Layers]) -> list[Layers]:
-    """With the same constants, so that nothing is compiled where other layers come together."""
+def unified(launches: list[Layers]) -> list[Layers]:
+    """Launches with the same constants, so that other groups of layers compile nothing new."""
     vector = min(layers.vector for layers in launches)
     widest = max(layers.widest for layers in launches)
     return [layers._replace(vector=vector, widest=widest) for layers in launches]

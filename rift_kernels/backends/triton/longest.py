@@ -1,22 +1,25 @@
-"""The rows that are longest by far, found before moments are summed.
+"""The rows that are by far the longest, found before moments are summed.
 
-A language model's first token is a thousand times as long as all others. Debiasing takes off what
-a row gives with itself, ``||x_i||^4``, which is then nearly all of ``||A||^2``: a difference in
-which nothing of the rest is left. So up to LONGEST such rows, S, stay out of moments and means,
-which are those of all others, R; what S adds is made of products of pairs of rows (``cka.py``).
-The unbiased HSIC does not depend on the centre.
+A language model's first token is a thousand times as long as all others. Debiasing subtracts a
+row's product with itself, ``||x_i||^4``, which is then nearly all of ``||A||^2``, and nothing of
+the other rows survives that difference. So up to LONGEST such rows, S, stay out of moments and
+means, which are those of all other rows, R. What S adds is summed over pairs of rows
+(covariance_cka_head.py). The unbiased HSIC does not depend on the centre.
 
-Where no row is long, the launches behind this one do what they would do without it.
+If no row is long, later launches compute what they would compute without this one.
 
-Bytes: X and Y once, and 32 rows of them for each program; 8 a row.
+Bytes: X and Y once, and 32 rows of them per program; 8 a row.
 """
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from .columns import load_features
+from .config import Config
+from .debiasing import row_energies
 from .device import (
     CHUNKS,
     LONG_COUNT,
@@ -28,29 +31,31 @@ from .device import (
     features_of,
     first_valid_row,
     layer_of,
+    load_features,
     mask_of,
     size,
     valid_rows,
 )
-from .energies import row_energies
+from .launch import padded_width, processors
+from .layers import Layers
 
-# A long row has this many times the mean energy of all rows that are shorter.
+# A long row has more than this many times the mean energy of all shorter rows.
 LONG_ENERGY = tl.constexpr(4)
-# Energies are about the mean of so many rows, or if a mask leaves fewer than ENOUGH of them, of the
-# valid ones among the first ROUNDS times as many.
+# Energies are about the mean of SAMPLE rows. If a mask leaves fewer than ENOUGH of them, the valid
+# ones among ROUNDS * SAMPLE rows take their place, from the first valid row on.
 SAMPLE = tl.constexpr(32)
 ENOUGH = tl.constexpr(8)
 ROUNDS = tl.constexpr(32)
 # Rows, or candidates, that are compared at once.
 WIDE = tl.constexpr(1024)
-# What each program leaves: energies of X and Y, and how many rows they are of.
+# Numbers that each program leaves: the energies of X and Y, and how many rows have them.
 TOTALS = tl.constexpr(4)
 
 
 @triton.jit
 def _sample(mask_ptr, n, HAS_MASK: tl.constexpr):
-    """A valid row of each of SAMPLE parts, NO_ROW of parts without: from the middle on, because the
-    first rows are so often long."""
+    """A valid row from each of SAMPLE parts, NO_ROW from parts without one. The search begins in
+    the middle of a part, because first rows are so often long."""
     part = tl.arange(0, SAMPLE)
     length = tl.maximum(tl.cdiv(n, SAMPLE), 1)
     rows = part * length + length // 2
@@ -62,8 +67,8 @@ def _sample(mask_ptr, n, HAS_MASK: tl.constexpr):
             row = part[:, None] * length + ((length // 2 + step) % length)[None, :]
             valid = valid_rows(mask_ptr, row, n, HAS_MASK) & (step < length)[None, :]
             first = tl.min(tl.where(valid, step[None, :], length), 1)
-            found = part * length + (length // 2 + first) % length
-            rows = tl.where((rows == NO_ROW) & (first < length), found, rows)
+            candidate = part * length + (length // 2 + first) % length
+            rows = tl.where((rows == NO_ROW) & (first < length), candidate, rows)
             start += 32
     return rows
 
@@ -73,15 +78,15 @@ def _centre(
     x_ptr, stride_n, stride_d, mask_ptr, sample, rounds, n, width, stride, out_ptr,
     HAS_MASK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The mean of the valid rows among ``sample``, and behind these."""
+    """Store the mean of the valid rows among ``sample`` and, in later rounds, those that follow."""
     for first in range(0, stride, BLOCK):
         column = first + tl.arange(0, BLOCK)
         total = tl.zeros([BLOCK], tl.float32)
         count = tl.zeros([SAMPLE], tl.float32)
-        for turn in range(rounds):
-            rows = sample + turn * SAMPLE
+        for step in range(rounds):
+            rows = sample + step * SAMPLE
             valid = valid_rows(mask_ptr, rows, n, HAS_MASK)
-            x = load_features(x_ptr, stride_n, stride_d, rows, valid, column, width, count, False)
+            x = load_features(x_ptr, stride_n, stride_d, rows, valid, column, width)
             total += tl.sum(x.to(tl.float32), 0)
             count += valid.to(tl.float32)
         tl.store(out_ptr + column, total / tl.maximum(tl.sum(count, 0), 1))
@@ -89,7 +94,7 @@ def _centre(
 
 @triton.jit
 def _better(key, row, best, best_row):
-    """What is larger; of equal ones, the first row."""
+    """The larger key and its row, which is the first one if keys are equal."""
     top = tl.max(key, 0)
     top_row = tl.min(tl.where(key == top, row, NO_ROW), 0)
     is_better = (top > best) | ((top == best) & (top_row < best_row))
@@ -98,14 +103,14 @@ def _better(key, row, best, best_row):
 
 @triton.jit
 def _behind(key, row, last, last_row):
-    """Keys of what comes behind the last one that was taken, 0 of all others and of NaN."""
+    """Keys that rank behind the last one taken, 0 for all others and for NaN."""
     is_behind = (key < last) | ((key == last) & (row > last_row))
     return tl.where(is_behind, key, 0.0)
 
 
 @triton.jit
-def _leave_candidates(energy_ptr, begin, end, out_ptr):
-    """The rows ``begin..end`` of most energy, the longest first; -1 where none has any more."""
+def _store_candidates(energy_ptr, begin, end, out_ptr):
+    """Store the rows among ``begin..end`` with most energy, the longest first, then -1."""
     last_row = begin * 0 - 1
     last = last_row.to(tl.float32) + float("inf")
     for slot in range(LONGEST):
@@ -124,45 +129,45 @@ def _choose(
     r_ptr, q_ptr, candidates_ptr, candidates, total_x, total_y, count, longest_ptr,
     BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Of all candidates those that are long: the row with the largest share of all energy of
-    either side, and so on, as long as it has much of what is left."""
-    by_x, by_y = (1 / total_x).to(tl.float32), (1 / total_y).to(tl.float32)
+    """Store which candidates are long. The row with the largest share of either side's energy comes
+    first, and others follow while they have much of the energy that is left."""
+    inverse_x, inverse_y = (1 / total_x).to(tl.float32), (1 / total_y).to(tl.float32)
     most = tl.minimum((count * 0.25).to(tl.int32), LONGEST)
-    found = most * 0
-    last_row = found - 1
-    last = found.to(tl.float32) + float("inf")
-    goes_on = most > 0
+    long_count = most * 0
+    last_row = long_count - 1
+    last = long_count.to(tl.float32) + float("inf")
+    is_long = most > 0
     for slot in range(LONGEST):
-        best_row = found * 0 + NO_ROW
-        best = (found * 0).to(tl.float32)
-        if goes_on:
+        best_row = long_count * 0 + NO_ROW
+        best = (long_count * 0).to(tl.float32)
+        if is_long:
             for start in range(0, candidates, WIDE):
                 i = start + tl.arange(0, WIDE)
                 row = tl.load(candidates_ptr + i, mask=i < candidates, other=-1)
                 r = tl.load(r_ptr + row, mask=row >= 0, other=0.0)
                 q = tl.load(q_ptr + row, mask=row >= 0, other=0.0)
-                share = tl.maximum(r * by_x, q * by_y)
+                share = tl.maximum(r * inverse_x, q * inverse_y)
                 best, best_row = _better(_behind(share, row, last, last_row), row, best, best_row)
         last, last_row = best, best_row
-        is_there = best > 0
-        r = tl.load(r_ptr + best_row, mask=is_there, other=0.0).to(tl.float64)
-        q = tl.load(q_ptr + best_row, mask=is_there, other=0.0).to(tl.float64)
+        exists = best > 0
+        r = tl.load(r_ptr + best_row, mask=exists, other=0.0).to(tl.float64)
+        q = tl.load(q_ptr + best_row, mask=exists, other=0.0).to(tl.float64)
         total_x -= r
         total_y -= q
         others = count - slot - 1
-        is_long = (r * others > total_x * LONG_ENERGY) | (q * others > total_y * LONG_ENERGY)
-        goes_on = goes_on & is_there & is_long & (slot < most)
-        # Chunks that were not met before.
+        stands_out = (r * others > total_x * LONG_ENERGY) | (q * others > total_y * LONG_ENERGY)
+        is_long = is_long & exists & stands_out & (slot < most)
+        # A chunk that holds several long rows is listed once.
         chunk = best_row // BLOCK_K
         for before in range(slot):
             known = tl.load(longest_ptr + CHUNKS + before)
             chunk = tl.where(known == chunk, -1, chunk)
-        tl.store(longest_ptr + slot, tl.where(goes_on, best_row, -1))
-        tl.store(longest_ptr + CHUNKS + slot, tl.where(goes_on, chunk, -1))
-        # One thread's stores are read by all of them.
+        tl.store(longest_ptr + slot, tl.where(is_long, best_row, -1))
+        tl.store(longest_ptr + CHUNKS + slot, tl.where(is_long, chunk, -1))
+        # All threads read what one of them stores.
         tl.debug_barrier()
-        found += goes_on.to(tl.int32)
-    tl.store(longest_ptr + LONG_COUNT, found)
+        long_count += is_long.to(tl.int32)
+    tl.store(longest_ptr + LONG_COUNT, long_count)
 
 
 @triton.jit(do_not_specialize=["stride_xb", "stride_yb", "stride_mb", "max_rows"])
@@ -174,7 +179,7 @@ def longest_kernel(
     LAYERS: tl.constexpr, HAS_MASK: tl.constexpr, DTYPE: tl.constexpr, VECTOR: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """A program owns a run of rows; the last one to finish compares the longest of all."""
+    """One program owns a run of rows, and the last one to finish compares the longest of all."""
     program = tl.program_id(0)
     entry = tl.program_id(1)
     programs = tl.num_programs(0)
@@ -209,29 +214,29 @@ def longest_kernel(
         y_ptr, stride_yn, stride_yd, mask_ptr, sample, rounds, n, d2, width, centre_y,
         HAS_MASK, BLOCK,
     )  # fmt: skip
-    # What this program has just stored, it reads again with other threads; so below.
+    # Other threads of this program read what it has just stored, here and below.
     tl.debug_barrier()
     length = tl.cdiv(tl.cdiv(n, programs), BLOCK_R) * BLOCK_R
     begin, end = program * length, tl.minimum(n, (program + 1) * length)
-    sum_r, _ = row_energies(
+    sum_r = row_energies(
         x_ptr, stride_xn, stride_xd, mask_ptr, mask_ptr, n, d1, centre_x, 1, width, 1.0, 1.0,
         r_ptr, begin, end, HAS_MASK, False, BLOCK, BLOCK_R,
     )  # fmt: skip
-    sum_q, _ = row_energies(
+    sum_q = row_energies(
         y_ptr, stride_yn, stride_yd, mask_ptr, mask_ptr, n, d2, centre_y, 1, width, 1.0, 1.0,
         q_ptr, begin, end, HAS_MASK, False, BLOCK, BLOCK_R,
     )  # fmt: skip
     tl.debug_barrier()
-    own = candidates_ptr + program * (2 * LONGEST)
-    _leave_candidates(r_ptr, begin, end, own)
-    _leave_candidates(q_ptr, begin, end, own + LONGEST)
+    out_ptr = candidates_ptr + program * (2 * LONGEST)
+    _store_candidates(r_ptr, begin, end, out_ptr)
+    _store_candidates(q_ptr, begin, end, out_ptr + LONGEST)
     count = tl.maximum(end - begin, 0)
     if HAS_MASK:
-        here = tl.zeros([WIDE], tl.int32)
+        counts = tl.zeros([WIDE], tl.int32)
         for start in range(begin, end, WIDE):
             row = start + tl.arange(0, WIDE)
-            here += valid_rows(mask_ptr, row, end, HAS_MASK).to(tl.int32)
-        count = tl.sum(here, 0)
+            counts += valid_rows(mask_ptr, row, end, HAS_MASK).to(tl.int32)
+        count = tl.sum(counts, 0)
     tl.store(totals_ptr + program * TOTALS, sum_r)
     tl.store(totals_ptr + program * TOTALS + 1, sum_q)
     tl.store(totals_ptr + program * TOTALS + 2, count.to(tl.float64))
@@ -246,3 +251,23 @@ def longest_kernel(
             r_ptr, q_ptr, candidates_ptr, programs * (2 * LONGEST), total_x, total_y,
             valid_count, longest_ptr, BLOCK_K,
         )  # fmt: skip
+
+
+def launch(layers: Layers, config: Config, longest: Tensor) -> None:
+    """Find the long rows of every layer, whose records ``longest`` receives."""
+    entries, width = layers.entries, padded_width(layers, config)
+    # Twice as many as run at once, so that runs of rows are short.
+    programs = -(-2 * processors(layers.device) // entries)
+    programs = min(programs, -(-layers.max_rows // (2 * config.block_r)))
+    # New counters, for the price of a small launch; see gram_cka_small.py.
+    counters = torch.zeros(entries, dtype=torch.int32, device=layers.device)
+    longest_kernel[(programs, entries)](
+        *layers.arguments,
+        layers.empty(entries * programs * 2 * width), layers.empty(entries * 2 * layers.max_rows),
+        layers.empty(entries * programs * TOTALS.value, dtype=torch.float64),
+        layers.empty(entries * programs * 2 * LONGEST.value, dtype=torch.int32),
+        longest, counters, width, layers.max_rows,
+        **layers.feature_options,
+        BLOCK=config.block, BLOCK_K=config.block_k, BLOCK_R=config.block_r,
+        num_warps=config.head_warps,
+    )  # fmt: skip

@@ -2,8 +2,8 @@
 
     out = a @ b,  for any strides and one batch axis
 
-Of products that are known to be symmetric, only tiles on or above the diagonal are computed: the
-even powers of Newton-Schulz iterations, and second moments in float64.
+Products known to be symmetric compute only the tiles on or above the diagonal: even powers in
+Newton-Schulz iterations, and second moments in float64.
 
 Bytes: a tile of each operand per step of the inner loop, the result once (symmetric: twice).
 """
@@ -18,7 +18,8 @@ import triton.language as tl
 from torch import Tensor
 from torch._subclasses import FakeTensor
 
-from .device import split, triangle
+from .device import split
+from .tiles import triangle
 
 
 @triton.jit
@@ -94,15 +95,15 @@ def product(a: Tensor, b: Tensor, *, symmetric: bool = False) -> Tensor:
 
 @cache
 def _multiplies_float64(device: torch.device) -> bool:
-    """Whether triton compiles float64 products there: it fails for sm_100, and for AMD's GPUs."""
+    """Whether triton compiles float64 products for a device: not for sm_100, nor AMD's GPUs."""
     if device.type == "cpu":
         return True
     return torch.version.hip is None and torch.cuda.get_device_capability(device)[0] in (8, 9)
 
 
 def _blocks(dtype: torch.dtype, device: str) -> tuple[int, int, int, int]:
-    """Rows and columns of a tile, alike because symmetric results are a triangle of tiles."""
+    """Block sizes and warps. Tiles are square, because symmetric results are a triangle of them."""
     if device == "cpu":
         return 64, 64, 64, 4
-    # Deeper ones run out of registers where sizes are odd.
+    # Deeper blocks run out of registers where sizes are odd.
     return (64, 64, 16, 8 if dtype == torch.float64 else 4)

@@ -1,36 +1,30 @@
-"""Covariance distance with a teacher batch: from partial moments to the value and ``A - B``.
+"""Covariance distance to a teacher batch: values and ``A - B``, from raw moments.
 
     value  = ||A - B||^2 / unit^2 + mean_weight ||mean_x - mean_y||^2
     grad_X = (4 / unit^2) Xc (A - B) + (2 mean_weight / n) (mean_x - mean_y)
     grad_Y = (-4 / unit^2) Yc (A - B [+ value B]) + (2 mean_weight / n) (mean_y - mean_x)
 
-with ``A = Xc^T Xc``, ``B = Yc^T Yc`` and unit ``||B||`` (relative), ``2 D (n-1)`` (CORAL) or
-``n - 1``; what is in brackets is there where the unit is the teacher's. ``Xc^T Yc`` is not needed,
-and not computed.
+with ``A = Xc^T Xc`` and ``B = Yc^T Yc``. The unit is ``||B||`` (relative), ``2 D (n-1)`` (CORAL) or
+``n - 1``. The term in brackets belongs to the relative distance, whose unit is the teacher's.
+Nothing needs ``Xc^T Yc``, so it is not computed.
 
-Bytes: the partial tiles of A and B once; A - B (and B) is written as two bfloat16.
+Bytes: the partial tiles of A and B once; ``A - B`` (and B) as two bfloat16 numbers each.
 """
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from .cka import square_sum, store_halves, store_shift
-from .cka_head import store_side
-from .device import (
-    COUNT,
-    PIVOT_X,
-    PIVOT_Y,
-    arrive,
-    column_mean,
-    layer_of,
-    over_programs,
-    size,
-    statistic,
-    sum_partials,
-    triangle,
-)
+from .columns import COUNT, PIVOT_X, PIVOT_Y, STATISTICS, column_mean, statistic
+from .config import Config
+from .covariance_saved import SCALARS, Saved, store_halves, store_shift, store_side
+from .device import arrive, layer_of, over_programs, size, square_sum
+from .layers import Layers
+from .raw_moments import RawMoments
+from .tiles import sum_partials, triangle
 
 SQUARE_DIFFERENCE = tl.constexpr(0)
 SQUARE_B = tl.constexpr(1)
@@ -49,7 +43,7 @@ def _field(sums, field):
 def _head(
     value_ptr, scalars_ptr, sums, n, width, mean_weight, pivot_x, pivot_y, KIND: tl.constexpr
 ):
-    """The scalars of one layer, in float64."""
+    """Store a layer's value and scalars, computed in float64."""
     unit = n - 1
     if KIND == 0:
         square_b = tl.where(pivot_y == 0, 0.0, _field(sums, SQUARE_B))
@@ -59,16 +53,16 @@ def _head(
             unit = unit * 2 * width
         outer = 1 / (unit * unit)
     value = _field(sums, SQUARE_DIFFERENCE) * outer
-    # NaN and Inf come through where the teacher does not vary, too.
+    # NaN and Inf in features reach the value even where the teacher does not vary.
     value += (pivot_x - pivot_x) + (pivot_y - pivot_y)
     value = tl.where(n < 2, float("nan"), value)
     tl.store(value_ptr, (value + mean_weight * _field(sums, SQUARE_MEANS)).to(tl.float32))
     scale = 4 * outer
     one, zero, poison = n * 0 + 1, n * 0, value - value
-    # What does not vary is exactly 0 when centered, whatever rounding makes of its mean.
+    # Features that do not vary are exactly 0 when centered, however their mean is rounded.
     scale_x = tl.where(pivot_x == 0, 0.0, scale) + poison
     scale_y = tl.where(pivot_y == 0, 0.0, -scale) + poison
-    # The teacher's two terms cancel in part, so that their low halves matter.
+    # The teacher's two terms partly cancel, so that their low halves matter.
     full = one if KIND == 0 else zero
     bias = 2 * mean_weight / n
     store_side(scalars_ptr, 0, n, scale_x, zero, zero, zero, bias, zero, zero, one, one)
@@ -77,7 +71,7 @@ def _head(
 
 @triton.jit
 def _store_matrix(planes_ptr, plane, first, width, i, j, mirrored, tile):
-    """A tile of a symmetric matrix, on both sides of the diagonal."""
+    """Store a tile of a symmetric matrix, on both sides of the diagonal."""
     i64, j64 = i.to(tl.int64), j.to(tl.int64)
     store_halves(planes_ptr, plane, (first + i64[:, None]) * width + j64[None, :], tile)
     if mirrored:
@@ -89,16 +83,16 @@ def _store_shifts(
     shift_ptr, half, width, block_i, block_j, part, i, j, mean_i, mean_j, tile,
     PARTS: tl.constexpr, SUB: tl.constexpr,
 ):  # fmt: skip
-    """What the means add to columns j through rows i and, mirrored, to columns i through rows j."""
+    """Store what means of rows i add to columns j and, mirrored, those of rows j to columns i."""
     row = block_i * PARTS + part
     store_shift(shift_ptr, half, row * width + j, mean_i, tile, 0)
     if block_i != block_j:
         store_shift(shift_ptr, half, block_j * PARTS * width + i, mean_j, tile, 1)
         for other in range(1, PARTS):
-            # One sum holds the whole block's: those of its other parts are 0.
-            at = (block_j * PARTS + other) * width + i
-            tl.store(shift_ptr + at, tl.zeros([SUB], tl.float32))
-            tl.store(shift_ptr + half + at, tl.zeros([SUB], tl.float32))
+            # The first sum covers the whole block, so those of other parts are 0.
+            offsets = (block_j * PARTS + other) * width + i
+            tl.store(shift_ptr + offsets, tl.zeros([SUB], tl.float32))
+            tl.store(shift_ptr + half + offsets, tl.zeros([SUB], tl.float32))
 
 
 @triton.jit(do_not_specialize=["tile_programs", "column_programs", "segments", "slots", "spills"])
@@ -122,13 +116,13 @@ def covariance_kernel(
     PARTS: tl.constexpr = BLOCK // SUB
     sums_x = sums_ptr + entry.to(tl.int64) * (2 * segments * width)
     sums_y = sums_x + segments * width
-    statistics_ptr += entry * 6 * column_programs
+    statistics_ptr += entry * STATISTICS * column_programs
     tiles_ptr += entry.to(tl.int64) * slots * SIZE
     spill_ptr += entry.to(tl.int64) * spills * SIZE
     partial_ptr += entry.to(tl.int64) * programs * FIELDS
     plane = width.to(tl.int64) * width
     planes_x_ptr += entry * 2 * plane
-    # Of the teacher's two matrices, B is above.
+    # If the teacher has two matrices, B is above.
     MATRICES: tl.constexpr = 2 if KIND == 0 else 1
     planes_y_ptr += entry * 2 * MATRICES * plane
     half = (width // BLOCK) * PARTS * width
@@ -145,10 +139,10 @@ def covariance_kernel(
     slot, part = program // PARTS, program % PARTS
     if slot < tiles:
         block_i, block_j = triangle(slot)
-        local = part * SUB + tl.arange(0, SUB)
-        across = tl.arange(0, BLOCK)
-        offsets = local[:, None] * BLOCK + across[None, :]
-        i, j = block_i * BLOCK + local, block_j * BLOCK + across
+        within_i = part * SUB + tl.arange(0, SUB)
+        within_j = tl.arange(0, BLOCK)
+        offsets = within_i[:, None] * BLOCK + within_j[None, :]
+        i, j = block_i * BLOCK + within_i, block_j * BLOCK + within_j
         a = sum_partials(tiles_ptr, spill_ptr, slot, chunks, share, offsets, SIZE)
         b = sum_partials(tiles_ptr, spill_ptr, tiles + slot, chunks, share, offsets, SIZE)
         x_i = column_mean(sums_x, i, segments, width, n_float, i < width, SUB)
@@ -165,8 +159,10 @@ def covariance_kernel(
         if block_i == block_j:
             tl.store(means_ptr + entry * 2 * width + i, x_i)
             tl.store(means_ptr + (entry * 2 + 1) * width + i, y_i)
-            apart = (x_i - y_i).to(tl.float64)
-            sums = tl.where(field == SQUARE_MEANS, tl.sum(apart * apart, 0), sums)
+            mean_difference = (x_i - y_i).to(tl.float64)
+            sums = tl.where(
+                field == SQUARE_MEANS, tl.sum(mean_difference * mean_difference, 0), sums
+            )
         mirrored = block_i != block_j
         if STUDENT:
             _store_matrix(planes_x_ptr, plane, 0, width, i, j, mirrored, difference)
@@ -192,6 +188,35 @@ def covariance_kernel(
         pivot_x = statistic(statistics_ptr, PIVOT_X, column_programs)
         pivot_y = statistic(statistics_ptr, PIVOT_Y, column_programs)
         _head(
-            values_ptr + entry, scalars_ptr + entry * 32, total, count, d.to(tl.float64),
+            values_ptr + entry, scalars_ptr + entry * 2 * SCALARS, total, count, d.to(tl.float64),
             mean_weight, pivot_x, pivot_y, KIND,
         )  # fmt: skip
+
+
+def launch(
+    layers: Layers,
+    config: Config,
+    moments: RawMoments,
+    values: Tensor,
+    saved: Saved,
+    *,
+    scale: str,
+    mean_weight: float,
+    student: bool,
+    teacher: bool,
+) -> None:
+    """Values, and what the backward needs, from raw moments."""
+    programs = moments.slots // 2 * (config.block // config.sub)
+    partial = layers.empty(layers.entries * programs * FIELDS.value, dtype=torch.float64)
+    covariance_kernel[(programs, layers.entries)](
+        layers.row_counts, layers.x.columns,
+        moments.tiles, moments.spill, moments.sums, moments.statistics, moments.counters,
+        values, saved.scalars, saved.planes_x, saved.planes_y, saved.shift_x, saved.shift_y,
+        saved.means, partial,
+        mean_weight, moments.tile_programs, moments.column_programs, moments.segments,
+        moments.width, moments.slots, moments.tile_programs,
+        LAYERS=len(layers.rows), SPLIT=layers.exact,
+        SHIFT=not layers.exact, KIND=KINDS[scale], STUDENT=student, TEACHER=teacher,
+        BLOCK=config.block, BLOCK_K=config.block_k, SUB=config.sub,
+        num_warps=config.head_warps,
+    )  # fmt: skip

@@ -1,40 +1,49 @@
-"""Linear CKA in covariance form: from partial moments to the value and the backward's operands.
+"""Linear CKA in covariance form: values and the backward's operands, from raw moments.
 
-With features scaled to unit norm, ``A = X^T X``, ``C = X^T Y``, ``B = Y^T Y`` and
-``value = h / sqrt(hxx hyy)`` (``cka_head.py``), the student's gradient is
+Features are scaled to unit norm. With ``A = X^T X``, ``C = X^T Y``, ``B = Y^T Y`` and
+``value = h / sqrt(hxx hyy)`` (covariance_cka_head.py), the student's gradient is
 
     beta (X (-u A) + Y C^T),    u = h / hxx,  beta = 2 / sqrt(hxx hyy)
 
-a difference of near-equal terms where the student is near its teacher. It is rearranged with a
-number t, the regression of Y on X:
+Its terms nearly cancel where the student is near its teacher. A number t, the regression of Y on X,
+rearranges it:
 
     F = C^T - t A               formed here, in float32
     W = t Y - u X               formed in the backward, in float32
     gradient = beta (W A + Y F)
 
-in which every term is as small as the gradient itself, so that bfloat16 operands do, at no more
-products than without. Where ``||F||^2`` is large beside ``(1 - value) ||C||^2`` this is not so (the
-student is a rotation of the teacher), and the low halves of W, A and F are multiplied as well.
-Nothing waits for that decision: A and F are written in halves, W and the number of products are the
-backward's.
+Every term is then as small as the gradient itself, so that bfloat16 operands suffice, and there are
+no more products than before. The exception is ``||F||^2`` large beside ``(1 - value) ||C||^2``,
+where the student is a rotation of its teacher. There the low halves of W, A and F are multiplied as
+well. No kernel waits for that decision: A and F are stored in halves, and the backward forms W and
+chooses the products.
 
-Bytes: every partial tile is read once for A, B and C each and once more per F; A and F are written
-as two bfloat16 each.
+Bytes: every partial tile once for A, B and C each, and once more per F; A and F as two bfloat16
+numbers each.
 """
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from .cka_head import (
+from .columns import (
+    COUNT,
+    ENERGY_X,
+    ENERGY_XY,
+    ENERGY_Y,
+    PIVOT_X,
+    PIVOT_Y,
+    STATISTICS,
+    column_mean,
+    inverse_scale,
+    statistic,
+)
+from .config import Config
+from .covariance_cka_head import (
     FIELDS,
-    LONG_X,
-    LONG_Y,
-    PAIRS_XX,
-    PAIRS_XY,
-    PAIRS_YY,
-    PRODUCT_KL,
     ROUNDING,
     ROUNDING_OF_SPLIT,
     SQUARE_A,
@@ -42,117 +51,34 @@ from .cka_head import (
     SQUARE_C,
     SQUARE_FX,
     SQUARE_FY,
-    SQUARE_K,
-    SQUARE_L,
-    SUM_K,
-    SUM_L,
     cka_head,
 )
+from .covariance_saved import SCALARS, Saved, energy_programs, store_halves, store_shift
+from .debiasing import sums_of_rows, weighted_sums
 from .device import (
-    COUNT,
-    ENERGY_X,
-    ENERGY_XY,
-    ENERGY_Y,
     LONG_COUNT,
     LONG_FIELDS,
     LONGEST,
-    PIVOT_X,
-    PIVOT_Y,
     arrive,
     batch_of,
-    column_mean,
     features_of,
-    inverse_scale,
     layer_of,
     long_rows,
     mask_of,
     over_programs,
     size,
-    split,
-    statistic,
-    sum_partials,
-    triangle_index,
+    square_sum,
 )
-from .energies import long_products, row_energies, weighted_sums
-from .tiles import tile_of
-
-
-@triton.jit
-def square_sum(tile):
-    """Sum of squares in float64: squares of float32 may not be float32."""
-    wide = tile.to(tl.float64)
-    return tl.sum(tl.sum(wide * wide, 1), 0)
-
-
-@triton.jit
-def store_halves(planes_ptr, plane, offsets, tile):
-    """A float32 tile as two bfloat16 ones."""
-    high, low = split(tile)
-    tl.store(planes_ptr + offsets, high)
-    tl.store(planes_ptr + plane + offsets, low)
-
-
-@triton.jit
-def store_shift(shift_ptr, half, offsets, mean, tile, AXIS: tl.constexpr):
-    """What the mean of the left operand's columns makes of both halves of the right operand."""
-    high, low = split(tile)
-    factor = mean[None, :] if AXIS == 1 else mean[:, None]
-    tl.store(shift_ptr + offsets, tl.sum(factor * high.to(tl.float32), AXIS))
-    tl.store(shift_ptr + half + offsets, tl.sum(factor * low.to(tl.float32), AXIS))
-
-
-@triton.jit
-def _rows_of_k(
-    k_ptr, l_ptr, with_x, with_y, longest_ptr, long_count, begin, end, BLOCK_R: tl.constexpr
-):  # fmt: skip
-    """Makes of energies, in place, less the sums of the rows of K and L without the diagonal: the
-    energy less the products with the long rows. Returns what the head needs of these rows."""
-    field, slots = tl.arange(0, FIELDS), tl.arange(0, LONGEST)
-    long = tl.load(longest_ptr + slots)
-    sums = tl.zeros([FIELDS], tl.float64)
-    for start in range(begin, end, BLOCK_R):
-        row = start + tl.arange(0, BLOCK_R)
-        inside = row < end
-        r = tl.load(k_ptr + row, mask=inside, other=0.0).to(tl.float64)
-        q = tl.load(l_ptr + row, mask=inside, other=0.0).to(tl.float64)
-        at = row.to(tl.int64)[:, None] * LONGEST + slots[None, :]
-        known = inside[:, None] & (slots < long_count)[None, :]
-        x = tl.load(with_x + at, mask=known, other=0.0).to(tl.float64)
-        y = tl.load(with_y + at, mask=known, other=0.0).to(tl.float64)
-        with_itself = row[:, None] == long[None, :]
-        own_x, own_y = tl.where(with_itself, x, 0.0), tl.where(with_itself, y, 0.0)
-        x, y = x - own_x, y - own_y
-        less_k, less_l = r - tl.sum(x, 1), q - tl.sum(y, 1)
-        tl.store(k_ptr + row, less_k.to(tl.float32), mask=inside)
-        tl.store(l_ptr + row, less_l.to(tl.float32), mask=inside)
-        xx, yy, xy = tl.sum(x * x, 1), tl.sum(y * y, 1), tl.sum(x * y, 1)
-        sums += tl.where(field == SUM_K, -tl.sum(less_k, 0), 0.0)
-        sums += tl.where(field == SUM_L, -tl.sum(less_l, 0), 0.0)
-        sums += tl.where(field == SQUARE_K, tl.sum(less_k * less_k, 0), 0.0)
-        sums += tl.where(field == SQUARE_L, tl.sum(less_l * less_l, 0), 0.0)
-        sums += tl.where(field == PRODUCT_KL, tl.sum(less_k * less_l, 0), 0.0)
-        # Once from either end, where both are long. A long row has no energy here.
-        ends = 2 - tl.max(with_itself.to(tl.float64), 1)
-        sums += tl.where(field == PAIRS_XX, tl.sum(ends * xx - r * r, 0), 0.0)
-        sums += tl.where(field == PAIRS_YY, tl.sum(ends * yy - q * q, 0), 0.0)
-        sums += tl.where(field == PAIRS_XY, tl.sum(ends * xy - r * q, 0), 0.0)
-        sums += tl.where(field == LONG_X, tl.sum(tl.sum(own_x, 1), 0), 0.0)
-        sums += tl.where(field == LONG_Y, tl.sum(tl.sum(own_y, 1), 0), 0.0)
-    return sums
+from .layers import Layers
+from .raw_moments import RawMoments
+from .tiles import sum_partials, tile_of, triangle_index
 
 
 @triton.jit(
     do_not_specialize=[
-        "stride_xb",
-        "stride_yb",
-        "stride_mb",
-        "tile_programs",
-        "column_programs",
-        "segments",
-        "slots",
-        "spills",
-        "max_rows",
-        "row_programs",
+        *("stride_xb", "stride_yb", "stride_mb"),
+        *("tile_programs", "column_programs", "segments", "slots", "spills"),
+        *("max_rows", "row_programs"),
     ]
 )
 def cka_kernel(
@@ -178,19 +104,19 @@ def cka_kernel(
     PARTS: tl.constexpr = BLOCK // SUB
     sums_x = sums_ptr + entry.to(tl.int64) * (2 * segments * width)
     sums_y = sums_x + segments * width
-    statistics_ptr += entry * 6 * column_programs
+    statistics_ptr += entry * STATISTICS * column_programs
     tiles_ptr += entry.to(tl.int64) * slots * SIZE
     spill_ptr += entry.to(tl.int64) * spills * SIZE
-    scalars_ptr += entry * 32
+    scalars_ptr += entry * 2 * SCALARS
     partial_ptr += entry.to(tl.int64) * programs * FIELDS
     count = statistic(statistics_ptr, COUNT, column_programs)
     inverse_x = inverse_scale(statistics_ptr, PIVOT_X, ENERGY_X, column_programs)
     inverse_y = inverse_scale(statistics_ptr, PIVOT_Y, ENERGY_Y, column_programs)
     t_x, t_y = inverse_x * 0.0, inverse_y * 0.0
     if NEAR:
-        # Regression coefficients of features of unit norm are one number both ways.
-        both = statistic(statistics_ptr, ENERGY_XY, column_programs)
-        t_x = (both * inverse_x * inverse_y).to(tl.float32)
+        # With features of unit norm, both regressions have the same coefficient.
+        energy_xy = statistic(statistics_ptr, ENERGY_XY, column_programs)
+        t_x = (energy_xy * inverse_x * inverse_y).to(tl.float32)
         t_y = t_x
     n_float = count.to(tl.float32)
     long_count = n * 0
@@ -205,8 +131,8 @@ def cka_kernel(
     share = tl.cdiv(tiles * chunks, tile_programs)
     field = tl.arange(0, FIELDS)
     sums = tl.zeros([FIELDS], tl.float64)
-    local = tl.arange(0, SUB)
-    across = tl.arange(0, BLOCK)
+    within_i = tl.arange(0, SUB)
+    within_j = tl.arange(0, BLOCK)
     plane = (2 * width).to(tl.int64) * width
     planes_x_ptr += entry * 2 * plane
     planes_y_ptr += entry * 2 * plane
@@ -217,10 +143,10 @@ def cka_kernel(
         slot, part = program // PARTS, program % PARTS
         if slot < tiles:
             left_is_y, block_i, right_is_y, block_j = tile_of(slot, blocks_x, blocks_y, True, True)
-            offsets = (part * SUB + local)[:, None] * BLOCK + across[None, :]
-            flipped = (part * SUB + local)[:, None] + across[None, :] * BLOCK
-            i = block_i * BLOCK + part * SUB + local
-            j = block_j * BLOCK + across
+            offsets = (part * SUB + within_i)[:, None] * BLOCK + within_j[None, :]
+            flipped_offsets = (part * SUB + within_i)[:, None] + within_j[None, :] * BLOCK
+            i = block_i * BLOCK + part * SUB + within_i
+            j = block_j * BLOCK + within_j
             tile = sum_partials(tiles_ptr, spill_ptr, slot, chunks, share, offsets, SIZE)
             sums_i = tl.where(left_is_y, sums_y, sums_x)
             sums_j = tl.where(right_is_y, sums_y, sums_x)
@@ -233,7 +159,7 @@ def cka_kernel(
             tile = tile * scale_i * scale_j
             i64, j64 = i.to(tl.int64), j.to(tl.int64)
             direct = i64[:, None] * width + j64[None, :]
-            turned = j64[None, :] * width + i64[:, None]
+            mirrored = j64[None, :] * width + i64[:, None]
             square = square_sum(tile)
             if left_is_y == right_is_y:
                 if block_i == block_j:
@@ -245,21 +171,21 @@ def cka_kernel(
                     if TEACHER:
                         store_halves(planes_y_ptr, plane, direct, tile)
                         if block_i != block_j:
-                            store_halves(planes_y_ptr, plane, turned, tile)
+                            store_halves(planes_y_ptr, plane, mirrored, tile)
                 else:
                     sums = tl.where(field == SQUARE_A, square, sums)
                     if STUDENT:
                         store_halves(planes_x_ptr, plane, direct, tile)
                         if block_i != block_j:
-                            store_halves(planes_x_ptr, plane, turned, tile)
+                            store_halves(planes_x_ptr, plane, mirrored, tile)
             else:
                 sums = tl.where(field == SQUARE_C, square, sums)
                 lower = block_i > block_j
                 pair = triangle_index(tl.minimum(block_i, block_j), tl.maximum(block_i, block_j))
-                own_offsets = tl.where(lower, flipped, offsets)
+                own_offsets = tl.where(lower, flipped_offsets, offsets)
                 if STUDENT:
-                    # The transpose of F, which is C - t A.
-                    rest = tile
+                    # The transpose of F is C - t A.
+                    remainder = tile
                     if NEAR:
                         own = sum_partials(
                             tiles_ptr, spill_ptr, pair, chunks, share, own_offsets, SIZE
@@ -269,13 +195,15 @@ def cka_kernel(
                                 sums_x, j, segments, width, n_float, j < width, BLOCK
                             )
                             own -= (n_float * mean_i)[:, None] * mean[None, :]
-                        rest = tile - t_x * (own * inverse_x * inverse_x)
-                    sums = tl.where(field == SQUARE_FX, square_sum(rest), sums)
-                    store_halves(planes_x_ptr + width.to(tl.int64) * width, plane, turned, rest)
+                        remainder = tile - t_x * (own * inverse_x * inverse_x)
+                    sums = tl.where(field == SQUARE_FX, square_sum(remainder), sums)
+                    store_halves(
+                        planes_x_ptr + width.to(tl.int64) * width, plane, mirrored, remainder
+                    )
                     if SHIFT:
-                        store_shift(shift_x_ptr, half, block_j * width + i, mean_j, rest, 1)
+                        store_shift(shift_x_ptr, half, block_j * width + i, mean_j, remainder, 1)
                 if TEACHER:
-                    rest = tile
+                    remainder = tile
                     if NEAR:
                         own = sum_partials(
                             tiles_ptr, spill_ptr, count_x + pair, chunks, share, own_offsets,
@@ -284,12 +212,14 @@ def cka_kernel(
                         if not SPLIT:
                             mean = column_mean(sums_y, i, segments, width, n_float, i < width, SUB)
                             own -= (n_float * mean)[:, None] * mean_j[None, :]
-                        rest = tile - t_y * (own * inverse_y * inverse_y)
-                    sums = tl.where(field == SQUARE_FY, square_sum(rest), sums)
-                    store_halves(planes_y_ptr + width.to(tl.int64) * width, plane, direct, rest)
+                        remainder = tile - t_y * (own * inverse_y * inverse_y)
+                    sums = tl.where(field == SQUARE_FY, square_sum(remainder), sums)
+                    store_halves(
+                        planes_y_ptr + width.to(tl.int64) * width, plane, direct, remainder
+                    )
                     if SHIFT:
                         row = block_i * PARTS + part
-                        store_shift(shift_y_ptr, half, row * width + j, mean_i, rest, 0)
+                        store_shift(shift_y_ptr, half, row * width + j, mean_i, remainder, 0)
     elif DEBIASED:
         run = program - slots * PARTS
         length = tl.cdiv(tl.cdiv(n, row_programs), BLOCK_R) * BLOCK_R
@@ -306,36 +236,17 @@ def cka_kernel(
         l_ptr = k_ptr + max_rows
         with_x = products_ptr + entry.to(tl.int64) * 2 * max_rows * LONGEST
         with_y = with_x + max_rows.to(tl.int64) * LONGEST
-        row_energies(
-            x_ptr, stride_xn, stride_xd, mask_ptr, longest, n, d1,
-            sums_x, segments, width, n_float, inverse_x, k_ptr, begin, end,
-            HAS_MASK, True, BLOCK, BLOCK_R,
+        sums += sums_of_rows(
+            x_ptr, y_ptr, stride_xn, stride_xd, stride_yn, stride_yd, mask_ptr, n, d1, d2,
+            longest_ptr, longest, long_count, sums_x, sums_y, segments, width, n_float,
+            inverse_x, inverse_y, k_ptr, l_ptr, with_x, with_y, begin, end,
+            HAS_MASK, BLOCK, BLOCK_R,
         )  # fmt: skip
-        row_energies(
-            y_ptr, stride_yn, stride_yd, mask_ptr, longest, n, d2,
-            sums_y, segments, width, n_float, inverse_y, l_ptr, begin, end,
-            HAS_MASK, True, BLOCK, BLOCK_R,
-        )  # fmt: skip
-        if long_count > 0:
-            long_products(
-                x_ptr, stride_xn, stride_xd, mask_ptr, longest_ptr, long_count, n, d1,
-                sums_x, segments, width, n_float, inverse_x, with_x, begin, end,
-                HAS_MASK, BLOCK, BLOCK_R,
-            )  # fmt: skip
-            long_products(
-                y_ptr, stride_yn, stride_yd, mask_ptr, longest_ptr, long_count, n, d2,
-                sums_y, segments, width, n_float, inverse_y, with_y, begin, end,
-                HAS_MASK, BLOCK, BLOCK_R,
-            )  # fmt: skip
-        # What this program has just stored, it reads again with other threads.
-        tl.debug_barrier()
-        sums += _rows_of_k(
-            k_ptr, l_ptr, with_x, with_y, longest_ptr, long_count, begin, end, BLOCK_R
-        )
+        # Other threads read them.
         tl.debug_barrier()
         half_sums = row_programs * width
         weighted_ptr += entry.to(tl.int64) * 4 * half_sums + run * width
-        # One loop over both sides: of two, registers would run out.
+        # One loop over both sides, because registers would run out with two.
         for side in range(0 if STUDENT else 1, 2 if TEACHER else 1):
             is_y = side == 1
             weighted_sums(
@@ -344,7 +255,7 @@ def cka_kernel(
                 tl.where(is_y, sums_y, sums_x), segments, width, n_float,
                 tl.where(is_y, l_ptr, k_ptr), tl.where(is_y, k_ptr, l_ptr),
                 weighted_ptr + 2 * side * half_sums, half_sums,
-                begin, end, HAS_MASK, True, BLOCK, BLOCK_R,
+                begin, end, HAS_MASK, BLOCK, BLOCK_R,
             )  # fmt: skip
     tl.store(partial_ptr + program * FIELDS + field, sums)
     if arrive(counters_ptr + entry, programs):
@@ -352,9 +263,10 @@ def cka_kernel(
         total, _ = over_programs(partial_ptr, programs, FIELDS)
         pivot_x = statistic(statistics_ptr, PIVOT_X, column_programs)
         pivot_y = statistic(statistics_ptr, PIVOT_Y, column_programs)
+        # Squared norms of both means, for long rows alone.
         mean_x, mean_y = count * 0, count * 0
         for first in range(0, tl.where(long_count > 0, width, 0), BLOCK):
-            column = entry * 2 * width + first + across
+            column = entry * 2 * width + first + within_j
             x = tl.load(means_ptr + column).to(tl.float64) * inverse_x
             y = tl.load(means_ptr + column + width).to(tl.float64) * inverse_y
             mean_x += tl.sum(x * x, 0)
@@ -368,3 +280,35 @@ def cka_kernel(
             pivot_x, pivot_y, mean_x, mean_y, inverse_x, inverse_y, t_x, t_y, rounding,
             DEBIASED, DISTANCE, HIGH,
         )  # fmt: skip
+
+
+def launch(
+    layers: Layers,
+    config: Config,
+    moments: RawMoments,
+    values: Tensor,
+    saved: Saved,
+    *,
+    debiased: bool,
+    distance: bool,
+    student: bool,
+    teacher: bool,
+    high: bool,
+) -> None:
+    """Values, and what the backward needs, from raw moments."""
+    row_programs = energy_programs(layers, debiased)
+    programs = moments.slots * (config.block // config.sub) + row_programs
+    partial = layers.empty(layers.entries * programs * FIELDS.value, dtype=torch.float64)
+    cka_kernel[(programs, layers.entries)](
+        *layers.arguments, saved.longest if debiased else None,
+        moments.tiles, moments.spill, moments.sums, moments.statistics, moments.counters,
+        values, *saved[:-1], partial,
+        moments.tile_programs, moments.column_programs, moments.segments, moments.width,
+        moments.slots, moments.tile_programs, layers.max_rows, row_programs,
+        **layers.feature_options,
+        SPLIT=layers.exact, NEAR=layers.x.widths == layers.y.widths,
+        SHIFT=not layers.exact, DEBIASED=debiased, DISTANCE=distance,
+        STUDENT=student, TEACHER=teacher, HIGH=high,
+        BLOCK=config.block, BLOCK_K=config.block_k, SUB=config.sub, BLOCK_R=config.block_r,
+        num_warps=config.head_warps,
+    )  # fmt: skip

@@ -2,14 +2,14 @@
 
     value = h / sqrt(hxx hyy),    biased: h = ||C||^2, hxx = ||A||^2, hyy = ||B||^2
 
-Debiased, with K = X X^T and L = Y Y^T, k_i and l_i the sums of their rows without the diagonal, S
-the long rows, and A, C and B those of all others, R:
+Debiasing uses K = X X^T and L = Y Y^T, with sums k_i and l_i of their rows without the diagonal. S
+are the long rows, R all others, and A, C and B are those of R:
 
     h   = sum + (sum k)(sum l) / ((n - 1)(n - 2)) - 2 / (n - 2) sum_i k_i l_i
     sum = sum_{i != j} K_ij L_ij
         = ||C||^2 - sum_{i in R} K_ii L_ii + sum_{i != j, i or j in S} K_ij L_ij
 
-so that no difference has a term of a long row's with itself.
+No difference then has a term of a long row with itself.
 """
 
 from __future__ import annotations
@@ -17,19 +17,21 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# Fields of the sums that the programs leave to the last of them.
+from .covariance_saved import store_side
+
+# Fields of the sums that all programs leave to the last one.
 SQUARE_A = tl.constexpr(0)
 SQUARE_B = tl.constexpr(1)
 SQUARE_C = tl.constexpr(2)
 SQUARE_FX = tl.constexpr(3)
 SQUARE_FY = tl.constexpr(4)
-# Of the rows of K and L without the diagonal: their sums, over all rows.
+# Sums over all rows: of k_i, of l_i, of their squares, of their products.
 SUM_K = tl.constexpr(5)
 SUM_L = tl.constexpr(6)
 SQUARE_K = tl.constexpr(7)
 SQUARE_L = tl.constexpr(8)
 PRODUCT_KL = tl.constexpr(9)
-# K_ij L_ij over all pairs i, j of which a row is long, less that of all other rows with themselves.
+# Sums of K_ij L_ij over i != j with a long row, less those of K_ii L_ii over R; XX and YY likewise.
 PAIRS_XX = tl.constexpr(10)
 PAIRS_YY = tl.constexpr(11)
 PAIRS_XY = tl.constexpr(12)
@@ -38,21 +40,8 @@ LONG_X = tl.constexpr(13)
 LONG_Y = tl.constexpr(14)
 FIELDS = tl.constexpr(16)
 
-# Fields of the scalars that the backward reads, for each side.
-SCALE = tl.constexpr(0)
-OWN = tl.constexpr(1)
-OTHER = tl.constexpr(2)
-FULL = tl.constexpr(3)
-ROW = tl.constexpr(4)
-ROW_OWN = tl.constexpr(5)
-ROW_OTHER = tl.constexpr(6)
-ROWS = tl.constexpr(7)
-INVERSE_OWN = tl.constexpr(8)
-INVERSE_OTHER = tl.constexpr(9)
-SCALARS = 16
-
-# What is left of a unit block by less than this is made of rounding: of float32 sums, or of
-# features split in two, where the more columns there are, the more of it averages out.
+# A debiased norm below this share of a block's consists of rounding: of float32 sums, or of
+# features split in two, whose rounding averages out over columns.
 ROUNDING = tl.constexpr(2.0**-19)
 ROUNDING_OF_SPLIT = tl.constexpr(2.0**-14)
 MEAN_ROUNDING = tl.constexpr(2.0**-42)
@@ -65,31 +54,10 @@ def _field(sums, field):
 
 @triton.jit
 def _hsic(sums, square, pairs, first, second, product, n):
-    """n (n - 3) H of one pair of sides, debiased."""
+    """``n (n - 3)`` times the unbiased HSIC of a pair of sides."""
     h = square + _field(sums, pairs)
     h += _field(sums, first) * _field(sums, second) / ((n - 1) * (n - 2))
     return h - 2 / (n - 2) * _field(sums, product)
-
-
-@triton.jit
-def store_side(
-    scalars_ptr, side, n, scale, own, other, full, row, row_own, row_other, inverse_own,
-    inverse_other,
-):  # fmt: skip
-    """One side's scalars for the backward. The inverses stay apart from the rest, because their
-    product may not be a float32."""
-    field = tl.arange(0, 16)
-    values = tl.where(field == SCALE, scale.to(tl.float32), 0.0)
-    values = tl.where(field == OWN, own.to(tl.float32), values)
-    values = tl.where(field == OTHER, other.to(tl.float32), values)
-    values = tl.where(field == FULL, full.to(tl.float32), values)
-    values = tl.where(field == ROW, row.to(tl.float32), values)
-    values = tl.where(field == ROW_OWN, row_own.to(tl.float32), values)
-    values = tl.where(field == ROW_OTHER, row_other.to(tl.float32), values)
-    values = tl.where(field == ROWS, n.to(tl.float32), values)
-    values = tl.where(field == INVERSE_OWN, inverse_own.to(tl.float32), values)
-    values = tl.where(field == INVERSE_OTHER, inverse_other.to(tl.float32), values)
-    tl.store(scalars_ptr + side * 16 + field, values)
 
 
 @triton.jit
@@ -98,11 +66,11 @@ def cka_head(
     inverse_x, inverse_y, t_x, t_y, rounding,
     DEBIASED: tl.constexpr, DISTANCE: tl.constexpr, HIGH: tl.constexpr,
 ):  # fmt: skip
-    """The scalars of one layer, in float64."""
+    """Store a layer's value and scalars, computed in float64."""
     square_a, square_b = _field(sums, SQUARE_A), _field(sums, SQUARE_B)
     square_c = _field(sums, SQUARE_C)
     hxx, hyy, h = square_a, square_b, square_c
-    # Of pairs of long rows something is left where all others are alike.
+    # Two long rows still make a pair where all other rows are alike.
     dead = ((pivot_x == 0) | (pivot_y == 0)) & (long_count < 2)
     fewest = 2
     a, b = n * 0, n * 0
@@ -110,27 +78,27 @@ def cka_head(
     if DEBIASED:
         fewest = 4
         a, b = n / (n - 2), 1 / ((n - 1) * (n - 2))
-        # What does not vary has no moments but what rounding leaves.
+        # Moments of features that do not vary are rounding.
         square_a = tl.where(pivot_x == 0, 0.0, square_a)
         square_b = tl.where(pivot_y == 0, 0.0, square_b)
         square_c = tl.where((pivot_x == 0) | (pivot_y == 0), 0.0, square_c)
         hxx = _hsic(sums, square_a, PAIRS_XX, SUM_K, SUM_K, SQUARE_K, n)
         hyy = _hsic(sums, square_b, PAIRS_YY, SUM_L, SUM_L, SQUARE_L, n)
         h = _hsic(sums, square_c, PAIRS_XY, SUM_K, SUM_L, PRODUCT_KL, n)
-        # What long rows add is never taken off again. It is made of the mean's rounding where all
-        # other rows are alike, and all but one of these.
-        of_mean = n * MEAN_ROUNDING
-        dead = dead | (hxx <= mean_x * _field(sums, LONG_X) * of_mean)
-        dead = dead | (hyy <= mean_y * _field(sums, LONG_Y) * of_mean)
+        # What long rows add is never subtracted again. If all other rows are alike, and all but one
+        # of the long rows, it consists of the mean's rounding.
+        share = n * MEAN_ROUNDING
+        dead = dead | (hxx <= mean_x * _field(sums, LONG_X) * share)
+        dead = dead | (hyy <= mean_y * _field(sums, LONG_Y) * share)
         dead = dead | (hxx <= square_a * rounding) | (hyy <= square_b * rounding)
     beta = tl.where(dead, 0.0, 2 / tl.sqrt(tl.where(dead, 1.0, hxx * hyy)))
     value = 0.5 * h * beta
-    # NaN and Inf in the features come through where nothing varies, too.
+    # NaN and Inf in features reach the value even where nothing varies.
     value += (pivot_x - pivot_x) + (pivot_y - pivot_y)
     value = tl.where(n < fewest, float("nan"), value)
     beta += value - value
-    # Where the terms are not small, their rounded halves are.
-    left = (1 - value) * tl.maximum(h, square_c)
+    # Where ||F||^2 exceeds this, bfloat16 operands are not enough.
+    bound = (1 - value) * tl.maximum(h, square_c)
     if DISTANCE:
         value = 1 - value
         beta = -beta
@@ -138,9 +106,9 @@ def cka_head(
     u_x = tl.where(dead, 0.0, h / tl.where(dead, 1.0, hxx))
     u_y = tl.where(dead, 0.0, h / tl.where(dead, 1.0, hyy))
     alpha_x, alpha_y = -u_x * beta, -u_y * beta
-    full_x = (_field(sums, SQUARE_FX) > left) & HIGH
-    full_y = (_field(sums, SQUARE_FY) > left) & HIGH
-    # What a row weighs beside the products, from its sums: see backward.py.
+    full_x = (_field(sums, SQUARE_FX) > bound) & HIGH
+    full_y = (_field(sums, SQUARE_FY) > bound) & HIGH
+    # A row's weight outside the products follows from its sums; see covariance_backward.py.
     store_side(
         scalars_ptr, 0, n, beta, -u_x * inverse_x / inverse_y, t_x, full_x,
         -b * (alpha_x * sum_k + beta * sum_l), -a * alpha_x, -a * beta, inverse_x, inverse_y,

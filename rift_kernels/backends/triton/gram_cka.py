@@ -1,141 +1,44 @@
-"""Linear CKA in Gram form: ``K = X X^T`` of either side, centered, and its head.
+"""Linear CKA in Gram form, for more than 128 rows: values and centered K, from raw moments.
 
-    biased      centered on both sides: ``K - s_i - s_j``, s from the row sums
+    biased      K = X X^T, centered on both sides: ``K - s_i - s_j``, s from the row sums
     debiased    U-centered: the same without the diagonal, which becomes 0 (Szekely & Rizzo 2014)
-
-    value = <Kx, Ky> / (||Kx|| ||Ky||)
 
 Bytes: the partial tiles once, both K in float32 once.
 """
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from .device import (
+from .columns import (
     COUNT,
     ENERGY_X,
     ENERGY_Y,
     PIVOT_X,
     PIVOT_Y,
-    arrive,
-    batch_of,
+    STATISTICS,
     column_mean,
     inverse_scale,
-    layer_of,
-    mask_of,
-    over_programs,
-    size,
     statistic,
-    sum_partials,
-    triangle,
-    triangle_index,
-    valid_rows,
 )
-
-# Sums that the programs leave to the last of them.
-SQUARE_X = tl.constexpr(0)
-SQUARE_Y = tl.constexpr(1)
-PRODUCT = tl.constexpr(2)
-# The largest squared norm of a row: a maximum, not a sum.
-PEAK_X = tl.constexpr(3)
-PEAK_Y = tl.constexpr(4)
-FIELDS = tl.constexpr(8)
-
-# Scalars for the backward, for each side.
-OWN = tl.constexpr(0)
-OTHER = tl.constexpr(1)
-ROWS = tl.constexpr(2)
-INVERSE = tl.constexpr(3)
-SCALARS = tl.constexpr(8)
-
-NOISE = tl.constexpr(4 * 2.0**-23)
-
-
-@triton.jit
-def inner_product(a, b):
-    """``<a, b>`` of scaled matrices: rows in float32, for fewer registers, their sum in float64."""
-    return tl.sum(tl.sum(a * b, 1).to(tl.float64), 0)
-
-
-@triton.jit
-def _field(sums, field):
-    return tl.sum(tl.where(tl.arange(0, FIELDS) == field, sums, 0.0), 0)
-
-
-@triton.jit
-def pack_sums(square_x, square_y, product, peak_x, peak_y):
-    """The fields in one vector."""
-    field = tl.arange(0, FIELDS)
-    sums = tl.where(field == SQUARE_X, square_x, 0.0)
-    sums = tl.where(field == SQUARE_Y, square_y, sums)
-    sums = tl.where(field == PRODUCT, product, sums)
-    sums = tl.where(field == PEAK_X, peak_x.to(tl.float64), sums)
-    return tl.where(field == PEAK_Y, peak_y.to(tl.float64), sums)
-
-
-@triton.jit
-def _store_side(scalars_ptr, n, own, other, inverse):
-    """The inverse stays apart from the rest, because its square may not be a float32."""
-    field = tl.arange(0, 4)
-    values = tl.where(field == OWN, own.to(tl.float32), 0.0)
-    values = tl.where(field == OTHER, other.to(tl.float32), values)
-    values = tl.where(field == ROWS, n.to(tl.float32), values)
-    tl.store(scalars_ptr + field, tl.where(field == INVERSE, inverse, values))
-
-
-@triton.jit
-def grams_of(kept_ptr, entry, plane):
-    """Both matrices of an entry, behind the scalars of all entries."""
-    return kept_ptr + tl.num_programs(1) * SCALARS + entry * 2 * plane
-
-
-@triton.jit
-def edge_of(n):
-    """Where what is stored of a matrix ends: zeros up to a multiple of 16, for whole vectors."""
-    return tl.cdiv(n, 16) * 16
-
-
-@triton.jit
-def gram_head(
-    value_ptr, scalars_ptr, sums, n, pivot_x, pivot_y, inverse_x, inverse_y,
-    DEBIASED: tl.constexpr, DISTANCE: tl.constexpr,
-):  # fmt: skip
-    """The scalars of one layer, in float64; K of features scaled by the inverses."""
-    xx, yy, xy = _field(sums, SQUARE_X), _field(sums, SQUARE_Y), _field(sums, PRODUCT)
-    dead = (pivot_x == 0) | (pivot_y == 0)
-    fewest = 2
-    if DEBIASED:
-        fewest = 4
-        # What is left of the largest row by less than this is made of rounding.
-        dead = dead | (tl.sqrt(xx) <= _field(sums, PEAK_X) * NOISE)
-        dead = dead | (tl.sqrt(yy) <= _field(sums, PEAK_Y) * NOISE)
-    beta = tl.where(dead, 0.0, 2 / tl.sqrt(tl.where(dead, 1.0, xx * yy)))
-    value = 0.5 * xy * beta
-    # NaN and Inf in the features come through where nothing varies, too.
-    value += (pivot_x - pivot_x) + (pivot_y - pivot_y)
-    value = tl.where(n < fewest, float("nan"), value)
-    beta += value - value
-    slope = -2 * value
-    if DISTANCE:
-        value = 1 - value
-        beta, slope = -beta, -slope
-    tl.store(value_ptr, value.to(tl.float32))
-    alpha_x = tl.where(dead, 0.0, slope / tl.where(dead, 1.0, xx))
-    alpha_y = tl.where(dead, 0.0, slope / tl.where(dead, 1.0, yy))
-    _store_side(scalars_ptr, n, alpha_x, beta, inverse_x)
-    _store_side(scalars_ptr + 4, n, alpha_y, beta, inverse_y)
-
-
-@triton.jit
-def center_offset(row_sum, total, n, DEBIASED: tl.constexpr):
-    """``s`` of a row: what is taken off its row and its column."""
-    if DEBIASED:
-        s = (row_sum - total / (2 * (n - 1))) / (n - 2)
-    else:
-        s = (row_sum - total / (2 * n)) / n
-    return s
+from .config import Config
+from .device import arrive, batch_of, layer_of, mask_of, over_programs, size, valid_rows
+from .gram_cka_head import (
+    FIELDS,
+    PEAK_X,
+    PEAK_Y,
+    center_offset,
+    gram_head,
+    inner_product,
+    pack_sums,
+)
+from .gram_saved import SCALARS, Saved, edge_of, grams_of, stride_of
+from .layers import Layers
+from .raw_moments import RawMoments
+from .tiles import sum_partials, triangle, triangle_index
 
 
 @triton.jit
@@ -164,25 +67,25 @@ def _row_sums(
 
 @triton.jit
 def _total(totals_ptr, first_slot, tiles, chunks, share, slots, spills, all_tiles):
-    """The sum of all of K."""
-    several = tl.arange(0, 256)
+    """The sum of all elements of K."""
+    lanes = tl.arange(0, 256)
     total = tl.zeros([256], tl.float64)
     for start in range(0, tiles, 256):
-        slot = first_slot + start + several
-        total += tl.load(totals_ptr + slot, mask=start + several < tiles, other=0.0)
+        slot = first_slot + start + lanes
+        total += tl.load(totals_ptr + slot, mask=start + lanes < tiles, other=0.0)
     for start in range(0, spills, 256):
-        program = start + several
+        program = start + lanes
         slot = program * share // chunks
-        mine = (slot >= first_slot) & (slot < first_slot + tiles) & (program < spills)
-        mine = mine & _begins_within(program, share, chunks, all_tiles)
-        total += tl.load(totals_ptr + slots + program, mask=mine, other=0.0)
+        mask = (slot >= first_slot) & (slot < first_slot + tiles) & (program < spills)
+        mask = mask & _begins_within(program, share, chunks, all_tiles)
+        total += tl.load(totals_ptr + slots + program, mask=mask, other=0.0)
     return tl.sum(total, 0).to(tl.float32)
 
 
 @triton.jit
 def _centered_tile(
     tiles_ptr, spill_ptr, row_sums_ptr, totals_ptr, first_slot, pair, block_i, block_j,
-    within_i, within_j, offsets, diagonal, kept, n, scale, blocks, tiles, chunks, share,
+    within_i, within_j, offsets, diagonal, included, n, scale, blocks, tiles, chunks, share,
     slots, spills, DEBIASED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A tile of one side's K, centered and scaled, and its largest element on the diagonal."""
@@ -197,7 +100,7 @@ def _centered_tile(
     peak = tl.max(tl.max(tl.where(diagonal, k, 0.0), 1), 0) * scale
     k = k - center_offset(sums_i, total, n, DEBIASED)[:, None]
     k = k - center_offset(sums_j, total, n, DEBIASED)[None, :]
-    return tl.where(kept, k * scale, 0.0), peak
+    return tl.where(included, k * scale, 0.0), peak
 
 
 @triton.jit(
@@ -208,7 +111,7 @@ def _centered_tile(
 def gram_kernel(
     masks, rows, widths_x, widths_y, stride_mb,
     tiles_ptr, spill_ptr, row_sums_ptr, sums_ptr, statistics_ptr, counters_ptr,
-    values_ptr, kept_ptr, means_ptr, partial_ptr,
+    values_ptr, saved_ptr, means_ptr, partial_ptr,
     tile_programs, column_programs, segments, width, slots, spills, stride,
     LAYERS: tl.constexpr, HAS_MASK: tl.constexpr,
     DEBIASED: tl.constexpr, DISTANCE: tl.constexpr, STORE: tl.constexpr,
@@ -222,7 +125,7 @@ def gram_kernel(
     n = size(rows, layer)
     SIZE: tl.constexpr = BLOCK * BLOCK
     PARTS: tl.constexpr = BLOCK // SUB
-    statistics_ptr += entry * 6 * column_programs
+    statistics_ptr += entry * STATISTICS * column_programs
     tiles_ptr += entry.to(tl.int64) * slots * SIZE
     spill_ptr += entry.to(tl.int64) * spills * SIZE
     row_sums_ptr += entry.to(tl.int64) * (slots + spills) * (2 * BLOCK + 1)
@@ -238,7 +141,7 @@ def gram_kernel(
     chunks = tl.cdiv(tl.maximum(size(widths_x, layer), size(widths_y, layer)), BLOCK_K)
     share = tl.cdiv(2 * tiles * chunks, tile_programs)
     if STORE:
-        # For the backward.
+        # The backward reads means.
         for block in range(program, width // BLOCK, programs):
             column = block * BLOCK + tl.arange(0, BLOCK)
             for side in tl.static_range(2):
@@ -258,32 +161,32 @@ def gram_kernel(
         inside = valid_rows(mask_ptr, i, n, HAS_MASK)[:, None]
         inside = inside & valid_rows(mask_ptr, j, n, HAS_MASK)[None, :]
         diagonal = i[:, None] == j[None, :]
-        kept = inside
+        included = inside
         if DEBIASED:
-            kept = inside & (i[:, None] != j[None, :])
+            included = inside & (i[:, None] != j[None, :])
         plane = stride.to(tl.int64) * stride
-        grams_ptr = grams_of(kept_ptr, entry, plane)
+        grams_ptr = grams_of(saved_ptr, entry, plane)
         direct = i.to(tl.int64)[:, None] * stride + j[None, :]
-        turned = j.to(tl.int64)[None, :] * stride + i[:, None]
+        mirrored = j.to(tl.int64)[None, :] * stride + i[:, None]
         edge = edge_of(n)
         bounds = (i < edge)[:, None] & (j < edge)[None, :]
         scale_x, scale_y = inverse_x * inverse_x, inverse_y * inverse_y
         kx, peak_x = _centered_tile(
             tiles_ptr, spill_ptr, row_sums_ptr, totals_ptr, 0, pair, block_i, block_j,
-            within_i, within_j, offsets, inside & diagonal, kept, n_float, scale_x,
+            within_i, within_j, offsets, inside & diagonal, included, n_float, scale_x,
             blocks, tiles, chunks, share, slots, spills, DEBIASED, BLOCK,
         )  # fmt: skip
         ky, peak_y = _centered_tile(
             tiles_ptr, spill_ptr, row_sums_ptr, totals_ptr, tiles, pair, block_i, block_j,
-            within_i, within_j, offsets, inside & diagonal, kept, n_float, scale_y,
+            within_i, within_j, offsets, inside & diagonal, included, n_float, scale_y,
             blocks, tiles, chunks, share, slots, spills, DEBIASED, BLOCK,
         )  # fmt: skip
         if STORE:
             tl.store(grams_ptr + direct, kx, mask=bounds)
             tl.store(grams_ptr + plane + direct, ky, mask=bounds)
             if block_i != block_j:
-                tl.store(grams_ptr + turned, kx, mask=bounds)
-                tl.store(grams_ptr + plane + turned, ky, mask=bounds)
+                tl.store(grams_ptr + mirrored, kx, mask=bounds)
+                tl.store(grams_ptr + plane + mirrored, ky, mask=bounds)
         twice = tl.where(block_i == block_j, 1.0, 2.0)
         sums = pack_sums(
             twice * inner_product(kx, kx),
@@ -301,6 +204,31 @@ def gram_kernel(
         pivot_x = statistic(statistics_ptr, PIVOT_X, column_programs)
         pivot_y = statistic(statistics_ptr, PIVOT_Y, column_programs)
         gram_head(
-            values_ptr + entry, kept_ptr + entry * SCALARS, total, count, pivot_x, pivot_y,
+            values_ptr + entry, saved_ptr + entry * SCALARS, total, count, pivot_x, pivot_y,
             inverse_x, inverse_y, DEBIASED, DISTANCE,
         )  # fmt: skip
+
+
+def launch(
+    layers: Layers,
+    config: Config,
+    moments: RawMoments,
+    values: Tensor,
+    saved: Saved,
+    *,
+    debiased: bool,
+    distance: bool,
+    store: bool,
+) -> None:
+    """Values, and what the backward needs, from raw moments."""
+    programs = moments.slots // 2 * (config.block // config.sub)
+    partial = layers.empty(layers.entries * programs * FIELDS.value, dtype=torch.float64)
+    gram_kernel[(programs, layers.entries)](
+        layers.mask_addresses, layers.row_counts, layers.x.columns, layers.y.columns,
+        layers.stride_mb, *moments.tensors,
+        values, saved.grams, saved.means, partial,
+        moments.tile_programs, moments.column_programs, moments.segments, moments.width,
+        moments.slots, moments.tile_programs, stride_of(layers),
+        **layers.options, DEBIASED=debiased, DISTANCE=distance, STORE=store,
+        BLOCK=config.block, BLOCK_K=config.block_k, SUB=config.sub, num_warps=config.head_warps,
+    )  # fmt: skip

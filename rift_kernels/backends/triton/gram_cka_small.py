@@ -1,16 +1,19 @@
-"""Linear CKA in Gram form with up to 128 rows: from features to the value in one launch.
+"""Linear CKA in Gram form, for up to 128 rows: from features to values in one launch.
 
-Each program centers its columns of all rows before it multiplies, in halves; the last one to finish
-adds up what all have left, in order, and has the head. See gram.py for the formulae.
+Each program centers its columns over all rows, then multiplies them in halves. The last one to
+finish adds up what all have left, in a fixed order, and has the head. gram_cka.py has the formulae.
 
-Bytes: the features once, both K in float32 once, and once more per program where there are several.
+Bytes: the features once, both K in float32 once, and once more per program if there are several.
 """
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from .config import Config
 from .device import (
     arrive,
     batch_of,
@@ -22,12 +25,17 @@ from .device import (
     split,
     valid_rows,
 )
-from .gram import SCALARS, center_offset, edge_of, gram_head, grams_of, inner_product, pack_sums
+from .gram_cka_head import center_offset, gram_head, inner_product, pack_sums
+from .gram_saved import SCALARS, Saved, edge_of, grams_of, stride_of
+from .launch import round_up
+from .layers import Layers
+
+SMALL_ROWS = 128
 
 
 @triton.jit
 def _centered_columns(ptr, stride_n, stride_d, row, valid, first, column, width, count):
-    """Columns of all rows, centered: exactly 0 where they are constant. And their energy."""
+    """Centered columns of all rows, exactly 0 if constant, and their energy about the first row."""
     inside = (column < width)[None, :]
     offsets = row.to(tl.int64)[:, None] * stride_n + column.to(tl.int64)[None, :] * stride_d
     mask = valid[:, None] & inside
@@ -44,7 +52,7 @@ def _gram_of_columns(
     ptr, stride_n, stride_d, row, valid, first, begin, end, width, count, out_ptr, energy_ptr,
     ROWS: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Stores one side's Gram matrix over some columns, and their energy about the first row."""
+    """Store one side's Gram matrix over some columns, and their energy about the first row."""
     k = tl.zeros([ROWS, ROWS], tl.float32)
     energy = 0.0
     end = tl.minimum(end, width)
@@ -64,9 +72,9 @@ def _gram_of_columns(
 
 @triton.jit
 def _add_up(
-    workspace_ptr, mine_ptr, side, PROGRAMS: tl.constexpr, ROWS: tl.constexpr, STRIP: tl.constexpr
+    workspace_ptr, part_ptr, side, PROGRAMS: tl.constexpr, ROWS: tl.constexpr, STRIP: tl.constexpr
 ):
-    """One side's Gram matrix over all programs, left in this program's own part.
+    """Store one side's Gram matrix over all programs in this program's part.
 
     Returns its diagonal, the sums of its columns without the diagonal, and the energy about the
     first row.
@@ -77,12 +85,12 @@ def _add_up(
     sums = tl.zeros([ROWS], tl.float32)
     for first in tl.static_range(0, ROWS, STRIP):
         row = first + tl.arange(0, STRIP)
-        at = side * ROWS * ROWS + row[:, None] * ROWS + column[None, :]
-        k = tl.load(workspace_ptr + at)
+        offsets = side * ROWS * ROWS + row[:, None] * ROWS + column[None, :]
+        k = tl.load(workspace_ptr + offsets)
         for program in range(1, PROGRAMS):
-            k += tl.load(workspace_ptr + program * PART + at)
+            k += tl.load(workspace_ptr + program * PART + offsets)
         if PROGRAMS > 1:
-            tl.store(mine_ptr + at, k)
+            tl.store(part_ptr + offsets, k)
         on_diagonal = row[:, None] == column[None, :]
         diagonal += tl.sum(tl.where(on_diagonal, k, 0.0), 0)
         sums += tl.sum(tl.where(on_diagonal, 0.0, k), 0)
@@ -93,28 +101,28 @@ def _add_up(
 
 
 @triton.jit
-def _centered_rows(k_ptr, at, kept, inverse, sums, n, DEBIASED: tl.constexpr):
+def _centered_rows(k_ptr, offsets, included, inverse, sums, n, DEBIASED: tl.constexpr):
     """Some rows of a Gram matrix of features of unit norm; debiased, U-centered."""
-    k = tl.load(k_ptr + at) * inverse * inverse
+    k = tl.load(k_ptr + offsets) * inverse * inverse
     if DEBIASED:
-        k = tl.where(kept, k, 0.0)
-        # K is symmetric up to rounding, but the sums of its rows and of its columns are its own.
+        k = tl.where(included, k, 0.0)
+        # Rounding makes K slightly asymmetric, so its rows and its columns have different sums.
         total = tl.sum(sums, 0)
         s = center_offset(tl.sum(k, 1), total, n, DEBIASED)
         k = k - s[:, None] - center_offset(sums, total, n, DEBIASED)[None, :]
-    return tl.where(kept, k, 0.0)
+    return tl.where(included, k, 0.0)
 
 
 @triton.jit(do_not_specialize=["stride_xb", "stride_yb", "stride_mb", "share"])
 def small_gram_kernel(
     xs, ys, masks, rows, widths_x, widths_y, strides_xn, strides_xd, strides_yn, strides_yd,
     stride_xb, stride_yb, stride_mb,
-    workspace_ptr, counters_ptr, values_ptr, kept_ptr, stride, share,
+    workspace_ptr, counters_ptr, values_ptr, saved_ptr, stride, share,
     LAYERS: tl.constexpr, HAS_MASK: tl.constexpr, DTYPE: tl.constexpr, VECTOR: tl.constexpr,
     DEBIASED: tl.constexpr, DISTANCE: tl.constexpr, STORE: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_K: tl.constexpr, PROGRAMS: tl.constexpr,
 ):  # fmt: skip
-    """One program owns ``share`` columns of all rows of one layer, the last one the head."""
+    """One program owns ``share`` columns of all rows of one layer; the last one has the head."""
     program = tl.program_id(0)
     entry = tl.program_id(1)
     layer, batch = layer_of(entry, LAYERS), batch_of(entry, LAYERS)
@@ -130,51 +138,53 @@ def small_gram_kernel(
     valid = valid_rows(mask_ptr, row, n, HAS_MASK)
     first = first_valid_row(mask_ptr, n, HAS_MASK)
     count = tl.sum(valid.to(tl.float32), 0)
-    # A whole number of blocks, which loads of 16 bytes have to know.
+    # Loads of 16 bytes need to know that this is a whole number of blocks.
     share = share // BLOCK_K * BLOCK_K
     begin = program * share
     end = tl.minimum(begin + share, tl.maximum(d1, d2))
     SIZE: tl.constexpr = ROWS * ROWS
     STRIP: tl.constexpr = 32 if ROWS > 32 else ROWS
     workspace_ptr += entry.to(tl.int64) * PROGRAMS * (2 * SIZE + 4)
-    mine = workspace_ptr + program * (2 * SIZE + 4)
-    # One after the other, because registers hold one accumulator of 128 rows.
+    part_ptr = workspace_ptr + program * (2 * SIZE + 4)
+    # One side after the other, because registers hold one accumulator of 128 rows.
     _gram_of_columns(
         x_ptr, stride_xn, stride_xd, row, valid, first, begin, end, d1, count,
-        mine, mine + 2 * SIZE, ROWS, BLOCK_K,
+        part_ptr, part_ptr + 2 * SIZE, ROWS, BLOCK_K,
     )  # fmt: skip
     _gram_of_columns(
         y_ptr, stride_yn, stride_yd, row, valid, first, begin, end, d2, count,
-        mine + SIZE, mine + 2 * SIZE + 1, ROWS, BLOCK_K,
+        part_ptr + SIZE, part_ptr + 2 * SIZE + 1, ROWS, BLOCK_K,
     )  # fmt: skip
-    # Of one program, too: triton cannot reduce an accumulator as it is to a number on sm_100.
+    # Even a single program reads sums back, because triton cannot reduce accumulators on sm_100.
     tl.debug_barrier()
     last = program == 0
     if PROGRAMS > 1:
         last = arrive(counters_ptr + entry, PROGRAMS)
     if last:
         tl.debug_barrier()
-        diagonal_x, sums_x, pivot_x = _add_up(workspace_ptr, mine, 0, PROGRAMS, ROWS, STRIP)
-        diagonal_y, sums_y, pivot_y = _add_up(workspace_ptr, mine, 1, PROGRAMS, ROWS, STRIP)
+        diagonal_x, sums_x, pivot_x = _add_up(workspace_ptr, part_ptr, 0, PROGRAMS, ROWS, STRIP)
+        diagonal_y, sums_y, pivot_y = _add_up(workspace_ptr, part_ptr, 1, PROGRAMS, ROWS, STRIP)
         energy_x, energy_y = tl.sum(diagonal_x, 0), tl.sum(diagonal_y, 0)
         inverse_x = tl.where(energy_x == 0, 1.0, 1 / tl.sqrt(energy_x))
         inverse_y = tl.where(energy_y == 0, 1.0, 1 / tl.sqrt(energy_y))
         sums_x, sums_y = sums_x * inverse_x * inverse_x, sums_y * inverse_y * inverse_y
         plane = stride.to(tl.int64) * stride
         edge = edge_of(n)
-        grams_ptr = grams_of(kept_ptr, entry, plane)
+        grams_ptr = grams_of(saved_ptr, entry, plane)
         square_x = count.to(tl.float64) * 0
         square_y, product = square_x, square_x
         tl.debug_barrier()
         # In strips, because registers do not hold two matrices of 128 rows.
         for start in tl.static_range(0, ROWS, STRIP):
             i = start + tl.arange(0, STRIP)
-            kept = valid_rows(mask_ptr, i, n, HAS_MASK)[:, None] & valid[None, :]
+            included = valid_rows(mask_ptr, i, n, HAS_MASK)[:, None] & valid[None, :]
             if DEBIASED:
-                kept = kept & (i[:, None] != row[None, :])
-            at = i[:, None] * ROWS + row[None, :]
-            kx = _centered_rows(mine, at, kept, inverse_x, sums_x, count, DEBIASED)
-            ky = _centered_rows(mine + SIZE, at, kept, inverse_y, sums_y, count, DEBIASED)
+                included = included & (i[:, None] != row[None, :])
+            offsets = i[:, None] * ROWS + row[None, :]
+            kx = _centered_rows(part_ptr, offsets, included, inverse_x, sums_x, count, DEBIASED)
+            ky = _centered_rows(
+                part_ptr + SIZE, offsets, included, inverse_y, sums_y, count, DEBIASED
+            )
             square_x += inner_product(kx, kx)
             square_y += inner_product(ky, ky)
             product += inner_product(kx, ky)
@@ -187,6 +197,39 @@ def small_gram_kernel(
         peak_y = tl.max(diagonal_y, 0) * inverse_y * inverse_y
         sums = pack_sums(square_x, square_y, product, peak_x, peak_y)
         gram_head(
-            values_ptr + entry, kept_ptr + entry * SCALARS, sums, count.to(tl.float64),
+            values_ptr + entry, saved_ptr + entry * SCALARS, sums, count.to(tl.float64),
             pivot_x, pivot_y, inverse_x, inverse_y, DEBIASED, DISTANCE,
         )  # fmt: skip
+
+
+def rows_of(layers: Layers) -> int:
+    """Rows that kernels for few rows are compiled for: two sizes, those of configurations."""
+    return 64 if layers.max_rows <= 64 else SMALL_ROWS
+
+
+def launch(
+    layers: Layers,
+    config: Config,
+    values: Tensor,
+    saved: Saved,
+    *,
+    debiased: bool,
+    distance: bool,
+    store: bool,
+) -> None:
+    """Values, and what the backward needs, from up to SMALL_ROWS rows of features."""
+    programs = triton.next_power_of_2(-(-layers.widest // config.small_share))
+    share = round_up(-(-layers.widest // programs), config.small_k)
+    rows = rows_of(layers)
+    workspace = layers.empty(layers.entries * programs * (2 * rows * rows + 4))
+    # New counters, for the price of a small launch. Counters that outlive a call would be needed
+    # once a stream, and inside CUDA graphs nobody would own them.
+    counters = None
+    if programs > 1:
+        counters = torch.zeros(layers.entries, dtype=torch.int32, device=layers.device)
+    small_gram_kernel[(programs, layers.entries)](
+        *layers.arguments, workspace, counters, values, saved.grams, stride_of(layers), share,
+        **layers.feature_options, DEBIASED=debiased, DISTANCE=distance, STORE=store,
+        ROWS=rows, BLOCK_K=config.small_k, PROGRAMS=programs,
+        num_warps=8 if rows > 64 else 4, num_stages=2,
+    )  # fmt: skip

@@ -1,48 +1,49 @@
 """Gradients in covariance form: both products of one side in one float32 accumulator.
 
-    grad = g * (scale * (W P + Other R) + w * own + V S)  less its column means, CKA
-    grad = g * (scale * (W P + own R) + bias),  the covariance distance
-    W = c own + c' other
+    CKA        grad = g * (scale * (W P + Other R) + w * Own + V S), less its column means
+    distance   grad = g * (scale * (W P + Own R) + bias)
+               W = c Own + c' Other
 
-with ``own`` and ``other`` centered, and P and R given as two bfloat16 each (``planes``: P above R).
-Debiased, S are the long rows, which are not in P and R, and V what U-centered K and L have of their
-columns; any other row has a weight ``w``, affine in the sums of its rows of K and L.
+``Own`` and ``Other`` are centered. ``planes`` hold P above R, in two bfloat16 numbers each.
+Debiasing keeps long rows, S, out of P and R, and V are their columns of U-centered K and L. Every
+other row has a weight ``w``, affine in the sums of its rows of K and L.
 
-``W`` is formed in float32 and centered before it is rounded. bfloat16 features of the other side go
-in as they are; what their mean adds to every row is known per column (``shift``) and taken off at
-the end. The low halves are multiplied where the scalars say so, and always for features that are
-wider than bfloat16.
+``W`` is formed in float32 and centered before it is rounded. bfloat16 features of the other side
+are multiplied as they are. ``shift`` holds what their mean adds to a column of every row, which is
+subtracted at the end. Low halves are multiplied where the scalars say so, and always for features
+that are wider than bfloat16.
 
-Bytes: per tile of the gradient, own and other once for W and other once more, and P and R: once
-each, or three and two times with the low halves.
+Bytes: per tile of the gradient, Own and Other once for W, and Other once more; P and R once each,
+or three times and twice with the low halves.
 """
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .cka_head import (
+from .config import Config
+from .covariance_saved import (
     FULL,
     INVERSE_OTHER,
     INVERSE_OWN,
     OTHER,
     OWN,
     ROW,
-    ROW_OTHER,
-    ROW_OWN,
-    ROWS,
+    SCALARS,
     SCALE,
+    Saved,
+    energy_programs,
 )
+from .debiasing import add_row_gradients
 from .device import (
-    LONG_COUNT,
-    LONG_FIELDS,
-    LONGEST,
-    among,
     batch_of,
     features_of,
     layer_of,
-    long_rows,
+    load_features,
     mask_of,
     multiple,
     pick,
@@ -50,6 +51,8 @@ from .device import (
     split,
     valid_rows,
 )
+from .launch import descriptors_of, gradients, padded_width
+from .layers import Layers
 
 
 @triton.jit
@@ -57,13 +60,11 @@ def _features(
     ptr, descriptor, stride_n, stride_d, first_row, row, valid, first, column, width,
     DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
-    """A tile (rows, columns) of features; what is masked or outside is 0."""
+    """A tile (rows, columns) of features, 0 where it is masked or outside."""
     if DESCRIPTORS:
         tile = descriptor.load([first_row, first])
     else:
-        mask = valid[:, None] & (column < width)[None, :]
-        offsets = row.to(tl.int64)[:, None] * stride_n + column.to(tl.int64)[None, :] * stride_d
-        tile = tl.load(ptr + offsets, mask=mask, other=0.0)
+        tile = load_features(ptr, stride_n, stride_d, row, valid, column, width)
     return tile
 
 
@@ -102,7 +103,7 @@ def backward_kernel(
     layer, batch = layer_of(entry, LAYERS), batch_of(entry, LAYERS)
     n = size(rows, layer)
     d_own, d_other = size(widths_own, layer, VECTOR), size(widths_other, layer, VECTOR)
-    # Programs that share rows run together, and find them in the L2 cache.
+    # Programs that share rows run together, and find these in the L2 cache.
     blocks_n = tl.cdiv(width, BLOCK_N)
     block_m, block_n = tl.program_id(0) // blocks_n, tl.program_id(0) % blocks_n
     if (block_m * BLOCK_M < n) & (block_n * BLOCK_N < d_own):
@@ -122,10 +123,10 @@ def backward_kernel(
             height = 2 * width
         cross_mean_ptr = mean_other_ptr
         if BIAS:
-            # The covariance distance: R multiplies this side's own features as well.
+            # In the covariance distance, R multiplies this side's own features.
             cross_mean_ptr = mean_own_ptr
         top = entry * 2 * height
-        scalars_ptr += entry * 32 + SIDE * 16
+        scalars_ptr += entry * 2 * SCALARS + SIDE * SCALARS
         c_own = tl.load(scalars_ptr + OWN)
         c_other = tl.load(scalars_ptr + OTHER)
         full = tl.load(scalars_ptr + FULL) != 0
@@ -143,8 +144,8 @@ def backward_kernel(
             if EXACT:
                 passes = 3
             for step in range(passes * steps):
-                turn = step // steps
-                first_k = (step - turn * steps) * BLOCK_K
+                product = step // steps
+                first_k = (step - product * steps) * BLOCK_K
                 k = first_k + inner
                 own = _features(
                     own_ptr, own_descriptor, own_n, own_d, first_m, row, valid, first_k, k, d_own,
@@ -159,11 +160,11 @@ def backward_kernel(
                     w += c_other * (other.to(tl.float32) - tl.load(mean_other_ptr + k)[None, :])
                 w = tl.where(valid[:, None] & (k < d_own)[None, :], w, 0.0)
                 high, low = split(w)
-                left = tl.where(turn == 2, low, high)
-                at = top + tl.where(turn == 1, height, 0)
+                left = tl.where(product == 2, low, high)
+                plane = top + tl.where(product == 1, height, 0)
                 right = _matrix(
-                    planes_ptr, planes_descriptor, at + first_k, at + k, first_n, column, width,
-                    DESCRIPTORS,
+                    planes_ptr, planes_descriptor, plane + first_k, plane + k, first_n, column,
+                    width, DESCRIPTORS,
                 )  # fmt: skip
                 acc = tl.dot(left, right, acc)
             top += width
@@ -173,8 +174,8 @@ def backward_kernel(
         if EXACT:
             passes = 3
         for step in range(passes * steps):
-            turn = step // steps
-            first_k = (step - turn * steps) * BLOCK_K
+            product = step // steps
+            first_k = (step - product * steps) * BLOCK_K
             k = first_k + inner
             other = _features(
                 other_ptr, other_descriptor, other_n, other_d, first_m, row, valid, first_k, k,
@@ -184,10 +185,10 @@ def backward_kernel(
                 other = other.to(tl.float32) - tl.load(cross_mean_ptr + k)[None, :]
                 other = tl.where(valid[:, None] & (k < d_other)[None, :], other, 0.0)
                 high, low = split(other)
-                other = tl.where(turn == 2, low, high)
-            at = top + tl.where(turn == 1, height, 0)
+                other = tl.where(product == 2, low, high)
+            plane = top + tl.where(product == 1, height, 0)
             right = _matrix(
-                planes_ptr, planes_descriptor, at + first_k, at + k, first_n, column, width,
+                planes_ptr, planes_descriptor, plane + first_k, plane + k, first_n, column, width,
                 DESCRIPTORS,
             )  # fmt: skip
             acc = tl.dot(other, right, acc)
@@ -197,60 +198,75 @@ def backward_kernel(
             half = parts * width
             first_ptr = shift_ptr + entry.to(tl.int64) * 2 * half + column
             shift = tl.zeros([BLOCK_N], tl.float32)
-            for part in range(tl.cdiv(d_other, SHIFT_STEP)):
-                shift += tl.load(first_ptr + part * width, mask=inside, other=0.0)
-                rest = tl.load(first_ptr + half + part * width, mask=inside, other=0.0)
-                shift += tl.where(full, rest, 0.0)
+            for step in range(tl.cdiv(d_other, SHIFT_STEP)):
+                shift += tl.load(first_ptr + step * width, mask=inside, other=0.0)
+                low = tl.load(first_ptr + half + step * width, mask=inside, other=0.0)
+                shift += tl.where(full, low, 0.0)
             acc -= shift[None, :]
         inverse_own = tl.load(scalars_ptr + INVERSE_OWN)
         acc *= inverse_own * tl.load(scalars_ptr + SCALE)
         acc *= tl.load(scalars_ptr + INVERSE_OTHER)
         if DEBIASED:
-            side = row_programs * width
-            own_sums = row_sums_ptr + (entry * 2 + SIDE).to(tl.int64) * max_rows
-            other_sums = row_sums_ptr + (entry * 2 + 1 - SIDE).to(tl.int64) * max_rows
-            own_with = products_ptr + (entry * 2 + SIDE).to(tl.int64) * max_rows * LONGEST
-            other_with = products_ptr + (entry * 2 + 1 - SIDE).to(tl.int64) * max_rows * LONGEST
-            longest_ptr += entry * LONG_FIELDS
-            sum_ptr = weighted_ptr + entry.to(tl.int64) * 4 * side + SIDE * 2 * side + column
-            by_own, by_other = tl.load(scalars_ptr + ROW_OWN), tl.load(scalars_ptr + ROW_OTHER)
-            constant, count = tl.load(scalars_ptr + ROW), tl.load(scalars_ptr + ROWS)
-            of_row = by_own * tl.load(own_sums + row, mask=valid, other=0.0)
-            of_row += by_other * tl.load(other_sums + row, mask=valid, other=0.0)
-            weight = of_row + constant
-            mean = tl.load(mean_own_ptr + column)
-            # Of long rows, if any, their columns of U-centered K and L, see longest.py.
-            left = (count - 2) / count
-            for slot in range(tl.load(longest_ptr + LONG_COUNT)):
-                long = tl.load(longest_ptr + slot)
-                at = row.to(tl.int64) * LONGEST + slot
-                product = by_own * tl.load(own_with + at, mask=valid, other=0.0)
-                product += by_other * tl.load(other_with + at, mask=valid, other=0.0)
-                weight += left * product
-                of_long = by_own * tl.load(own_sums + long) + by_other * tl.load(other_sums + long)
-                share = -left * product - (of_row + of_long) / count - constant
-                share = tl.where(row == long, 0.0, share) * inverse_own
-                place = long.to(tl.int64) * own_n + column.to(tl.int64) * own_d
-                x = tl.load(own_ptr + place, mask=inside, other=0.0).to(tl.float32) - mean
-                acc += share[:, None] * (x * inverse_own)[None, :]
-            weight = tl.where(among(row, long_rows(longest_ptr)), 0.0, weight)
-            weight *= inverse_own
-            total = tl.zeros([BLOCK_N], tl.float32)
-            for run in range(row_programs):
-                total += by_own * tl.load(sum_ptr + run * width, mask=inside, other=0.0)
-                total += by_other * tl.load(sum_ptr + side + run * width, mask=inside, other=0.0)
-            own = _features(
-                own_ptr, own_descriptor, own_n, own_d, first_m, row, valid, first_n, column, d_own,
-                False,
+            acc = add_row_gradients(
+                acc, row, valid, column, d_own, own_ptr, own_n, own_d, mean_own_ptr, inverse_own,
+                scalars_ptr, row_sums_ptr, products_ptr, weighted_ptr, longest_ptr,
+                entry, width, max_rows, row_programs, SIDE, BLOCK_N,
             )  # fmt: skip
-            shift = total * inverse_own / count
-            own = weight[:, None] * (own.to(tl.float32) - mean[None, :]) - shift[None, :]
-            acc += own * inverse_own
         if BIAS:
-            apart = tl.load(mean_own_ptr + column) - tl.load(mean_other_ptr + column)
-            acc += (tl.load(scalars_ptr + ROW) * apart)[None, :]
+            difference = tl.load(mean_own_ptr + column) - tl.load(mean_other_ptr + column)
+            acc += (tl.load(scalars_ptr + ROW) * difference)[None, :]
         acc *= tl.load(incoming_ptr + entry).to(tl.float32)
         acc = tl.where(valid[:, None], acc, 0.0)
         offsets = row.to(tl.int64)[:, None] * d_own + column[None, :]
         bounds = (row < n)[:, None] & inside[None, :]
         tl.store(grad_ptr + offsets, acc.to(grad_ptr.dtype.element_ty), mask=bounds)
+
+
+def launch(
+    layers: Layers,
+    config: Config,
+    saved: Saved,
+    incoming: Tensor,
+    side: int,
+    dtype: torch.dtype,
+    *,
+    near: bool,
+    bias: bool,
+    shift_step: int,
+) -> tuple[Tensor, ...]:
+    """One side's gradients, side 0 being the student.
+
+    ``near``: W has a term of the other side. ``bias``: the covariance distance. ``shift_step``: how
+    many columns of the right operand one sum of the shift covers.
+    """
+    entries, width = layers.entries, padded_width(layers, config)
+    own, other = (layers.x, layers.y) if side == 0 else (layers.y, layers.x)
+    planes = (saved.planes_x, saved.planes_y)[side]
+    shift = (saved.shift_x, saved.shift_y)[side]
+    cross = own if bias else other
+    has_own_block = planes.numel() == entries * 4 * width * width
+    debiased, exact = saved.weighted.numel() > 0, shift.numel() == 0
+    grads, stride_gb = gradients(own, layers, dtype)
+    if layers.idle:
+        return grads
+    block_m, block_n, block_k = config.backward
+    grid = (-(-layers.max_rows // block_m) * -(-width // block_n), entries)
+    descriptors = None if exact else descriptors_of(layers, (own, cross), (block_m, block_k))
+    if descriptors:
+        matrix = planes.view(-1, width)
+        descriptors.append(TensorDescriptor.from_tensor(matrix, [block_k, block_n]))
+    backward_kernel[grid](
+        own.addresses, cross.addresses, layers.mask_addresses, layers.padded(grads),
+        layers.row_counts, own.columns, cross.columns,
+        own.strides_n, own.strides_d, cross.strides_n, cross.strides_d,
+        own.stride_b, cross.stride_b, layers.stride_mb, stride_gb,
+        *(descriptors or (None, None, None)), incoming, planes, saved.scalars, shift, saved.means,
+        saved.row_sums, saved.products, saved.weighted, saved.longest,
+        width, width // config.sub, layers.max_rows, energy_programs(layers, debiased),
+        **layers.feature_options, SIDE=side, OWN_BLOCK=has_own_block,
+        NEAR=near, DEBIASED=debiased, BIAS=bias,
+        EXACT=exact, DESCRIPTORS=descriptors is not None, SHIFT_STEP=shift_step,
+        BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k,
+        num_warps=config.backward_warps, num_stages=config.backward_stages,
+    )  # fmt: skip
+    return grads
