@@ -54,7 +54,7 @@ def judge(kernels: Kernels, case: Case, device: torch.device) -> Outcome:
     teachers = _rounded(case, given.teachers, torch.float32 if case.mixed else dtype, case.sides[1])
     gram = (case.gram,) * len(students)
     problem = Problem(case.measure, gram, 0, 0)
-    plan = with_backend(problem, kernels.backend, (students[0].dtype, teachers[0].dtype))
+    plan = with_backend(kernels.backend, (students[0].dtype, teachers[0].dtype), problem)
     call = autograd.Call(case.measure, case.settings, plan, "highest")
     found: list[list[Tensor]] = []
     for _ in range(REPEATS):

@@ -196,14 +196,12 @@ def _debiased(
     layers: Layers, i: int, ranks: Ranks | None, precision: str, backend: str
 ) -> Estimate:
     x = layers.students[i]
-    problem = Problem("moments", (), *x.shape[-2:])
+    problem = Problem("moments", (False,), *x.shape[-2:])
 
     def compute(plan: Plan) -> tuple[Tensor, ...]:
         return autograd.self_hsic_moments(x, layers.mask(i), precision, plan, ranks)
 
-    mean, count, scatter, square = plan.run(
-        compute, problem, backend, x.device, layers.dtypes, repeatable=ranks is None
-    )
+    mean, count, scatter, square = plan.run(compute, backend, problem, layers, ranks)
     n = count.masked_fill(count < 4, float("nan"))
     covariance = scatter / _degrees(n, scatter.dtype)
     trace = covariance.diagonal(dim1=-2, dim2=-1).double().sum(-1)

@@ -50,8 +50,8 @@ def first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0][:300]}".removesuffix(": ")
 
 
-def explain(error: BaseException) -> None:
-    """Say in a refused launch's error what helps."""
+def add_advice(error: BaseException) -> None:
+    """Add to a refused launch's error how to avoid it."""
     note = (
         "rift_kernels: this GPU refuses to launch a kernel. backend='eager', or "
         "RIFT_KERNELS_BACKEND=eager for the whole process, does without it."

@@ -261,7 +261,7 @@ def reason_against(
                 "they have not been tested on this GPU yet, which cannot be done while "
                 f"{'torch.compile traces' if tracing else 'a CUDA graph is captured'}"
             )
-            say_once((missing[0], device, "untested"), missing, reason, "call it once before, or ")
+            warn_once((missing[0], device, "untested"), missing, reason, "call it once before, or ")
             return reason, False
         if missing:
             _try(missing, device, mode)
@@ -270,7 +270,7 @@ def reason_against(
             if not good:
                 reason = seen if good is False else f"they could not be tested ({seen})"
                 advice = "to report it: " if good is False else "to test them when it is free: "
-                say_once((one, device), [one], reason, advice)
+                warn_once((one, device), [one], reason, advice)
                 return reason, True
     return None, True
 
@@ -315,7 +315,7 @@ def _is_capturing(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
-def say_once(
+def warn_once(
     key: object, kernels: Sequence[Kernels], reason: str, advice: str = "to report it: "
 ) -> None:
     """Warn that ``auto`` does without some kernels."""

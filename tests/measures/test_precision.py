@@ -8,7 +8,7 @@ import torch
 
 import rift_kernels as rk
 from rift_kernels import losses, reference
-from rift_kernels.dispatch import operators, precision
+from rift_kernels.dispatch import operators, plan, precision
 from tests.support import cases
 
 
@@ -96,6 +96,23 @@ def test_float64_student_with_a_float32_teacher_and_rotation() -> None:
     value = rk.covariance_distance(x, y, rotation=q)
     expected = reference.covariance_distance(x, y.double(), rotation=q.double())
     torch.testing.assert_close(value, expected, rtol=1e-12, atol=0)
+
+
+def test_the_plan_is_for_the_rotated_teacher(monkeypatch) -> None:
+    """Which is float32 or float64, whatever the features are, so the backward keeps both sides."""
+    make, plans = plan.make, []
+
+    def recorded(*arguments):
+        plans.append(arguments)
+        return make(*arguments)
+
+    monkeypatch.setattr(plan, "make", recorded)
+    x, y = (t.detach().bfloat16() for t in cases.pair())
+    for dtype in (torch.float32, torch.float64):
+        rk.covariance_distance(x, y, rotation=torch.eye(5, dtype=dtype))
+        *_, dtypes, problem = plans.pop()
+        assert dtypes == (torch.bfloat16, dtype)
+        assert plan.with_backend("triton", dtypes, problem).keeps == "both"
 
 
 def test_precision_reaches_every_operator(monkeypatch) -> None:
