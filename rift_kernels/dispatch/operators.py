@@ -2,8 +2,8 @@
 
 Each measure has a forward operator, from features to values and what the backward needs. A fused
 measure (CKA, the covariance distance) has its own backward operator; ``features_bwd`` serves
-everything else. Operators take lists, one entry a layer, so that a backend may serve all layers in
-one launch. Autograd stays outside, in :mod:`.autograd`: a registered formula costs more per call.
+everything else. Operators take lists, one entry per layer, so that one launch of a backend can
+serve all layers. Autograd stays outside, in :mod:`.autograd`: a registered formula costs more.
 
 An operator takes no process group. Where rows are spread over ranks, :mod:`.autograd` calls the
 public functions behind the forward operators instead.

@@ -1,4 +1,4 @@
-"""Second moments of checked layers, one layer after another."""
+"""Second moments of checked layers, computed one layer after another."""
 
 from __future__ import annotations
 
