@@ -129,7 +129,7 @@ def test_no_place_for_verdicts_does_no_harm(obstacle, cache, monkeypatch) -> Non
         monkeypatch.setattr(Path, "mkdir", refuse)
     assert not verdicts.write(MACHINE, KERNELS, BAD)
     assert verdicts.read(MACHINE, KERNELS) is None
-    with verdicts.alone(MACHINE, 0.0):
+    with verdicts.locked(MACHINE, 0.0):
         pass
 
 
@@ -183,7 +183,7 @@ def test_a_reader_never_sees_half_a_file() -> None:
 
 def _test_once(log: str) -> None:
     """What each of many ranks does at its first call."""
-    with verdicts.alone(MACHINE, 60.0):
+    with verdicts.locked(MACHINE, 60.0):
         if verdicts.read(MACHINE, KERNELS) is None:
             with Path(log).open("a") as file:
                 file.write(f"{os.getpid()}\n")
@@ -205,7 +205,7 @@ def test_one_of_many_ranks_does_the_work(tmp_path) -> None:
 
 
 def _hold(ready, release) -> None:
-    with verdicts.alone(MACHINE, 0.0):
+    with verdicts.locked(MACHINE, 0.0):
         ready.set()
         release.wait(60)
 
@@ -217,11 +217,11 @@ def test_a_rank_that_is_stuck_holds_nobody_for_ever_and_a_dead_one_nobody_at_all
     holder.start()
     assert ready.wait(60)
     start = time.monotonic()
-    with verdicts.alone(MACHINE, 0.3):  # goes on by itself after that
+    with verdicts.locked(MACHINE, 0.3):  # goes on by itself after that
         assert time.monotonic() - start >= 0.3
     holder.kill()
     holder.join()
-    with verdicts.alone(MACHINE, 3600.0):
+    with verdicts.locked(MACHINE, 3600.0):
         pass
 
 
