@@ -41,7 +41,7 @@ LIMIT = 300.0
 WAIT = 900.0
 REPORT = "python -m rift_kernels check"
 MODULE = "rift_kernels.commands.trial"
-_MARK = f"{MODULE} "
+MARK = f"{MODULE} "  # begins each line of that process that is meant for this one
 
 Task = tuple[Kernels, str]
 _logger = logging.getLogger("rift_kernels")
@@ -186,8 +186,8 @@ class _Process:
                 return None
             if line is None:
                 return None
-            if line.startswith(_MARK):
-                event: dict[str, Any] = json.loads(line.removeprefix(_MARK))
+            if line.startswith(MARK):
+                event: dict[str, Any] = json.loads(line.removeprefix(MARK))
                 return event
             if line.strip():
                 self._other.append(line.strip())

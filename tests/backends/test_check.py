@@ -103,7 +103,7 @@ def test_a_check_that_is_cut_off_leaves_what_it_found(tmp_path, monkeypatch) -> 
     monkeypatch.setattr(
         check,
         "_side_by_side",
-        lambda pairs, *_: ((report, {"triton": MACHINE}) for report in cut_off(Planted(pairs))),
+        lambda tasks, *_: ((report, {"triton": MACHINE}) for report in cut_off(Planted(tasks))),
     )
     with pytest.raises(KeyboardInterrupt):
         check.main(["--json", str(tmp_path / "check.json")])
