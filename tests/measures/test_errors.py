@@ -1,4 +1,4 @@
-"""Wrong input: a clear error that names the argument, what it was and what is accepted."""
+"""Wrong input: an error names the argument, what is accepted and what was passed."""
 
 import pytest
 import torch
@@ -133,7 +133,7 @@ def test_environment_variable_is_checked_too(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_too_few_rows_by_mask_under_compile_is_nan() -> None:
-    """Where only the mask tells and reading it would make the host wait."""
+    """NaN is returned where reading the mask would make the host wait."""
     compiled = torch.compile(rk.linear_cka, fullgraph=True, backend="aot_eager")
     assert compiled(X, X, mask=THREE_ROWS).isnan()
     assert not compiled(X, X, mask=MASK).isnan()

@@ -1,4 +1,4 @@
-"""Values on which independent public implementations agree, in both forms."""
+"""Values on which independent public implementations agree, computed in both forms."""
 
 import json
 from collections.abc import Callable
@@ -36,7 +36,7 @@ def procrustes_distance_squared(x: Tensor, y: Tensor, method: str) -> Tensor:
 
 
 def minibatch(x: Tensor, y: Tensor, sizes: tuple[int, ...]) -> Tensor:
-    """Mean HSIC_1 over batches, then one ratio: what a batched CKA averages."""
+    """Minibatch CKA: the ratio of HSIC_1 averaged over batches."""
 
     def hsic(a: Tensor, b: Tensor) -> Tensor:
         from rift_kernels.reference import _hsic_unbiased
@@ -89,7 +89,7 @@ def test_values(name, function, tolerance, form, which, force_form, device) -> N
 
 @pytest.mark.parametrize("which", ["as_asked", "correlated"])
 def test_reference_estimator_of_hsic(which: str) -> None:
-    """The oracle's own estimator, averaged over batches as minibatch CKA does."""
+    """The oracle's estimator, averaged over batches as in minibatch CKA."""
     x, y = data(which)
     even = float(minibatch(x, y, (16, 16, 16, 16)))
     ragged = float(minibatch(x, y, (24, 24, 16)))
