@@ -171,8 +171,8 @@ def _small_fwd(
     shape = first.shape[:-2] if count == 1 else (count,)
     values = torch.empty(shape, dtype=torch.float32, device=first.device)
     grads: list[list[Tensor]] = [
-        [torch.empty(t.shape, dtype=grad_dtype, device=t.device) for t in side] if want else []
-        for side, want in zip((students, teachers), wanted, strict=True)
+        [torch.empty(t.shape, dtype=grad_dtype, device=t.device) for t in side] if is_wanted else []
+        for side, is_wanted in zip((students, teachers), wanted, strict=True)
     ]
     if not isinstance(first, FakeTensor) and first.numel():
         with torch.cuda.device_of(first):
@@ -235,7 +235,7 @@ def _small_bwd(
     dtypes: tuple[torch.dtype, torch.dtype],
 ) -> list[Tensor]:
     """The saved gradients of ``count`` layers, times the incoming gradient."""
-    grad_dtypes = [dtype for dtype, want in zip(dtypes, wanted, strict=True) if want]
+    grad_dtypes = [dtype for dtype, is_wanted in zip(dtypes, wanted, strict=True) if is_wanted]
     grads = [
         torch.empty(unit.shape, dtype=grad_dtypes[i // count], device=unit.device)
         for i, unit in enumerate(saved)

@@ -2,8 +2,8 @@
 
 Each backend has
 
-- :func:`moments`: the blocks ``xx, xy, yy`` of second moments of centered features, either over the
-  rows (covariance form, D x D) or over the columns (Gram form, N x N);
+- :func:`moments`: the blocks ``xx, xy, yy`` of second moments of centered features, summed over
+  rows (covariance form, D x D) or columns (Gram form, N x N);
 - :func:`product`, :func:`product_transposed` and :func:`symmetric`: matrix products.
 
 All take any leading axes. Second moments of 2-d inputs cost little more than half a product.

@@ -2,9 +2,10 @@
 
 The cases that ``auto`` tests come first, in all families and dtypes, then all others that the
 kernels can compute. The result file is rewritten after each case, so a check that is interrupted
-leaves what it found; ``benchmarks.report`` reads it. ``auto`` uses the verdicts. Exits with 0 if
-all cases agree, with 1 if one does not, and with 2 if none is wrong but some could not be tried,
-for lack of a GPU, of memory on it, or of time.
+leaves what it found; ``benchmarks.report`` reads it. ``auto`` uses the verdicts.
+
+The exit status is 0 if all cases agree, and 1 if one does not. It is 2 if none is wrong but some
+could not be tried, for lack of a GPU, of its memory or of time.
 """
 
 from __future__ import annotations

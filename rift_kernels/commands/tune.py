@@ -118,18 +118,18 @@ def _as_json(config: Config, fields: Sequence[str]) -> Fields:
 def shared_bytes(shapes: str, config: Config) -> int:
     """An estimate for the kernel that needs most: its stages, and operands made from the last."""
     form, _, kind = shapes.split()
-    exact, wide = (False, 2) if kind == "bf16" else (True, 4)
+    exact, itemsize = (False, 2) if kind == "bf16" else (True, 4)
     tile = config.block * config.block_k
     moments = 2 * tile * 2 * config.stages
     if exact:
         moments = 2 * tile * 4 * (config.stages - 1) + 4 * tile * 2
     if form == "covariance":
         m, n, k = config.backward
-        step = 2 * m * k * wide + k * n * 2
+        step = 2 * m * k * itemsize + k * n * 2
         return max(moments, step * (config.backward_stages - 1) + 2 * k * n * 2)
     m, n, k = config.gram_backward
-    step = 2 * m * k * 4 + k * n * wide
-    return max(moments, step * (config.gram_backward_stages - 1) + 2 * m * k * 2 + k * n * wide)
+    step = 2 * m * k * 4 + k * n * itemsize
+    return max(moments, step * (config.gram_backward_stages - 1) + 2 * m * k * 2 + k * n * itemsize)
 
 
 def tune(
@@ -263,12 +263,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     properties = torch.cuda.get_device_properties(torch.cuda.current_device())
     limit = getattr(properties, "shared_memory_per_block_optin", 0) or 64 * 1024
     try:
-        done = finished(options.out, arch)
+        tuned = finished(options.out, arch)
     except ConfigError as error:
         print(f"rift_kernels tune: {error}", file=sys.stderr)
         return 1
     for shapes in CLASSES:
-        if shapes in done or not shapes.startswith(options.form or ""):
+        if shapes in tuned or not shapes.startswith(options.form or ""):
             continue
         start = lookup(arch, shapes)
         with tqdm(desc=shapes, unit=" candidates") as bar:

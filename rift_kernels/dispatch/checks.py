@@ -137,18 +137,18 @@ def layers(student: Features, teacher: Features, mask: Mask, *, equal_widths: bo
         )
     masks = _masks(mask, is_list, len(students))
     for i, (x, y) in enumerate(zip(students, teachers, strict=True)):
-        where = f"[{i}]" if is_list else ""
-        _pair(f"student{where}", f"teacher{where}", x, y, is_list)
+        index = f"[{i}]" if is_list else ""
+        _pair(f"student{index}", f"teacher{index}", x, y, is_list)
         if equal_widths and x.shape[-1] != y.shape[-1]:
             raise ValueError(
-                f"student{where} and teacher{where} must have the same width for this measure; "
+                f"student{index} and teacher{index} must have the same width for this measure; "
                 f"got {x.shape[-1]} and {y.shape[-1]} (covariance_distance takes a rotation, "
                 "RIFTLoss learns one)"
             )
         if isinstance(mask, Tensor):
             _mask("mask", mask, x)
         elif masks:
-            _mask(f"mask{where}", masks[i], x)
+            _mask(f"mask{index}", masks[i], x)
     for name, side in (("student", students), ("teacher", teachers)):
         for tensor in side:
             if tensor.dtype != side[0].dtype or tensor.device != side[0].device:
@@ -162,10 +162,10 @@ def layers(student: Features, teacher: Features, mask: Mask, *, equal_widths: bo
 def enough_rows(layers: Layers, min_rows: int) -> None:
     """Check that each layer has enough rows for a measure: valid ones, where masks are readable."""
     for i, x in enumerate(layers.students):
-        where = f"[{i}]" if layers.is_list else ""
+        index = f"[{i}]" if layers.is_list else ""
         if x.shape[-2] < min_rows:
             raise ValueError(
-                f"student{where} and teacher{where} must have at least {min_rows} rows for this "
+                f"student{index} and teacher{index} must have at least {min_rows} rows for this "
                 f"measure; got {x.shape[-2]} (drop a smaller last batch: drop_last=True)"
             )
     for i, mask in enumerate(layers.masks):

@@ -22,7 +22,7 @@ from .checks import Layers
 from .ranks import Ranks
 
 ENVIRONMENT_VARIABLE = "RIFT_KERNELS_BACKEND"
-# CKA in Gram form has kernels of its own for up to so many rows.
+# CKA in Gram form has separate kernels for up to so many rows.
 SMALL_ROWS = 128
 # The order in which `auto` tries kernels on a GPU: predicted, not measured. A small loss costs what
 # its launches cost the host. Both backends launch twice, and C++ goes through less Python.
@@ -85,8 +85,8 @@ def with_backend(backend: str, dtypes: Sequence[torch.dtype], problem: Problem) 
         return Plan(backend, gram, fused)
     crossed = measure == "cka" and not all(gram)
     # One side alone does not tell the backward that the forward computed in another dtype.
-    both = crossed or len(set(dtypes)) > 1
-    return Plan(backend, gram, fused, "both" if both else "wanted")
+    needs_both = crossed or len(set(dtypes)) > 1
+    return Plan(backend, gram, fused, "both" if needs_both else "wanted")
 
 
 def is_automatic(requested: str) -> bool:
@@ -174,8 +174,8 @@ def run(
 ) -> Result:
     """``compute`` with the plan for these layers.
 
-    Where a GPU refuses a launch, ``auto`` makes another plan and computes again. A rank cannot
-    repeat by itself what all ranks do together, and a compiled graph can replace nothing.
+    If a GPU refuses a launch, ``auto`` makes another plan and computes again. A single rank cannot
+    repeat what all ranks do together, and a compiled graph cannot change its plan.
     """
     device = layers.teachers[0].device
     plan = make(requested, device, layers.dtypes, problem)

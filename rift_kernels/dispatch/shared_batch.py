@@ -245,7 +245,7 @@ class _Gather(torch.autograd.Function):
             results.append(torch.cat(pieces).movedim(0, axis))
         ctx.size, ctx.layers = ranks.size, layers
         starts = [sum(rank_rows[i] for rank_rows in rows[: ranks.rank]) for i in range(layers)]
-        # Where this rank's rows begin in each layer, and how many they are.
+        # The first row and the number of rows of this rank, in each layer.
         ctx.ranges = list(zip(starts, rows[ranks.rank], strict=True))
         # Else a frozen teacher's gradient would be computed and thrown away.
         wanted = ctx.needs_input_grad[3:]

@@ -50,16 +50,16 @@ def mean_over_ranks(
     sides: list[Tensor],
     mask: Tensor | None,
     total: Callable[..., Callable[[], tuple[Any, ...]]],
-    *more: Tensor,
+    *extra: Tensor,
 ) -> tuple[list[Tensor], Tensor, list[Tensor]]:
     """Float64 means (..., D) of the rows on all ranks; this rank may have none.
 
     Args:
         total: sums over ranks.
-        more: tensors to sum in the same message.
+        extra: tensors to sum in the same message.
 
     Returns:
-        One mean per side, the count over all ranks, and the sums of ``more``.
+        One mean per side, the count over all ranks, and the sums of ``extra``.
     """
     if mask is None:
         shape, device = sides[0].shape[:-1], sides[0].device
@@ -67,7 +67,7 @@ def mean_over_ranks(
     else:
         count = mask.sum(-1, dtype=torch.float64)
         sides = [side.masked_fill(~mask.unsqueeze(-1), 0.0) for side in sides]
-    count, *sums = total(count, *(side.sum(-2, dtype=torch.float64) for side in sides), *more)()
+    count, *sums = total(count, *(side.sum(-2, dtype=torch.float64) for side in sides), *extra)()
     means = [side_sum / count.unsqueeze(-1) for side_sum in sums[: len(sides)]]
     return means, count, sums[len(sides) :]
 

@@ -39,8 +39,8 @@ def covariance(
         uu, uv, vv = backend.moments(
             features.x - features.y, features.x + features.y, gram, "xx xy yy"
         )
-        both = uv + uv.mT
-        yy = (uu + vv - both) / 4
+        crossed = uv + uv.mT
+        yy = (uu + vv - crossed) / 4
         # Tensor cores leave rounding where terms cancel, so constant sides are looked for directly.
         is_constant_x, is_constant_y = (
             (side == 0).flatten(-2).all(-1) for side in (features.x, features.y)
@@ -68,9 +68,9 @@ def covariance(
     value = nan_below(value + mean_value, features.count, 2)
     yy = times(yy, inverse_unit)
     if gram:
-        both = uv + uv.mT
+        crossed = uv + uv.mT
         coefficients = Coefficients(
-            xx=times((uu + vv + both) / 4, outer) if wanted.student else None,
+            xx=times((uu + vv + crossed) / 4, outer) if wanted.student else None,
             # The block -Xc Yc^T.
             xy=times((uu - vv - uv + uv.mT) / 4, outer).masked_fill(
                 (is_constant_x | is_constant_y)[..., None, None], 0.0

@@ -107,19 +107,19 @@ def _center(
     energy = energies.sum(-1)
     _, index = _longest(energies, energy, mask)
     place = None
-    others: Tensor | int = shape[-1] - MOST
+    other_count: Tensor | int = shape[-1] - MOST
     # Without a mask, enough rows fill all slots.
     if mask is not None or shape[-1] < 2 * MOST:
         place = torch.diag_embed(_filled(count, index.shape[-1]).double())
-        others = (count - place.sum((-2, -1))).clamp_(min=1)[..., None, None]
+        other_count = (count - place.sum((-2, -1))).clamp_(min=1)[..., None, None]
     long, middles = [], []
     for side, total, out in zip(sides, sums, centered, strict=True):
         rows = _gather(side, index).double()
         if place is not None:
             rows = place @ rows
-        middle = ((total - rows.sum(-2, keepdim=True)) / others).to(dtype)
+        middle = ((total - rows.sum(-2, keepdim=True)) / other_count).to(dtype)
         _put_(without(side, middle, out), index, place)
-        residual = (out.sum(-2, keepdim=True) / others).to(dtype)
+        residual = (out.sum(-2, keepdim=True) / other_count).to(dtype)
         _put_(without(out, residual, out), index, place)
         shift = (middle + residual.double()).expand_as(rows)
         long.append(rows - (shift if place is None else place @ shift))

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 # x -> a x + b x^3 + c x^5, applied to the singular values, one step after another. Each step is the
-# minimax approximation of 1 on the interval that the previous step leaves (the construction of
-# Amsel et al., "The Polar Express", 2025). While that interval begins near 0, the step is taken at
+# minimax approximation of 1 on the interval that the previous step leaves, as constructed by Amsel
+# et al. ("The Polar Express", 2025). While that interval begins near 0, the step is taken at
 # x / 1.01, so that rounding cannot push a value out. The composition is 1 +- 3e-12 on
 # [1.4e-8, 1] ...
 POLAR_STEPS = (
@@ -73,13 +73,13 @@ def polar(matrix: Tensor, backend: ModuleType) -> tuple[Tensor, Tensor]:
     Returns:
         The factor (..., M, N) and the nuclear norm (...).
     """
-    wide = matrix.shape[-2] < matrix.shape[-1]
-    x = matrix.mT if wide else matrix
+    is_wide = matrix.shape[-2] < matrix.shape[-1]
+    x = matrix.mT if is_wide else matrix
     x = _divide(x, _frobenius_norm(x))
     for a, b, c in POLAR_STEPS:
         gram = backend.symmetric(x.mT, x)
         x = a * x + backend.product(x, b * gram + c * backend.symmetric(gram, gram))
-    factor = x.mT if wide else x
+    factor = x.mT if is_wide else x
     return factor, (factor * matrix).sum((-2, -1))
 
 

@@ -1,8 +1,8 @@
 """The self-test: ``auto`` uses only kernels that passed it on this GPU, with this software.
 
 Before their first use, a separate process runs kernels on known answers, so that a crash or a hang
-does no harm. The verdict is kept on disk. Kernels that could not be tested, because the GPU has no
-memory left or allows no second process, are not used, and the next process tests them again.
+does no harm. The verdict is kept on disk. Kernels cannot be tested if the GPU has no memory left or
+allows no second process; they are not used then, and the next process tests them again.
 ``python -m rift_kernels check`` reports more, at any time.
 """
 

@@ -68,8 +68,8 @@ def test_lists_with_masks(device) -> None:
     xs, ys = [x.detach().to(device) for x in xs], [y.detach().to(device) for y in ys]
     mask = (torch.arange(10) < 7).to(device)
     shared = rk.linear_cka(xs, ys, mask=mask)
-    each = rk.linear_cka(xs, ys, mask=[mask, mask])
-    assert torch.equal(shared, each)
+    separate = rk.linear_cka(xs, ys, mask=[mask, mask])
+    assert torch.equal(shared, separate)
     assert float(shared[0]) == pytest.approx(float(rk.linear_cka(xs[0][:7], ys[0][:7])), abs=1e-6)
 
 

@@ -85,8 +85,8 @@ def imported(path: Path) -> set[str]:
         assert node.level <= 1, "rooms import one another by their full names"
         source = ".".join(filter(None, (package if node.level else "", node.module)))
         if source.split(".")[0] == "rift_kernels":
-            both = (f"{source}.{alias.name}" for alias in node.names)
-            names |= {name if name in MODULES else source for name in both}
+            candidates = (f"{source}.{alias.name}" for alias in node.names)
+            names |= {name if name in MODULES else source for name in candidates}
     return names
 
 

@@ -1,7 +1,7 @@
 """The inputs of all tests: shapes, dtypes, masks, offsets and similarities.
 
-Features are made in float64 from a seed and then rounded to the dtype under test, so the oracle
-gets exactly the numbers that the code under test gets.
+Features are made in float64 from a seed and then rounded to the dtype under test. So the oracle and
+the code under test get exactly the same numbers.
 """
 
 from __future__ import annotations
@@ -123,20 +123,20 @@ class Measure:
     min_rows: int = 2
     equal_widths: bool = False
 
-    def __call__(self, x: Any, y: Any, **more: Any) -> Tensor:
+    def __call__(self, x: Any, y: Any, **options: Any) -> Tensor:
         method = {} if self.method is None else {"method": self.method}
-        return self.function(x, y, **self.settings, **method, **more)
+        return self.function(x, y, **self.settings, **method, **options)
 
-    def reference(self, x: Any, y: Any, **more: Any) -> Tensor:
-        return self.oracle(x, y, **self.settings, **more)
+    def reference(self, x: Any, y: Any, **options: Any) -> Tensor:
+        return self.oracle(x, y, **self.settings, **options)
 
     def takes(self, case: Case) -> bool:
         widths_fit = case.student_width == case.teacher_width or not self.equal_widths
         return widths_fit and case.rows >= self.min_rows
 
 
-def _measure(name: str, function: str, **more: Any) -> Measure:
-    return Measure(name, getattr(rk, function), getattr(reference, function), **more)
+def _measure(name: str, function: str, **options: Any) -> Measure:
+    return Measure(name, getattr(rk, function), getattr(reference, function), **options)
 
 
 CKA = _measure("cka", "linear_cka", min_rows=4)
@@ -233,12 +233,12 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
 
 
 def value_and_gradients(
-    function: Callable[..., Tensor], x: Tensor, y: Tensor, scale: float = 1.0, **more: Any
+    function: Callable[..., Tensor], x: Tensor, y: Tensor, scale: float = 1.0, **options: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The values and both gradients, for a random incoming gradient times ``scale``."""
     # Not cloned, which would make strided features contiguous.
     x, y = x.detach().requires_grad_(), y.detach().requires_grad_()
-    values = function(x, y, **more)
+    values = function(x, y, **options)
     generator = torch.Generator().manual_seed(1)
     incoming = scale * (torch.rand(values.shape, generator=generator).double() + 0.5)
     values.backward(incoming.to(values.dtype).to(values.device))

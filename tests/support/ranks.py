@@ -119,11 +119,11 @@ def values_and_gradients(
     mask: Tensor | None = None,
 ) -> Outcome:
     x, y = (rows_of(rank, side, split).contiguous() for side in features)
-    more: dict[str, Any] = {} if split is None else {"group": dist.group.WORLD}
+    options: dict[str, Any] = {} if split is None else {"group": dist.group.WORLD}
     if mask is not None:
         x = x.masked_fill(~mask_of(rank, mask, split).unsqueeze(-1), float("nan"))
-        more["mask"] = mask_of(rank, mask, split)
-    value, grad_x, grad_y = cases.value_and_gradients(measure, x, y, **more)
+        options["mask"] = mask_of(rank, mask, split)
+    value, grad_x, grad_y = cases.value_and_gradients(measure, x, y, **options)
     return {"value": value, "rows": [grad_x, grad_y]}
 
 
@@ -175,12 +175,12 @@ class Model(nn.Module):
         torch.manual_seed(0)
         self.layer = nn.Linear(WIDTH, WIDTH).double()
         measure, _, variant = kind.partition(", ")
-        more: dict[str, Any] = {}
+        options: dict[str, Any] = {}
         if variant == "learned":
-            more = {"rotation": "learned", "student_width": WIDTH, "teacher_width": WIDTH}
+            options = {"rotation": "learned", "student_width": WIDTH, "teacher_width": WIDTH}
         elif variant == "optimal":
-            more = {"rotation": "optimal"}
-        self.loss = rk.RIFTLoss(measure, group=group, **more).double()
+            options = {"rotation": "optimal"}
+        self.loss = rk.RIFTLoss(measure, group=group, **options).double()
         self.stored = None
         if variant == "statistics":
             self.stored = rk.TeacherStatistics(WIDTH)
