@@ -1,14 +1,14 @@
 # Two commands set everything up on a fresh machine: `make demo` and `make test`.
-# The environment is .venv; PYTHON names the interpreter that makes it.
+# The environment is .venv; PYTHON is the interpreter that creates it.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-# The oldest versions that pyproject.toml allows, and the newest NumPy that this triton's
-# interpreter takes; all else as in constraints.txt.
+# The oldest versions that pyproject.toml allows, and the newest NumPy that works with that triton's
+# interpreter; all else as in constraints.txt.
 OLDEST := torch==2.11.0 triton==3.6.0 numpy==2.3.5 setuptools==81.0.0
 OLDEST_VENV := .venv-oldest
-# A pyenv's python3.12 may be on PATH and refuse to run.
+# The python3.12 on PATH may be a shim of pyenv that refuses to run.
 PYTHON_OLDEST ?= $(firstword $(shell for python in python3.12 ~/.pyenv/versions/3.12.*/bin/python3 \
 	$(PYTHON); do $$python -c "" 2> /dev/null && echo $$python; done))
 
@@ -17,12 +17,12 @@ PYTHON_OLDEST ?= $(firstword $(shell for python in python3.12 ~/.pyenv/versions/
 demo: $(VENV)/ready
 	$(BIN)/python -m examples.finetune_digits $(ARGS)
 
-# Twice: once as users run it, once with the Triton kernels in their interpreter.
+# Twice: once as users run it, once with the Triton kernels in Triton's interpreter.
 test: $(VENV)/ready
 	$(BIN)/python -m pytest -n auto --dist loadfile $(COVERAGE) $(ARGS)
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n auto $(ARGS)
 
-# The same; the first time with a table of how much of the package was run.
+# The same; the first run prints how much of the package it covers.
 coverage: COVERAGE = --cov=rift_kernels --cov-report=term:skip-covered
 coverage: test
 
@@ -31,8 +31,8 @@ test-oldest: $(OLDEST_VENV)/ready
 	$(OLDEST_VENV)/bin/python -m pytest -n auto --dist loadfile $(ARGS)
 	TRITON_INTERPRET=1 $(OLDEST_VENV)/bin/python -m pytest -n auto $(ARGS)
 
-# What is computed, with other instructions and other sums than this processor's own: of SSE, of
-# AVX2, and of two threads.
+# Numerical tests with other instructions, and so other rounding, than this processor's own: SSE, AVX2
+# and two threads.
 NUMERICS := tests/features/test_statistics.py $(addprefix tests/measures/,test_autograd.py \
 	test_golden.py test_inputs.py test_matching.py test_matrix_functions.py test_measures.py \
 	test_numerics.py test_precision.py test_properties.py)
@@ -54,7 +54,7 @@ bench: $(VENV)/ready
 report: $(VENV)/ready
 	$(BIN)/python -m benchmarks.report $(ARGS)
 
-# Installs nothing: uses PYTHON and what it has.
+# Installs nothing: uses PYTHON and its packages.
 gpu-check:
 	@command -v $(PYTHON) >/dev/null || { echo "gpu-check: there is no interpreter $(PYTHON): name" \
 		"another with PYTHON="; exit 2; }
@@ -73,7 +73,7 @@ $(VENV)/ready: pyproject.toml constraints.txt setup.py $(wildcard csrc/* csrc/*/
 	RIFT_KERNELS_STRICT=1 $(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
 	touch $@
 
-# Without the CUDA kernels, which know neither torch nor triton.
+# Without the CUDA kernels, which depend on neither torch nor triton.
 $(OLDEST_VENV)/ready: pyproject.toml constraints.txt setup.py Makefile
 	@$(PYTHON_OLDEST) -c "import sys; print('Installing $(OLDEST) for Python', \
 		sys.version.split()[0], 'into $(OLDEST_VENV): about 5.5 GB, some minutes')"

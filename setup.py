@@ -1,14 +1,14 @@
-"""Builds the CUDA C++ extension ``rift_kernels._C`` with nvcc and ninja; asks for no torch, no GPU.
+"""Builds the CUDA C++ extension ``rift_kernels._C`` with nvcc and ninja; needs no torch and no GPU.
 
-Everything else is declared in pyproject.toml. Environment variables:
+pyproject.toml declares everything else. Environment variables:
 
-- ``RIFT_KERNELS_CUDA``: 1 builds the extension or fails, 0 leaves it out; unset, it is built on
-  Linux where there is an nvcc that can.
-- ``RIFT_KERNELS_CUDA_ARCHS``: the architectures, as nvcc's ``sm_90a`` has them, all of which nvcc
-  must know; unset, those of "80;90a;100a" that it knows.
+- ``RIFT_KERNELS_CUDA``: 1 builds the extension or fails, 0 leaves it out. By default it is built on
+  Linux if there is a suitable nvcc.
+- ``RIFT_KERNELS_CUDA_ARCHS``: the architectures, such as 90a for nvcc's ``sm_90a``, all of which
+  nvcc must know. By default, those of "80;90a;100a" that it knows.
 - ``RIFT_KERNELS_STRICT``: 1 makes every warning an error.
-- ``NVCC``: the compiler; else that of ``CUDA_HOME``, else of ``CUDA_PATH``, else the one on PATH.
-- ``MAX_JOBS``: how many compilers run at once; unset, as many as there are processors.
+- ``NVCC``: the compiler; by default that of ``CUDA_HOME``, of ``CUDA_PATH``, or on PATH.
+- ``MAX_JOBS``: how many compilers run at once; by default one per processor.
 """
 
 from __future__ import annotations
@@ -30,25 +30,25 @@ from setuptools.command.build_py import build_py
 
 ARCHITECTURES = "80;90a;100a"
 FLAGS = shlex.split("-std=c++17 -O3 -Xcompiler -fPIC,-Wall,-Wextra,-fvisibility=hidden")
-# A newer compiler warns of more, which is no reason for an installation to fail.
+# Not by default: a newer compiler has more warnings, which must not make an installation fail.
 STRICT_FLAGS = shlex.split("-Xcompiler -Werror -Werror all-warnings")
-# A spilled register is a warning.
+# Warn of spilled registers.
 KERNEL_FLAGS = shlex.split("-Xptxas -warn-spills")
-# Clusters can be launched from here on.
+# The oldest release that can launch clusters.
 OLDEST = (11, 8)
-# What the list of a compiler does not tell: since when it knows Hopper's own instructions.
+# The oldest release with Hopper's own instructions, which nvcc does not list.
 OLDEST_90A = (12, 0)
 
 
 class Compiler(NamedTuple):
-    """An nvcc, and what it says of itself."""
+    """An nvcc, its release and its architectures."""
 
     path: str
     release: tuple[int, int]
-    architectures: list[str]  # their numbers
+    architectures: list[str]  # their numbers, such as 90
 
     def __str__(self) -> str:
-        """As messages name it."""
+        """The compiler as messages name it."""
         return "nvcc {}.{} ({})".format(*self.release, self.path)
 
     def knows(self, name: str) -> bool:
@@ -58,7 +58,7 @@ class Compiler(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """What will be built, and a line for the user where that is less than all."""
+    """What will be built, and a note for the user if that is not everything."""
 
     nvcc: str | None
     architectures: list[str]
@@ -66,12 +66,12 @@ class Plan(NamedTuple):
 
 
 def plan(environment: Mapping[str, str], platform: str = sys.platform) -> Plan:
-    """What to build with these settings; SystemExit where they ask for what cannot be built."""
+    """What to build with these settings; SystemExit if they require what cannot be built."""
     choice = environment.get("RIFT_KERNELS_CUDA", "")
     if choice not in ("", "0", "1"):
         raise SystemExit(
             "RIFT_KERNELS_CUDA must be 1 (build the CUDA kernels), 0 (leave them out) or unset "
-            f"(build them where there is an nvcc that can); got {choice!r}"
+            f"(build them if there is a suitable nvcc); got {choice!r}"
         )
     if choice == "0":
         return _left_out("RIFT_KERNELS_CUDA=0")
@@ -84,7 +84,7 @@ def plan(environment: Mapping[str, str], platform: str = sys.platform) -> Plan:
     if choice == "1" or (platform == "linux" and environment.get("NVCC")):
         cause = "RIFT_KERNELS_CUDA=1" if choice == "1" else f"NVCC={environment['NVCC']}"
         raise SystemExit(
-            f"{cause} asks for the CUDA kernels, and they cannot be built: {reason}. "
+            f"{cause} asks for the CUDA kernels, but they cannot be built: {reason}. "
             "RIFT_KERNELS_CUDA=0 leaves them out"
         )
     return _left_out(reason)
@@ -98,7 +98,7 @@ HOMES = ("CUDA_HOME", "CUDA_PATH")
 
 
 def find_nvcc(environment: Mapping[str, str]) -> str | None:
-    """That of NVCC, which is then the only one; else the first in CUDA_HOME, CUDA_PATH and PATH."""
+    """The nvcc named by NVCC if it is set; else the first in CUDA_HOME, CUDA_PATH and PATH."""
     path = environment.get("PATH", "")
     if named := environment.get("NVCC"):
         return shutil.which(named, path=path)
@@ -108,58 +108,57 @@ def find_nvcc(environment: Mapping[str, str]) -> str | None:
 
 def _searched(environment: Mapping[str, str]) -> str:
     if named := environment.get("NVCC"):
-        return f"NVCC must be an nvcc that can be run, or unset; got {named!r}"
+        return f"NVCC must be an nvcc that can run, or unset; got {named!r}"
     homes = [f"{home}/bin ({environment[home]}/bin)" for home in HOMES if environment.get(home)]
     places = " and none in ".join([*homes, "PATH"])
-    return (
-        f"there is no nvcc in {places}; install the CUDA toolkit, or set CUDA_HOME to where it is"
-    )
+    return f"there is no nvcc in {places}; install the CUDA toolkit, or set CUDA_HOME to its folder"
 
 
 def inspected(nvcc: str) -> tuple[Compiler | None, str]:
-    """The compiler, or why nothing can be compiled with it."""
+    """The compiler, or the reason why it cannot be used."""
     try:
         version, listed = _ask(nvcc, "--version"), _ask(nvcc, "--list-gpu-arch")
     except (OSError, subprocess.SubprocessError) as error:
-        return None, f"{nvcc} cannot be run: {error}"
-    found = re.search(r"release (\d+)\.(\d+)", version)
-    if found is None:
+        return None, f"{nvcc} cannot run: {error}"
+    release = re.search(r"release (\d+)\.(\d+)", version)
+    if release is None:
         return None, f"{nvcc} --version names no release: {version.strip()!r}"
-    compiler = Compiler(nvcc, (int(found[1]), int(found[2])), re.findall(r"compute_(\d+)", listed))
+    architectures = re.findall(r"compute_(\d+)", listed)
+    compiler = Compiler(nvcc, (int(release[1]), int(release[2])), architectures)
     if compiler.release < OLDEST:
-        return None, f"{compiler} is too old: {OLDEST[0]}.{OLDEST[1]} is the oldest that will do"
+        return None, f"{compiler} is too old: the oldest that works is {OLDEST[0]}.{OLDEST[1]}"
     return compiler, ""
 
 
-def _ask(nvcc: str, question: str) -> str:
-    done = subprocess.run([nvcc, question], capture_output=True, text=True, check=False)
-    if done.returncode and question == "--version":
-        text = (done.stderr or done.stdout).strip() or f"exit status {done.returncode}"
+def _ask(nvcc: str, option: str) -> str:
+    result = subprocess.run([nvcc, option], capture_output=True, text=True, check=False)
+    if result.returncode and option == "--version":
+        text = (result.stderr or result.stdout).strip() or f"exit status {result.returncode}"
         raise subprocess.SubprocessError(text)
-    return done.stdout
+    return result.stdout
 
 
 def parse_architectures(
     environment: Mapping[str, str], compiler: Compiler
 ) -> tuple[list[str], str]:
-    """What to compile for, ["80", "90a", "100a"], and a line if that is not all of the default.
+    """What to compile for, such as ["80", "90a", "100a"], and a note if the default was reduced.
 
-    SystemExit where the text is no such list, or has what the compiler does not know.
+    SystemExit if the variable is not such a list, or names what the compiler does not know.
     """
-    given = environment.get("RIFT_KERNELS_CUDA_ARCHS")
-    text = given or ARCHITECTURES
+    setting = environment.get("RIFT_KERNELS_CUDA_ARCHS")
+    text = setting or ARCHITECTURES
     names = list(dict.fromkeys(name.strip() for name in re.split("[;,]", text)))
     for name in names:
         if not re.fullmatch(r"[1-9]\d{1,2}[af]?", name):
             raise SystemExit(
-                f'RIFT_KERNELS_CUDA_ARCHS must be architectures as in "{ARCHITECTURES}", with ; '
-                f"or , between them; got {name!r} in {text!r}"
+                f'RIFT_KERNELS_CUDA_ARCHS must be architectures as in "{ARCHITECTURES}", separated '
+                f"by ; or ,; got {name!r} in {text!r}"
             )
     known = [name for name in names if compiler.knows(name)]
     missing = ", ".join(name for name in names if name not in known)
     if not missing:
         return known, ""
-    if given or not known:
+    if setting or not known:
         raise SystemExit(
             f"RIFT_KERNELS_CUDA_ARCHS must be architectures that {compiler} knows, which are "
             f"{', '.join(compiler.architectures) or 'none'}; got {missing} in {text!r}"
@@ -171,9 +170,9 @@ def parse_architectures(
 
 
 def gencode(architectures: Sequence[str]) -> list[str]:
-    """nvcc's flags: machine code for each, and of the last PTX as well, for all GPUs to come."""
+    """nvcc's flags: machine code for each architecture, and PTX of the last for all later GPUs."""
     flags = [f"-gencode=arch=compute_{name},code=sm_{name}" for name in architectures]
-    # That of "100a" would run on the same GPUs as its machine code, and on no other.
+    # Without the "a": PTX of "100a" would run on the same GPUs as its machine code only.
     last = architectures[-1].rstrip("af")
     return [*flags, f"-gencode=arch=compute_{last},code=compute_{last}"]
 
@@ -194,10 +193,10 @@ def flags_of(environment: Mapping[str, str]) -> list[str]:
 
 
 def jobs_of(environment: Mapping[str, str]) -> tuple[list[str], list[str]]:
-    """ninja's flags, and nvcc's, for so many compilers at once."""
+    """The flags of ninja and of nvcc for MAX_JOBS compilers at once."""
     jobs = environment.get("MAX_JOBS")
     if not jobs:
-        return [], ["--threads", "0"]  # one an architecture
+        return [], ["--threads", "0"]  # one thread per architecture
     if not re.fullmatch(r"[1-9]\d*", jobs):
         raise SystemExit(f"MAX_JOBS must be a number of compilers, or unset; got {jobs!r}")
     return ["-j", jobs], ["--threads", "1"]
@@ -211,12 +210,12 @@ def build_ninja(
     target: Path,
     threads: Sequence[str] = (),
 ) -> str:
-    """The text of a build.ninja that compiles ``sources`` and links ``target``, all absolute."""
-    own = f'-DRIFT_ARCHS="{";".join(architectures)}"'
+    """The text of a build.ninja that compiles ``sources`` and links ``target``, absolute paths."""
+    define = f'-DRIFT_ARCHS="{";".join(architectures)}"'
     flags = {
         ".cu": [*KERNEL_FLAGS, *threads, *gencode(architectures)],
-        # -isystem: Python's and pybind11's headers may warn.
-        ".cpp": [own, *(word for folder in includes for word in ("-isystem", folder))],
+        # -isystem: the headers of Python and pybind11 may cause warnings.
+        ".cpp": [define, *(word for folder in includes for word in ("-isystem", folder))],
     }
     link = [compiler[0], "-shared", "-cudart", "static", *gencode(architectures)]
     text = f"""\
@@ -239,13 +238,13 @@ class BuildExtension(build_ext):
 
     def build_extension(self, ext: Extension) -> None:
         """Builds ``ext`` where setuptools expects it."""
-        try:  # only here: without the extension nobody needs them
+        try:  # imported here, because only the extension needs them
             import ninja
             import pybind11
         except ImportError as error:
-            raise SystemExit(f"There is no {error.name}: pip install pybind11 ninja") from None
+            raise SystemExit(f"there is no {error.name}: pip install pybind11 ninja") from None
 
-        # An editable build's own folder is a fresh one each time: nothing would be reused.
+        # An editable build gets a new folder each time, where nothing could be reused.
         folder = Path("build/editable" if self.editable_mode else self.build_temp)
         target = Path(self.get_ext_fullpath(ext.name)).absolute()
         folder.mkdir(parents=True, exist_ok=True)
@@ -262,18 +261,18 @@ class BuildExtension(build_ext):
         run = subprocess.run([Path(ninja.BIN_DIR, "ninja"), *jobs, "-C", folder], check=False)
         if run.returncode:
             raise SystemExit(
-                f"The CUDA kernels do not compile with {nvcc}, see above. NVCC or CUDA_HOME names "
-                "another nvcc, NVCC_PREPEND_FLAGS='-ccbin g++-12' a C++ compiler that it takes, "
-                f'RIFT_KERNELS_CUDA_ARCHS ("{ARCHITECTURES}") the architectures; '
+                f"The CUDA kernels do not compile with {nvcc}, see above. NVCC or CUDA_HOME sets "
+                "another nvcc, NVCC_PREPEND_FLAGS='-ccbin g++-12' another C++ compiler, and "
+                f'RIFT_KERNELS_CUDA_ARCHS ("{ARCHITECTURES}") the architectures. '
                 "RIFT_KERNELS_CUDA=0 leaves the CUDA kernels out"
             )
 
 
 class LeaveOut(build_py):
-    """Installs the Python files alone, and says so."""
+    """Installs only the Python files, and says so."""
 
     def run(self) -> None:
-        """Also removes what an earlier editable build left: it would be imported."""
+        """Also removes the extension of an earlier editable build, which would be imported."""
         print(f"rift_kernels: {plan(os.environ).note}")
         for stale in Path("rift_kernels").glob("_C*.so") if self.editable_mode else ():
             stale.unlink()
@@ -281,7 +280,7 @@ class LeaveOut(build_py):
 
 
 if __name__ == "__main__":
-    if plan(os.environ).nvcc:  # asked now rather than after pip has fetched torch
+    if plan(os.environ).nvcc:  # fails now, and not after pip has downloaded torch
         jobs_of(os.environ)
         sources = [*map(str, sorted(Path("csrc").rglob("*.cu"))), "csrc/bindings.cpp"]
         setup(

@@ -1,4 +1,4 @@
-"""Fixtures: where tests run, which form they take, and no uninitialised memory that looks fine."""
+"""Fixtures: the device and the form of tests, and uninitialised memory that shows."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from tests import as_gpu
 from tests.support import emulated
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-# What concerns the kernels, and what of it their interpreter, thousands of times slower than a GPU,
-# goes through: the dtypes that make a difference to a measure, and not every distance.
+# Triton's interpreter is thousands of times slower than a GPU. It runs only the tests of kernels,
+# with the dtypes that matter to a measure and some of the distances.
 KERNEL_TESTS = {
     *("test_triton", "test_tensor_cores", "test_measures", "test_numerics", "test_autograd"),
     "test_compile",
@@ -31,7 +31,7 @@ INTERPRETED_DTYPES = {
     "procrustes": {torch.float32},
     "bures": {torch.float32},
 }
-# Of parameters with these names, nothing else.
+# The only values that it runs of parameters with these names.
 INTERPRETED_VALUES = {
     "distance": (1e-1, 1e-5),
     "factor": (1e-17, 1e17),
@@ -43,7 +43,7 @@ INTERPRETED_VALUES = {
 
 
 def is_interpreted(item: pytest.Item) -> bool:
-    """Whether a test is among those that the interpreter has time for: one of each kind."""
+    """Whether the interpreter runs this test: it has time for one of each kind."""
     module = item.module.__name__.split(".")[-1]
     parameters = item.callspec.params if hasattr(item, "callspec") else {}
     measure, dtype = parameters.get("measure"), parameters.get("dtype")
@@ -51,44 +51,44 @@ def is_interpreted(item: pytest.Item) -> bool:
         if parameters["case"].name == "blocks":
             return measure.name == "cka" and dtype is torch.bfloat16
         return dtype in INTERPRETED_DTYPES.get(measure.name, set())
-    # The longest ones, biased: they differ from the debiased in the head alone.
-    long = "threads" in parameters
-    long = long or ("distance" in parameters and parameters.get("form") == "gram")
+    # The slowest tests, biased, are left out: they differ from the debiased ones in the head alone.
+    is_slow = "threads" in parameters
+    is_slow = is_slow or ("distance" in parameters and parameters.get("form") == "gram")
     return (
         module in KERNEL_TESTS
-        and not (long and measure is not None and measure.name == "cka biased")
+        and not (is_slow and measure is not None and measure.name == "cka biased")
         and item.get_closest_marker("eager_only") is None
         and (measure is None or measure.name in FUSED)
         and (dtype is None or dtype in BOTH)
-        and all(parameters.get(name, kept[0]) in kept for name, kept in INTERPRETED_VALUES.items())
+        and all(parameters.get(name, run[0]) in run for name, run in INTERPRETED_VALUES.items())
         and ("distance" not in parameters or dtype in (None, torch.bfloat16))
     )
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if INTERPRETED:
-        left_out = [item for item in items if not is_interpreted(item)]
-        config.hook.pytest_deselected(items=left_out)
+        deselected = [item for item in items if not is_interpreted(item)]
+        config.hook.pytest_deselected(items=deselected)
         items[:] = [item for item in items if is_interpreted(item)]
-        kept = {(item.module, item.originalname) for item in items}
-        for item in left_out:
+        selected = {(item.module, item.originalname) for item in items}
+        for item in deselected:
             name = item.originalname
             if (
                 item.module.__name__ == "tests.backends.test_triton"
-                and (item.module, name) not in kept
+                and (item.module, name) not in selected
             ):
                 raise pytest.UsageError(f"the interpreter would run no case of {name}")
 
 
 @pytest.fixture(scope="session")
 def device() -> torch.device:
-    """The device that the numerical tests run on: RIFT_TEST_DEVICE, default the CPU."""
+    """The device of the numerical tests: RIFT_TEST_DEVICE, by default the CPU."""
     return torch.device(os.environ.get("RIFT_TEST_DEVICE", "cpu"))
 
 
 @pytest.fixture(scope="session")
 def has_kernels(device: torch.device) -> bool:
-    """Whether ``backend="auto"`` takes the Triton kernels in these tests."""
+    """Whether ``backend="auto"`` takes Triton's kernels in these tests."""
     return INTERPRETED or (
         device.type == "cuda" and availability.reason_against("triton", device) is None
     )
@@ -96,7 +96,7 @@ def has_kernels(device: torch.device) -> bool:
 
 @pytest.fixture(scope="session")
 def emulated_extension(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
-    """``rift_kernels._C`` on a CPU."""
+    """``rift_kernels._C``, emulated on a CPU."""
     return emulated.build(tmp_path_factory.mktemp("emulated"))
 
 
@@ -112,7 +112,7 @@ def emulate(monkeypatch: pytest.MonkeyPatch, emulated_extension: ModuleType):
         monkeypatch.setenv("RIFT_EMULATED_THREADS", str(threads))
         name = "sm90" if gpu == "clusters" else "sm80"
         as_gpu.patch_cuda(monkeypatch, name, emulated_extension, 3, form)
-        # CPU tensors have none; the emulator has two.
+        # CPU tensors have no device index; the emulator has two devices.
         monkeypatch.setattr(cuda, "_device", lambda _: 0)
 
     yield start
@@ -121,9 +121,9 @@ def emulate(monkeypatch: pytest.MonkeyPatch, emulated_extension: ModuleType):
 
 @pytest.fixture(autouse=True, scope="session")
 def _threads() -> Iterator[None]:
-    """RIFT_TEST_THREADS, which change sums; one by default.
+    """Use RIFT_TEST_THREADS threads, which change rounding; one by default.
 
-    So small products gain nothing from more, and lose much where another job runs.
+    Products this small gain nothing from more threads, and are much slower if another job runs.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(int(os.environ.get("RIFT_TEST_THREADS", "1")))
@@ -133,7 +133,7 @@ def _threads() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def _poisoned_memory() -> Iterator[None]:
-    """torch.empty returns NaN, so that reading before writing shows."""
+    """torch.empty returns NaN, so that a read before a write shows."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
@@ -141,9 +141,9 @@ def _poisoned_memory() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def _backend_from_the_call_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In Triton's interpreter, CPU tensors take the kernels as those on a GPU do.
+    """Only the call chooses a backend; in Triton's interpreter, CPU tensors take the kernels.
 
-    Untested: what is wrong with them is to show here, and not to be avoided.
+    Without a self-test, so that wrong kernels fail here instead of being avoided.
     """
     monkeypatch.delenv(plan.ENVIRONMENT_VARIABLE, raising=False)
     monkeypatch.setenv(self_test.ENVIRONMENT_VARIABLE, "0")
@@ -155,7 +155,7 @@ def _backend_from_the_call_alone(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=INTERPRETED, scope="session")
 def _one_writer() -> Iterator[None]:
-    """No two programs, and no two threads of one, write the same element."""
+    """No two programs, and no two threads of a program, write the same element."""
     from tests.support import one_writer
 
     with one_writer.watched():
@@ -164,7 +164,7 @@ def _one_writer() -> Iterator[None]:
 
 @pytest.fixture
 def force_form(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
-    """Make every call take the "gram" or the "covariance" form, whatever costs less."""
+    """Make every call take the "gram" or the "covariance" form, regardless of cost."""
 
     def force(form: str) -> None:
         monkeypatch.setattr(plan, "use_gram", lambda *_: form == "gram")
@@ -174,7 +174,7 @@ def force_form(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
 
 @pytest.fixture(scope="module")
 def one_process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """A process group of this process alone."""
+    """A process group that contains only this process."""
     if not distributed.is_available() or not distributed.is_gloo_available():
         pytest.skip("needs a torch with gloo")
     store = tmp_path_factory.mktemp("store") / "store"

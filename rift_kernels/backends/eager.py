@@ -1,12 +1,12 @@
-"""The primitives in plain PyTorch, on CPU and CUDA tensors, computing in float32 or float64.
+"""The primitives in plain PyTorch, on CPU and CUDA tensors, in float32 or float64.
 
-A backend has
+Each backend has
 
-- :func:`moments`: the blocks ``xx, xy, yy`` of second moments of centered features, either over the
-  rows (covariance form, D x D) or over the columns (Gram form, N x N);
-- :func:`product`, :func:`product_transposed` and :func:`symmetric`, matrix products.
+- :func:`moments`: the blocks ``xx, xy, yy`` of second moments of centered features, summed over
+  rows (covariance form, D x D) or columns (Gram form, N x N);
+- :func:`product`, :func:`product_transposed` and :func:`symmetric`: matrix products.
 
-All take any leading axes. Second moments of 2-d inputs cost little more than half of a product.
+All take any leading axes. Second moments of 2-d inputs cost little more than half a product.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# Columns of a symmetric product that are computed at once: narrower ones cost speed, wider ones
-# repeat more below the diagonal.
+# Columns of a symmetric product that are computed at once: narrower panels are slower, wider ones
+# compute more below the diagonal twice.
 PANEL = 128
-# Multiplications from which oneDNN's own overhead no longer counts.
+# From so many multiplications on, oneDNN's overhead is negligible.
 ONEDNN_PRODUCT = 2**24
 
 
@@ -37,7 +37,7 @@ def moments(x: Tensor, y: Tensor, gram: bool, wanted: str) -> tuple[Tensor | Non
 
 
 def symmetric_product(z: Tensor) -> Tensor:
-    """``z^T z``; for 2-d input in panels of columns, of which only the upper part is multiplied."""
+    """``z^T z``; for 2-d input in panels of columns, each computed only down to the diagonal."""
     width = z.shape[-1]
     if z.dim() > 2 or width <= PANEL:
         return z.mT @ z
@@ -56,18 +56,18 @@ def product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def symmetric(a: Tensor, b: Tensor) -> Tensor:
-    """``a @ b`` where that is known to be symmetric."""
+    """``a @ b``, which is known to be symmetric."""
     return a @ b
 
 
 def product_transposed(a: Tensor, b: Tensor) -> Tensor:
-    """``a @ b^T``; large float32 ones on a CPU by oneDNN.
+    """``a @ b^T``; oneDNN computes large float32 products on a CPU.
 
-    torch.mm takes MKL there, which is slower on processors that are not Intel's; the operator is
-    the one that torch's own compiler calls for linear layers.
+    torch.mm uses MKL there, which is slower on processors other than Intel's. The operator is the
+    one that torch's compiler calls for linear layers.
     """
-    large = a.dim() == 2 and a.shape[0] * b.shape[0] * b.shape[1] >= ONEDNN_PRODUCT
-    on_cpu = a.device.type == "cpu" and a.dtype == torch.float32
-    if large and on_cpu and torch.backends.mkldnn.is_available():
+    is_large = a.dim() == 2 and a.shape[0] * b.shape[0] * b.shape[1] >= ONEDNN_PRODUCT
+    is_float32_on_cpu = a.device.type == "cpu" and a.dtype == torch.float32
+    if is_large and is_float32_on_cpu and torch.backends.mkldnn.is_available():
         return torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
     return a @ b.mT

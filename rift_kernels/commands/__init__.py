@@ -1,1 +1,1 @@
-"""The commands of ``python -m rift_kernels``, a module each."""
+"""The commands of ``python -m rift_kernels``, each in its module."""

@@ -1,10 +1,11 @@
-"""``python -m rift_kernels check``: every kernel on known answers, in a process of its own.
+"""``python -m rift_kernels check``: every kernel on known answers, in separate processes.
 
-What ``auto`` asks for comes first, in all families and dtypes, then everything else that kernels
-take. The result file is written anew after each case, so that whatever ends the check leaves what
-was found until then; ``benchmarks.report`` knows its form. ``auto`` takes the verdicts over.
-Exits with 0 if all agree, 1 if something does not, 2 if nothing is wrong but something could not be
-tried: there is no GPU, or no room on it, or no time left.
+The cases that ``auto`` tests come first, in all families and dtypes, then all others that the
+kernels can compute. The result file is rewritten after each case, so a check that is interrupted
+leaves what it found; ``benchmarks.report`` reads it. ``auto`` uses the verdicts.
+
+The exit status is 0 if all cases agree, and 1 if one does not. It is 2 if none is wrong but some
+could not be tried, for lack of a GPU, of its memory or of time.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ STATES = {True: "agrees", False: "WRONG", None: "not tried"}
 
 
 def reasons(device: torch.device) -> dict[str, str | None]:
-    """Of each backend that has kernels, why it cannot run on ``device``; None if it can."""
+    """Why each backend with kernels cannot run on ``device``; None if it can."""
     if device.type == "cuda" and not torch.cuda.is_available():
         return {backend: availability.reason_against(backend) for backend in known_answers.FAMILIES}
     problem = availability.Problem("cka", (True,), 16, 16)
@@ -47,22 +48,28 @@ def reasons(device: torch.device) -> dict[str, str | None]:
 
 
 def tasks(backends: Sequence[str], words: Sequence[str], quick: bool) -> list[self_test.Task]:
-    """What is tried, in this order."""
+    """The tasks, in order: those of ``auto`` first."""
     chosen = [
-        one
-        for one in known_answers.ALL
-        if one.backend in backends and all(word in str(one) for word in words)
+        kernels
+        for kernels in known_answers.ALL
+        if kernels.backend in backends and all(word in str(kernels) for word in words)
     ]
-    asked = [(one, case) for one in chosen for case in known_answers.cases_of(one, False)]
-    every = [(one, case) for one in chosen for case in known_answers.cases_of(one, True)]
-    rest = [] if quick else [pair for pair in every if pair not in asked]
-    return [(one, known_answers.key(case)) for one, case in (*asked, *rest)]
+    first, every = (
+        [
+            (kernels, case)
+            for kernels in chosen
+            for case in known_answers.cases_of(kernels, thorough)
+        ]
+        for thorough in (False, True)
+    )
+    rest = [] if quick else [pair for pair in every if pair not in first]
+    return [(kernels, known_answers.key(case)) for kernels, case in (*first, *rest)]
 
 
 def environment(identities: dict[str, verdicts.Identity]) -> dict[str, Any]:
-    """Where and with what, in the form of the benchmarks' results."""
-    some = next(iter(identities.values()), {"gpu": "none", "driver": UNKNOWN})
-    gpu = None if some["gpu"] == "none" else some["gpu"]
+    """The machine and the software, in the format of the benchmarks' results."""
+    machine = next(iter(identities.values()), {"gpu": "none", "driver": UNKNOWN})
+    gpu = None if machine["gpu"] == "none" else machine["gpu"]
     processor = platform.processor() or platform.machine() or UNKNOWN
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -71,7 +78,7 @@ def environment(identities: dict[str, verdicts.Identity]) -> dict[str, Any]:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "gpu": gpu,
-        "driver": some["driver"] if gpu else None,
+        "driver": machine["driver"] if gpu else None,
         "clocks": UNKNOWN,
         "system": f"{platform.system()} {platform.machine()}",
         "commit": UNKNOWN,
@@ -81,7 +88,7 @@ def environment(identities: dict[str, verdicts.Identity]) -> dict[str, Any]:
             "python": platform.python_version(),
             "torch": str(torch.__version__),
             "cuda": torch.version.cuda,
-            "triton": some.get("triton"),
+            "triton": machine.get("triton"),
         },
     }
 
@@ -95,27 +102,27 @@ def _flat(report: Report) -> dict[str, Any]:
 
 
 def _side_by_side(
-    pairs: Sequence[self_test.Task], device: torch.device, limit: float, seconds: float, jobs: int
+    tasks: Sequence[self_test.Task], device: torch.device, limit: float, seconds: float, jobs: int
 ) -> Iterator[tuple[Report, dict[str, verdicts.Identity]]]:
-    """The reports of some examinations at once, each of other kernels, and on which GPU."""
-    found: queue.SimpleQueue[tuple[Report, dict[str, verdicts.Identity]]] = queue.SimpleQueue()
-    chosen = list(dict.fromkeys(kernels for kernels, _ in pairs))
+    """The reports of concurrent examinations, each of different kernels, and their machine."""
+    results: queue.SimpleQueue[tuple[Report, dict[str, verdicts.Identity]]] = queue.SimpleQueue()
+    chosen = list(dict.fromkeys(kernels for kernels, _ in tasks))
 
-    def examine(mine: Sequence[Kernels]) -> None:
+    def examine(share: Sequence[Kernels]) -> None:
         examination = self_test.Examination(
-            [pair for pair in pairs if pair[0] in mine], device, limit, seconds
+            [task for task in tasks if task[0] in share], device, limit, seconds
         )
         for report in examination:
-            found.put((report, examination.identities))
+            results.put((report, examination.identities))
 
     for i in range(jobs):
         threading.Thread(target=examine, args=(chosen[i::jobs],), daemon=True).start()
-    for _ in pairs:
-        yield found.get()
+    for _ in tasks:
+        yield results.get()
 
 
 class Check:
-    """A check under way: its reports, and the file that they are written to."""
+    """A running check: its reports, and the file that holds them."""
 
     def __init__(self, path: Path, device: torch.device, quick: bool) -> None:
         self._path, self._device = path, device
@@ -125,43 +132,48 @@ class Check:
         self._identities: dict[str, verdicts.Identity] = {}
 
     def run(self, words: Sequence[str], limit: float, seconds: float, jobs: int) -> int:
-        """Try everything; the exit status."""
+        """Try everything, and return the exit status."""
         runnable = [backend for backend, reason in self._reasons.items() if reason is None]
-        pairs = tasks(runnable, words, self._quick)
+        all_tasks = tasks(runnable, words, self._quick)
         for backend, reason in self._reasons.items():
             if reason is not None:
                 print(f"{backend}: not tried: {reason}")
-        self._write(complete=not pairs)
-        for report, identities in _side_by_side(pairs, self._device, limit, seconds, jobs):
+        self._write(complete=not all_tasks)
+        for report, identities in _side_by_side(all_tasks, self._device, limit, seconds, jobs):
             self._identities |= identities
             self._reports.append(report)
             if report.good is not True:
                 print(f"{report.kernels}: {STATES[report.good]}: {report.seen}", flush=True)
             self._remember(report)
-            self._write(complete=len(self._reports) == len(pairs))
+            self._write(complete=len(self._reports) == len(all_tasks))
         print(self.table())
         print(f"wrote {self._path}")
         states = {report.good for report in self._reports}
         return 1 if False in states else 2 if None in states or not states else 0
 
     def _remember(self, report: Report) -> None:
-        """For ``auto``: once all of its own cases are through, and whenever one is wrong."""
+        """Store a verdict for ``auto`` after all of its cases, and at once if one is wrong."""
         kernels = report.kernels
-        mine = [one for one in self._reports if one.kernels == kernels]
-        good, seen = self_test.verdicts_of(mine)[kernels]
-        enough = len(mine) >= len(known_answers.cases_of(kernels, False))
-        if report.good is False or (good and enough):
+        reports = self._reports_on(kernels)
+        good, seen = self_test.verdicts_of(reports)[kernels]
+        is_enough = len(reports) >= len(known_answers.cases_of(kernels, False))
+        if report.good is False or (good and is_enough):
             verdicts.write(self._identities[kernels.backend], kernels, Verdict(bool(good), seen))
 
+    def _reports_on(self, kernels: Kernels) -> list[Report]:
+        return [report for report in self._reports if report.kernels == kernels]
+
     def result(self, complete: bool) -> dict[str, Any]:
-        """What is known by now."""
+        """The content of the result file so far."""
         return {
             "schema": SCHEMA,
             "profile": "quick" if self._quick else "full",
             "environment": environment(self._identities),
             "seconds": round(time.monotonic() - self._start, 1),
             "complete": complete,
-            "backends": [{"name": name, "reason": why} for name, why in self._reasons.items()],
+            "backends": [
+                {"name": name, "reason": reason} for name, reason in self._reasons.items()
+            ],
             "kernels": [
                 {**kernels._asdict(), "good": good, "seen": seen}
                 for kernels, (good, seen) in self_test.verdicts_of(self._reports).items()
@@ -176,7 +188,7 @@ class Check:
         temporary.replace(self._path)
 
     def table(self) -> str:
-        """A line for all kernels of a family and dtype."""
+        """One line for the kernels of each family and dtype."""
         lines = [
             f"{'kernels':<27} {'agree':>8}  {'value off by':>12}  {'gradient':>8}  {'seconds':>7}"
         ]
@@ -185,32 +197,32 @@ class Check:
         return "\n".join(lines)
 
     def _line(self, kernels: Kernels) -> str:
-        mine = [report for report in self._reports if report.kernels == kernels]
-        good = sum(report.good is True for report in mine)
-        values = [one.value_error for one in mine if one.value_error is not None]
-        gradients = [one.gradient_error for one in mine if one.gradient_error is not None]
-        seconds = sum(report.seconds or 0.0 for report in mine)
+        reports = self._reports_on(kernels)
+        good = sum(report.good is True for report in reports)
+        values = [r.value_error for r in reports if r.value_error is not None]
+        gradients = [r.gradient_error for r in reports if r.gradient_error is not None]
+        seconds = sum(report.seconds or 0.0 for report in reports)
         value, gradient = (f"{max(e):.0e}" if e else "-" for e in (values, gradients))
-        count = f"{good}/{len(mine)}"
+        count = f"{good}/{len(reports)}"
         return f"{kernels!s:<27} {count:>8}  {value:>12}  {gradient:>8}  {seconds:>7.1f}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command."""
     parser = argparse.ArgumentParser(prog="python -m rift_kernels check", description=__doc__)
-    parser.add_argument("--json", type=Path, default=DEFAULT, help="the result (%(default)s)")
+    parser.add_argument("--json", type=Path, default=DEFAULT, help="the result file (%(default)s)")
     parser.add_argument("--device", type=torch.device, default=torch.device("cuda"))
     parser.add_argument(
         "--only", nargs="+", default=[], metavar="WORD",
-        help="kernels whose names, such as triton/small/bfloat16, have all of these",
+        help="only kernels whose name, such as triton/small/bfloat16, contains all these words",
     )  # fmt: skip
-    parser.add_argument("--quick", action="store_true", help="what auto asks for, and no more")
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="for all of it")
+    parser.add_argument("--quick", action="store_true", help="only the cases that auto tests")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="for the whole check")
     parser.add_argument(
-        "--limit", type=float, default=self_test.LIMIT, help="seconds for a case (%(default)s)"
+        "--limit", type=float, default=self_test.LIMIT, help="seconds per case (%(default)s)"
     )
     parser.add_argument(
-        "--jobs", type=int, default=1, help="processes at once, which share the GPU (%(default)s)"
+        "--jobs", type=int, default=1, help="processes that share the GPU (%(default)s)"
     )
     options = parser.parse_args(arguments)
     if options.jobs < 1:

@@ -14,11 +14,11 @@ from rift_kernels.trust import known_answers, self_test, verdicts
 
 
 def backend_report() -> str:
-    """What can run here and what cannot, with the reasons: the text of ``python -m rift_kernels``.
+    """Which backends can run here, and why others cannot: the text of ``python -m rift_kernels``.
 
     Never raises; imports neither triton nor a CUDA extension.
     """
-    found = availability.INSTALLED["triton"]
+    has_triton = availability.INSTALLED["triton"]
     if torch.cuda.is_available():
         name, capability = torch.cuda.get_device_name(), torch.cuda.get_device_capability()
         gpu = f"{name} (sm_{capability[0]}{capability[1]})"
@@ -28,7 +28,7 @@ def backend_report() -> str:
         f"rift_kernels {__version__}",
         f"  python   {platform.python_version()} on {platform.system()} {platform.machine()}",
         f"  torch    {torch.__version__}, CUDA {torch.version.cuda or 'not built in'}",
-        f"  triton   {'installed' if found else 'not installed'}",
+        f"  triton   {'installed' if has_triton else 'not installed'}",
         f"  GPU      {gpu}",
         f"  {ENVIRONMENT_VARIABLE}={os.environ.get(ENVIRONMENT_VARIABLE, '(not set)')}",
         "backends",
@@ -36,25 +36,26 @@ def backend_report() -> str:
     for backend in availability.BACKENDS:
         reason = availability.reason_against(backend)
         lines.append(f"  {backend:<8} {'ready' if reason is None else 'no: ' + reason}")
-    lines.append("on a GPU, the first that can run and was seen to work")
+    lines.append("on a GPU, auto takes the first that can run and passed its test")
     lines += [
-        f"  {backend:<8} {what}" for backend, what in (*PREFERRED, ("eager", "what neither takes"))
+        f"  {backend:<8} {measures}"
+        for backend, measures in (*PREFERRED, ("eager", "everything else"))
     ]
     lines += _verdict_lines()
     return "\n".join(lines)
 
 
 def _verdict_lines() -> list[str]:
-    """What is known of the kernels that could run on this GPU."""
-    able = [name for name, _ in PREFERRED if availability.reason_against(name) is None]
+    """The verdicts on the kernels that can run on this GPU."""
+    backends = [name for name, _ in PREFERRED if availability.reason_against(name) is None]
     device = torch.device("cuda", torch.cuda.current_device() if torch.cuda.is_available() else 0)
-    if not able or not torch.cuda.is_available():
+    if not backends or not torch.cuda.is_available():
         return []
     variable = self_test.ENVIRONMENT_VARIABLE
     lines = [f"tested on this GPU ({variable}={os.environ.get(variable, '(not set)')})"]
-    for one in known_answers.ALL:
-        if one.backend in able:
-            verdict = verdicts.read(verdicts.identity(one.backend, device), one)
+    for kernels in known_answers.ALL:
+        if kernels.backend in backends:
+            verdict = verdicts.read(verdicts.identity(kernels.backend, device), kernels)
             state = "not yet" if verdict is None else "works" if verdict.good else verdict.seen
-            lines.append(f"  {one!s:<26} {state}")
+            lines.append(f"  {kernels!s:<26} {state}")
     return lines

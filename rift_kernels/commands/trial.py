@@ -1,7 +1,8 @@
-"""``python -m rift_kernels.commands.trial``: the process in which trust/self_test tries kernels.
+"""``python -m rift_kernels.commands.trial``: the process in which trust/self_test.py tries kernels.
 
-Its arguments are a device and pairs of kernels and a case, as JSON. On lines of its own it says
-what it begins and what came of it; whatever else is printed, or happens, is for its parent to see.
+Its arguments are a device and, as JSON, pairs of kernels and a case. It prints a marked line before
+each case and another with the outcome. The parent also sees all other output, and how the process
+ends.
 """
 
 from __future__ import annotations
@@ -21,24 +22,24 @@ from rift_kernels.dispatch.availability import Problem
 from rift_kernels.dispatch.plan import with_backend
 from rift_kernels.trust import verdicts
 from rift_kernels.trust.known_answers import CASES, DTYPES, Case, answers, features, key, sketch
+from rift_kernels.trust.self_test import MARK
 from rift_kernels.trust.verdicts import Kernels
 
-# What a line begins with that is meant for the parent.
-MARK = "rift_kernels.commands.trial "
-# The exit status of a process whose GPU answers no more.
+# The exit status of a process whose GPU has stopped responding.
 BROKEN = 3
-# Absolute up to 1, relative beyond; of gradients relative, and of the half types mostly rounding.
+# For values, absolute up to 1 and relative beyond; for gradients, relative. In half precision most
+# of it is rounding.
 VALUE_TOLERANCE = 1e-5
 GRADIENT_TOLERANCE = {"bfloat16": 4e-3, "float32": 1e-4, "float16": 4e-3}
-# Near its teacher a student's gradient is a small difference, and kernels carry 16 bits of float32.
+# Near the teacher a gradient is a small difference, and kernels keep only 16 bits of a float32.
 NEAR_TOLERANCE = 1e-3
 REPEATS = 3
-# What says nothing about kernels, in errors' messages.
+# Parts of error messages that say nothing about kernels.
 _UNAVAILABLE = ("out of memory", "busy or unavailable", "CUDA_ERROR_OUT_OF_MEMORY")
 
 
 class Outcome(NamedTuple):
-    """What became of a case: right or not, or None where it could not be tried."""
+    """The outcome of a case: right or wrong, or None if it could not be tried."""
 
     good: bool | None
     seen: str = ""  # what was wrong
@@ -47,42 +48,44 @@ class Outcome(NamedTuple):
 
 
 def judge(kernels: Kernels, case: Case, device: torch.device) -> Outcome:
-    """Run a case; an exception is the caller's to judge."""
-    given = features(case, device)
+    """Run a case and compare; an exception is left to the caller."""
+    inputs = features(case, device)
     dtype = DTYPES[kernels.dtype]
-    students = _rounded(case, given.students, dtype, case.sides[0])
-    teachers = _rounded(case, given.teachers, torch.float32 if case.mixed else dtype, case.sides[1])
+    teacher_dtype = torch.float32 if case.mixed else dtype
+    students = _rounded(case, inputs.students, dtype, case.sides[0])
+    teachers = _rounded(case, inputs.teachers, teacher_dtype, case.sides[1])
     gram = (case.gram,) * len(students)
     problem = Problem(case.measure, gram, 0, 0)
-    plan = with_backend(problem, kernels.backend, (students[0].dtype, teachers[0].dtype))
+    plan = with_backend(kernels.backend, (students[0].dtype, teachers[0].dtype), problem)
     call = autograd.Call(case.measure, case.settings, plan, "highest")
-    found: list[list[Tensor]] = []
+    leaves = [t for t in (*students, *teachers) if t.requires_grad]
+    runs: list[list[Tensor]] = []
     for _ in range(REPEATS):
-        values = autograd.measure(call, students, teachers, given.masks)
-        inputs = [t for t in (*students, *teachers) if t.requires_grad]
-        grads = torch.autograd.grad(values, inputs, given.incoming.to(values.dtype))
-        found.append([values.detach(), *grads])
-    first, *others = found
-    for again in others:
-        if not all(torch.equal(a, b) for a, b in zip(first, again, strict=True)):
+        values = autograd.measure(call, students, teachers, inputs.masks)
+        grads = torch.autograd.grad(values, leaves, inputs.incoming.to(values.dtype))
+        runs.append([values.detach(), *grads])
+    first, *repeats = runs
+    for repeat in repeats:
+        if not all(torch.equal(a, b) for a, b in zip(first, repeat, strict=True)):
             return Outcome(False, f"{case.name}: results differ from one run to the next")
     values, *gradients = first
-    masks = given.masks and [m for side in case.sides if side for m in given.masks]
+    masks = inputs.masks and [m for side in case.sides if side for m in inputs.masks]
     return _compared(kernels, case, values, gradients, masks)
 
 
 def _compared(
     kernels: Kernels, case: Case, values: Tensor, gradients: Sequence[Tensor], masks: list[Tensor]
 ) -> Outcome:
-    expected = answers()[key(case)]
-    wanted = torch.tensor(expected["values"], dtype=torch.float64)
-    error = (values.double().cpu().reshape(-1) - wanted).abs() / wanted.abs().clamp(min=1)
-    value_error, gradient_error = float(error.max()), 0.0
-    for gradient, stored in zip(gradients, expected["gradients"], strict=True):
+    answer = answers()[key(case)]
+    exact_values = torch.tensor(answer["values"], dtype=torch.float64)
+    error = (values.double().cpu().reshape(-1) - exact_values).abs()
+    value_error = float((error / exact_values.abs().clamp(min=1)).max())
+    gradient_error = 0.0
+    for gradient, stored in zip(gradients, answer["gradients"], strict=True):
         exact = torch.tensor(stored, dtype=torch.float64)
-        off = (sketch(gradient) - exact).norm(dim=(-2, -1)) / exact.norm(dim=(-2, -1))
-        # NaN stays, which `max` of Python may lose.
-        gradient_error = float(torch.stack([off.max(), torch.tensor(gradient_error)]).max())
+        errors = (sketch(gradient) - exact).norm(dim=(-2, -1)) / exact.norm(dim=(-2, -1))
+        # torch's maximum, because Python's may lose a NaN.
+        gradient_error = float(torch.stack([errors.max(), torch.tensor(gradient_error)]).max())
     tolerance = GRADIENT_TOLERANCE[kernels.dtype]
     if case.near:
         tolerance = max(tolerance, NEAR_TOLERANCE)
@@ -99,39 +102,39 @@ def _compared(
 
 
 def _finite(error: float) -> float | None:
-    """JSON has no NaN."""
+    """The error; None if it is NaN or infinite, which JSON does not have."""
     return error if error < float("inf") else None
 
 
 def _rounded(case: Case, sides: list[Tensor], dtype: torch.dtype, wanted: bool) -> list[Tensor]:
     """Leaves in the dtype under test."""
-    found = []
+    leaves = []
     for side in sides:
         side = side.to(dtype)
         if case.strided:
-            room = torch.full((*side.shape[:-1], 2 * side.shape[-1] + 1), float("nan"))
-            side = room.to(side)[..., 1::2].copy_(side)
-        found.append(side.requires_grad_(wanted))
-    return found
+            padded = torch.full((*side.shape[:-1], 2 * side.shape[-1] + 1), float("nan"))
+            side = padded.to(side)[..., 1::2].copy_(side)
+        leaves.append(side.requires_grad_(wanted))
+    return leaves
 
 
 def attempt(kernels: Kernels, case: Case, device: torch.device) -> Outcome:
-    """:func:`judge`, whatever it raises."""
+    """The outcome of :func:`judge`, even if it raises."""
     try:
         return judge(kernels, case, device)
     except Exception as error:
         text = f"{case.name}: {type(error).__name__}: {error}".strip().splitlines()[0][:300]
-        unavailable = isinstance(error, torch.OutOfMemoryError)
-        unavailable = unavailable or any(words in str(error) for words in _UNAVAILABLE)
-        return Outcome(None if unavailable else False, text)
+        is_unavailable = isinstance(error, torch.OutOfMemoryError)
+        is_unavailable = is_unavailable or any(part in str(error) for part in _UNAVAILABLE)
+        return Outcome(None if is_unavailable else False, text)
 
 
-def _say(**event: Any) -> None:
+def _send(**event: Any) -> None:
     print(f"\n{MARK}{json.dumps(event)}", flush=True)
 
 
-def _answers_no_more(device: torch.device) -> bool:
-    """Whether an error has left the GPU's context unusable, as those in kernels do."""
+def _is_broken(device: torch.device) -> bool:
+    """Whether the GPU's context is unusable, as after an error inside a kernel."""
     try:
         torch.zeros(1, device=device).cpu()
     except RuntimeError:
@@ -140,21 +143,21 @@ def _answers_no_more(device: torch.device) -> bool:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Go through the pairs, until the GPU answers no more."""
+    """Try all pairs, or those until the GPU stops responding."""
     device, pairs = torch.device(arguments[0]), json.loads(arguments[1])
-    named = {key(case): case for case in CASES}
-    # Nothing of the kernels: what fails here is no verdict on them.
+    cases = {key(case): case for case in CASES}
+    # Before any kernel: a failure here is no verdict on them.
     torch.zeros(1, device=device).cpu()
     backends = dict.fromkeys(Kernels(*kernels).backend for kernels, _ in pairs)
-    _say(event="started", identities={b: verdicts.identity(b, device) for b in backends})
+    _send(event="started", identities={b: verdicts.identity(b, device) for b in backends})
     for kernels, name in pairs:
-        case = named[name]
-        _say(event="case", kernels=kernels, case=name)
+        case = cases[name]
+        _send(event="case", kernels=kernels, case=name)
         start = time.perf_counter()
         outcome = attempt(Kernels(*kernels), case, device)
         seconds = round(time.perf_counter() - start, 3)
-        _say(event="outcome", kernels=kernels, case=name, seconds=seconds, **outcome._asdict())
-        if outcome.good is not True and _answers_no_more(device):
+        _send(event="outcome", kernels=kernels, case=name, seconds=seconds, **outcome._asdict())
+        if outcome.good is not True and _is_broken(device):
             return BROKEN
     return 0
 
@@ -162,5 +165,5 @@ def main(arguments: Sequence[str]) -> int:
 if __name__ == "__main__":
     code = main(sys.argv[1:])
     sys.stdout.flush()
-    # Not by way of destructors, which a broken context may stop.
+    # Without destructors, which a broken context may block.
     os._exit(code)

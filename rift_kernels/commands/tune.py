@@ -2,8 +2,8 @@
 
 Opt-in: the shipped ones work everywhere. For each class of shapes it starts from the configuration
 in use and varies one group of its fields after another; a candidate counts only if it gives the
-same value and gradient. The file is written after every class, and what it already holds is kept,
-so that an interrupted run goes on where it stopped. RIFT_KERNELS_CONFIGS=FILE then uses it.
+same value and gradient. The file is written after every class and keeps what it already holds, so
+an interrupted run resumes where it stopped. RIFT_KERNELS_CONFIGS=FILE then uses the file.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ if TYPE_CHECKING:
 
 DEFAULT = Path("rift_kernels_configs.json")
 ROUNDS = 30
-# What is not at least this much faster may be noise.
+# A smaller gain may be noise.
 MARGIN = 0.02
 
 Fields = dict[str, Any]
 
 
 class Workload(NamedTuple):
-    """Features that stand for a class of shapes."""
+    """Features that represent a class of shapes."""
 
     rows: int
     width: int
@@ -44,17 +44,17 @@ class Workload(NamedTuple):
 
 
 class Trials(Protocol):
-    """How the configurations of one class are tried out."""
+    """Tries the configurations of one class."""
 
     def agrees(self, config: Config) -> bool:
-        """Whether the kernels run with it, and compute what they do with the first one."""
+        """Whether the kernels run with ``config`` and give the results of the first one."""
 
     def seconds(self, configs: Sequence[Config]) -> list[float]:
-        """Of forward and backward, a median for each."""
+        """The median time of forward and backward with each configuration."""
 
 
 def workload(shapes: str) -> Workload:
-    """What a class is tuned on."""
+    """The features that a class is tuned on."""
     form, size, kind = shapes.split()
     dtype = torch.bfloat16 if kind == "bf16" else torch.float32
     if form == "gram":
@@ -63,13 +63,13 @@ def workload(shapes: str) -> Workload:
 
 
 def groups(shapes: str) -> list[list[Fields]]:
-    """Fields that are varied together, what matters most first."""
+    """Groups of fields that are varied together, the most important first."""
     form, size, _ = shapes.split()
     backward = "backward" if form == "covariance" else "gram_backward"
     columns, depths, warps = (64, 128), (32, 64), (4, 8)
     if form == "gram" and size != "large":
         small = product((64, 128, 256, 512), (16, 32, 64))
-        # One step covers all rows, whatever the depth.
+        # Any depth covers all rows in one step.
         tiles = product((32, *columns), warps)
         return [
             [{"small_share": share, "small_k": k} for share, k in small],
@@ -90,14 +90,14 @@ def groups(shapes: str) -> list[list[Fields]]:
 
 
 def candidates(shapes: str, base: Config, group: Sequence[Fields], limit: int) -> Iterator[Config]:
-    """What a group makes of ``base``: all that kernels can take and that fits into memory."""
+    """The variants of ``base`` in a group that the kernels accept and shared memory can hold."""
     from rift_kernels.backends.triton.config import FIELDS, ConfigError, entry
 
     form = shapes.split()[0]
     for fields in group:
         changed = base._replace(**fields)
         if form == "covariance" and "block" in fields:
-            # The others must divide it.
+            # The blocks of the backward must divide it.
             m, n, k = (min(part, changed.block) for part in changed.backward)
             changed = changed._replace(backward=(m, n, k))
         if "block" in fields:
@@ -116,20 +116,20 @@ def _as_json(config: Config, fields: Sequence[str]) -> Fields:
 
 
 def shared_bytes(shapes: str, config: Config) -> int:
-    """About what the hungriest kernel takes: its stages, and the operands made of the last one."""
+    """An estimate for the kernel that needs most: its stages, and operands made from the last."""
     form, _, kind = shapes.split()
-    exact, wide = (False, 2) if kind == "bf16" else (True, 4)
+    exact, itemsize = (False, 2) if kind == "bf16" else (True, 4)
     tile = config.block * config.block_k
     moments = 2 * tile * 2 * config.stages
     if exact:
         moments = 2 * tile * 4 * (config.stages - 1) + 4 * tile * 2
     if form == "covariance":
         m, n, k = config.backward
-        step = 2 * m * k * wide + k * n * 2
+        step = 2 * m * k * itemsize + k * n * 2
         return max(moments, step * (config.backward_stages - 1) + 2 * k * n * 2)
     m, n, k = config.gram_backward
-    step = 2 * m * k * 4 + k * n * wide
-    return max(moments, step * (config.gram_backward_stages - 1) + 2 * m * k * 2 + k * n * wide)
+    step = 2 * m * k * 4 + k * n * itemsize
+    return max(moments, step * (config.gram_backward_stages - 1) + 2 * m * k * 2 + k * n * itemsize)
 
 
 def tune(
@@ -144,10 +144,10 @@ def tune(
     """The best configuration found within ``budget`` seconds, and how much faster it is."""
     best, gain, begin = start, 1.0, clock()
     all_groups = groups(shapes)
-    for turn, group in enumerate(all_groups, 1):
+    for number, group in enumerate(all_groups, 1):
         rivals = []
         for config in candidates(shapes, best, group, limit):
-            if clock() > begin + budget * turn / len(all_groups):
+            if clock() > begin + budget * number / len(all_groups):
                 break
             if trials.agrees(config):
                 rivals.append(config)
@@ -161,7 +161,7 @@ def tune(
 
 
 class GpuTrials:
-    """Forward and backward of debiased linear CKA, replayed so that only the GPU's time counts."""
+    """Debiased linear CKA, forward and backward, replayed so that only the GPU's time counts."""
 
     def __init__(self, shapes: str, arch: str, start: Config) -> None:
         self._shapes, self._arch = shapes, arch
@@ -186,7 +186,7 @@ class GpuTrials:
         try:
             results = self._run(config)
             torch.cuda.synchronize()
-        # Whatever triton raises: too much shared memory, too many registers, a compiler's error.
+        # Triton raises many types: too much shared memory, too many registers, compiler errors.
         except Exception:
             return False
         pairs = zip(results, self._expected, strict=True)
@@ -196,19 +196,19 @@ class GpuTrials:
         )
 
     def seconds(self, configs: Sequence[Config]) -> list[float]:
-        """See :class:`Trials`; in turns, each with cold caches."""
+        """See :class:`Trials`; interleaved, each with cold caches."""
         graphs = [self._graph(config) for config in configs]
         times: list[list[float]] = [[] for _ in configs]
         for _ in range(ROUNDS):
-            for graph, own in zip(graphs, times, strict=True):
+            for graph, graph_times in zip(graphs, times, strict=True):
                 begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
                 self._cache.zero_()
                 begin.record()
                 graph.replay()
                 end.record()
                 end.synchronize()
-                own.append(begin.elapsed_time(end) / 1e3)
-        return [statistics.median(own) for own in times]
+                graph_times.append(begin.elapsed_time(end) / 1e3)
+        return [statistics.median(graph_times) for graph_times in times]
 
     def _graph(self, config: Config) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
@@ -218,14 +218,14 @@ class GpuTrials:
 
 
 def finished(path: Path, arch: str) -> dict[str, Config]:
-    """The classes that a file holds already; raises where it cannot be used."""
+    """The classes that a file already holds; raises if it cannot be used."""
     from rift_kernels.backends.triton.config import read
 
     return read(path).get(arch, {}) if path.exists() else {}
 
 
 def write(path: Path, arch: str, shapes: str, config: Config, remark: str) -> None:
-    """Add one entry to a file, which is complete at every moment."""
+    """Add an entry to a file, replacing the whole file at once."""
     from rift_kernels.backends.triton.config import FIELDS
 
     content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
@@ -237,11 +237,11 @@ def write(path: Path, arch: str, shapes: str, config: Config, remark: str) -> No
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command: 0 when all classes are tuned, 1 for a bad file, 2 where it cannot run."""
+    """The command: 0 if all classes are tuned, 1 for a bad file, 2 if it cannot run."""
     parser = argparse.ArgumentParser(prog="python -m rift_kernels tune", description=__doc__)
     parser.add_argument("--out", type=Path, default=DEFAULT, help="the file, default %(default)s")
     parser.add_argument("--form", choices=("covariance", "gram"), help="only this form's classes")
-    parser.add_argument("--budget", type=float, default=300, help="seconds a class, default 300")
+    parser.add_argument("--budget", type=float, default=300, help="seconds per class, default 300")
     options = parser.parse_args(arguments)
     reason = "it needs a GPU that torch can use, and there is none"
     if torch.cuda.is_available():
@@ -263,12 +263,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     properties = torch.cuda.get_device_properties(torch.cuda.current_device())
     limit = getattr(properties, "shared_memory_per_block_optin", 0) or 64 * 1024
     try:
-        done = finished(options.out, arch)
+        tuned = finished(options.out, arch)
     except ConfigError as error:
         print(f"rift_kernels tune: {error}", file=sys.stderr)
         return 1
     for shapes in CLASSES:
-        if shapes in done or not shapes.startswith(options.form or ""):
+        if shapes in tuned or not shapes.startswith(options.form or ""):
             continue
         start = lookup(arch, shapes)
         with tqdm(desc=shapes, unit=" candidates") as bar:

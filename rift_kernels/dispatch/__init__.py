@@ -1,1 +1,1 @@
-"""From checked arguments to a backend and back: the plan of a call, operators, autograd, ranks."""
+"""From arguments to values: checks, ranks that share a batch, the plan, autograd, operators."""

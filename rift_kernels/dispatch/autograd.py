@@ -13,7 +13,7 @@ from rift_kernels.measures.centered import compute_dtype
 from rift_kernels.measures.coefficients import Coefficients
 
 from . import operators
-from .plan import Plan, gives_way
+from .plan import Plan, withdraw_if_refused
 from .ranks import Ranks
 
 _OPERATORS = torch.ops.rift_kernels
@@ -28,7 +28,7 @@ class Call(NamedTuple):
     settings: tuple[Any, ...]  # in the order of the operator's last arguments
     plan: Plan
     precision: str
-    ranks: Ranks | None = None  # with whom moments are summed
+    ranks: Ranks | None = None  # the processes that sum their moments
 
 
 def _refuse_double_backward() -> None:
@@ -50,6 +50,14 @@ def _savable(tensor: Tensor) -> Tensor:
     return tensor.clone()
 
 
+def _forward_functions(ranks: Ranks | None) -> tuple[Any, tuple[Ranks, ...]]:
+    """Where forward functions are found, and their last arguments.
+
+    An operator takes no process group, so ranks call the functions behind the operators.
+    """
+    return (_OPERATORS, ()) if ranks is None else (operators, (ranks,))
+
+
 class _Measure(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, call: Call, sides: Sides, *tensors: Tensor) -> Tensor:
@@ -57,14 +65,12 @@ class _Measure(torch.autograd.Function):
         students, teachers = list(tensors[:layers]), list(tensors[layers : 2 * layers])
         masks = list(tensors[2 * layers :])
         values, saved = _forward(call, sides, students, teachers, masks)
-        keeps = call.plan.keeps
-        kept_x = students if sides[0] or (keeps == "both" and any(sides)) else []
-        kept_y = teachers if sides[1] or (keeps == "both" and any(sides)) else []
-        if keeps == "none":
-            kept_x, kept_y = [], []
-        ctx.save_for_backward(*map(_savable, (*masks, *kept_x, *kept_y)), *saved)
+        keeps_students, keeps_teachers = call.plan.kept_sides(sides)
+        kept_students = students if keeps_students else []
+        kept_teachers = teachers if keeps_teachers else []
+        ctx.save_for_backward(*map(_savable, (*masks, *kept_students, *kept_teachers)), *saved)
         ctx.call, ctx.sides = call, sides
-        ctx.counts = len(masks), len(kept_x), len(kept_y)
+        ctx.counts = len(masks), len(kept_students), len(kept_teachers)
         ctx.dtypes = students[0].dtype, teachers[0].dtype
         return values
 
@@ -74,9 +80,9 @@ class _Measure(torch.autograd.Function):
         call, sides = ctx.call, ctx.sides
         layers = len(call.plan.gram)
         if call.ranks is not None:
-            # Data-parallel training divides by this when it averages gradients.
+            # Data-parallel training divides by the number of ranks when it averages gradients.
             grad_values = grad_values * call.ranks.size
-        # Read once: activation checkpointing recomputes at the first look and forbids a second.
+        # Read once: activation checkpointing recomputes on the first read and forbids a second.
         tensors = list(ctx.saved_tensors)
         masks, students, teachers, saved = _split(tensors, ctx.counts)
         grads = _gradients(call, sides, ctx.dtypes, grad_values, students, teachers, saved, masks)
@@ -101,16 +107,14 @@ def _forward(
     """Values, and what the backward needs."""
     plan, measure, settings = call.plan, call.measure, call.settings
     arguments = (students, teachers, masks, list(plan.gram), *sides, call.precision, plan.backend)
-    # An operator takes no process group, so ranks call the function behind it.
-    source: Any = _OPERATORS if call.ranks is None else operators
-    ranks = () if call.ranks is None else (call.ranks,)
+    functions, ranks = _forward_functions(call.ranks)
     if measure == "cka":
-        return source.cka_fwd(*arguments, plan.fused, *settings, *ranks)
+        return functions.cka_fwd(*arguments, plan.fused, *settings, *ranks)
     if measure == "procrustes":
-        return source.procrustes_fwd(*arguments, *settings, *ranks)
+        return functions.procrustes_fwd(*arguments, *settings, *ranks)
     if measure == "covariance":
-        return source.covariance_fwd(*arguments, plan.fused, *settings, *ranks)
-    return source.bures_fwd(*arguments, *settings, *ranks)
+        return functions.covariance_fwd(*arguments, plan.fused, *settings, *ranks)
+    return functions.bures_fwd(*arguments, *settings, *ranks)
 
 
 def _backward(
@@ -143,16 +147,16 @@ def _gradients(
     saved: list[Tensor],
     masks: list[Tensor],
 ) -> list[Tensor]:
-    """The wanted gradients; by the eager backend where a GPU refuses a launch that `auto` chose."""
+    """The wanted gradients; eager ones if a GPU refuses a launch that `auto` chose."""
     features = (students, teachers)
     if call.plan.kind is None:
         return _backward(call, sides, dtypes, grad_values, *features, saved, masks)
     try:
         return _backward(call, sides, dtypes, grad_values, *features, saved, masks)
     except Exception as error:
-        # A fused measure is computed anew, for which the features of one side are not enough.
+        # A fused measure is computed again, for which the features of one side are not enough.
         is_complete = not call.plan.fused or all(features)
-        if not gives_way(error, call.plan) or not is_complete:
+        if not withdraw_if_refused(call.plan, error) or not is_complete:
             raise
     eager = call._replace(plan=call.plan.on_eager())
     if call.plan.fused:
@@ -164,16 +168,16 @@ def measure(
     call: Call, students: list[Tensor], teachers: list[Tensor], masks: list[Tensor]
 ) -> Tensor:
     """The values of a measure, differentiable once with respect to students and teachers."""
-    wanted = torch.is_grad_enabled()
+    grad_enabled = torch.is_grad_enabled()
     sides = (
-        wanted and any(t.requires_grad for t in students),
-        wanted and any(t.requires_grad for t in teachers),
+        grad_enabled and any(t.requires_grad for t in students),
+        grad_enabled and any(t.requires_grad for t in teachers),
     )
     tensors = [*students, *teachers, *masks]
     if torch.compiler.is_compiling():
         # Dynamo refuses one tensor in two places, such as a teacher that serves several layers.
         for i, tensor in enumerate(tensors):
-            if any(tensor is other for other in tensors[:i]):
+            if any(tensor is earlier for earlier in tensors[:i]):
                 tensors[i] = tensor.view_as(tensor)
     return _Measure.apply(call, sides, *tensors)
 
@@ -190,15 +194,13 @@ class _Moments(torch.autograd.Function):
         y: Tensor,
         *masks: Tensor,
     ) -> tuple[Tensor, ...]:
-        arguments = (x, y, list(masks), wanted, precision, plan.backend)
-        if ranks is None:
-            centered_x, centered_y, *rest = _OPERATORS.moments_fwd(*arguments)
-        else:
-            centered_x, centered_y, *rest = operators.moments_fwd(*arguments, ranks)
-        mean_x, mean_y, count, *blocks = rest
+        functions, group = _forward_functions(ranks)
+        centered_x, centered_y, mean_x, mean_y, count, *blocks = functions.moments_fwd(
+            x, y, list(masks), wanted, precision, plan.backend, *group
+        )
         ctx.save_for_backward(centered_x, centered_y, count, *map(_savable, masks))
         ctx.sides, ctx.dtypes = ctx.needs_input_grad[4:6], (x.dtype, y.dtype)
-        ctx.call = Call("moments", (), plan._replace(gram=(False,)), precision)
+        ctx.call = Call("moments", (), plan, precision)
         ctx.size = 1 if ranks is None else ranks.size
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(count)
@@ -209,7 +211,7 @@ class _Moments(torch.autograd.Function):
         _refuse_double_backward()
         centered_x, centered_y, count, *masks = ctx.saved_tensors
         grad_mean_x, grad_mean_y, _, *blocks = grads
-        # torch.compile hands in a zero for a block that was not wanted.
+        # torch.compile passes a zero for a block that was not wanted.
         grad_xx, grad_xy, grad_yy = (None if g is None or g.dim() < 2 else g for g in blocks)
         per_row = (1 / count).to(centered_x.dtype).unsqueeze(-1)
         # <G, Xc^T Xc> has the gradient Xc (G + G^T).
@@ -247,15 +249,13 @@ class _SelfHsic(torch.autograd.Function):
     def forward(
         ctx: Any, precision: str, plan: Plan, ranks: Ranks | None, x: Tensor, *masks: Tensor
     ) -> tuple[Tensor, ...]:
-        arguments = (x, list(masks), precision, plan.backend)
-        if ranks is None:
-            tensors = _OPERATORS.self_hsic_fwd(*arguments)
-        else:
-            tensors = operators.self_hsic_fwd(*arguments, ranks)
-        mean, count, scatter, square, *saved = tensors
+        functions, group = _forward_functions(ranks)
+        mean, count, scatter, square, *saved = functions.self_hsic_fwd(
+            x, list(masks), precision, plan.backend, *group
+        )
         ctx.save_for_backward(count, *saved, *map(_savable, masks))
         ctx.dtypes = x.dtype, x.dtype
-        ctx.call = Call("moments", (), plan._replace(gram=(False,)), precision)
+        ctx.call = Call("moments", (), plan, precision)
         ctx.size = 1 if ranks is None else ranks.size
         ctx.mark_non_differentiable(count)
         return mean, count, scatter, square
@@ -264,7 +264,8 @@ class _SelfHsic(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         _refuse_double_backward()
         count, *rest = ctx.saved_tensors
-        saved, masks = self_hsic.Saved(*rest[:7]), rest[7:]
+        fields = len(self_hsic.Saved._fields)
+        saved, masks = self_hsic.Saved(*rest[:fields]), rest[fields:]
         grad_mean, _, grad_scatter, grad_square = grads
         coefficients = self_hsic.coefficients(saved, count, grad_mean, grad_scatter, grad_square)
         tensors = [saved.rows, *operators.tensors_of((None, *coefficients), saved.rows)]
@@ -276,9 +277,9 @@ class _SelfHsic(torch.autograd.Function):
 def self_hsic_moments(
     student: Tensor, masks: list[Tensor], precision: str, plan: Plan, ranks: Ranks | None
 ) -> tuple[Tensor, ...]:
-    """:class:`~rift_kernels.measures.self_hsic.Moments`, differentiable once but for the count.
+    """:class:`~rift_kernels.measures.self_hsic.Moments`, differentiable once except the count.
 
-    See :func:`rift_kernels.linear_cka` for HSIC_1.
+    :func:`rift_kernels.linear_cka` defines HSIC_1.
     """
     return _SelfHsic.apply(precision, plan, ranks, student, *masks)
 
@@ -288,14 +289,13 @@ class _Rotate(torch.autograd.Function):
     def forward(
         ctx: Any, precision: str, dtype: torch.dtype, features: Tensor, rotation: Tensor
     ) -> Tensor:
-        wide, matrix = features.to(dtype), rotation.to(dtype)
         ctx.save_for_backward(_savable(features), _savable(rotation))
         ctx.precision = precision
-        return _OPERATORS.matmul(wide, matrix, precision)
+        return _OPERATORS.matmul(features.to(dtype), rotation.to(dtype), precision)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        # Where this is part of a double backward, the measure has refused already.
+        # In a double backward the measure refuses before this runs.
         features, rotation = ctx.saved_tensors
         product = partial(_OPERATORS.matmul, precision=ctx.precision)
         grad_features = grad_rotation = None

@@ -1,4 +1,4 @@
-"""Which backend can run a call, and why another cannot, as a sentence."""
+"""Whether a backend can run a call, and the reason, as a sentence, if it cannot."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from typing import NamedTuple
 import torch
 
 BACKENDS = ("eager", "triton", "cuda")
-# Asked once: torch 2.11 compiles nothing that asks.
+# Looked up at import, because torch 2.11 cannot trace find_spec.
 INSTALLED = {
     name: importlib.util.find_spec(name) is not None for name in ("triton", "rift_kernels._C")
 }
 
 
 class Problem(NamedTuple):
-    """What is asked of a backend: a measure of layers in these forms, of at most these sizes."""
+    """What a backend has to compute."""
 
-    measure: str
-    gram: tuple[bool, ...]
-    rows: int
-    width: int
+    measure: str  # or "moments": second moments alone
+    gram: tuple[bool, ...]  # each layer's form: True for Gram, False for covariance
+    rows: int  # the most of any layer
+    width: int  # the largest of any layer
     masked: bool = False
 
 
@@ -32,9 +32,9 @@ def reason_against(
     dtypes: Sequence[torch.dtype] = (),
     problem: Problem | None = None,
 ) -> str | None:
-    """None if ``backend`` can run this problem on features of these dtypes there, else why not.
+    """Why ``backend`` cannot run this problem on features of these dtypes; None if it can.
 
-    Without a device: whether it can run anything on this machine.
+    Without a device: why it can run nothing on this machine.
     """
     if backend == "triton":
         return _reason_against_triton(device, dtypes)
@@ -52,27 +52,28 @@ def _reason_against_cuda(
             "and install it again with RIFT_KERNELS_CUDA=1"
         )
     if torch.version.hip is not None:
-        return "the CUDA kernels are for NVIDIA's GPUs"
+        return "the CUDA kernels run on NVIDIA GPUs only"
     if device is None and not torch.cuda.is_available():
         return "the CUDA kernels need a GPU that torch can use, and there is none"
     if device is not None and device.type != "cuda":
         return f"the CUDA kernels take features on a GPU; got {device.type}"
     if torch.float64 in dtypes:
-        return "the CUDA kernels take no float64, which the eager backend does"
+        return "the CUDA kernels do not take float64; the eager backend does"
     capability = torch.cuda.get_device_capability(device)
     if capability[0] < 8:
         return "the CUDA kernels need compute capability 8.0; got {}.{}".format(*capability)
-    return None if device is None else _too_much_for_cuda(device, dtypes, problem)
+    return None if device is None else _reason_against_problem(device, dtypes, problem)
 
 
-def _too_much_for_cuda(
+def _reason_against_problem(
     device: torch.device, dtypes: Sequence[torch.dtype], problem: Problem | None
 ) -> str | None:
+    """Why the CUDA kernels that were built cannot compute this."""
     from rift_kernels.backends import cuda
 
     if problem is None or problem.measure != "cka":
-        got = "any measure" if problem is None else problem.measure
-        return f"the CUDA kernels compute linear CKA; got {got}"
+        measure = "any measure" if problem is None else problem.measure
+        return f"the CUDA kernels compute linear CKA; got {measure}"
     capability = torch.cuda.get_device_capability(device)
     if not cuda.compiled_for(capability):
         return (
@@ -80,7 +81,7 @@ def _too_much_for_cuda(
             "RIFT_KERNELS_CUDA_ARCHS".format(*capability)
         )
     if not all(problem.gram):
-        return _too_much_in_covariance_form(dtypes, problem, cuda.most_columns(device))
+        return _reason_against_many_rows(dtypes, problem, cuda.most_columns(device))
     if problem.rows > cuda.MAX_ROWS:
         return f"the CUDA kernels take up to {cuda.MAX_ROWS} rows; got {problem.rows}"
     if not cuda.fits(device, problem.rows, problem.width):
@@ -88,10 +89,10 @@ def _too_much_for_cuda(
     return None
 
 
-def _too_much_in_covariance_form(
+def _reason_against_many_rows(
     dtypes: Sequence[torch.dtype], problem: Problem, most_columns: int
 ) -> str | None:
-    """Of more rows than student and teacher have columns together."""
+    """Why the CUDA kernels for covariance form cannot compute this."""
     if any(problem.gram):
         return (
             "the CUDA kernels take layers with few rows or layers with many, not both in one call"
@@ -114,13 +115,13 @@ def _reason_against_triton(
     if not INSTALLED["triton"]:
         return "triton is not installed"
     if torch.float64 in dtypes:
-        return "the Triton kernels take no float64, which the eager backend does"
+        return "the Triton kernels do not take float64; the eager backend does"
     if os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y"):
         return None
     if device is None and not torch.cuda.is_available():
         return (
             "Triton needs a GPU that torch can use, and there is none (on a CPU, its interpreter "
-            "runs the kernels where TRITON_INTERPRET=1 is set from the start)"
+            "runs the kernels if TRITON_INTERPRET=1 is set when Python starts)"
         )
     if device is not None and device.type != "cuda":
         return f"the Triton kernels take features on a GPU; got {device.type}"

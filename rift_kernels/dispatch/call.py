@@ -43,38 +43,37 @@ def measure(
         checks.rotations(rotation, layers)
         return layers
 
-    agreed = (name, *settings, rotation is not None, precision)
-    layers, ranks = shared_batch.share(group, check, min_rows, agreed)
+    shared_settings = (name, *settings, rotation is not None, precision)
+    layers, ranks = shared_batch.share(group, check, min_rows, shared_settings)
     rotations = checks.rotations(rotation, layers)
-    if ranks is not None and rotations:
-        # Q's gradient has to be the same on all ranks, so Q is applied to what they share.
-        scale, mean_weight = settings
-        return moment_matching.at_rotations(
-            layers, ranks, rotations, scale, mean_weight, precision, backend
-        )
-    teachers = layers.teachers
-    # A rotation makes the teacher as wide as the student.
-    rotated = layers.students if rotations else teachers
-    shapes = [(*x.shape[-2:], y.shape[-1]) for x, y in zip(layers.students, rotated, strict=True)]
-    # Moments that ranks share are those of the covariance form.
-    gram = tuple(ranks is None and plan.use_gram(name, *shape) for shape in shapes)
-    rows, width = max(n for n, _, _ in shapes), max(max(d1, d2) for _, d1, d2 in shapes)
-    kind = name if ranks is None else "moments"
-    problem = Problem(kind, gram, rows, width, len(layers.masks) > 0)
     if rotations:
-        teachers = _rotate(layers, rotations, precision)
+        if ranks is not None:
+            # All ranks need the same gradient of Q, so Q is applied to the moments that they share.
+            scale, mean_weight = settings
+            return moment_matching.at_rotations(
+                layers, ranks, rotations, scale, mean_weight, precision, backend
+            )
+        layers = layers._replace(teachers=_rotated_teachers(layers, rotations, precision))
+    shapes = [(*x.shape[-2:], y.shape[-1]) for x, y in layers.pairs]
+    # Ranks can share moments in covariance form only.
+    gram = tuple(ranks is None and plan.use_gram(name, *shape) for shape in shapes)
+    problem = Problem(
+        measure=name if ranks is None else "moments",
+        gram=gram,
+        rows=max(rows for rows, _, _ in shapes),
+        width=max(max(d1, d2) for _, d1, d2 in shapes),
+        masked=len(layers.masks) > 0,
+    )
 
     def compute(plan: Plan) -> Tensor:
         call = Call(name, settings, plan, precision, ranks)
-        return autograd.measure(call, layers.students, teachers, layers.masks)
+        return autograd.measure(call, layers.students, layers.teachers, layers.masks)
 
-    device, is_alone = teachers[0].device, ranks is None
-    # A rank among others cannot repeat by itself what all do together.
-    values = plan.run(compute, problem, backend, device, layers.dtypes, repeatable=is_alone)
-    return values.unsqueeze(0) if layers.is_list and len(teachers) == 1 else values
+    values = plan.run(compute, backend, problem, layers, ranks)
+    return values.unsqueeze(0) if layers.is_list and len(shapes) == 1 else values
 
 
-def _rotate(layers: Layers, rotations: list[Tensor], precision: str) -> list[Tensor]:
+def _rotated_teachers(layers: Layers, rotations: list[Tensor], precision: str) -> list[Tensor]:
     teachers = []
     for i, ((x, y), q) in enumerate(zip(layers.pairs, rotations, strict=True)):
         for mask in layers.mask(i):
@@ -90,7 +89,7 @@ def moments(
     mask: Mask,
     min_rows: int,
     group: Group,
-    agreed: tuple[Any, ...],
+    shared_settings: tuple[Any, ...],
     wanted: str,
     precision: str,
     backend: str,
@@ -101,5 +100,5 @@ def moments(
     def check() -> Layers:
         return checks.layers(student, teacher, mask, equal_widths=False)
 
-    layers, ranks = shared_batch.share(group, check, min_rows, agreed)
+    layers, ranks = shared_batch.share(group, check, min_rows, shared_settings)
     return second_moments.of_layers(layers, ranks, wanted, precision, backend)

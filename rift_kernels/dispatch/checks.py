@@ -1,5 +1,7 @@
-"""Checks of what a caller passed, before anything runs. Each error names the argument, what it
-was, and what is accepted."""
+"""Checks of a caller's arguments, before anything runs.
+
+Each error names the argument, what is accepted, and what was passed.
+"""
 
 from __future__ import annotations
 
@@ -19,9 +21,9 @@ _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 class Layers(NamedTuple):
-    """Checked input: one entry a layer (a single tensor is one entry, with its leading axes).
+    """Checked input, one entry per layer; a single tensor is one entry, with its leading axes.
 
-    Of masks there are none, one for all layers, or one a layer.
+    ``masks`` holds none, one for all layers, or one per layer.
     """
 
     students: list[Tensor]
@@ -35,12 +37,12 @@ class Layers(NamedTuple):
         return zip(self.students, self.teachers, strict=True)
 
     def mask(self, layer: int) -> list[Tensor]:
-        """The mask of a layer, or nothing."""
+        """The mask of a layer, in a list; an empty list without one."""
         return self.masks[layer : layer + 1] or self.masks[:1]
 
     @property
     def dtypes(self) -> tuple[torch.dtype, torch.dtype]:
-        """The student's and the teacher's."""
+        """The dtypes of student and teacher."""
         return self.students[0].dtype, self.teachers[0].dtype
 
 
@@ -52,20 +54,20 @@ class Statistics(Protocol):
 
     @property
     def width(self) -> int:
-        """D, the number of features a row."""
+        """D, the number of features per row."""
 
     def covariance(self) -> Tensor:
-        """Unbiased, (D, D)."""
+        """The unbiased covariance, (D, D)."""
 
 
 def option(name: str, value: object, accepted: Sequence[object]) -> None:
-    """``value`` is one of ``accepted``."""
+    """Check that ``value`` is one of ``accepted``."""
     if value not in accepted:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, accepted))}; got {value!r}")
 
 
 def number(name: str, value: object) -> float:
-    """``value`` is a finite number, zero or more."""
+    """Check that ``value`` is a finite number, zero or more, and return it as a float."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a number; got {type(value).__name__}")
     result = float(value)
@@ -75,26 +77,26 @@ def number(name: str, value: object) -> float:
 
 
 def flag(name: str, value: object) -> None:
-    """``value`` is True or False."""
+    """Check that ``value`` is True or False."""
     if not isinstance(value, bool):
         raise TypeError(f"{name} must be True or False; got {value!r}")
 
 
 def is_features(teacher: object) -> TypeGuard[Features]:
-    """Whether this is meant as features and not as statistics of them."""
+    """Whether the teacher is given as features, and not as statistics of features."""
     several = isinstance(teacher, list | tuple) and len(teacher) > 0
     first = teacher[0] if several else teacher  # type: ignore[index]
     return not isinstance(first, nn.Module)
 
 
 def is_statistics(teacher: object) -> TypeGuard[Statistics]:
-    """Whether this has mean and covariance; plain attributes, which torch.compile can look for."""
+    """Whether the teacher has the attributes of Statistics, which torch.compile can look up."""
     parts = ("count", "mean", "width", "covariance")
     return isinstance(teacher, nn.Module) and all(hasattr(teacher, part) for part in parts)
 
 
 def positive(name: str, value: object) -> int:
-    """``value`` is a whole number, one or more."""
+    """Check that ``value`` is a whole number, one or more, and return it as an int."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{name} must be an integer; got {type(value).__name__}")
     if value < 1:
@@ -103,7 +105,7 @@ def positive(name: str, value: object) -> int:
 
 
 def rows(name: str, x: object, mask: object, width: int, device: torch.device) -> None:
-    """``x`` is (..., N, width) on ``device``, and ``mask`` None or one boolean a row."""
+    """Check that ``x`` is (..., N, width) on ``device``, ``mask`` None or a boolean per row."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a tensor; got {type(x).__name__}")
     _floating(name, x)
@@ -115,15 +117,15 @@ def rows(name: str, x: object, mask: object, width: int, device: torch.device) -
         return
     if not isinstance(mask, Tensor):
         raise TypeError(f"mask must be a boolean tensor or None; got {type(mask).__name__}")
-    _mask("mask", mask, x, of=name)
+    _mask("mask", mask, x, features_name=name)
 
 
 def layers(student: Features, teacher: Features, mask: Mask, *, equal_widths: bool) -> Layers:
-    """Students, teachers and masks that fit one another, as lists.
+    """Students, teachers and masks as lists, after checking that they fit one another.
 
     Raises:
-        TypeError: something is not a tensor, or not of a floating (mask: boolean) dtype.
-        ValueError: ranks, shapes, devices or lengths do not fit.
+        TypeError: something is not a tensor, or its dtype is not floating (boolean for a mask).
+        ValueError: shapes, devices or lengths do not fit.
     """
     is_list = not isinstance(student, Tensor)
     students = _as_list("student", student, is_list)
@@ -135,18 +137,18 @@ def layers(student: Features, teacher: Features, mask: Mask, *, equal_widths: bo
         )
     masks = _masks(mask, is_list, len(students))
     for i, (x, y) in enumerate(zip(students, teachers, strict=True)):
-        where = f"[{i}]" if is_list else ""
-        _pair(f"student{where}", f"teacher{where}", x, y, is_list)
+        index = f"[{i}]" if is_list else ""
+        _pair(f"student{index}", f"teacher{index}", x, y, is_list)
         if equal_widths and x.shape[-1] != y.shape[-1]:
             raise ValueError(
-                f"student{where} and teacher{where} must have the same width for this measure; "
+                f"student{index} and teacher{index} must have the same width for this measure; "
                 f"got {x.shape[-1]} and {y.shape[-1]} (covariance_distance takes a rotation, "
                 "RIFTLoss learns one)"
             )
         if isinstance(mask, Tensor):
             _mask("mask", mask, x)
         elif masks:
-            _mask(f"mask{where}", masks[i], x)
+            _mask(f"mask{index}", masks[i], x)
     for name, side in (("student", students), ("teacher", teachers)):
         for tensor in side:
             if tensor.dtype != side[0].dtype or tensor.device != side[0].device:
@@ -157,45 +159,45 @@ def layers(student: Features, teacher: Features, mask: Mask, *, equal_widths: bo
     return Layers(students, teachers, masks, is_list)
 
 
-def enough_rows(given: Layers, min_rows: int) -> None:
-    """Every layer has rows enough for a measure, valid ones where that can be seen at once."""
-    for i, x in enumerate(given.students):
-        where = f"[{i}]" if given.is_list else ""
+def enough_rows(layers: Layers, min_rows: int) -> None:
+    """Check that each layer has enough rows for a measure: valid ones, where masks are readable."""
+    for i, x in enumerate(layers.students):
+        index = f"[{i}]" if layers.is_list else ""
         if x.shape[-2] < min_rows:
             raise ValueError(
-                f"student{where} and teacher{where} must have at least {min_rows} rows for this "
+                f"student{index} and teacher{index} must have at least {min_rows} rows for this "
                 f"measure; got {x.shape[-2]} (drop a smaller last batch: drop_last=True)"
             )
-    for i, mask in enumerate(given.masks):
-        # Where it cannot be read, the value is NaN instead.
+    for i, mask in enumerate(layers.masks):
+        # The value is NaN instead if the mask cannot be read.
         if not mask.numel() or not _is_readable(mask):
             continue
         fewest = int(mask.sum(-1).min())
         if fewest < min_rows:
-            name = f"mask[{i}]" if len(given.masks) > 1 else "mask"
+            name = f"mask[{i}]" if len(layers.masks) > 1 else "mask"
             raise ValueError(
                 f"{name} must leave at least {min_rows} valid rows for this measure; got {fewest}"
             )
 
 
 def rotations(
-    rotation: Features | None, given: Layers, widths: Sequence[int] | None = None
+    rotation: Features | None, layers: Layers, widths: Sequence[int] | None = None
 ) -> list[Tensor]:
-    """One (D2, D1) matrix a layer, or an empty list for the identity.
+    """One checked (D2, D1) matrix per layer, or an empty list for the identity.
 
-    D2 are the teachers' widths, or ``widths`` where it is statistics that are rotated.
+    D2 is the teacher's width; ``widths`` gives it where statistics are rotated.
     """
     if rotation is None:
         return []
-    matrices = _as_list("rotation", rotation, given.is_list)
-    if len(matrices) != len(given.students):
+    matrices = _as_list("rotation", rotation, layers.is_list)
+    if len(matrices) != len(layers.students):
         raise ValueError(
-            f"rotation must have one matrix a layer; got {len(matrices)} for "
-            f"{len(given.students)} layers"
+            f"rotation must have one matrix per layer; got {len(matrices)} for "
+            f"{len(layers.students)} layers"
         )
-    widths = widths or [y.shape[-1] for y in given.teachers]
-    for i, (q, (x, y), width) in enumerate(zip(matrices, given.pairs, widths, strict=True)):
-        name = f"rotation[{i}]" if given.is_list else "rotation"
+    widths = widths or [y.shape[-1] for y in layers.teachers]
+    for i, (q, (x, y), width) in enumerate(zip(matrices, layers.pairs, widths, strict=True)):
+        name = f"rotation[{i}]" if layers.is_list else "rotation"
         _floating(name, q)
         expected = (width, x.shape[-1])
         if tuple(q.shape) != expected:
@@ -212,9 +214,9 @@ def rotations(
 def token_mask(
     mask: object, layer: str = "", output: Tensor | None = None, every_row: bool = False
 ) -> None:
-    """``mask`` is (batch, tokens) boolean, and fits the output of a layer, if there is one.
+    """Check that ``mask`` is boolean (batch, tokens), and that it fits a layer's output, if given.
 
-    An output (batch, D) takes any mask: its tokens are gone. With ``every_row``, each row of
+    An output (batch, D) has no tokens, so it takes any mask. With ``every_row``, each row of
     (batch, tokens, D) must have a valid token.
     """
     if not isinstance(mask, Tensor):
@@ -240,11 +242,11 @@ def token_mask(
         )
     if every_row and _is_readable(mask) and not bool(mask.any(1).all()):
         row = int(mask.any(1).int().argmin())
-        raise ValueError(f"mask must leave at least one valid token a row; row {row} has none")
+        raise ValueError(f"mask must leave at least one valid token per row; row {row} has none")
 
 
 def _is_readable(mask: Tensor) -> bool:
-    """Not on a GPU, nor while torch.compile traces, where it would make the host wait."""
+    """Whether reading the mask stalls nothing, unlike on a GPU or while torch.compile traces."""
     return mask.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
@@ -269,9 +271,8 @@ def _as_list(name: str, value: Features, is_list: bool) -> list[Tensor]:
 def _floating(name: str, tensor: Tensor) -> None:
     if hasattr(tensor, "full_tensor"):  # a DTensor, whose class is slow to import
         raise TypeError(
-            f"{name} must be a plain tensor; got a DTensor: take its full_tensor() where it is "
-            "sharded by columns or tokens, to_local() where it is replicated or each rank has rows "
-            "of its own"
+            f"{name} must be a plain tensor; got a DTensor: pass its full_tensor() if it is "
+            "sharded by columns or tokens, its to_local() if it is replicated or sharded by rows"
         )
     if tensor.layout != torch.strided or tensor.is_nested:
         kind = "nested" if tensor.is_nested else tensor.layout
@@ -289,7 +290,7 @@ def _pair(x_name: str, y_name: str, x: Tensor, y: Tensor, is_list: bool) -> None
             raise ValueError(f"{name} must be (..., N, D); got {tuple(tensor.shape)}")
         if tensor.shape[-1] == 0:
             raise ValueError(
-                f"{name} must have at least one feature a row; got {tuple(tensor.shape)}"
+                f"{name} must have at least one feature per row; got {tuple(tensor.shape)}"
             )
     if x.device != y.device:
         raise ValueError(
@@ -316,18 +317,19 @@ def _masks(mask: Mask, is_list: bool, count: int) -> list[Tensor]:
         raise TypeError(f"mask must be a boolean tensor or None; got {type(mask).__name__}")
     masks = _as_list("mask", mask, is_list)
     if len(masks) != count:
-        raise ValueError(f"mask must have one entry a layer, {count}; got {len(masks)}")
+        raise ValueError(f"mask must have one entry per layer, {count}; got {len(masks)}")
     return masks
 
 
-def _mask(name: str, mask: Tensor, x: Tensor, of: str = "student") -> None:
+def _mask(name: str, mask: Tensor, x: Tensor, features_name: str = "student") -> None:
     if mask.dtype != torch.bool:
         raise TypeError(f"{name} must be boolean, True = valid; got {mask.dtype}")
     if mask.shape != x.shape[:-1]:
         raise ValueError(
-            f"{name} must be {tuple(x.shape[:-1])}, one entry a row; got {tuple(mask.shape)}"
+            f"{name} must be {tuple(x.shape[:-1])}, one entry per row; got {tuple(mask.shape)}"
         )
     if mask.device != x.device:
         raise ValueError(
-            f"{name} and {of} must be on the same device; got {mask.device} and {x.device}"
+            f"{name} and {features_name} must be on the same device; "
+            f"got {mask.device} and {x.device}"
         )

@@ -1,7 +1,7 @@
 """Covariance distances from moments, by native autograd.
 
-The operators take two sets of features. This module serves the rest: a teacher known by its
-statistics alone, the best of all rotations, and a rotation of what many ranks share.
+The operators take two sets of features. This module serves the other distances: to a teacher known
+by its statistics alone, at the best of all rotations, and at a rotation of moments that ranks sum.
 """
 
 from __future__ import annotations
@@ -59,20 +59,21 @@ def covariance_distance(
         _statistics(teacher, layers, matrices)
         return layers
 
-    kinds = (optimal, matrices is not None, checks.is_features(teacher))
-    debiased = debiased and not optimal and not checks.is_features(teacher)
-    agreed = ("matching", scale, mean_weight, *kinds, debiased, precision)
-    layers, ranks = shared_batch.share(group, check, 4 if debiased else 2, agreed)
-    statistics = [] if checks.is_features(teacher) else _statistics(teacher, layers, matrices)
+    has_features = checks.is_features(teacher)
+    debiased = debiased and not optimal and not has_features
+    form = (optimal, matrices is not None, has_features, debiased)
+    shared_settings = ("matching", scale, mean_weight, *form, precision)
+    layers, ranks = shared_batch.share(group, check, 4 if debiased else 2, shared_settings)
+    statistics = [] if has_features else _statistics(teacher, layers, matrices)
     if optimal:
         values = _distances_of_spectra(layers, ranks, statistics, scale, precision, backend)
     else:
-        rotations = checks.rotations(matrices, layers, [each.width for each in statistics])
+        rotations = checks.rotations(matrices, layers, [stored.width for stored in statistics])
         estimate = _debiased if debiased else _biased
         values = []
-        for i, of_layer in enumerate(statistics):
+        for i, stored in enumerate(statistics):
             gaussian, unbiased = estimate(layers, i, ranks, precision, backend)
-            target = _stored(of_layer, gaussian.covariance.dtype)
+            target = _stored(stored, gaussian.covariance.dtype)
             q = rotations[i] if rotations else None
             values.append(_distance(gaussian, target, q, scale, mean_weight, precision, unbiased))
     return torch.stack(values) if layers.is_list else values[0]
@@ -87,11 +88,11 @@ def at_rotations(
     precision: str,
     backend: str,
 ) -> Tensor:
-    """The distance at these rotations, from moments that ranks sum."""
+    """The distance at these rotations, from moments summed over ranks."""
     moments = second_moments.of_layers(layers, ranks, "xx yy", precision, backend)
     values = [
-        _distance(_student(pair), _teacher(pair), q, scale, mean_weight, precision)
-        for pair, q in zip(moments, rotations, strict=True)
+        _distance(_student(layer), _teacher(layer), q, scale, mean_weight, precision)
+        for layer, q in zip(moments, rotations, strict=True)
     ]
     return torch.stack(values) if layers.is_list else values[0]
 
@@ -100,61 +101,61 @@ def _only_spectra(rotation: object, mean_weight: float, backend: str) -> None:
     checks.option("rotation", rotation, ("optimal",))
     if mean_weight:
         raise ValueError(
-            "mean_weight must be 0 for rotation='optimal', which is the best rotation of the "
-            f"covariance alone; got {mean_weight!r}"
+            "mean_weight must be 0 for rotation='optimal', which considers the covariance alone; "
+            f"got {mean_weight!r}"
         )
     if backend not in ("auto", "eager"):
         raise RuntimeError(
-            f"backend={backend!r} cannot run: rotation='optimal' is an eigendecomposition, which "
-            "only the eager backend has"
+            f"backend={backend!r} cannot run: rotation='optimal' needs an eigendecomposition, "
+            "which only the eager backend has"
         )
 
 
 def _one_column(student: Features) -> Features:
-    """Something with the student's rows in the teacher's place; whatever is no tensor as it is."""
-    sides = [student] if isinstance(student, Tensor) else student
-    if not isinstance(sides, list | tuple) or not all(isinstance(x, Tensor) for x in sides):
+    """A column of the student, to stand in for a teacher; anything but tensors, unchanged."""
+    layers = [student] if isinstance(student, Tensor) else student
+    if not isinstance(layers, list | tuple) or not all(isinstance(x, Tensor) for x in layers):
         return student
-    columns = [x.detach()[..., :1] for x in sides]
+    columns = [x.detach()[..., :1] for x in layers]
     return columns[0] if isinstance(student, Tensor) else columns
 
 
 def _statistics(teacher: Any, layers: Layers, rotation: Features | None) -> list[Statistics]:
-    """One a layer, of the student's width and on its device."""
+    """Checked statistics, one per layer, of the student's width and on its device."""
     several = isinstance(teacher, list | tuple)
     statistics: list[Statistics] = list(teacher) if several else [teacher]
     if several != layers.is_list or len(statistics) != len(layers.students):
         raise ValueError(
-            "teacher must be TeacherStatistics for a tensor, and for a list one a layer; got "
-            f"{len(statistics) if several else 'one'} for "
+            "teacher must be TeacherStatistics for a tensor, or a list with one per layer for a "
+            f"list; got {f'a list of {len(statistics)}' if several else 'one'} for "
             f"{f'{len(layers.students)} layers' if layers.is_list else 'a tensor'}"
         )
-    for i, (of_layer, x) in enumerate(zip(statistics, layers.students, strict=True)):
+    for i, (stored, x) in enumerate(zip(statistics, layers.students, strict=True)):
         name = f"teacher[{i}]" if several else "teacher"
-        if not checks.is_statistics(of_layer):
-            raise TypeError(f"{name} must be TeacherStatistics; got {type(of_layer).__name__}")
-        if of_layer.mean.device != x.device:
+        if not checks.is_statistics(stored):
+            raise TypeError(f"{name} must be TeacherStatistics; got {type(stored).__name__}")
+        if stored.mean.device != x.device:
             raise ValueError(
-                f"{name} and student must be on the same device; got {of_layer.mean.device} and "
-                f"{x.device}: move it with .to(device)"
+                f"{name} and student must be on the same device; got {stored.mean.device} and "
+                f"{x.device}: move the statistics with .to(device)"
             )
-        if rotation is None and of_layer.width != x.shape[-1]:
+        if rotation is None and stored.width != x.shape[-1]:
             raise ValueError(
                 f"{name} must have the student's width, {x.shape[-1]}, without a rotation; got "
-                f"{of_layer.width}"
+                f"{stored.width}"
             )
         is_readable = x.device.type == "cpu" and not torch.compiler.is_compiling()
-        if is_readable and float(of_layer.count) <= 1:
+        if is_readable and float(stored.count) <= 1:
             raise ValueError(
-                f"{name} must be of at least 2 rows; got {float(of_layer.count):g}: give it the "
-                "teacher's features with update()"
+                f"{name} must hold at least 2 rows; got {float(stored.count):g}: pass the "
+                "teacher's features to its update()"
             )
-    checks.rotations(rotation, layers, [each.width for each in statistics])
+    checks.rotations(rotation, layers, [stored.width for stored in statistics])
     return statistics
 
 
 def _degrees(count: Tensor, dtype: torch.dtype) -> Tensor:
-    """The divisor of a sum of squares, in the shape of a block; NaN for too few rows."""
+    """The divisor n - 1 of a scatter, in the shape of a block; NaN for fewer than 2 rows."""
     return (count - 1).masked_fill(count < 2, float("nan")).to(dtype)[..., None, None]
 
 
@@ -173,10 +174,10 @@ def _stored(statistics: Statistics, dtype: torch.dtype) -> Gaussian:
 
 
 class _Unbiased(NamedTuple):
-    """What is unbiased with few rows, where the norms of covariance and mean are not."""
+    """Estimates for squared norms, which few rows make too large."""
 
     square: Tensor  # of ||Sigma||^2: HSIC_1 of the rows with themselves
-    excess: Tensor  # by how much ||mean||^2 is larger than that of the data: tr(S) / n
+    excess: Tensor  # of what sampling adds to ||mean||^2: tr(S) / n
 
 
 Estimate = tuple[Gaussian, _Unbiased | None]
@@ -196,14 +197,12 @@ def _debiased(
     layers: Layers, i: int, ranks: Ranks | None, precision: str, backend: str
 ) -> Estimate:
     x = layers.students[i]
-    problem = Problem("moments", (), *x.shape[-2:])
+    problem = Problem("moments", (False,), *x.shape[-2:])
 
     def compute(plan: Plan) -> tuple[Tensor, ...]:
         return autograd.self_hsic_moments(x, layers.mask(i), precision, plan, ranks)
 
-    mean, count, scatter, square = plan.run(
-        compute, problem, backend, x.device, layers.dtypes, repeatable=ranks is None
-    )
+    mean, count, scatter, square = plan.run(compute, backend, problem, layers, ranks)
     n = count.masked_fill(count < 4, float("nan"))
     covariance = scatter / _degrees(n, scatter.dtype)
     trace = covariance.diagonal(dim1=-2, dim2=-1).double().sum(-1)
@@ -215,11 +214,11 @@ def _square(block: Tensor, axes: tuple[int, ...] = (-2, -1)) -> Tensor:
 
 
 def _unit(norm_square: Tensor, width: int, scale: str) -> Tensor:
-    """``s``: 0 where a relative distance is one to nothing."""
+    """The factor ``s`` of the distance; 0 if it is relative to a norm of 0."""
     if scale == "relative":
-        nothing = norm_square == 0
-        inverse = norm_square.masked_fill(nothing, 1.0).reciprocal()
-        return inverse.masked_fill(nothing, 0.0)
+        is_zero = norm_square == 0
+        inverse = norm_square.masked_fill(is_zero, 1.0).reciprocal()
+        return inverse.masked_fill(is_zero, 0.0)
     return torch.full_like(norm_square, 1 / (4 * width**2) if scale == "coral" else 1.0)
 
 
@@ -246,7 +245,7 @@ def _distance(
         if unbiased is None:
             value = _square(student.covariance - covariance)
         else:
-            # Without ||S_s||^2, which one long row can make so large that nothing else is left.
+            # Without ||S_s||^2: one long row can make it so large that rounding hides the rest.
             cross = (student.covariance.double() * covariance.double()).sum((-2, -1))
             value = unbiased.square - 2 * cross + _square(covariance)
             means = means - unbiased.excess
@@ -275,7 +274,7 @@ def _distances_of_spectra(
             gaussians = (_student(moments[i]), _teacher(moments[i]))[:sides]
             spectra = [eigenvalues(gaussian.covariance.double()) for gaussian in gaussians]
         else:
-            spectra = [_spectrum(side, layers.mask(i)) for side in pair[:sides]]
+            spectra = [_spectrum(features, layers.mask(i)) for features in pair[:sides]]
         if statistics:
             spectra.append(eigenvalues(statistics[i].covariance()))
         student, teacher = spectra

@@ -1,17 +1,18 @@
 """The registered operators: the only boundary that torch.compile sees.
 
 Each measure has a forward operator, from features to values and what the backward needs. A fused
-measure (CKA, the covariance distance) has a backward operator of its own; ``features_bwd`` serves
-everything else. Operators take lists, one entry a layer, so that a backend may serve all layers in
-one launch. Autograd stays outside, in :mod:`.autograd`: a registered formula costs more per call.
+measure (CKA, the covariance distance) has its own backward operator; ``features_bwd`` serves
+everything else. Operators take lists, one entry per layer, so that one launch of a backend can
+serve all layers. Autograd stays outside, in :mod:`.autograd`: a registered formula costs more.
 
-The functions behind the forward operators are public, for rows that are spread over ranks: an
-operator takes no process group.
+An operator takes no process group. Where rows are spread over ranks, :mod:`.autograd` calls the
+public functions behind the forward operators instead.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -40,9 +41,9 @@ Measure = Callable[[Centered, ModuleType, bool, Wanted], ValueAndCoefficients]
 
 
 def _module(backend: str) -> ModuleType:
-    """The backend's module; the plan has already refused what cannot run."""
+    """The module of a backend that can run here, as the plan has checked."""
     if backend == "triton":
-        # Not before it is asked for: triton is optional, and slow to import.
+        # Imported late: triton is optional, and slow to import.
         from rift_kernels.backends import triton
 
         return triton
@@ -54,7 +55,7 @@ def _module(backend: str) -> ModuleType:
 
 
 def _primitives(backend: str, rows: Tensor) -> ModuleType:
-    """The backend's module for a layer; for a rank without rows torch's, which take empty input."""
+    """The backend's module for a layer; eager for a rank without rows, as it takes empty input."""
     return _module(backend) if rows.shape[-2] else eager
 
 
@@ -77,12 +78,7 @@ def cka_fwd(
     if fused:
         settings = (student_grad, teacher_grad, precision, debiased, distance)
         return _module(backend).cka_fwd(*layers, *settings)
-
-    def measure(
-        features: Centered, primitives: ModuleType, gram: bool, wanted: Wanted
-    ) -> ValueAndCoefficients:
-        return cka(features, primitives, gram, wanted, debiased, distance)
-
+    measure = partial(cka, debiased=debiased, distance=distance)
     wanted = Wanted(student_grad, teacher_grad)
     return _measure_fwd(measure, *layers, wanted, precision, backend, ranks, debiased)
 
@@ -101,14 +97,10 @@ def procrustes_fwd(
     ranks: Any = Alone,
 ) -> Forward:
     """Procrustes similarity."""
-
-    def measure(
-        features: Centered, primitives: ModuleType, gram: bool, wanted: Wanted
-    ) -> ValueAndCoefficients:
-        return procrustes(features, primitives, gram, wanted, method, distance)
-
+    layers = (students, teachers, masks, gram)
+    measure = partial(procrustes, method=method, distance=distance)
     wanted = Wanted(student_grad, teacher_grad)
-    return _measure_fwd(measure, students, teachers, masks, gram, wanted, precision, backend, ranks)
+    return _measure_fwd(measure, *layers, wanted, precision, backend, ranks)
 
 
 def covariance_fwd(
@@ -130,12 +122,7 @@ def covariance_fwd(
     if fused:
         settings = (student_grad, teacher_grad, precision, scale, mean_weight)
         return _module(backend).covariance_fwd(*layers, *settings)
-
-    def measure(
-        features: Centered, primitives: ModuleType, gram: bool, wanted: Wanted
-    ) -> ValueAndCoefficients:
-        return covariance(features, primitives, gram, wanted, scale, mean_weight)
-
+    measure = partial(covariance, scale=scale, mean_weight=mean_weight)
     wanted = Wanted(student_grad, teacher_grad)
     return _measure_fwd(measure, *layers, wanted, precision, backend, ranks)
 
@@ -155,14 +142,10 @@ def bures_fwd(
     ranks: Any = Alone,
 ) -> Forward:
     """Bures distance."""
-
-    def measure(
-        features: Centered, primitives: ModuleType, gram: bool, wanted: Wanted
-    ) -> ValueAndCoefficients:
-        return bures(features, primitives, gram, wanted, squared, mean_weight, method)
-
+    layers = (students, teachers, masks, gram)
+    measure = partial(bures, squared=squared, mean_weight=mean_weight, method=method)
     wanted = Wanted(student_grad, teacher_grad)
-    return _measure_fwd(measure, students, teachers, masks, gram, wanted, precision, backend, ranks)
+    return _measure_fwd(measure, *layers, wanted, precision, backend, ranks)
 
 
 def _measure_fwd(
@@ -177,7 +160,7 @@ def _measure_fwd(
     ranks: Any,
     exclude_long_rows: bool = False,
 ) -> Forward:
-    """Values, and per layer the centered features and the coefficients (empty where absent)."""
+    """Values, and for each layer its centered features and coefficients, empty where absent."""
     values, saved = [], []
     with full_precision(students[0].device, precision):
         layers = zip(students, teachers, _mask_per_layer(masks, len(gram)), gram, strict=True)
@@ -194,7 +177,7 @@ def _measure_fwd(
 
 
 def tensors_of(optional: Iterable[Tensor | None], like: Tensor) -> list[Tensor]:
-    """An operator returns tensors only: None becomes an empty one, the rest contiguous."""
+    """The tensors an operator may return: contiguous, and an empty one for each None."""
     return [like.new_empty(0) if t is None else t.contiguous() for t in optional]
 
 
@@ -216,7 +199,7 @@ def _features_bwd(
     student_dtype: torch.dtype,
     teacher_dtype: torch.dtype,
 ) -> list[Tensor]:
-    """The wanted gradients, all students first, from what a forward that is not fused has saved."""
+    """The wanted gradients, all students first, from what an unfused forward saved."""
     layers = len(gram)
     grad_students, grad_teachers = [], []
     with full_precision(grad_values.device, precision):
@@ -294,9 +277,11 @@ def moments_fwd(
 ) -> list[Tensor]:
     """Centered features, means, count, and the wanted blocks (empty where not wanted)."""
     with full_precision(student.device, precision):
-        f = center(student, teacher, masks[0] if masks else None, ranks)
-        blocks = ranks.blocks(*_primitives(backend, student).moments(f.x, f.y, False, wanted))()
-    return [f.x, f.y, f.mean_x, f.mean_y, f.count, *tensors_of(blocks, f.x)]
+        x, y, mean_x, mean_y, count, *_ = center(
+            student, teacher, masks[0] if masks else None, ranks
+        )
+        blocks = ranks.blocks(*_primitives(backend, student).moments(x, y, False, wanted))()
+    return [x, y, mean_x, mean_y, count, *tensors_of(blocks, x)]
 
 
 def self_hsic_fwd(
@@ -317,17 +302,17 @@ def _matmul(a: Tensor, b: Tensor, precision: str) -> Tensor:
 
 
 def _register(schema: str, implementation: Callable[..., Any]) -> None:
-    def explained(*arguments: Any) -> Any:
+    def with_advice(*arguments: Any) -> Any:
         try:
             return implementation(*arguments)
         except Exception as error:
-            refusals.explain(error)
+            refusals.add_advice(error)
             raise
 
     name = schema.split("(")[0]
     _LIBRARY.define(schema)
-    _LIBRARY.impl(name, explained, "CompositeExplicitAutograd")
-    # The implementations are shape-agnostic PyTorch, so they are their own fakes.
+    _LIBRARY.impl(name, with_advice, "CompositeExplicitAutograd")
+    # The implementations run on fake tensors as well, so they are their own fakes.
     torch.library.register_fake(f"{NAMESPACE}::{name}", implementation, lib=_LIBRARY)
 
 

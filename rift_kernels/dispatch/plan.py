@@ -1,7 +1,7 @@
-"""The plan of a call, made once: which backend computes it, in which form, fused or not.
+"""The plan of a call, made once: its backend, the form of each layer, and whether it is fused.
 
-The reasons against a backend are in :mod:`.availability`, and whether ``auto`` trusts its kernels
-is decided in :mod:`rift_kernels.trust`.
+:mod:`.availability` says why a backend cannot run; :mod:`rift_kernels.trust` decides which kernels
+``auto`` may use.
 """
 
 from __future__ import annotations
@@ -14,17 +14,20 @@ from typing import NamedTuple, TypeVar
 import torch
 
 from rift_kernels.trust import decisions, refusals
+from rift_kernels.trust.decisions import Kind
 
 from . import availability
 from .availability import BACKENDS, Problem
+from .checks import Layers
+from .ranks import Ranks
 
 ENVIRONMENT_VARIABLE = "RIFT_KERNELS_BACKEND"
-# In Gram form other kernels take more.
+# CKA in Gram form has separate kernels for up to so many rows.
 SMALL_ROWS = 128
-# What `auto` takes on a GPU, predicted, not measured: a small loss costs what its launches cost the
-# host. Both kinds make two, forward and backward, and one from C++ goes through less Python.
+# The order in which `auto` tries kernels on a GPU: predicted, not measured. A small loss costs what
+# its launches cost the host. Both backends launch twice, and C++ goes through less Python.
 PREFERRED = (
-    ("cuda", "linear CKA in Gram form of up to 128 rows"),
+    ("cuda", f"linear CKA in Gram form of up to {SMALL_ROWS} rows"),
     ("triton", "every measure, but no float64"),
 )
 Result = TypeVar("Result")
@@ -34,51 +37,56 @@ class Plan(NamedTuple):
     """How a call is computed."""
 
     backend: str  # "eager", "triton" or "cuda"
-    gram: tuple[bool, ...]  # the form of each layer: Gram (N x N), else covariance (D x D)
-    # Whether the backend goes from features to values and gradients without blocks in between.
+    gram: tuple[bool, ...]  # each layer's form: True for Gram (N x N), False for covariance (D x D)
+    # The backend computes values and gradients directly from features.
     fused: bool = False
-    # The sides whose features the backward reads: "both", "wanted" (those that get a gradient), or
-    # "none", where the forward saves all that the backward needs.
+    # The features that the backward reads: of "both" sides, of the "wanted" ones, which get a
+    # gradient, or "none", where the forward saves all that the backward needs.
     keeps: str = "none"
-    # What `auto` has chosen, and gives up where a GPU refuses a launch; else None.
-    kind: decisions.Kind | None = None
+    # The kernels that `auto` chose, and replaces if a GPU refuses their launch; else None.
+    kind: Kind | None = None
+
+    def kept_sides(self, wanted: tuple[bool, bool]) -> tuple[bool, bool]:
+        """The sides whose features are kept, if ``wanted`` ones get a gradient."""
+        if self.keeps == "none":
+            return False, False
+        return (any(wanted), any(wanted)) if self.keeps == "both" else wanted
 
     def on_eager(self) -> Plan:
-        """The same forms on the eager backend, which can run whatever the kernels can."""
+        """The same forms on the eager backend, which computes all that the kernels do."""
         return Plan("eager", self.gram)
 
 
 def make(
-    problem: Problem, requested: str, device: torch.device, dtypes: Sequence[torch.dtype]
+    requested: str, device: torch.device, dtypes: Sequence[torch.dtype], problem: Problem
 ) -> Plan:
     """The plan of a call.
 
     Args:
-        problem: what is computed; with measure ``"moments"`` second moments alone, of one layer
-            after another.
         requested: ``"auto"`` or a backend.
         device, dtypes: of the features, student first.
+        problem: what is computed.
     """
     backend = choose_backend(requested, device, dtypes, problem)
     kind = None
     if backend != "eager" and not torch.compiler.is_compiling() and is_automatic(requested):
         kind = kind_of(backend, device, dtypes, problem)
-    return with_backend(problem, backend, dtypes)._replace(kind=kind)
+    return with_backend(backend, dtypes, problem)._replace(kind=kind)
 
 
-def with_backend(problem: Problem, backend: str, dtypes: Sequence[torch.dtype]) -> Plan:
+def with_backend(backend: str, dtypes: Sequence[torch.dtype], problem: Problem) -> Plan:
     """The plan of a call whose backend is known."""
     measure, gram = problem.measure, problem.gram
     fused = measure == "cka" or (measure == "covariance" and not any(gram))
     if backend == "eager" or not fused:
         return Plan(backend, gram)
     if backend == "cuda" and all(gram):
-        # The kernel of few rows computes the gradients with the values.
+        # These kernels compute the gradients with the values.
         return Plan(backend, gram, fused)
     crossed = measure == "cka" and not all(gram)
-    # One side alone would be taken for what was computed in its dtype.
-    both = crossed or len(set(dtypes)) > 1
-    return Plan(backend, gram, fused, "both" if both else "wanted")
+    # One side alone does not tell the backward that the forward computed in another dtype.
+    needs_both = crossed or len(set(dtypes)) > 1
+    return Plan(backend, gram, fused, "both" if needs_both else "wanted")
 
 
 def is_automatic(requested: str) -> bool:
@@ -95,10 +103,11 @@ def choose_backend(
     """The backend for this problem on features of these dtypes on ``device``.
 
     An explicit choice, by argument or by ``RIFT_KERNELS_BACKEND``, is kept or refused, never
-    replaced. ``auto`` takes kernels that were seen to work here; see :mod:`.self_test`.
+    replaced. ``auto`` takes only kernels that passed their test here; see
+    :mod:`rift_kernels.trust.self_test`.
 
     Raises:
-        ValueError: ``backend`` (or an environment variable) has no known value.
+        ValueError: ``backend`` (or the environment variable) names no backend.
         RuntimeError: the backend named cannot run; the message says why.
     """
     source = "backend"
@@ -118,7 +127,7 @@ def choose_backend(
     if not _has_kernels(device):
         return "eager"
     for preferred, _ in PREFERRED:
-        # Many rows in CUDA only if asked for, as long as that has not been measured.
+        # The CUDA kernels for many rows are not measured: only an explicit choice takes them.
         if preferred == "cuda" and not (problem and all(problem.gram)):
             continue
         reason = availability.reason_against(preferred, device, dtypes, problem)
@@ -131,57 +140,60 @@ def choose_backend(
 
 def kind_of(
     backend: str, device: torch.device, dtypes: Sequence[torch.dtype], problem: Problem | None
-) -> decisions.Kind:
-    """Calls that run the same kernels, or nearly."""
+) -> Kind:
+    """The kind of a call; calls of a kind run the same kernels, or nearly."""
     if problem is not None:
         gram = problem.gram
         if problem.measure == "cka":
-            few = "" if not any(gram) else "small" if problem.rows <= SMALL_ROWS else "gram"
-            return backend, "cka", gram, few, tuple(dtypes), device
+            gram_family = ""
+            if any(gram):
+                gram_family = "small" if problem.rows <= SMALL_ROWS else "gram"
+            return Kind(backend, "cka", gram, gram_family, tuple(dtypes), device)
         if problem.measure == "covariance" and not any(gram):
-            return backend, "distance", (), "", tuple(dtypes), device
-    return backend, "products", (), "", tuple(dtypes), device
+            return Kind(backend, "distance", (), "", tuple(dtypes), device)
+    return Kind(backend, "products", (), "", tuple(dtypes), device)
 
 
-def _is_trusted(kind: decisions.Kind) -> bool:
+def _is_trusted(kind: Kind) -> bool:
     if torch.compiler.is_compiling():
-        # Not before it is needed: it imports Dynamo.
+        # Imported late: it imports Dynamo.
         from rift_kernels.trust import traced
 
-        # A constant is asked for: of sizes that may change, a form is a branch.
+        # Its arguments must be constants, and with dynamic sizes a form is one only after a branch.
         backend, measure, gram, *rest = kind
         return traced.is_trusted(backend, measure, tuple(1 if form else 0 for form in gram), *rest)
     return decisions.is_trusted(kind)
 
 
 def run(
-    function: Callable[[Plan], Result],
-    problem: Problem,
+    compute: Callable[[Plan], Result],
     requested: str,
-    device: torch.device,
-    dtypes: Sequence[torch.dtype],
-    repeatable: bool = True,
+    problem: Problem,
+    layers: Layers,
+    ranks: Ranks | None,
 ) -> Result:
-    """``function`` of the plan; where a GPU refuses a launch, ``auto`` makes the next plan.
+    """``compute`` with the plan for these layers.
 
-    ``repeatable``: the function may be called again. A compiled graph can replace nothing.
+    If a GPU refuses a launch, ``auto`` makes another plan and computes again. A single rank cannot
+    repeat what all ranks do together, and a compiled graph cannot change its plan.
     """
-    plan = make(problem, requested, device, dtypes)
-    while repeatable and plan.kind is not None:
+    device = layers.teachers[0].device
+    plan = make(requested, device, layers.dtypes, problem)
+    while ranks is None and plan.kind is not None:
         try:
-            return function(plan)
+            return compute(plan)
         except Exception as error:
-            if not gives_way(error, plan):
+            if not withdraw_if_refused(plan, error):
                 raise
-            successor = make(problem, requested, device, dtypes)
+            successor = make(requested, device, layers.dtypes, problem)
             if successor.backend == plan.backend:
                 raise
             plan = successor
-    return function(plan)
+    return compute(plan)
 
 
-def gives_way(error: Exception, plan: Plan) -> bool:
-    """Whether ``auto`` does without the plan's kernels from now on, because a launch failed."""
+def withdraw_if_refused(plan: Plan, error: Exception) -> bool:
+    """Whether a launch was refused that ``auto`` chose; it then stops using the plan's kernels."""
     if plan.kind is None or not refusals.is_refusal(error):
         return False
     decisions.withdraw(plan.kind, f"a launch failed: {refusals.first_line(error)}")
@@ -189,7 +201,7 @@ def gives_way(error: Exception, plan: Plan) -> bool:
 
 
 def _has_kernels(device: torch.device) -> bool:
-    """Whether ``auto`` looks for kernels there: Triton's interpreter runs only when asked for."""
+    """Whether ``auto`` looks for kernels here: on a CPU it would find Triton's slow interpreter."""
     return device.type == "cuda"
 
 
@@ -208,7 +220,7 @@ def _warn_eager_on_gpu(reason: str) -> None:
 
 
 def use_gram(measure: str, rows: int, student_width: int, teacher_width: int) -> bool:
-    """True where the N x N form costs fewer FLOPs, forward and student gradient, than the D x D."""
+    """Whether forward and student gradient need fewer FLOPs in the N x N form than in the D x D."""
     n, d1, d2 = rows, student_width, teacher_width
     if measure == "cka":
         # N^2 (3 D1 + D2) < N (D1 + D2) (3 D1 + D2), both with symmetric products at half.

@@ -1,4 +1,4 @@
-"""Full precision of matrix products for the time of one operator, whatever the process allows."""
+"""Full-precision matrix products during one operator, whatever precision the process allows."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ def full_precision(device: torch.device, precision: str) -> Iterator[None]:
 
 
 class _Switch:
-    """Torch's setting for a device's float32 products, which is one for the whole process.
+    """Torch's setting for float32 products on a kind of device, which the whole process shares.
 
-    While any thread is inside, it is "ieee"; the last one out restores what the first one found.
+    It is "ieee" while any thread is inside; the last to leave restores what the first one found.
     """
 
     def __init__(self, library: Any) -> None:
@@ -36,13 +36,13 @@ class _Switch:
         self._before = "none"
 
     def enter(self) -> bool:
-        """True if the setting is held and has to be left."""
+        """Whether the setting is held, so that ``leave`` must follow."""
         with self._lock:
             if not self._inside:
                 before = self._matmul.fp32_precision
                 if before in ("ieee", "none"):
                     return False
-                # What is read may be inherited; written back as it is, it would stay for good.
+                # The value read may be inherited, and written back it would be inherited no longer.
                 self._matmul.fp32_precision = "none"
                 inherited = self._matmul.fp32_precision == before
                 self._before = "none" if inherited else before

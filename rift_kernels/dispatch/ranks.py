@@ -18,7 +18,7 @@ Group = Union["ProcessGroup", str, None]
 
 
 class Ranks:
-    """The processes of a group, and what they do together."""
+    """The processes of a group; :class:`rift_kernels.measures.centering.Alone` stands for one."""
 
     def __init__(self, group: ProcessGroup) -> None:
         self.group = group
@@ -26,38 +26,38 @@ class Ranks:
         self.rank = dist.get_rank(group)
 
     @contextmanager
-    def _together(self, purpose: str) -> Iterator[None]:
-        """What torch raises where a rank is missing, as a sentence."""
+    def _explained(self, action: str) -> Iterator[None]:
+        """Explain the error that torch raises if a rank is missing."""
         try:
             yield
         except RuntimeError as error:
             raise RuntimeError(
-                f"rank {self.rank} of {self.size} could not {purpose}: another rank has ended, or "
-                "has not made this call within the group's timeout. A call with group= has to be "
-                "made by all ranks of the group, also by those without a row"
+                f"rank {self.rank} of {self.size} could not {action}: another rank has ended, or "
+                "has not made this call within the group's timeout. All ranks of the group must "
+                "make a call with group=, including those without rows"
             ) from error
 
-    def exchange(self, own: Tensor) -> Tensor:
-        """Everybody's tensor, of one shape on all ranks: (size, ...)."""
-        everybody = [torch.empty_like(own) for _ in range(self.size)]
-        with self._together("exchange what the features are like"):
-            dist.all_gather(everybody, own, group=self.group)
-        return torch.stack(everybody)
+    def exchange(self, tensor: Tensor) -> Tensor:
+        """The tensors of all ranks, which have one shape: (size, ...)."""
+        tensors = [torch.empty_like(tensor) for _ in range(self.size)]
+        with self._explained("exchange tensors"):
+            dist.all_gather(tensors, tensor, group=self.group)
+        return torch.stack(tensors)
 
     def total(self, *tensors: Tensor | None) -> Callable[[], tuple[Any, ...]]:
-        """Begin to sum over ranks, one message a dtype; call the result to wait for the sums."""
-        given = [t for t in tensors if t is not None]
+        """Begin to sum over ranks, in one message per dtype; the result waits for the sums."""
+        present = [t for t in tensors if t is not None]
         flat = {
-            dtype: torch.cat([t.reshape(-1) for t in given if t.dtype == dtype])
-            for dtype in dict.fromkeys(t.dtype for t in given)
+            dtype: torch.cat([t.reshape(-1) for t in present if t.dtype == dtype])
+            for dtype in dict.fromkeys(t.dtype for t in present)
         }
-        with self._together("sum moments"):
+        with self._explained("sum moments"):
             pending = [
                 dist.all_reduce(sums, group=self.group, async_op=True) for sums in flat.values()
             ]
 
         def wait() -> tuple[Any, ...]:
-            with self._together("sum moments"):
+            with self._explained("sum moments"):
                 for work in pending:
                     work.wait()
             offsets = dict.fromkeys(flat, 0)
@@ -77,7 +77,7 @@ class Ranks:
     def blocks(
         self, xx: Tensor | None, xy: Tensor | None, yy: Tensor | None
     ) -> Callable[[], tuple[Any, ...]]:
-        """:meth:`total` of second moments, the symmetric ones as the triangles of one matrix."""
+        """:meth:`total` of second moments; one matrix carries half of each symmetric block."""
         if xx is None or yy is None or not _foldable(xx, yy):
             return self.total(xx, xy, yy)
         diagonal = yy.diagonal(dim1=-2, dim2=-1)
@@ -93,12 +93,12 @@ class Ranks:
 
 
 def _foldable(xx: Tensor, yy: Tensor) -> bool:
-    """Unless a batch's matrices differ in size, or have none."""
+    """Whether both are matrices, or batches of matrices, of one size."""
     return xx.dim() > 1 and xx.shape == yy.shape
 
 
 def resolve(group: Group) -> Ranks | None:
-    """The ranks of ``group``; None where there is nobody to share a batch with."""
+    """The ranks of ``group``; None if no other process shares the batch."""
     if group is None:
         return None
     if isinstance(group, str):
@@ -109,8 +109,8 @@ def resolve(group: Group) -> Ranks | None:
         group = dist.group.WORLD
     if not (dist.is_available() and isinstance(group, dist.ProcessGroup)):
         raise TypeError(
-            "group must be None, 'world' or a torch.distributed.ProcessGroup that this process is "
-            f"part of; got {type(group).__name__}"
+            "group must be None, 'world' or a torch.distributed.ProcessGroup that includes this "
+            f"process; got {type(group).__name__}"
         )
     ranks = Ranks(group)
     return ranks if ranks.size > 1 else None

@@ -1,4 +1,4 @@
-"""Second moments of checked layers, one layer after another."""
+"""Second moments of checked layers, computed one layer after another."""
 
 from __future__ import annotations
 
@@ -33,8 +33,7 @@ def of_layers(
     layers: Layers, ranks: Ranks | None, wanted: str, precision: str, backend: str
 ) -> list[SecondMoments]:
     """The moments of checked layers; blocks that are not ``wanted`` are empty."""
-    rows, width = layers.students[0].shape[-2:]
-    problem = Problem("moments", (), rows, width)
+    problem = Problem("moments", (False,), *layers.students[0].shape[-2:])
 
     def compute(plan: Plan) -> list[SecondMoments]:
         results = []
@@ -46,6 +45,4 @@ def of_layers(
             results.append(SecondMoments(count, mean_x, mean_y, *blocks))
         return results
 
-    device, is_alone = layers.teachers[0].device, ranks is None
-    # A rank among others cannot repeat by itself what all do together.
-    return plan.run(compute, problem, backend, device, layers.dtypes, repeatable=is_alone)
+    return plan.run(compute, backend, problem, layers, ranks)

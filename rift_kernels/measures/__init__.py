@@ -1,1 +1,1 @@
-"""The mathematics of each measure, on any backend: value and coefficients of the gradient."""
+"""The mathematics of each measure, for any backend: value and coefficients of the gradient."""

@@ -43,11 +43,11 @@ def bures(
     )()
     # Both terms in float64: close to the teacher the distance is a small difference of them.
     if gram:
-        wide = features._replace(x=features.x.double(), y=features.y.double())
-        factor, cross = duals.polar(wide, backend, gram, exact)
+        features64 = features._replace(x=features.x.double(), y=features.y.double())
+        factor, cross = duals.polar(features64, backend, gram, exact)
     else:
         forth, back, cross = duals.transport(features, backend, gram, exact)
-    # Rounding may leave a distance of nothing a little below zero; clamp passes NaN on.
+    # Rounding can make a distance of 0 slightly negative; clamp keeps NaN.
     value = ((traces - 2 * cross) * inverse_n).clamp(min=0)
     mean_value, bias = mean_term(features, mean_weight)
     value = nan_below(value + mean_value, features.count, 2)

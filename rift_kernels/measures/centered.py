@@ -13,7 +13,7 @@ from .long_rows import LongRows
 
 
 class Centered(NamedTuple):
-    """What is known of one layer before a measure is chosen; leading axes are a batch."""
+    """The centered features of one layer; leading axes are a batch."""
 
     x: Tensor  # (..., N, D1), centered, masked rows zero
     y: Tensor  # (..., N, D2)
@@ -21,8 +21,8 @@ class Centered(NamedTuple):
     mean_y: Tensor  # (..., D2)
     count: Tensor  # type: ignore[assignment]  # (...), float64: the number of valid rows
     mask: Tensor | None  # (..., N), True = valid
-    ranks: Any = Alone  # who has the other rows
-    # Where debiasing would cancel: x and y are about the mean of the others, and 0 in these.
+    ranks: Any = Alone  # the processes that have the other rows
+    # Rows so long that debiasing would cancel: x and y are 0 there, minus the mean of the others.
     long: LongRows | None = None
 
 
@@ -38,7 +38,7 @@ def center(
     ranks: Any = Alone,
     exclude_long_rows: bool = False,
 ) -> Centered:
-    """Both sides about the means of all rows of all ranks, or of all but the longest rows."""
+    """Both sides minus the mean of all rows on all ranks, or of all but the longest rows."""
     dtype = compute_dtype(student, teacher)
     if exclude_long_rows:
         sides = [student, teacher]

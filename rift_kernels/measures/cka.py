@@ -24,8 +24,9 @@ from .coefficients import (
     times,
 )
 
-# Of so few, centered rows have inner products of about -D / n, which U-centering takes off, and
-# independent ones leave sqrt(D): float32 would lose sqrt(D) / n times its rounding.
+# Up to so many rows, Gram matrices are float64. Centered rows have inner products of about -D / n,
+# which U-centering removes; of independent rows sqrt(D) is left, and float32 would lose sqrt(D) / n
+# times its rounding.
 _FEW_ROWS = 16
 
 
@@ -48,7 +49,7 @@ def _cka_gram(
     x, y = features.x, features.y
     if debiased and x.shape[-2] <= _FEW_ROWS:
         x, y = x.double(), y.double()
-    # Stacked, because a small call costs what its operations cost.
+    # Stacked, because the number of operations decides what a small call costs.
     k = torch.stack(backend.moments(x, y, True, "xx yy")[::2], -3)
     inverse = safe_inverse(_u_center_(k, features) if debiased else norm(k))
     xx, yy = scale_(k, inverse).unbind(-3)
@@ -62,14 +63,14 @@ def _cka_gram(
 
 
 def _u_center_(k: Tensor, features: Centered) -> Tensor:
-    """U-center Gram matrices (..., 2, N, N) in place, diagonals and row sums becoming 0.
+    """U-center Gram matrices (..., 2, N, N) in place: diagonals and row sums become 0.
 
     ``<Kx, Ky> / (n (n-3))`` of such matrices is the unbiased estimator of HSIC (Szekely & Rizzo
-    2014). It is summed from what is left, and so does not cancel where one row is far longer than
-    all others, as ``||C||^2 - sum_i r_i q_i + ...`` does.
+    2014). Where one row is far longer than all others it does not cancel, as
+    ``||C||^2 - sum_i r_i q_i + ...`` does.
 
     Returns:
-        Their norms (..., 2), 0 where what is left is rounding.
+        Their norms (..., 2), 0 where only rounding is left.
     """
     n = features.count[..., None, None]
     diagonal = k.diagonal(dim1=-2, dim2=-1)
@@ -110,7 +111,7 @@ def _cka_covariance(
 def _cka_debiased(
     features: Centered, blocks: Callable[[], tuple[Any, ...]], wanted: Wanted, distance: bool
 ) -> ValueAndCoefficients:
-    """From second moments without the long rows."""
+    """Debiased CKA from second moments without the long rows."""
     long = features.long
     assert long is not None
     sides = [features.x, features.y]
@@ -121,9 +122,10 @@ def _cka_debiased(
     norms = torch.stack([norm(block) for block in (xx, xy, xy, yy)], -1).unflatten(-1, (2, 2))
     squares = (norms * (root.unsqueeze(-1) * root.unsqueeze(-2))).square()
     h, size, total = hsic.estimate(pairs, squares, features.count, features.ranks)
-    own = h.diagonal(dim1=-2, dim2=-1)
-    # What is left of the sums by less than this is made of rounding, and counts as nothing.
-    inverse_h = own.reciprocal().masked_fill_(own <= 16 * torch.finfo(xx.dtype).eps * size, 0.0)
+    h_same = h.diagonal(dim1=-2, dim2=-1)
+    # Less than this is rounding, and counts as no variance.
+    rounding = 16 * torch.finfo(xx.dtype).eps * size
+    inverse_h = h_same.reciprocal().masked_fill_(h_same <= rounding, 0.0)
     inverse_root = inverse_h.prod(-1).sqrt()
     value = nan_below(h[..., 0, 1] * inverse_root, features.count, 4)
     result, sign = similarity(value, distance)
@@ -132,23 +134,14 @@ def _cka_debiased(
     alpha, beta = -2 * sign * value.unsqueeze(-1) * inverse_h, 2 * sign * inverse_root
     alpha_x, alpha_y = alpha.unbind(-1)
     factors = torch.stack([alpha_x, beta, beta, alpha_y], -1).unflatten(-1, (2, 2))
+    count, ranks = features.count, features.ranks
     slopes = [
-        hsic.slope(
-            pairs,
-            total,
-            features.count,
-            factors[..., i, :],
-            i,
-            sides[i],
-            long,
-            root,
-            features.ranks,
-        )
+        hsic.slope(pairs, total, count, factors[..., i, :], i, sides[i], long, root, ranks)
         if is_wanted
         else hsic.NO_SLOPE
         for i, is_wanted in enumerate(wanted)
     ]
-    # Products with blocks are those of long rows, too.
+    # The backward multiplies the blocks by all rows, so the long ones return to their places.
     for side, rows in zip(sides, long.sides, strict=True):
         long.put_(side, rows)
     student, teacher = slopes
@@ -171,12 +164,12 @@ def _cka_blocks(
     beta: Tensor,
     wanted: Wanted,
 ) -> Coefficients:
-    """Both factors of A, C and B, for those in units of which ``inverse`` (..., 2) is one over."""
+    """Coefficients of A, C and B in units of the sides; ``inverse`` (..., 2) is one over those."""
     inverse_x, inverse_y = inverse.unbind(-1)
     alpha_x, alpha_y = alpha.unbind(-1)
     cross_scale = inverse.sqrt().prod(-1)
     return Coefficients(
-        # Two factors each, because their product may not be a float32.
+        # Two factors, because their product may exceed float32.
         xx=scale_(xx, inverse_x, alpha_x * inverse_x) if wanted.student else None,
         xy=scale_(xy, cross_scale, beta * cross_scale),
         yy=scale_(yy, inverse_y, alpha_y * inverse_y) if wanted.teacher else None,

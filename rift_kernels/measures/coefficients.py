@@ -1,4 +1,4 @@
-"""The one form that every gradient has, and the arithmetic of its coefficients.
+"""The form that all gradients have, and the arithmetic of its coefficients.
 
 With ``n`` valid rows and centered ``Xc`` and ``Yc``::
 
@@ -8,8 +8,8 @@ With ``n`` valid rows and centered ``Xc`` and ``Yc``::
                       grad_Y = yy Yc + xy^T Xc + wy * Yc + by
 
 A measure is one function, ``features, backend, gram, wanted, settings -> value, coefficients``. It
-asks the backend for the blocks of second moments that it needs, and names the coefficients. Values
-are combined in float64, from blocks scaled to unit norm where the measure is relative. So only the
+gets the blocks of second moments that it needs from the backend, and names the coefficients. Values
+are combined in float64, from blocks scaled to unit norm if the measure is relative. So only the
 blocks themselves can overflow or underflow, and no absolute epsilon is needed.
 
 In covariance form the rows may be spread over ranks, so each sum over rows passes through
@@ -27,7 +27,7 @@ from .centered import Centered
 
 
 class Coefficients(NamedTuple):
-    """The gradient's coefficients; None where a term is absent or its gradient is not wanted."""
+    """The gradient's coefficients; None if a term is absent or its gradient is not wanted."""
 
     xx: Tensor | None = None
     xy: Tensor | None = None
@@ -36,8 +36,8 @@ class Coefficients(NamedTuple):
     wy: Tensor | None = None
     bx: Tensor | None = None  # (..., D1)
     by: Tensor | None = None  # (..., D2)
-    left_x: Tensor | None = None  # (..., N, k), and
-    right_x: Tensor | None = None  # (..., k, D1), whose product is another term
+    left_x: Tensor | None = None  # (..., N, k): left_x @ right_x is a term of low rank
+    right_x: Tensor | None = None  # (..., k, D1)
     left_y: Tensor | None = None
     right_y: Tensor | None = None
 
@@ -53,7 +53,7 @@ ValueAndCoefficients = tuple[Tensor, Coefficients]
 
 
 def safe_inverse(x: Tensor) -> Tensor:
-    """1 / x, and 0 at 0: what has no variance contributes nothing. NaN and overflow give NaN."""
+    """1 / x, and 0 at 0, so that no variance contributes nothing. NaN and overflow give NaN."""
     return (x.reciprocal() + (x - x)).masked_fill_(x == 0, 0.0)
 
 
@@ -64,14 +64,14 @@ def norm(matrix: Tensor) -> Tensor:
 
 def inner(a: Tensor, b: Tensor) -> Tensor:
     """Inner products of matrices, float64."""
-    # Rows in their own dtype: to cast all of it would cost more than to sum it.
+    # Rows are summed in their dtype: a cast of the whole product would cost more than its sum.
     return (a * b).sum(-1).double().sum(-1)
 
 
 def _as_factor(factor: Tensor, block: Tensor) -> Tensor:
-    """One number per layer in the shape and dtype that multiply a block."""
+    """One number per layer, in the shape and dtype to multiply a block."""
     factor = factor.to(block.dtype)
-    # Of a single layer as a scalar: torch has a faster way for those.
+    # A scalar for a single layer, because torch multiplies by scalars faster.
     return factor[..., None, None] if factor.dim() else factor
 
 
@@ -96,12 +96,12 @@ def plus_diagonal_(block: Tensor, number: Tensor | float) -> Tensor:
 
 
 def nan_below(value: Tensor, count: Tensor, minimum: int) -> Tensor:
-    """NaN where too few rows are valid: a mask on a GPU cannot be checked without waiting."""
+    """The value, NaN where too few rows are valid: reading a mask on a GPU would stall."""
     return value.masked_fill(count < minimum, float("nan"))
 
 
 def similarity(value: Tensor, distance: bool) -> tuple[Tensor, int]:
-    """The value, or 1 less it, still in float64; and the sign of the gradient."""
+    """The value, or 1 minus it, still in float64; and the sign of the gradient."""
     return (1 - value, -1) if distance else (value, 1)
 
 

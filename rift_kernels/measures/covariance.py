@@ -39,11 +39,13 @@ def covariance(
         uu, uv, vv = backend.moments(
             features.x - features.y, features.x + features.y, gram, "xx xy yy"
         )
-        both = uv + uv.mT
-        yy = (uu + vv - both) / 4
-        # Tensor cores leave a rest of what cancels: what does not vary is told by itself.
-        flat_x, flat_y = ((side == 0).flatten(-2).all(-1) for side in (features.x, features.y))
-        norm_y = norm(yy).masked_fill(flat_y, 0.0)
+        crossed = uv + uv.mT
+        yy = (uu + vv - crossed) / 4
+        # Tensor cores leave rounding where terms cancel, so constant sides are looked for directly.
+        is_constant_x, is_constant_y = (
+            (side == 0).flatten(-2).all(-1) for side in (features.x, features.y)
+        )
+        norm_y = norm(yy).masked_fill(is_constant_y, 0.0)
     else:
         xx, _, yy = features.ranks.blocks(*backend.moments(features.x, features.y, gram, "xx yy"))()
         difference = xx - yy
@@ -60,18 +62,18 @@ def covariance(
         difference = times(difference, inverse_unit)
         value = norm(difference).square()
     mean_value, bias = mean_term(features, mean_weight)
-    # What the teacher's own norm in the denominator adds to its gradient.
+    # The teacher's norm in the denominator adds this to its gradient.
     denominator = value if scale == "relative" else torch.zeros_like(value)
     outer = nan_below(4 * inverse_unit, features.count, 2)
     value = nan_below(value + mean_value, features.count, 2)
     yy = times(yy, inverse_unit)
     if gram:
-        both = uv + uv.mT
+        crossed = uv + uv.mT
         coefficients = Coefficients(
-            xx=times((uu + vv + both) / 4, outer) if wanted.student else None,
-            # - Xc Yc^T
+            xx=times((uu + vv + crossed) / 4, outer) if wanted.student else None,
+            # The block -Xc Yc^T.
             xy=times((uu - vv - uv + uv.mT) / 4, outer).masked_fill(
-                (flat_x | flat_y)[..., None, None], 0.0
+                (is_constant_x | is_constant_y)[..., None, None], 0.0
             ),
             yy=times(yy, outer * (1 - denominator)) if wanted.teacher else None,
         )

@@ -1,4 +1,4 @@
-"""What Procrustes and Bures share: each is the other with rows and columns exchanged."""
+"""The parts that Procrustes and Bures share; each is the other with rows and columns swapped."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ def polar(
 def transport(
     features: Centered, backend: ModuleType, gram: bool, exact: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Transport maps between the own blocks, and their fidelity.
+    """Transport maps between the blocks of X and of Y, and their fidelity.
 
-    The blocks are summed in float64: the map inverts one of them, and where that is singular the
-    rounding of a float32 sum would be what is inverted.
+    The blocks are summed in float64: the map inverts one of them, and if that is singular, it would
+    invert the rounding of a float32 sum.
     """
     xx, _, yy = features.ranks.blocks(
         *backend.moments(features.x.double(), features.y.double(), gram, "xx yy")

@@ -1,26 +1,26 @@
 """The unbiased HSIC from second moments and a few long rows, and the coefficients of its gradient.
 
-Of one side or two, student and teacher; ``p_i`` are rows of a side about the mean of the rows R
-that are not long, S are the long rows, ``K = P P^T`` and ``L = Q Q^T`` for a pair of sides, and
-``k_i``, ``l_i`` are their row sums without the diagonal (Song et al. 2012)::
+A side is the student or the teacher. S are its long rows and R all others; ``p_i`` are the rows of
+a side P, minus the mean of R. For a pair of sides, ``K = P P^T`` and ``L = Q Q^T``, and ``k_i``,
+``l_i`` are their row sums without the diagonal (Song et al. 2012)::
 
     H = t1 + t2 t2' / ((n-1)(n-2)) - 2 t3 / (n-2)                [the caller divides by n (n-3)]
     t1 = sum_{i != j} K_ij L_ij = ||P_R^T Q_R||^2 - sum_R K_ii L_ii
                                 + 2 sum_{R, S} K_is L_is + sum_{s != s'} K_ss' L_ss'
     t2 = sum_i k_i,   t2' = sum_i l_i,   t3 = sum_i k_i l_i
 
-No sum but ``||P_R^T Q_R||^2`` has a long row's product with itself, and that one has none of S. The
-gradient is the U-centered L times the rows of P without the diagonal, ``a_i = l_i / (n-2)`` and
-``b = t2' / ((n-1)(n-2))``::
+No sum contains a long row's product with itself: only ``||P_R^T Q_R||^2`` has such products, and it
+excludes S. The gradient is the U-centered L, without its diagonal, times the rows of P; with
+``a_i = l_i / (n-2)`` and ``b = t2' / ((n-1)(n-2))``::
 
     1/2 dH/dp_i = M q_i + [i in R] (2 a_i - b - ||q_i||^2) p_i - sum_R a_j p_j
                 + sum_{s in S, s != i} (L_is - a_i - a_s + b) p_s,      M = P_R^T Q_R
 
-which is a product with a D x D matrix, a weight a row, and a product of rank k + 2: the columns
+This is a product with a D x D matrix, a weight per row, and a product of rank k + 2: the columns
 ``L_is``, ``a_i`` and 1 times the rows ``p_s``, ``-sum_S p_s`` and
 ``-sum_R a_j p_j - sum_S (a_s - b) p_s``.
 
-Everything is in units of the sides' energies, so that only the second moments may overflow.
+Everything is in units of the sides' energies, so that only the second moments can overflow.
 """
 
 from __future__ import annotations
@@ -37,19 +37,19 @@ from .long_rows import LongRows
 class Pairs(NamedTuple):
     """Inner products of rows of each side, stacked: float64, in units of the side's energy."""
 
-    energies: Tensor  # (..., sides, N), of R, else 0
-    near: Tensor  # (..., sides, N, k), of R with S
-    far: Tensor  # (..., sides, k, k), of S with S, 0 on the diagonal
-    sums: Tensor  # (..., sides, N), over all other rows, of R
-    far_sums: Tensor  # (..., sides, k), of S
+    energies: Tensor  # (..., sides, N): of R with themselves, 0 in S
+    near: Tensor  # (..., sides, N, k): of R with S
+    far: Tensor  # (..., sides, k, k): of S with S, 0 on the diagonal
+    sums: Tensor  # (..., sides, N): of R, each with all other rows
+    far_sums: Tensor  # (..., sides, k): of S, each with all other rows
 
 
 def pairs(sides: list[Tensor], long: LongRows, inverse: Tensor) -> Pairs:
-    """Sides about the mean of R, and one over their energies (..., sides)."""
+    """The products of sides minus the mean of R; ``inverse`` (..., sides) is one over energies."""
     energies = torch.stack([row_energy(side) for side in sides], -2) * inverse.unsqueeze(-1)
     scaled = [
-        rows * of_side[..., None, None]
-        for rows, of_side in zip(long.sides, inverse.unbind(-1), strict=True)
+        rows * factor[..., None, None]
+        for rows, factor in zip(long.sides, inverse.unbind(-1), strict=True)
     ]
     near = torch.stack(
         [side @ rows.to(side.dtype).mT for side, rows in zip(sides, scaled, strict=True)], -3
@@ -60,18 +60,18 @@ def pairs(sides: list[Tensor], long: LongRows, inverse: Tensor) -> Pairs:
 
 
 def estimate(p: Pairs, squares: Tensor, count: Tensor, ranks: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """H of all pairs of sides, the size of what float32 sums to it, and t2.
+    """H of all pairs of sides, the size of the terms that sum to it, and t2.
 
     Args:
         squares: ``||P_R^T Q_R||^2`` of all pairs of sides, in their units, (..., sides, sides).
         count: n, (...).
-        ranks: sums over R.
+        ranks: sum over R.
 
     Returns:
-        (..., sides, sides), (..., sides) of the sides with themselves, (..., sides).
+        H (..., sides, sides); the size (..., sides) for each side with itself; t2 (..., sides).
     """
     near, far = p.near.flatten(-2), p.far.flatten(-2)
-    total, own, cross, mixed = ranks.total(
+    total, diagonal, cross, mixed = ranks.total(
         p.sums.sum(-1), p.energies @ p.energies.mT, near @ near.mT, p.sums @ p.sums.mT
     )()
     total = total + p.far_sums.sum(-1)
@@ -79,14 +79,14 @@ def estimate(p: Pairs, squares: Tensor, count: Tensor, ranks: Any) -> tuple[Tens
     size = squares + 2 * cross + far @ far.mT
     n = count[..., None, None]
     outer = total.unsqueeze(-1) * total.unsqueeze(-2)
-    h = size - own + outer / ((n - 1) * (n - 2)) - 2 * mixed / (n - 2)
+    h = size - diagonal + outer / ((n - 1) * (n - 2)) - 2 * mixed / (n - 2)
     return h, size.diagonal(dim1=-2, dim2=-1), total
 
 
 class Slope(NamedTuple):
-    """What one side's gradient has beside products with D x D matrices; None where not wanted."""
+    """The terms of a side's gradient apart from D x D products; None if it is not wanted."""
 
-    weight: Tensor | None  # (..., N), of a row itself
+    weight: Tensor | None  # (..., N), multiplies the row itself
     left: Tensor | None  # (..., N, k + 2)
     right: Tensor | None  # (..., k + 2, D)
 
@@ -105,13 +105,13 @@ def slope(
     root: Tensor,
     ranks: Any,
 ) -> Slope:
-    """With respect to P, side ``index``, of ``1/2 sum_Q factors_Q H(P, Q)``.
+    """The gradient of ``1/2 sum_Q factors_Q H(P, Q)`` with respect to P, side ``index``.
 
     Args:
         p, total: of all sides Q.
         factors: (..., sides), in units of energies.
         side: P, 0 in long rows.
-        root: (..., sides), of one over the sides' energies. Half of it is on the left and half on
+        root: (..., sides), the root of one over the energies: one for the left factor and one for
             the right, so that neither leaves float32.
     """
     long_side, root = long.sides[index], root[..., index]
@@ -119,18 +119,18 @@ def slope(
     mix = (factors * root.unsqueeze(-1)).unsqueeze(-2)
     average = (mix @ p.sums).squeeze(-2) / (n - 2)
     far_average = (mix @ p.far_sums).squeeze(-2) / (n - 2)
-    both = (mix @ total.unsqueeze(-1)).squeeze(-1) / ((n - 1) * (n - 2))
-    weight = 2 * average - both - (mix @ p.energies).squeeze(-2)
+    offset = (mix @ total.unsqueeze(-1)).squeeze(-1) / ((n - 1) * (n - 2))
+    weight = 2 * average - offset - (mix @ p.energies).squeeze(-2)
     near = (mix @ p.near.flatten(-2)).view(*average.shape, p.near.shape[-1])
     ones = torch.ones_like(average)
     table = torch.cat([near, torch.stack([average, ones, weight], -1)], -1)
-    # Of long rows: no product with itself, and no weight.
+    # A long row has no product with itself, and no weight.
     far = (mix @ p.far.flatten(-2)).view(*far_average.shape, p.far.shape[-1])
-    far.diagonal(dim1=-2, dim2=-1).copy_(2 * far_average - both)
-    rest = torch.stack([far_average, torch.ones_like(far_average)], -1)
-    long.put_(table, torch.nn.functional.pad(torch.cat([far, rest], -1), (0, 1)))
-    (moved,) = ranks.total(_weighted_sum(average.to(side.dtype), side))()
-    constant = moved + _weighted_sum(far_average - both, long_side)
+    far.diagonal(dim1=-2, dim2=-1).copy_(2 * far_average - offset)
+    columns = torch.stack([far_average, torch.ones_like(far_average)], -1)
+    long.put_(table, torch.nn.functional.pad(torch.cat([far, columns], -1), (0, 1)))
+    (weighted,) = ranks.total(_weighted_sum(average.to(side.dtype), side))()
+    constant = weighted + _weighted_sum(far_average - offset, long_side)
     right = torch.cat([long_side, -torch.stack([long_side.sum(-2), constant], -2)], -2)
     return Slope(
         (table[..., -1] * root.unsqueeze(-1)).to(side.dtype, copy=True),

@@ -1,10 +1,10 @@
-"""The longest rows of a batch: found, and kept out of the mean and of the sums over rows.
+"""The longest rows of a batch, which are kept out of the mean and of sums over rows.
 
-A language model's first token is a thousand times as long as all others. Debiasing removes what a
-row gives with itself, ``||x_i||^4``, which is then nearly all of ``||A||^2``: a difference in which
-nothing of the rest is left. So the longest rows stay out of the second moments, and what they give
-with other rows is added by itself (:mod:`.hsic`). Nor do they move the mean: the unbiased HSIC does
-not depend on the centre, which is the mean of the others.
+A language model's first token can be a thousand times longer than all others. Debiasing subtracts
+each row's product with itself, ``||x_i||^4``. For such a row that is nearly all of ``||A||^2``, and
+the difference loses everything else. So the longest rows stay out of the second moments, and
+:mod:`.hsic` adds their products with other rows separately. They stay out of the mean as well: the
+unbiased HSIC does not depend on the centre, so it can be the mean of the other rows.
 """
 
 from __future__ import annotations
@@ -16,23 +16,24 @@ from torch import Tensor
 
 from .centering import Alone, mean_over_ranks, row_energy, subtract
 
-MOST = 8  # and at most half of all rows, or the others' mean would lie far from most of them
+# At most half of all rows, or the mean of the others would be far from most rows.
+MOST = 8
 
 
 class LongRows(NamedTuple):
-    """``k`` slots for the long rows of the whole batch, and which of them are rows of this process.
+    """``k`` slots for the long rows of the whole batch, and which of them this process has.
 
-    A side is one of student and teacher.
+    A side is the student or the teacher.
     """
 
-    sides: list[Tensor]  # (..., k, D), float64, about the mean of the others; 0 in an empty slot
+    sides: list[Tensor]  # (..., k, D), float64, minus the mean of the others; 0 in an empty slot
     candidates: Tensor  # (..., c): the longest rows of this process
-    # (..., c, k), float64: 1 where a candidate is in a slot; None where each is in its own.
+    # (..., c, k), float64: 1 where a candidate is in a slot; None if candidate i is in slot i.
     place: Tensor | None
-    energy: Tensor  # (..., sides), float64: of all rows about the mean of all
+    energy: Tensor  # (..., sides), float64: of all rows minus the mean of all
 
     def put_(self, rows: Tensor, values: Tensor | None = None) -> Tensor:
-        """Values (..., k, W) in place of the long ones among (..., N, W); without values, 0."""
+        """Replace the long rows of (..., N, W) in place by values (..., k, W), by default 0."""
         return _put_(rows, self.candidates, self.place, values)
 
 
@@ -43,39 +44,39 @@ def _gather(rows: Tensor, index: Tensor) -> Tensor:
 def _put_(
     rows: Tensor, index: Tensor, place: Tensor | None, values: Tensor | None = None
 ) -> Tensor:
-    where = index.unsqueeze(-1).expand(*index.shape, rows.shape[-1])
+    positions = index.unsqueeze(-1).expand(*index.shape, rows.shape[-1])
     if place is None and values is None:
-        return rows.scatter_(-2, where, 0.0)
+        return rows.scatter_(-2, positions, 0.0)
     if place is None or values is None:
-        new = torch.zeros_like(where, dtype=rows.dtype) if values is None else values
+        new = torch.zeros_like(positions, dtype=rows.dtype) if values is None else values
     else:
         new = place @ values
     if place is not None:
-        new = torch.where(place.sum(-1, keepdim=True) > 0, new, rows.gather(-2, where))
-    return rows.scatter_(-2, where, new.to(rows.dtype))
+        new = torch.where(place.sum(-1, keepdim=True) > 0, new, rows.gather(-2, positions))
+    return rows.scatter_(-2, positions, new.to(rows.dtype))
 
 
 def _longest(energies: Tensor, energy: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Shares of all energy, of whichever side a row has more of, and whose they are: (..., c)."""
+    """The largest shares of energy, on whichever side is larger, and their rows: (..., c)."""
     share = (energies / energy.unsqueeze(-1)).amax(-2)
     if mask is not None:
-        # Below those that have none, too.
+        # Below valid rows without energy.
         share = share.masked_fill(~mask, -1.0)
     largest = share.topk(min(MOST, share.shape[-1]), dim=-1)
     return largest.values, largest.indices
 
 
 def _filled(count: Tensor, slots: int) -> Tensor:
-    """Which slots hold a row, (..., slots)."""
+    """Whether each slot holds a row, (..., slots)."""
     return torch.arange(slots, device=count.device) < (count / 2).floor().unsqueeze(-1)
 
 
 def center(
     sides: list[Tensor], mask: Tensor | None, dtype: torch.dtype, ranks: Any = Alone
 ) -> tuple[list[Tensor], list[Tensor], Tensor, LongRows]:
-    """Sides about the mean of the rows that are not long, those means, count, and the long rows.
+    """Sides minus the mean of the rows that are not long, those means, count, and the long rows.
 
-    Masked rows and long ones are exact zeros. The rows may be spread over ranks.
+    Masked rows and long rows become exact zeros. The rows may be spread over ranks.
     """
     if ranks is Alone:
         return _center(sides, mask, dtype)
@@ -85,7 +86,7 @@ def center(
 def _center(
     sides: list[Tensor], mask: Tensor | None, dtype: torch.dtype
 ) -> tuple[list[Tensor], list[Tensor], Tensor, LongRows]:
-    """Without ranks. A mean is subtracted twice, for the reason that ``centering.center`` has."""
+    """All rows on this process. Means are subtracted twice, as ``centering.center`` explains."""
     sides = [side.to(dtype) for side in sides]
     shape, device = sides[0].shape[:-1], sides[0].device
     if mask is None:
@@ -98,7 +99,7 @@ def _center(
         centered = torch.sub(side, mean.to(dtype), out=out)
         return centered if mask is None else centered.masked_fill_(~mask.unsqueeze(-1), 0.0)
 
-    # In float64, of which enough is left without a row that is longer by far.
+    # In float64, so that enough digits are left after a far longer row is subtracted.
     sums = [side.sum(-2, keepdim=True, dtype=torch.float64) for side in sides]
     per_row = count[..., None, None].reciprocal()
     centered = [without(*side) for side in zip(sides, (per_row * s for s in sums), strict=True)]
@@ -106,30 +107,30 @@ def _center(
     energy = energies.sum(-1)
     _, index = _longest(energies, energy, mask)
     place = None
-    others: Tensor | int = shape[-1] - MOST
-    # Of enough rows that are all valid, all slots are filled.
+    other_count: Tensor | int = shape[-1] - MOST
+    # Without a mask, enough rows fill all slots.
     if mask is not None or shape[-1] < 2 * MOST:
         place = torch.diag_embed(_filled(count, index.shape[-1]).double())
-        others = (count - place.sum((-2, -1))).clamp_(min=1)[..., None, None]
+        other_count = (count - place.sum((-2, -1))).clamp_(min=1)[..., None, None]
     long, middles = [], []
-    for side, total, own in zip(sides, sums, centered, strict=True):
+    for side, total, out in zip(sides, sums, centered, strict=True):
         rows = _gather(side, index).double()
         if place is not None:
             rows = place @ rows
-        middle = ((total - rows.sum(-2, keepdim=True)) / others).to(dtype)
-        _put_(without(side, middle, own), index, place)
-        rest = (own.sum(-2, keepdim=True) / others).to(dtype)
-        _put_(without(own, rest, own), index, place)
-        moved = (middle + rest.double()).expand_as(rows)
-        long.append(rows - (moved if place is None else place @ moved))
-        middles.append((middle + rest).squeeze(-2))
+        middle = ((total - rows.sum(-2, keepdim=True)) / other_count).to(dtype)
+        _put_(without(side, middle, out), index, place)
+        residual = (out.sum(-2, keepdim=True) / other_count).to(dtype)
+        _put_(without(out, residual, out), index, place)
+        shift = (middle + residual.double()).expand_as(rows)
+        long.append(rows - (shift if place is None else place @ shift))
+        middles.append((middle + residual).squeeze(-2))
     return centered, middles, count, LongRows(long, index, place, energy)
 
 
 def _center_over_ranks(
     sides: list[Tensor], mask: Tensor | None, dtype: torch.dtype, ranks: Any
 ) -> tuple[list[Tensor], list[Tensor], Tensor, LongRows]:
-    """With rows spread over ranks; this rank may have none."""
+    """Rows spread over ranks; this rank may have none."""
     sides = [side.to(dtype) for side in sides]
     means, count, _ = mean_over_ranks(sides, mask, ranks.total)
     centered = [subtract(side, mean, mask) for side, mean in zip(sides, means, strict=True)]
@@ -146,20 +147,22 @@ def _center_over_ranks(
     centered = [subtract(side, mean, short) for side, mean in zip(sides, means, strict=True)]
     filled = _filled(count, MOST).unsqueeze(-1)
     long = [
-        (of_side - mean.unsqueeze(-2)).masked_fill(~filled, 0.0)
-        for of_side, mean in zip(rows, means, strict=True)
+        (side_rows - mean.unsqueeze(-2)).masked_fill(~filled, 0.0)
+        for side_rows, mean in zip(rows, means, strict=True)
     ]
     means = [mean.to(dtype) for mean in means]
     return centered, means, count, LongRows(long, index, place, energy)
 
 
 def _places(share: Tensor, count: Tensor, ranks: Any) -> Tensor:
-    """Which candidates of this rank are among the longest of all ranks, and in which slot."""
-    own = share.shape[-1]
+    """The slots of those candidates of this rank that are among the longest of all ranks."""
+    count_here = share.shape[-1]
     # A rank with few rows sends as much as all others.
-    padded = torch.nn.functional.pad(share, (0, MOST - own), value=-2.0)
-    everybody = ranks.exchange(padded.contiguous()).movedim(0, -2).flatten(-2)
-    winners = everybody.sort(dim=-1, descending=True, stable=True).indices[..., :MOST]
-    candidates = ranks.rank * MOST + torch.arange(own, device=share.device)
-    taken = (winners.unsqueeze(-2) == candidates.unsqueeze(-1)) & _filled(count, MOST).unsqueeze(-2)
-    return taken.double()
+    padded = torch.nn.functional.pad(share, (0, MOST - count_here), value=-2.0)
+    shares = ranks.exchange(padded.contiguous()).movedim(0, -2).flatten(-2)
+    longest = shares.sort(dim=-1, descending=True, stable=True).indices[..., :MOST]
+    candidates = ranks.rank * MOST + torch.arange(count_here, device=share.device)
+    in_slot = (longest.unsqueeze(-2) == candidates.unsqueeze(-1)) & _filled(count, MOST).unsqueeze(
+        -2
+    )
+    return in_slot.double()

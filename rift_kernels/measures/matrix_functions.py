@@ -1,7 +1,7 @@
 """Polar factors and optimal-transport maps, by matrix products alone or by exact factorisation.
 
-Everything here runs in float64: the matrices are small beside the features, and the gradients made
-of them are differences of near-equal terms.
+Everything here runs in float64: the matrices are small beside the features, and the gradients that
+use them are differences of near-equal terms.
 """
 
 from __future__ import annotations
@@ -11,10 +11,11 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-# x -> a x + b x^3 + c x^5, applied to the singular values one step after the other. Each step is
-# the minimax approximation of 1 on the interval that the step before it leaves (the construction of
-# Amsel et al., "The Polar Express", 2025), taken at x / 1.01 while that begins near 0, so that
-# rounding cannot push a value out of it. The composition is 1 +- 3e-12 on [1.4e-8, 1] ...
+# x -> a x + b x^3 + c x^5, applied to the singular values, one step after another. Each step is the
+# minimax approximation of 1 on the interval that the previous step leaves, as constructed by Amsel
+# et al. ("The Polar Express", 2025). While that interval begins near 0, the step is taken at
+# x / 1.01, so that rounding cannot push a value out. The composition is 1 +- 3e-12 on
+# [1.4e-8, 1] ...
 POLAR_STEPS = (
     (8.430001641116219, -24.538215610980146, 17.85658121065871),
     (4.21500009576927, -3.0672765655713934, 0.5580181490157177),
@@ -32,7 +33,7 @@ POLAR_STEPS = (
     (1.8800624807876143, -1.2564453859618612, 0.3763864519568857),
     (1.8750007690251558, -1.2500015160192837, 0.3750007469941105),
 )
-# ... and 1 +- 8e-12 on [1e-6, 1] for roots of eigenvalues: below, rounding rules.
+# ... and 1 +- 8e-12 on [1e-6, 1] for roots of eigenvalues; below that, rounding dominates.
 TRANSPORT_STEPS = (
     (8.429958930684629, -24.53805022316512, 17.8564522111289),
     (4.214927770625356, -3.067228037906838, 0.5580128644966584),
@@ -62,32 +63,32 @@ def polar(matrix: Tensor, backend: ModuleType) -> tuple[Tensor, Tensor]:
     """The polar factor ``U V^T`` of ``matrix = U S V^T``, and the nuclear norm ``sum(S)``.
 
     Newton-Schulz: odd quintic steps, three products each. Singular values under 1.4e-8 of the
-    Frobenius norm count in part, those that are 0 not at all, so the factor stays bounded and
-    finite where the derivative of an SVD is not.
+    Frobenius norm count in part, zeros not at all. So the factor stays bounded and finite where the
+    derivative of an SVD does not.
 
     Args:
         matrix: (..., M, N), float64.
-        backend: multiplies.
+        backend: computes the products.
 
     Returns:
         The factor (..., M, N) and the nuclear norm (...).
     """
-    wide = matrix.shape[-2] < matrix.shape[-1]
-    x = matrix.mT if wide else matrix
+    is_wide = matrix.shape[-2] < matrix.shape[-1]
+    x = matrix.mT if is_wide else matrix
     x = _divide(x, _frobenius_norm(x))
     for a, b, c in POLAR_STEPS:
         gram = backend.symmetric(x.mT, x)
         x = a * x + backend.product(x, b * gram + c * backend.symmetric(gram, gram))
-    factor = x.mT if wide else x
+    factor = x.mT if is_wide else x
     return factor, (factor * matrix).sum((-2, -1))
 
 
 def polar_svd(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """:func:`polar` by singular value decomposition: exact, slow, for checking."""
+    """:func:`polar` by singular value decomposition: exact but slow, for checking."""
     matrix, poison = _finite(matrix)
     u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
-    kept = s > _rounding(s, matrix)
-    return (u * kept.unsqueeze(-2)) @ vh + poison, s.sum(-1) + poison[..., 0, 0]
+    is_nonzero = s > _rounding(s, matrix)
+    return (u * is_nonzero.unsqueeze(-2)) @ vh + poison, s.sum(-1) + poison[..., 0, 0]
 
 
 def transport(a: Tensor, b: Tensor, backend: ModuleType) -> tuple[Tensor, Tensor, Tensor]:
@@ -97,13 +98,12 @@ def transport(a: Tensor, b: Tensor, backend: ModuleType) -> tuple[Tensor, Tensor
     inverse; the fidelity is ``tr((a^1/2 b a^1/2)^1/2) = <a, forth>``.
 
     Coupled Newton-Schulz on the pair (b, a): polynomials like those of :func:`polar` act on the
-    eigenvalues of ``a b``, and the two iterates converge to ``forth`` and ``back`` with no matrix
-    inverted and no square root taken. Roots of these eigenvalues under 1e-6 of the norms count in
-    part.
+    eigenvalues of ``a b``. The two iterates converge to ``forth`` and ``back`` without a matrix
+    inverse or square root. Roots of these eigenvalues under 1e-6 of the norms count in part.
 
     Args:
         a, b: (..., N, N), symmetric positive semidefinite, float64.
-        backend: multiplies.
+        backend: computes the products.
 
     Returns:
         forth (..., N, N), back (..., N, N), fidelity (...).
@@ -114,16 +114,16 @@ def transport(a: Tensor, b: Tensor, backend: ModuleType) -> tuple[Tensor, Tensor
     for c1, c3, c5 in TRANSPORT_STEPS:
         product = backend.product(z, y)
         step = c1 * eye + c3 * product + c5 * backend.product(product, product)
-        # Polynomials in z y between y and z: symmetric.
+        # Symmetric, because the step is a polynomial in z y.
         y, z = backend.symmetric(y, step), backend.symmetric(step, z)
-    # Symmetric in exact arithmetic; rounding must not leak into a gradient that relies on it.
+    # Symmetric in exact arithmetic, and made so here because the gradient relies on it.
     forth = _divide(0.5 * (y + y.mT) * norm_b.sqrt(), norm_a.sqrt())
     back = _divide(0.5 * (z + z.mT) * norm_a.sqrt(), norm_b.sqrt())
     return forth, back, (forth * a).sum((-2, -1))
 
 
 def transport_eigh(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """:func:`transport` by eigendecomposition: exact, slow, for checking."""
+    """:func:`transport` by eigendecomposition: exact but slow, for checking."""
     (a, poison_a), (b, poison_b) = _finite(a), _finite(b)
     poison = poison_a + poison_b
     root_a, root_b = _square_root(a), _square_root(b)
@@ -136,9 +136,9 @@ def transport_eigh(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def eigenvalues(a: Tensor) -> Tensor:
-    """Of symmetric matrices (..., N, N), ascending (..., N); NaN where something is not finite.
+    """Eigenvalues (..., N), ascending, of symmetric (..., N, N); NaN for a matrix with NaN or Inf.
 
-    Differentiable, also where eigenvalues repeat: their gradients are made of eigenvectors alone.
+    Differentiable even where eigenvalues repeat: the gradients need only eigenvectors.
     """
     a, poison = _finite(a)
     return torch.linalg.eigvalsh(a) + poison[..., 0]
@@ -151,12 +151,12 @@ def _square_root(a: Tensor) -> Tensor:
 
 
 def _rounding(spectrum: Tensor, matrix: Tensor) -> Tensor:
-    """What cannot be told from zero in this spectrum."""
+    """The size below which entries of this spectrum count as 0."""
     largest = spectrum.abs().amax(-1, keepdim=True)
     return largest * torch.finfo(spectrum.dtype).eps * max(matrix.shape[-2:])
 
 
 def _finite(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """The matrix without NaN and Inf, at which LAPACK raises, and what to add to get NaN back."""
+    """0 in place of matrices with NaN or Inf, at which LAPACK raises, and a term that adds NaN."""
     finite = torch.isfinite(matrix).all(-1, keepdim=True).all(-2, keepdim=True)
     return torch.where(finite, matrix, 0.0), torch.where(finite, 0.0, float("nan"))

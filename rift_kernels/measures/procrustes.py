@@ -23,7 +23,7 @@ from .coefficients import (
 def procrustes(
     features: Centered, backend: ModuleType, gram: bool, wanted: Wanted, method: str, distance: bool
 ) -> ValueAndCoefficients:
-    """Nuclear norm of the cross-covariance over the norms of the features.
+    """The nuclear norm of the cross-covariance, divided by the norms of the features.
 
     The nuclear norm is ``<C, polar(C)>``; in Gram form it is the fidelity of Kx and Ky.
     """
@@ -40,15 +40,15 @@ def procrustes(
     value = nan_below(nuclear * scale, features.count, 2)
     result, sign = similarity(value, distance)
     scale = sign * scale
-    own_x, own_y = -sign * value * inverse_x, -sign * value * inverse_y
+    weight_x, weight_y = -sign * value * inverse_x, -sign * value * inverse_y
     if gram:
-        # A difference of near-equal terms: one matrix, formed in float64 and kept so.
+        # A difference of near-equal terms, so both are one matrix, which stays float64.
         return result, Coefficients(
-            xx=plus_diagonal_(scale_(forth, scale), own_x) if wanted.student else None,
-            yy=plus_diagonal_(scale_(back, scale), own_y) if wanted.teacher else None,
+            xx=plus_diagonal_(scale_(forth, scale), weight_x) if wanted.student else None,
+            yy=plus_diagonal_(scale_(back, scale), weight_y) if wanted.teacher else None,
         )
     return result, Coefficients(
         xy=times(factor, scale).to(features.x.dtype),
-        wx=own_x.to(features.x.dtype).unsqueeze(-1),
-        wy=own_y.to(features.x.dtype).unsqueeze(-1),
+        wx=weight_x.to(features.x.dtype).unsqueeze(-1),
+        wy=weight_y.to(features.x.dtype).unsqueeze(-1),
     )

@@ -13,7 +13,7 @@ from .coefficients import Coefficients, norm, safe_inverse, times
 
 
 class Moments(NamedTuple):
-    """What is computed, differentiable but for the count."""
+    """The results, differentiable except for the count."""
 
     mean: Tensor  # (..., D)
     count: Tensor  # type: ignore[assignment]  # (...), float64
@@ -22,9 +22,9 @@ class Moments(NamedTuple):
 
 
 class Saved(NamedTuple):
-    """What the gradient is made of."""
+    """What the backward needs."""
 
-    rows: Tensor  # (..., N, D), about the mean of those that are not long
+    rows: Tensor  # (..., N, D), minus the mean of those that are not long
     shift: Tensor  # (..., D), from that mean to the mean of all
     scatter: Tensor  # (..., D, D), without the long rows
     inverse: Tensor  # (...): one over the energy of all rows
@@ -44,8 +44,8 @@ def forward(
     (scatter,) = pending()
     square = (norm(scatter) * inverse[..., 0]).square()[..., None, None]
     h, _, total = hsic.estimate(pairs, square, count, ranks)
-    one = torch.ones_like(inverse)
-    slope = hsic.slope(pairs, total, count, one, 0, x, long, inverse.sqrt(), ranks)
+    ones = torch.ones_like(inverse)
+    slope = hsic.slope(pairs, total, count, ones, 0, x, long, inverse.sqrt(), ranks)
     (rows,) = long.sides
     long.put_(x, rows)
     shift = rows.sum(-2) / count.unsqueeze(-1)
@@ -65,13 +65,13 @@ def coefficients(
 ) -> Coefficients:
     """Coefficients of the gradient with respect to the rows."""
     x, inverse = saved.rows, saved.inverse
-    # X stands in four places of H(X, X), and the slope is half of one. The slope is in units of the
-    # energy, and H in units of its square.
+    # X is both sides of H(X, X), and the slope is half the gradient of one: a factor of 4. It is in
+    # units of the energy, and H in units of its square.
     factor = 4 * grad_square * safe_inverse(inverse)
     symmetric = grad_scatter + grad_scatter.mT
     per_row = (1 / count).to(x.dtype).unsqueeze(-1)
     return Coefficients(
-        # The rows are about the mean without the long ones, which the bias makes up for.
+        # The bias corrects for the mean that was subtracted, which excludes the long rows.
         xx=symmetric + times(times(saved.scatter, inverse), factor),
         bx=grad_mean * per_row - (saved.shift.unsqueeze(-2) @ symmetric).squeeze(-2),
         wx=(saved.weight * (factor * safe_inverse(inverse)).unsqueeze(-1)).to(x.dtype),

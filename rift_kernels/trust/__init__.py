@@ -1,1 +1,1 @@
-"""Which kernels ``auto`` may use: tests on known answers, and the verdicts they leave."""
+"""Which kernels ``auto`` may use: those that passed a test on known answers."""

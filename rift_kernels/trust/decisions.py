@@ -1,15 +1,26 @@
-"""What ``auto`` has decided about calls of a kind: a look into a dictionary, but for the first."""
+"""What ``auto`` has decided about each kind of call; after the first call, a dictionary look-up."""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 
 from . import self_test
 from .verdicts import Kernels
 
-# A backend, what it computes, for CKA each layer's form and the family of those in Gram form,
-# dtypes, a device.
-Kind = tuple[str, str, tuple[bool, ...], str, tuple[torch.dtype, ...], torch.device]
+
+class Kind(NamedTuple):
+    """Calls that run the same kernels, or nearly."""
+
+    backend: str
+    measure: str  # "cka", "distance" or "products"
+    gram: tuple[bool, ...]  # the form of each layer of CKA
+    gram_family: str  # of CKA's layers in Gram form: "small" or "gram", or "" without such layers
+    dtypes: tuple[torch.dtype, ...]
+    device: torch.device
+
+
 _decided: dict[Kind, bool] = {}
 
 
@@ -18,39 +29,38 @@ def is_trusted(kind: Kind, tracing: bool = False) -> bool:
 
     ``tracing``: torch.compile asks.
     """
-    known = _decided.get(kind)
-    if known is not None:
-        return known
-    reason, final = self_test.reason_against(kernels_of(kind), kind[-1], tracing)
+    decided = _decided.get(kind)
+    if decided is not None:
+        return decided
+    reason, final = self_test.reason_against(kernels_of(kind), kind.device, tracing)
     if final:
         _decided[kind] = reason is None
     return reason is None
 
 
 def withdraw(kind: Kind, reason: str) -> None:
-    """Use the kernels of such calls no more, in this process."""
+    """Stop using the kernels of such calls in this process."""
     _decided[kind] = False
-    self_test.say_once(kind, kernels_of(kind), reason)
+    self_test.warn_once(kind, kernels_of(kind), reason)
 
 
 def kernels_of(kind: Kind) -> tuple[Kernels, ...]:
     """The kernels that such calls run."""
-    backend, measure, gram, few, dtypes, _ = kind
-    families = [measure]
-    if measure == "cka":
-        families = [] if all(gram) else ["covariance"]
-        families += [few] if few else []
-        # Of both forms, those of the Gram form may have fewer rows than the others.
+    families = [kind.measure]
+    if kind.measure == "cka":
+        families = [] if all(kind.gram) else ["covariance"]
+        families += [kind.gram_family] if kind.gram_family else []
+        # The family is that of the layer with the most rows; those in Gram form may have few.
         families += ["small"] if families == ["covariance", "gram"] else []
-    names = dict.fromkeys(str(dtype).removeprefix("torch.") for dtype in dtypes)
+    dtypes = dict.fromkeys(str(dtype).removeprefix("torch.") for dtype in kind.dtypes)
     return tuple(
-        Kernels(backend, family, name)
+        Kernels(kind.backend, family, dtype)
         for family in families
-        for name in (("float32",) if family == "products" else names)
+        for dtype in (("float32",) if family == "products" else dtypes)
     )
 
 
 def forget() -> None:
-    """Know nothing, as a process that begins."""
+    """Forget every decision and test result, as if this process had just begun."""
     _decided.clear()
     self_test.forget()

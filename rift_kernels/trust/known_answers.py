@@ -1,9 +1,9 @@
-"""Known answers: small features, and what values and gradients kernels must find for them.
+"""Known answers: small features, and the values and gradients that kernels must compute for them.
 
-Features are whole numbers of at most 64, divided by 8: every dtype holds them exactly, so that one
-answer serves all, and no order of summation changes their raw moments. They are made by integer
-arithmetic, without torch's generators, and so are the same with every torch. A gradient is stored
-as what it gives between fixed columns of signs on both sides, which keeps the size of any error.
+Features are whole numbers of at most 64, divided by 8. Every dtype holds them exactly, so one
+answer serves all, and no order of summation changes their raw moments. Integer arithmetic makes
+them, so they are the same in every version of torch. A gradient G is stored as ``L^T G R`` for
+fixed columns of signs, which keeps the size of an error.
 ``python -m tests.support.known_answers`` writes known_answers.json from the definitions in float64.
 """
 
@@ -24,8 +24,7 @@ DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch
 SIGNS = 6
 _PRIME = 2**31 - 1
 
-
-# Products take float32 whatever the features are: those are centered first.
+# Products are of centered features, which are float32 for all these dtypes.
 FAMILIES = {
     "triton": {
         **dict.fromkeys(("small", "gram", "covariance", "distance"), tuple(DTYPES)),
@@ -48,16 +47,16 @@ class Case(NamedTuple):
     family: str
     layers: tuple[tuple[int, int, int], ...]
     measure: str = "cka"
-    settings: tuple[Any, ...] = (True, False)  # of CKA: debiased, distance
+    settings: tuple[Any, ...] = (True, False)  # for CKA: debiased, distance
     batch: int = 0
     masked: bool = False
     strided: bool = False
-    near: bool = False  # the student is nearly its teacher
-    massive: bool = False  # three rows are longer by far
+    near: bool = False  # the student is close to its teacher
+    massive: bool = False  # three rows are much longer than the others
     mixed: bool = False  # the teacher is float32
     sides: tuple[bool, bool] = (True, True)
     gram: bool = False
-    thorough: bool = False  # not part of what `auto` asks for
+    thorough: bool = False  # only the `check` command tries it, not `auto`
 
 
 BIASED = (False, True)
@@ -103,7 +102,7 @@ CASES = (
 
 
 class Features(NamedTuple):
-    """What a case puts in: one tensor a layer, and the gradient that comes into the values."""
+    """The input of a case: one tensor per layer, and the incoming gradient of the values."""
 
     students: list[Tensor]
     teachers: list[Tensor]
@@ -112,7 +111,7 @@ class Features(NamedTuple):
 
 
 def cases_of(kernels: Kernels, thorough: bool) -> list[Case]:
-    """What kernels are tried on; with ``thorough``, on everything that they take."""
+    """The cases that kernels are tested on; with ``thorough``, all that they can compute."""
     return [
         case
         for case in CASES
@@ -124,7 +123,7 @@ def cases_of(kernels: Kernels, thorough: bool) -> list[Case]:
 
 
 def features(case: Case, device: torch.device | str = "cpu") -> Features:
-    """In float64, which every dtype holds exactly; masked rows are NaN."""
+    """The features of a case in float64; any dtype holds them exactly. Masked rows are NaN."""
     students, teachers, masks = [], [], []
     for layer, (rows, width, other) in enumerate(case.layers):
         lead = (case.batch,) if case.batch else ()
@@ -145,32 +144,32 @@ def features(case: Case, device: torch.device | str = "cpu") -> Features:
         students.append(x.to(device))
         teachers.append(y.to(device))
     count = case.batch or len(case.layers)
-    # Large, as a gradient scaler makes it: small gradients are lost in float16.
+    # Large, as from a gradient scaler: small gradients are lost in float16.
     incoming = (256 + 64 * torch.arange(count, dtype=torch.float64)).to(device)
     return Features(students, teachers, masks, incoming if count > 1 or case.batch else incoming[0])
 
 
 def sketch(gradient: Tensor) -> Tensor:
-    """A gradient between columns of signs: (..., SIGNS, SIGNS) in float64, on the CPU."""
+    """A gradient between columns of signs, (..., SIGNS, SIGNS), in float64 on the CPU."""
     gradient = gradient.detach().double().cpu()
     left, right = (_signs(size, seed) for seed, size in enumerate(gradient.shape[-2:]))
     return left.T @ gradient @ right
 
 
 def key(case: Case) -> str:
-    """What the file of answers calls a case."""
+    """The name of a case in the file of answers."""
     return f"{case.family}: {case.name}"
 
 
 @cache
 def answers() -> dict[str, Any]:
-    """Of every case the values, and the sketches of the wanted gradients, students first."""
+    """For each case, its values and the sketches of its wanted gradients, students first."""
     stored: dict[str, Any] = json.loads(ANSWERS.read_text(encoding="utf-8"))
     return stored
 
 
 def _whole(shape: tuple[int, ...], bound: int, seed: int) -> Tensor:
-    """Numbers from -bound to bound that look like chance, as float64."""
+    """Pseudorandom whole numbers from -bound to bound, as float64."""
     count = torch.Size(shape).numel()
     numbers = torch.arange(1, count + 1) * 48271 + seed * 7_919_993
     for factor in (16807, 69621):

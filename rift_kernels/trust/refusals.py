@@ -1,15 +1,15 @@
-"""Launches that a GPU refuses: for want of resources, or of code for its architecture.
+"""Launches that a GPU refuses, for lack of resources or of code for its architecture.
 
-They leave nothing behind, so that something else can be launched instead. What fails within a
-kernel is another matter.
+A refused launch has no effect, so another kernel can run instead. An error inside a kernel is
+different: the GPU may be unusable after it.
 """
 
 from __future__ import annotations
 
-# Triton's own errors, by name: triton may not be there.
+# Triton's errors, by name because triton may not be installed.
 _TRITON = {"OutOfResources", "PTXASError", "CompilationError"}
-# In messages of CUDA's runtime and driver, by which csrc, Triton and torch report what they say.
-_WORDS = (
+# Parts of messages of CUDA's runtime and driver, as csrc, Triton and torch pass them on.
+_MESSAGES = (
     "cudaErrorInvalidConfiguration",
     "invalid configuration argument",
     "cudaErrorLaunchOutOfResources",
@@ -29,7 +29,7 @@ _WORDS = (
     "unsupported toolchain",
     "cudaErrorInvalidPtx",
     "a PTX JIT compilation failed",
-    # More shared memory than there is, or more parameters than the driver takes.
+    # Too much shared memory, or more parameters than the driver takes.
     "cudaErrorInvalidValue",
     "Triton Error [CUDA]: invalid argument",
     "PassManager::run failed",
@@ -41,17 +41,17 @@ def is_refusal(error: BaseException) -> bool:
     for cls in type(error).__mro__:
         if cls.__name__ in _TRITON and cls.__module__.partition(".")[0] == "triton":
             return True
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in _WORDS)
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in _MESSAGES)
 
 
 def first_line(error: BaseException) -> str:
-    """An error in a line."""
+    """An error's type and the first line of its message."""
     lines = str(error).strip().splitlines() or [""]
     return f"{type(error).__name__}: {lines[0][:300]}".removesuffix(": ")
 
 
-def explain(error: BaseException) -> None:
-    """Say in a refused launch's error what helps."""
+def add_advice(error: BaseException) -> None:
+    """Add to a refused launch's error how to avoid it."""
     note = (
         "rift_kernels: this GPU refuses to launch a kernel. backend='eager', or "
         "RIFT_KERNELS_BACKEND=eager for the whole process, does without it."

@@ -1,9 +1,9 @@
-"""What ``auto`` trusts: kernels that were seen to work on this GPU, with this software.
+"""The self-test: ``auto`` uses only kernels that passed it on this GPU, with this software.
 
-The first time that kernels would be used, a process of its own runs them on known answers: what
-crashes or never returns there takes nothing with it. The verdict is kept on disk. What could not be
-tried, because the GPU has no room or takes no second process, is not used either, and is tried
-again by the next process. ``python -m rift_kernels check`` says more, at any time.
+Before their first use, a separate process runs kernels on known answers, so that a crash or a hang
+does no harm. The verdict is kept on disk. Kernels cannot be tested if the GPU has no memory left or
+allows no second process; they are not used then, and the next process tests them again.
+``python -m rift_kernels check`` reports more, at any time.
 """
 
 from __future__ import annotations
@@ -32,36 +32,36 @@ ENVIRONMENT_VARIABLE = "RIFT_KERNELS_SELF_TEST"
 SETTINGS = {
     "0": "use kernels without a test",
     "1": "test kernels once (the default)",
-    "always": "test kernels once a process",
+    "always": "test kernels once per process",
 }
-# Seconds: until a process has torch and a GPU; without a word from then on, which is to compile and
-# run a case; of waiting for other processes.
+# Seconds that a process may take to import torch and reach the GPU, and then to compile and run a
+# case; and seconds to wait for other processes that test the same kernels.
 START = 120.0
 LIMIT = 300.0
 WAIT = 900.0
 REPORT = "python -m rift_kernels check"
 MODULE = "rift_kernels.commands.trial"
-_MARK = f"{MODULE} "
+MARK = f"{MODULE} "  # begins each line of that process that is meant for this one
 
 Task = tuple[Kernels, str]
 _logger = logging.getLogger("rift_kernels")
 
 
 def setting() -> str:
-    """What RIFT_KERNELS_SELF_TEST says.
+    """The value of RIFT_KERNELS_SELF_TEST.
 
     Raises:
-        ValueError: it is none of :data:`SETTINGS`.
+        ValueError: it is not one of :data:`SETTINGS`.
     """
     value = os.environ.get(ENVIRONMENT_VARIABLE) or "1"
     if value not in SETTINGS:
-        meanings = ", ".join(f"{name!r} ({what})" for name, what in SETTINGS.items())
+        meanings = ", ".join(f"{name!r} ({meaning})" for name, meaning in SETTINGS.items())
         raise ValueError(f"{ENVIRONMENT_VARIABLE} must be one of {meanings}; got {value!r}")
     return value
 
 
 class Report(NamedTuple):
-    """What became of a case; see :class:`rift_kernels.commands.trial.Outcome`."""
+    """The outcome of a case; see :class:`rift_kernels.commands.trial.Outcome`."""
 
     kernels: Kernels
     case: str
@@ -73,13 +73,13 @@ class Report(NamedTuple):
 
 
 class Examination:
-    """Tasks tried in processes of their own; iterating gives the reports, one by one.
+    """Runs tasks in separate processes; iterating yields a report for each.
 
     Args:
-        tasks: kernels and the key of a case.
+        tasks: kernels, and the key of a case.
         device: the GPU.
-        limit: seconds that a process may go without a word, once it has begun.
-        seconds: for all of them; what is left then could not be tried.
+        limit: seconds that a process may be silent once it has started.
+        seconds: for all tasks; those that are left then count as not tried.
     """
 
     def __init__(
@@ -100,22 +100,22 @@ class Examination:
             yield from self._one_process()
 
     def _one_process(self) -> Iterator[Report]:
-        """The reports that a process lives to make; at least one."""
+        """The reports of one process until it ends; at least one."""
         try:
             process = _Process(self._device, self._waiting)
         except (OSError, ValueError) as error:
             yield from self._give_up(f"no process could be started: {error}")
             return
-        started, current, count = False, False, len(self._waiting)
+        started, in_case, count = False, False, len(self._waiting)
         with process:
             while self._waiting:
-                left = min(self._limit if started else START, self._end - time.monotonic())
-                event = process.event(left)
+                seconds = min(self._limit if started else START, self._end - time.monotonic())
+                event = process.event(seconds)
                 if event is None:
                     break
                 if event["event"] == "started":
                     started, self.identities = True, self.identities | event["identities"]
-                current = event["event"] == "case"
+                in_case = event["event"] == "case"
                 if event["event"] == "outcome":
                     self._waiting.popleft()
                     del event["event"]
@@ -125,28 +125,28 @@ class Examination:
             good, seen = process.end()
         if not good and time.monotonic() >= self._end:
             yield from self._give_up("out of time")
-        elif not started or (not current and len(self._waiting) == count):
+        elif not started or (not in_case and len(self._waiting) == count):
             yield from self._give_up(seen)
-        elif current:
+        elif in_case:
             kernels, case = self._waiting.popleft()
             yield Report(kernels, case, good, f"{case.partition(': ')[2]}: {seen}")
             yield from self._give_up(f"not tried after {case}", kernels)
 
-    def _give_up(self, why: str, kernels: Kernels | None = None) -> Iterator[Report]:
-        """On what is left, or what is left of some kernels."""
-        left = [task for task in self._waiting if kernels in (None, task[0])]
-        self._waiting = deque(task for task in self._waiting if task not in left)
-        for task in left:
-            yield Report(*task, None, why)
+    def _give_up(self, reason: str, kernels: Kernels | None = None) -> Iterator[Report]:
+        """Report the remaining tasks, or those of some kernels, as not tried."""
+        dropped = [task for task in self._waiting if kernels in (None, task[0])]
+        self._waiting = deque(task for task in self._waiting if task not in dropped)
+        for task in dropped:
+            yield Report(*task, None, reason)
 
 
 class _Process:
-    """A process that tries kernels, and what it says."""
+    """A process that runs kernels, and its output."""
 
     def __init__(self, device: torch.device, tasks: Iterable[Task]) -> None:
         if not sys.executable:
-            raise ValueError("this Python has no interpreter of its own")
-        # -P: what lies in the current folder is not imported unless it is here, too.
+            raise ValueError("this Python does not know its executable")
+        # -P: the current folder is not searched unless this process searches it as well.
         command = [sys.executable, "-P", "-m", MODULE, str(device), json.dumps(list(tasks))]
         variables = {
             **os.environ,
@@ -176,7 +176,7 @@ class _Process:
         self._lines.put(None)
 
     def event(self, seconds: float) -> dict[str, Any] | None:
-        """The next one, or None where none comes any more, or none in time."""
+        """The next event; None if the process has ended or sends none in time."""
         end = time.monotonic() + seconds
         while True:
             try:
@@ -186,27 +186,27 @@ class _Process:
                 return None
             if line is None:
                 return None
-            if line.startswith(_MARK):
-                found: dict[str, Any] = json.loads(line.removeprefix(_MARK))
-                return found
+            if line.startswith(MARK):
+                event: dict[str, Any] = json.loads(line.removeprefix(MARK))
+                return event
             if line.strip():
                 self._other.append(line.strip())
 
     def end(self) -> tuple[bool | None, str]:
-        """Why there is no event: a report's ``good`` and ``seen``."""
+        """Why no event came, as a report's ``good`` and ``seen``."""
         if self._late:
             self._kill()
             return False, "never returned"
         code = self._process.wait()
-        said = f": {self._other[-1][:300]}" if self._other else ""
+        last_line = f": {self._other[-1][:300]}" if self._other else ""
         if code == -signal.SIGKILL:
-            return None, "the process was killed, for lack of memory maybe"
+            return None, "the process was killed, perhaps for lack of memory"
         if code < 0:
-            return False, f"the process ended by {signal.Signals(-code).name}"
-        return False, f"the process ended with status {code}{said}"
+            return False, f"the process was ended by {signal.Signals(-code).name}"
+        return False, f"the process ended with status {code}{last_line}"
 
     def _kill(self) -> None:
-        """It and its compilers."""
+        """Kill the process and its compilers."""
         try:
             os.killpg(self._process.pid, signal.SIGKILL)
         except (AttributeError, OSError):
@@ -217,97 +217,96 @@ class _Process:
 
     def __exit__(self, *_: object) -> None:
         if self._process.poll() is None:
-            # Done with its tasks, or not wanted any more.
+            # It has finished its tasks or is no longer needed.
             self._kill()
         try:
             self._process.wait(5)
         except subprocess.TimeoutExpired:
-            _logger.warning("a process that tries kernels, %d, does not end", self._process.pid)
+            _logger.warning("process %d, which tested kernels, does not end", self._process.pid)
 
 
 def verdicts_of(reports: Iterable[Report]) -> dict[Kernels, tuple[bool | None, str]]:
-    """Of kernels: good if all cases were, else what was seen first; None if that says nothing."""
-    found: dict[Kernels, tuple[bool | None, str]] = {}
+    """``good`` and ``seen`` of each kernels' worst case: wrong, else untried, else right."""
+    worst: dict[Kernels, tuple[bool | None, str]] = {}
     for report in reports:
-        good, seen = found.get(report.kernels, (True, ""))
-        # Wrong before untried before right.
+        good, seen = worst.get(report.kernels, (True, ""))
         if (good is True and report.good is not True) or (good is None and report.good is False):
             good, seen = report.good, report.seen
-        found[report.kernels] = good, seen
-    return found
+        worst[report.kernels] = good, seen
+    return worst
 
 
 _lock = threading.Lock()
 _known: dict[tuple[Kernels, torch.device], tuple[bool | None, str]] = {}
-_said: set[object] = set()
+_warned: set[object] = set()
 
 
 def reason_against(
     kernels: Sequence[Kernels], device: torch.device, tracing: bool
 ) -> tuple[str | None, bool]:
-    """None if ``auto`` may use these kernels, else why not; and whether that is final.
+    """Why ``auto`` may not use these kernels, or None; and whether the answer is final.
 
-    ``tracing``: torch.compile asks. Then, and inside a CUDA graph capture, nothing is tried.
+    ``tracing``: torch.compile asks. Then, and during a CUDA graph capture, nothing is tested.
     """
     mode = setting()
     if mode == "0":
         return None, True
     with _lock:
-        missing = [one for one in kernels if (one, device) not in _known]
+        missing = [group for group in kernels if (group, device) not in _known]
         if missing and mode != "always":
             missing = _recall(missing, device)
         if missing and (tracing or _is_capturing(device)):
             reason = (
-                "they have not been tested on this GPU yet, which cannot be done while "
+                "they have not been tested on this GPU yet, and cannot be while "
                 f"{'torch.compile traces' if tracing else 'a CUDA graph is captured'}"
             )
-            say_once((missing[0], device, "untested"), missing, reason, "call it once before, or ")
+            warn_once((missing[0], device, "untested"), missing, reason, "call it once before, or ")
             return reason, False
         if missing:
-            _try(missing, device, mode)
-        for one in kernels:
-            good, seen = _known[one, device]
+            _test(missing, device, mode)
+        for group in kernels:
+            good, seen = _known[group, device]
             if not good:
                 reason = seen if good is False else f"they could not be tested ({seen})"
                 advice = "to report it: " if good is False else "to test them when it is free: "
-                say_once((one, device), [one], reason, advice)
+                warn_once((group, device), [group], reason, advice)
                 return reason, True
     return None, True
 
 
 def _recall(kernels: Sequence[Kernels], device: torch.device) -> list[Kernels]:
-    """Those of which the disk knows nothing; the rest is known from now on."""
+    """The kernels without a verdict on disk; the verdicts on the others are remembered."""
     missing = []
-    for one in kernels:
-        verdict = verdicts.read(verdicts.identity(one.backend, device), one)
+    for group in kernels:
+        verdict = verdicts.read(verdicts.identity(group.backend, device), group)
         if verdict is None:
-            missing.append(one)
+            missing.append(group)
         else:
-            _known[one, device] = verdict.good, verdict.seen
+            _known[group, device] = verdict.good, verdict.seen
     return missing
 
 
-def _try(kernels: Sequence[Kernels], device: torch.device, mode: str) -> None:
-    """Find out about kernels, unless another process does so meanwhile."""
-    identities = {one: verdicts.identity(one.backend, device) for one in kernels}
-    with verdicts.alone(identities[kernels[0]], WAIT):
+def _test(kernels: Sequence[Kernels], device: torch.device, mode: str) -> None:
+    """Test kernels and store the verdicts, unless another process does so meanwhile."""
+    machines = {group: verdicts.identity(group.backend, device) for group in kernels}
+    with verdicts.locked(machines[kernels[0]], WAIT):
         missing = list(kernels) if mode == "always" else _recall(kernels, device)
         if not missing:
             return
         _logger.info("testing kernels on this GPU, once: %s", ", ".join(map(str, missing)))
         tasks = [
-            (one, known_answers.key(case))
-            for one in missing
-            for case in known_answers.cases_of(one, thorough=False)
+            (group, known_answers.key(case))
+            for group in missing
+            for case in known_answers.cases_of(group, thorough=False)
         ]
-        for one, (good, seen) in verdicts_of(examine(tasks, device)).items():
-            _known[one, device] = good, seen
+        for group, (good, seen) in verdicts_of(examine(tasks, device)).items():
+            _known[group, device] = good, seen
             if good is not None:
-                verdicts.write(identities[one], one, Verdict(good, seen))
+                verdicts.write(machines[group], group, Verdict(good, seen))
 
 
 def examine(tasks: Sequence[Task], device: torch.device) -> list[Report]:
-    """The reports on some tasks."""
+    """The reports on these tasks."""
     return list(Examination(tasks, device))
 
 
@@ -315,13 +314,13 @@ def _is_capturing(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
-def say_once(
+def warn_once(
     key: object, kernels: Sequence[Kernels], reason: str, advice: str = "to report it: "
 ) -> None:
-    """Warn that ``auto`` does without some kernels."""
-    if key in _said:
+    """Warn, once for each key, that ``auto`` does not use some kernels."""
+    if key in _warned:
         return
-    _said.add(key)
+    _warned.add(key)
     warnings.warn(
         f"rift_kernels: backend='auto' does without the kernels {', '.join(map(str, kernels))} and "
         f"takes the next backend: {reason} ({advice}`{REPORT}`; {ENVIRONMENT_VARIABLE}=0 uses "
@@ -331,6 +330,6 @@ def say_once(
 
 
 def forget() -> None:
-    """Know nothing, as a process that begins."""
+    """Forget every result and warning, as if this process had just begun."""
     _known.clear()
-    _said.clear()
+    _warned.clear()

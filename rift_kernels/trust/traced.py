@@ -1,4 +1,4 @@
-"""What torch.compile is not to trace, but to ask once and take for a constant."""
+"""Trust under torch.compile, which calls this while it traces and takes the answer as constant."""
 
 from __future__ import annotations
 
@@ -12,4 +12,4 @@ from . import decisions
 @torch.compiler.assume_constant_result
 def is_trusted(*kind: Any) -> bool:
     """See :func:`rift_kernels.trust.decisions.is_trusted`."""
-    return decisions.is_trusted(kind, tracing=True)
+    return decisions.is_trusted(decisions.Kind(*kind), tracing=True)

@@ -1,9 +1,9 @@
-"""Verdicts on kernels, remembered on disk: one small file each, of this user alone.
+"""Verdicts on kernels, remembered on disk: one small file each, which only this user can write.
 
-A verdict holds for a GPU model, a driver, these versions and these very kernels: that is its
-folder's name, and stands in the file, too. Files come into being whole (a temporary one, renamed)
-and are never changed. Where nothing can be written or what is there cannot be trusted, there is no
-verdict, and that is all.
+A verdict holds for one GPU model, driver, set of versions and set of sources. Their hash names its
+folder, and the file repeats them. A file is written under a temporary name and then renamed, so it
+is never seen half written. If nothing can be written, or a file cannot be trusted, there is simply
+no verdict.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ from rift_kernels._version import __version__
 ENVIRONMENT_VARIABLE = "RIFT_KERNELS_CACHE_DIR"
 SCHEMA = "rift_kernels verdict 1"
 PACKAGE = Path(__file__).parent.parent
-# What is between a call and the kernels, and what they are tried on.
+# The sources between a call and its kernels, and those of the test that kernels must pass.
 _SOURCES = ("backends", "dispatch", "measures", "trust/known_answers.*", "commands/trial.py")
 
-Identity = dict[str, str]
+Identity = dict[str, str]  # the machine, the software and the kernels that a verdict is about
 
 
 class Kernels(NamedTuple):
-    """Those that run together for a kind of problem, in one dtype of features."""
+    """The kernels that run together for a kind of problem, in one dtype of features."""
 
     backend: str
     family: str
@@ -49,17 +49,17 @@ class Kernels(NamedTuple):
 
 
 class Verdict(NamedTuple):
-    """Whether kernels were seen to work, or else what was seen."""
+    """Whether kernels passed their test, or else what went wrong."""
 
     good: bool
     seen: str = ""
 
 
 def root() -> Path | None:
-    """The folder for verdicts, which need not exist; None where a user has no place for such."""
-    named = os.environ.get(ENVIRONMENT_VARIABLE)
-    if named:
-        return Path(named)
+    """The folder for verdicts, which need not exist; None for a user without a home."""
+    folder = os.environ.get(ENVIRONMENT_VARIABLE)
+    if folder:
+        return Path(folder)
     try:
         if sys.platform == "win32":
             base = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
@@ -73,7 +73,7 @@ def root() -> Path | None:
 
 
 def identity(backend: str, device: torch.device) -> Identity:
-    """All that a verdict on a backend's kernels hangs on."""
+    """Everything that a verdict on a backend's kernels depends on."""
     return {
         **_gpu(device),
         "torch": str(torch.__version__),
@@ -102,16 +102,16 @@ def _gpu(device: torch.device) -> Identity:
 
 
 def _driver() -> str:
-    """The kernel module's version, and the CUDA version of the library that belongs to it."""
-    found = ""
+    """The version of the kernel module, and the CUDA version of its library."""
+    text = ""
     with contextlib.suppress(OSError):
-        text = Path("/proc/driver/nvidia/version").read_text(encoding="utf-8", errors="replace")
-        match = re.search(r"\d+\.\d+(\.\d+)?", text)
-        found = match.group() if match else ""
-    version = getattr(torch._C, "_cuda_getDriverVersion", None)
-    if version is not None:
-        found += f" CUDA {version()}"
-    return found.strip() or "unknown"
+        file = Path("/proc/driver/nvidia/version")
+        match = re.search(r"\d+\.\d+(\.\d+)?", file.read_text(encoding="utf-8", errors="replace"))
+        text = match.group() if match else ""
+    cuda_version = getattr(torch._C, "_cuda_getDriverVersion", None)
+    if cuda_version is not None:
+        text += f" CUDA {cuda_version()}"
+    return text.strip() or "unknown"
 
 
 @cache
@@ -123,16 +123,16 @@ def _version(package: str) -> str:
 
 
 def sources() -> list[Path]:
-    """The files that a verdict holds for."""
-    found = [path for pattern in _SOURCES for path in PACKAGE.glob(pattern)]
-    files = [path for path in found if path.is_file()]
-    files += [path for folder in found if folder.is_dir() for path in folder.rglob("*")]
+    """The files that a verdict depends on."""
+    matches = [path for pattern in _SOURCES for path in PACKAGE.glob(pattern)]
+    files = [path for path in matches if path.is_file()]
+    files += [path for folder in matches if folder.is_dir() for path in folder.rglob("*")]
     return sorted(path for path in files if path.suffix in (".py", ".json"))
 
 
 @cache
 def _fingerprint(backend: str, configurations: str) -> str:
-    """Of everything that kernels are made of, and of what they are tried on."""
+    """A hash of the kernels' sources and tables, of what calls them, and of their test."""
     files = sources()
     if configurations:
         files.append(Path(configurations))
@@ -147,9 +147,9 @@ def _fingerprint(backend: str, configurations: str) -> str:
     return digest.hexdigest()
 
 
-def _folder(of: Identity) -> Path | None:
+def _folder(machine: Identity) -> Path | None:
     base = root()
-    name = hashlib.sha256(json.dumps(of, sort_keys=True).encode()).hexdigest()[:20]
+    name = hashlib.sha256(json.dumps(machine, sort_keys=True).encode()).hexdigest()[:20]
     return base and base / "verdicts" / name
 
 
@@ -157,14 +157,14 @@ def _file(folder: Path, kernels: Kernels) -> Path:
     return folder / f"{'-'.join(kernels)}.json"
 
 
-def read(of: Identity, kernels: Kernels) -> Verdict | None:
-    """The verdict on these kernels, if there is one that is well formed and this user's."""
-    folder = _folder(of)
+def read(machine: Identity, kernels: Kernels) -> Verdict | None:
+    """The verdict on these kernels, if there is one that is well formed and can be trusted."""
+    folder = _folder(machine)
     if folder is None:
         return None
     try:
         with _file(folder, kernels).open(encoding="utf-8") as file:
-            if not _is_own(os.fstat(file.fileno())):
+            if not _is_trustworthy(os.fstat(file.fileno())):
                 return None
             content = json.load(file)
     except (OSError, ValueError):
@@ -172,33 +172,33 @@ def read(of: Identity, kernels: Kernels) -> Verdict | None:
     if not isinstance(content, dict):
         return None
     good, seen = content.get("good"), content.get("seen")
-    expected = (SCHEMA, of, str(kernels))
+    expected = (SCHEMA, machine, str(kernels))
     if tuple(content.get(name) for name in ("schema", "identity", "kernels")) != expected:
         return None
     return Verdict(good, seen) if isinstance(good, bool) and isinstance(seen, str) else None
 
 
-def _is_own(status: os.stat_result) -> bool:
-    """Nobody else, but for the machine's owner, may have written it."""
+def _is_trustworthy(status: os.stat_result) -> bool:
+    """Whether only this user or root can have written the file."""
     if not hasattr(os, "getuid"):
         return True
-    mine = status.st_uid in (os.getuid(), 0)
-    return mine and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+    is_owned = status.st_uid in (os.getuid(), 0)
+    return is_owned and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
 
 
-def write(of: Identity, kernels: Kernels, verdict: Verdict) -> bool:
-    """Whether the verdict could be stored."""
-    folder = _folder(of)
+def write(machine: Identity, kernels: Kernels, verdict: Verdict) -> bool:
+    """Store a verdict; whether that was possible."""
+    folder = _folder(machine)
     if folder is None:
         return False
-    content: dict[str, Any] = {"schema": SCHEMA, "identity": of, "kernels": str(kernels)}
+    content: dict[str, Any] = {"schema": SCHEMA, "identity": machine, "kernels": str(kernels)}
     content |= {"good": verdict.good, "seen": verdict.seen}
     temporary = None
     try:
-        _make(folder)
-        # Nobody else may read it, nor write: mkstemp's files are so.
-        number, temporary = tempfile.mkstemp(prefix=".", suffix=".tmp", dir=folder)
-        with os.fdopen(number, "w", encoding="utf-8") as file:
+        _create(folder)
+        # mkstemp makes files that only this user can read or write.
+        descriptor, temporary = tempfile.mkstemp(prefix=".", suffix=".tmp", dir=folder)
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
             json.dump(content, file, indent=1)
             file.write("\n")
         Path(temporary).replace(_file(folder, kernels))
@@ -210,25 +210,27 @@ def write(of: Identity, kernels: Kernels, verdict: Verdict) -> bool:
     return True
 
 
-def _make(folder: Path) -> None:
+def _create(folder: Path) -> None:
+    """Create a folder of verdicts; only this user can enter it and the two above it."""
     folder.parent.parent.parent.mkdir(parents=True, exist_ok=True)
-    for one in (folder.parent.parent, folder.parent, folder):
-        one.mkdir(mode=0o700, exist_ok=True)
+    for private in (folder.parent.parent, folder.parent, folder):
+        private.mkdir(mode=0o700, exist_ok=True)
 
 
 @contextlib.contextmanager
-def alone(of: Identity, seconds: float) -> Iterator[None]:
-    """Wait for other processes that are at the same kernels, up to some time, or as it is possible.
+def locked(machine: Identity, seconds: float) -> Iterator[None]:
+    """Keep other processes from testing the same kernels meanwhile, where files can be locked.
 
-    The system takes the lock back from a process that ends, however it does.
+    After so many seconds it goes on without the lock. The system releases the lock of a process
+    that ends, in whatever way.
     """
     with contextlib.ExitStack() as stack:
-        folder = _folder(of)
+        folder = _folder(machine)
         if folder is not None:
             with contextlib.suppress(ImportError, OSError):
                 import fcntl
 
-                _make(folder)
+                _create(folder)
                 file = stack.enter_context((folder / "lock").open("a"))
                 end = time.monotonic() + seconds
                 while True:

@@ -1,4 +1,4 @@
-"""``python -m rift_kernels check``: what it says, what it leaves, and how it exits."""
+"""``python -m rift_kernels check``: its output, its files and its exit status."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SMALL = Kernels("triton", "small", "bfloat16")
 
 
 class Planted:
-    """Examinations without processes: of some kernels, cases come out as they are told to."""
+    """An examination without processes, whose outcomes are planted."""
 
     outcomes: ClassVar[dict[str, bool | None]] = {}
 
@@ -59,29 +59,29 @@ def test_all_agree(jobs, tmp_path, capsys) -> None:
     code, result = run(tmp_path, "--jobs", jobs)
     assert code == 0
     assert result["complete"]
-    names = {"/".join((one["backend"], one["family"], one["dtype"])) for one in result["kernels"]}
+    names = {"/".join((k["backend"], k["family"], k["dtype"])) for k in result["kernels"]}
     assert names == set(map(str, known_answers.ALL))
-    assert all(one["good"] for one in (*result["kernels"], *result["cases"]))
+    assert all(entry["good"] for entry in (*result["kernels"], *result["cases"]))
     assert result["environment"]["gpu"] == "Some GPU"
     table = capsys.readouterr().out
     assert all(str(kernels) in table for kernels in known_answers.ALL)
-    # For `auto`, too.
+    # `auto` uses the verdict.
     assert verdicts.read(MACHINE, SMALL) == Verdict(True)
 
 
 @pytest.mark.parametrize(
-    ("name", "kept"),
+    ("name", "good"),
     [("small: batch", False), ("small: wide", False)],
-    ids=["asked for by auto", "of the rest"],
+    ids=["tested by auto", "another case"],
 )
-def test_what_disagrees(name, kept, tmp_path, capsys) -> None:
+def test_what_disagrees(name, good, tmp_path, capsys) -> None:
     Planted.outcomes = {f"{SMALL} {name}": False}
     code, result = run(tmp_path)
     assert code == 1
-    (wrong,) = [one for one in result["kernels"] if not one["good"]]
+    (wrong,) = [kernels for kernels in result["kernels"] if not kernels["good"]]
     assert wrong == {**SMALL._asdict(), "good": False, "seen": "planted"}
     assert "triton/small/bfloat16: WRONG: planted" in capsys.readouterr().out
-    assert verdicts.read(MACHINE, SMALL) == Verdict(kept, "planted")
+    assert verdicts.read(MACHINE, SMALL) == Verdict(good, "planted")
 
 
 def test_what_could_not_be_tried(tmp_path) -> None:
@@ -91,10 +91,10 @@ def test_what_could_not_be_tried(tmp_path) -> None:
     assert verdicts.read(MACHINE, SMALL) is None
 
 
-def test_a_check_that_is_cut_off_leaves_what_it_found(tmp_path, monkeypatch) -> None:
+def test_an_interrupted_check_keeps_its_results(tmp_path, monkeypatch) -> None:
     reports = Planted.__iter__
 
-    def cut_off(self):
+    def interrupted(self):
         for count, report in enumerate(reports(self)):
             if count == 20:
                 raise KeyboardInterrupt
@@ -103,7 +103,7 @@ def test_a_check_that_is_cut_off_leaves_what_it_found(tmp_path, monkeypatch) -> 
     monkeypatch.setattr(
         check,
         "_side_by_side",
-        lambda pairs, *_: ((report, {"triton": MACHINE}) for report in cut_off(Planted(pairs))),
+        lambda tasks, *_: ((report, {"triton": MACHINE}) for report in interrupted(Planted(tasks))),
     )
     with pytest.raises(KeyboardInterrupt):
         check.main(["--json", str(tmp_path / "check.json")])
@@ -115,12 +115,12 @@ def test_a_check_that_is_cut_off_leaves_what_it_found(tmp_path, monkeypatch) -> 
 
 def test_order_and_choice() -> None:
     everything = check.tasks(("triton", "cuda"), [], quick=False)
-    asked = check.tasks(("triton", "cuda"), [], quick=True)
-    assert everything[: len(asked)] == asked
+    first = check.tasks(("triton", "cuda"), [], quick=True)
+    assert everything[: len(first)] == first
     assert len(set(everything)) == len(everything)
-    assert {kernels for kernels, _ in asked} == set(known_answers.ALL)
-    some = check.tasks(("triton", "cuda"), ["cuda", "bfloat16"], quick=True)
-    assert {str(k) for k, _ in some} == {"cuda/small/bfloat16", "cuda/covariance/bfloat16"}
+    assert {kernels for kernels, _ in first} == set(known_answers.ALL)
+    chosen = check.tasks(("triton", "cuda"), ["cuda", "bfloat16"], quick=True)
+    assert {str(k) for k, _ in chosen} == {"cuda/small/bfloat16", "cuda/covariance/bfloat16"}
     assert not check.tasks(("triton",), ["cuda"], quick=False)
 
 
@@ -128,12 +128,12 @@ def test_order_and_choice() -> None:
 def test_without_a_gpu(tmp_path) -> None:
     path = tmp_path / "check.json"
     command = [sys.executable, "-m", "rift_kernels", "check", "--json", str(path)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 2, done.stderr
-    assert "triton: not tried: Triton needs a GPU" in done.stdout
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert run.returncode == 2, run.stderr
+    assert "triton: not tried: Triton needs a GPU" in run.stdout
     result = json.loads(path.read_text())
     schema.parse(result)
-    assert [one["name"] for one in result["backends"] if one["reason"]] == ["triton", "cuda"]
+    assert [b["name"] for b in result["backends"] if b["reason"]] == ["triton", "cuda"]
     wrong = subprocess.run([*command[:3], "chekc"], capture_output=True, text=True, check=False)
     assert wrong.returncode == 1
     assert "usage: python -m rift_kernels [check ... | tune ...]; got 'chekc'" in wrong.stderr

@@ -1,6 +1,8 @@
-"""What only a GPU can show, of whatever kernels ``auto`` takes there and of Triton's alone."""
+"""Tests that need a GPU, with the kernels that ``auto`` chooses and with Triton's alone."""
 
 from __future__ import annotations
+
+from functools import partial
 
 import pytest
 import torch
@@ -34,7 +36,7 @@ def pair(
 
 @pytest.mark.parametrize("rows", [40, 140, 400])
 def test_graph_replays(rows, device) -> None:
-    """A captured loss and backward gives the same bits a thousand times, and follows its inputs."""
+    """A captured loss and backward repeats bitwise a thousand times, and follows its inputs."""
     x, y = pair(rows, 64, device)
     function = rk.RIFTLoss("cka")
 
@@ -66,7 +68,7 @@ def test_graph_replays(rows, device) -> None:
 
 @pytest.mark.parametrize("rows", [40, 140, 400])
 def test_reduce_overhead(rows, device) -> None:
-    """torch.compile captures a graph by itself, and refuses memory of its pool that others keep."""
+    """torch.compile captures a graph, and raises if others keep memory of its pool."""
     x, y = pair(rows, 600, device)
     expected = cases.value_and_gradients(rk.linear_cka, x, y)
     compiled = torch.compile(rk.linear_cka, fullgraph=True, mode="reduce-overhead")
@@ -91,8 +93,8 @@ def test_two_streams_at_once(rows, device) -> None:
         assert all(torch.equal(value, wanted) for value in values)
 
 
-def test_memory_is_that_of_the_blocks(device) -> None:
-    """Beyond features and gradient: partial tiles and planes, no copy of the features."""
+def test_peak_memory(device) -> None:
+    """Beside features and gradient there are partial tiles and planes, but no copies."""
     x, y = pair(65536, 512, device)
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
@@ -102,11 +104,11 @@ def test_memory_is_that_of_the_blocks(device) -> None:
 
 
 def test_layers_share_a_launch(device) -> None:
-    """Lists, batches and a single pair agree; more layers than one launch takes among them."""
+    """Lists and batches agree, also with more layers than one launch takes."""
     x, y, _ = cases.Case("", 40, 64, 64, batch=(30,)).features(torch.bfloat16)
     x, y = x.to(device), y.to(device)
     batch, grads, _ = cases.value_and_gradients(rk.linear_cka, x, y)
-    students = [one.clone().requires_grad_() for one in x]
+    students = [layer.clone().requires_grad_() for layer in x]
     values = rk.linear_cka(students, list(y))
     incoming = torch.rand(batch.shape, generator=torch.Generator().manual_seed(1)) + 0.5
     values.backward(incoming.to(device))
@@ -117,10 +119,10 @@ def test_layers_share_a_launch(device) -> None:
 
 @pytest.fixture(params=["of this GPU", "of any GPU"])
 def _kernels(request, device, monkeypatch) -> None:
-    """Hopper's own kernels, where there are any, or those that run anywhere."""
+    """The kernels for Hopper, if this is one, or those for any GPU."""
     if request.param == "of any GPU":
         if not cuda._is_hopper(device):
-            pytest.skip("needs a Hopper GPU, whose kernels are others")
+            pytest.skip("needs a Hopper GPU, which has other kernels")
         monkeypatch.setattr(cuda, "_is_hopper", lambda _: False)
 
 
@@ -128,18 +130,16 @@ def _kernels(request, device, monkeypatch) -> None:
 @pytest.mark.parametrize("debiased", [True, False])
 @pytest.mark.parametrize("shape", [(300, 64), (1000, 136), (4096, 768), (12608, 768)], ids=str)
 def test_many_rows_in_cuda(shape, debiased, device) -> None:
-    """Not what ``auto`` takes: asked for."""
+    """An explicit choice: ``auto`` does not take these kernels."""
     y = torch.randn(shape, device=device, generator=torch.Generator(device).manual_seed(0))
     noise = torch.randn(shape, device=device, generator=torch.Generator(device).manual_seed(1))
     x, y = (y + 0.1 * noise + 1).bfloat16(), y.bfloat16()
-    how = {"debiased": debiased}
-    expected = cases.value_and_gradients(
-        rk.linear_cka, x.double(), y.double(), backend="eager", **how
-    )
-    first = cases.value_and_gradients(rk.linear_cka, x, y, backend="cuda", **how)
+    cka = partial(rk.linear_cka, debiased=debiased)
+    expected = cases.value_and_gradients(cka, x.double(), y.double(), backend="eager")
+    first = cases.value_and_gradients(cka, x, y, backend="cuda")
     assert abs(float(first[0]) - float(expected[0])) <= 1e-5
     for got, wanted in zip(first[1:], expected[1:], strict=True):
         assert cases.relative_error(got, wanted) <= 4e-3
     for _ in range(20):
-        again = cases.value_and_gradients(rk.linear_cka, x, y, backend="cuda", **how)
-        assert all(torch.equal(a, b) for a, b in zip(again, first, strict=True))
+        repeat = cases.value_and_gradients(cka, x, y, backend="cuda")
+        assert all(torch.equal(a, b) for a, b in zip(repeat, first, strict=True))

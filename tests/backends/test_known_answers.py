@@ -1,4 +1,4 @@
-"""The stored answers: from the definitions, the same everywhere, and right for right code."""
+"""The stored answers: they follow the definitions, and right code passes with them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def numbers(answer: dict) -> torch.Tensor:
 
 @pytest.mark.parametrize("case", CASES, ids=known_answers.key)
 def test_the_file_is_what_the_script_writes(case: Case) -> None:
-    """To what float64 leaves of it: sums of another processor are others."""
+    """Up to float64 rounding, which differs between processors."""
     stored, written = (
         numbers(a) for a in (known_answers.answers()[known_answers.key(case)], script.answer(case))
     )
@@ -38,23 +38,23 @@ def test_the_file_has_these_cases_and_no_others() -> None:
 
 @pytest.mark.parametrize("case", CASES, ids=known_answers.key)
 def test_every_dtype_holds_the_features(case: Case) -> None:
-    given = known_answers.features(case)
-    for side in (*given.students, *given.teachers):
+    features = known_answers.features(case)
+    for side in (*features.students, *features.teachers):
         for dtype in DTYPES.values():
             torch.testing.assert_close(
                 side.to(dtype).double(), side, rtol=0, atol=0, equal_nan=True
             )
-    # Sums of their products are whole numbers that float32 holds, in whatever order.
-    sides = [s.nan_to_num() * 8 for s in (*given.students, *given.teachers)]
-    most = max(float((s.mT.abs() @ s.abs()).max()) for s in sides)
-    most = max(most, max(float((s.abs() @ s.abs().mT).max()) for s in sides))
-    assert most < 2**24
+    # In any order, float32 holds the sums of their products: whole numbers.
+    sides = [s.nan_to_num() * 8 for s in (*features.students, *features.teachers)]
+    largest = max(float((s.mT.abs() @ s.abs()).max()) for s in sides)
+    largest = max(largest, max(float((s.abs() @ s.abs().mT).max()) for s in sides))
+    assert largest < 2**24
 
 
 @pytest.mark.parametrize("case", CASES, ids=known_answers.key)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_right_code_is_found_right(dtype: str, case: Case) -> None:
-    """The eager backend, with the very same tolerances."""
+def test_right_code_passes(dtype: str, case: Case) -> None:
+    """The eager backend passes with a tenth of the tolerances."""
     outcome = trial.attempt(Kernels("eager", case.family, dtype), case, CPU)
     assert outcome.good, outcome
     assert outcome.value_error <= trial.VALUE_TOLERANCE / 10
@@ -62,14 +62,14 @@ def test_right_code_is_found_right(dtype: str, case: Case) -> None:
 
 
 def test_all_families_have_cases_of_every_kind() -> None:
-    """What the self-test promises: masks, several layers or a batch, every dtype that is taken."""
+    """The self-test covers masks, several layers or a batch, and every dtype."""
     for kernels in ALL:
-        asked = known_answers.cases_of(kernels, thorough=False)
+        first = known_answers.cases_of(kernels, thorough=False)
         every = known_answers.cases_of(kernels, thorough=True)
-        assert asked
-        assert len(every) > len(asked)
-        if kernels[:2] != ("cuda", "covariance"):  # which takes no mask
-            assert any(case.masked for case in asked)
+        assert first
+        assert len(every) > len(first)
+        if kernels[:2] != ("cuda", "covariance"):  # these take no mask
+            assert any(case.masked for case in first)
         if kernels.family != "products":
-            assert any(case.batch or len(case.layers) > 1 for case in asked)
-            assert any(case.sides == (True, True) for case in asked)
+            assert any(case.batch or len(case.layers) > 1 for case in first)
+            assert any(case.sides == (True, True) for case in first)

@@ -1,4 +1,4 @@
-"""A GPU that refuses a launch: `auto` goes on with another backend, an explicit choice raises."""
+"""A GPU refuses a launch: `auto` takes another backend, an explicit choice raises."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from rift_kernels.trust import decisions, refusals
 from tests.support import cases
 
 REFUSED = RuntimeError("Triton Error [CUDA]: too many resources requested for launch")
-FOUND = pytest.warns(UserWarning, match="does without the kernels .*: a launch failed: Runtime")
+WARNS = pytest.warns(UserWarning, match="does without the kernels .*: a launch failed: Runtime")
 
 
 @pytest.fixture
 def kernels(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """A backend called triton, on a CPU: eager's, until a test makes a launch of it fail."""
+    """Eager's functions as a backend called triton, whose launches a test can make fail."""
 
     def cka_fwd(*call):
         *arguments, debiased, distance = call
@@ -54,7 +54,7 @@ def assert_as_eager(function, expected=None) -> None:
         torch.testing.assert_close(got, wanted, rtol=0, atol=0)
 
 
-def test_a_forward(kernels) -> None:
+def test_a_refused_forward(kernels) -> None:
     attempts = []
 
     def fail(*_: object) -> None:
@@ -62,37 +62,37 @@ def test_a_forward(kernels) -> None:
         refuse()
 
     kernels.cka_fwd = fail
-    with FOUND:
+    with WARNS:
         assert_as_eager(rk.linear_cka)
-    # Known from now on, and said once.
+    # Remembered, and warned of once.
     assert_as_eager(rk.linear_cka)
     assert len(attempts) == 1
 
 
-def test_a_forward_of_what_is_not_fused(kernels) -> None:
+def test_a_refused_unfused_forward(kernels) -> None:
     kernels.moments = refuse
     for function in (rk.procrustes_similarity, rk.bures_distance):
         decisions.forget()
-        with FOUND:
+        with WARNS:
             assert_as_eager(function)
     decisions.forget()
     x, y = cases.pair()
-    with FOUND:
-        found = rk.cross_covariance(x, y)
-    torch.testing.assert_close(found, rk.cross_covariance(x, y, backend="eager"))
+    with WARNS:
+        value = rk.cross_covariance(x, y)
+    torch.testing.assert_close(value, rk.cross_covariance(x, y, backend="eager"))
 
 
-@pytest.mark.parametrize("how", ["argument", "environment"])
-def test_an_explicit_choice_raises(how, kernels, monkeypatch) -> None:
+@pytest.mark.parametrize("source", ["argument", "environment"])
+def test_an_explicit_choice_raises(source, kernels, monkeypatch) -> None:
     kernels.cka_fwd = refuse
-    if how == "environment":
+    if source == "environment":
         monkeypatch.setenv(plan.ENVIRONMENT_VARIABLE, "triton")
     with pytest.raises(RuntimeError, match="too many resources") as raised:
-        both(rk.linear_cka, "triton" if how == "argument" else "auto")
+        both(rk.linear_cka, "triton" if source == "argument" else "auto")
     assert "RIFT_KERNELS_BACKEND=eager" in "".join(raised.value.__notes__)
 
 
-def test_other_errors_are_nobodys_to_hide(kernels) -> None:
+def test_other_errors_are_raised(kernels) -> None:
     def crash(*_: object) -> None:
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
@@ -101,26 +101,26 @@ def test_other_errors_are_nobodys_to_hide(kernels) -> None:
         both(rk.linear_cka, "auto")
 
 
-def test_a_backward_whose_features_are_there(kernels, force_form) -> None:
-    """Of CKA in covariance form the kernels keep both sides: eager begins again."""
+def test_a_refused_backward_with_both_sides_kept(kernels, force_form) -> None:
+    """CKA in covariance form keeps both sides, so eager can compute it again."""
     force_form("covariance")
     expected = both(rk.linear_cka, "eager")
-    with FOUND:
+    with WARNS:
         assert_as_eager(rk.linear_cka, expected)
     assert kernels.launches == 1
     assert_as_eager(rk.linear_cka, expected)
     assert kernels.launches == 1
 
 
-def test_a_backward_whose_features_are_gone(kernels, force_form) -> None:
-    """In Gram form only those are kept whose gradient is wanted: it says what helps."""
+def test_a_refused_backward_with_one_side_kept(kernels, force_form) -> None:
+    """The Gram form keeps only the sides that get a gradient; the error gives advice."""
     force_form("gram")
     x, y = cases.pair(rows=30)
     value = rk.linear_cka(x, y.detach())
-    with FOUND, pytest.raises(RuntimeError, match="too many resources") as raised:
+    with WARNS, pytest.raises(RuntimeError, match="too many resources") as raised:
         value.backward()
     assert "backend='eager'" in "".join(raised.value.__notes__)
-    # The next step does without.
+    # The next step does not use the kernels.
     rk.linear_cka(x, y.detach()).backward()
     assert kernels.launches == 1
     expected = both(rk.linear_cka, "eager")
@@ -130,18 +130,18 @@ def test_a_backward_whose_features_are_gone(kernels, force_form) -> None:
 @pytest.mark.parametrize(
     "function", [rk.procrustes_similarity, lambda *a, **k: rk.cross_covariance(*a, **k).sum()]
 )
-def test_a_backward_of_what_is_not_fused(function, kernels, force_form) -> None:
-    """What the forward kept is enough for any backend."""
+def test_a_refused_unfused_backward(function, kernels, force_form) -> None:
+    """Any backend can continue from what the forward saved."""
     force_form("covariance")
     expected = both(function, "eager")
     kernels.product_transposed = refuse
-    with FOUND:
+    with WARNS:
         assert_as_eager(function, expected)
     assert_as_eager(function, expected)
 
 
 def test_errors_by_name() -> None:
-    """Triton's own errors, which are not there to be imported without triton."""
+    """Triton's errors, which cannot be imported without triton."""
     errors = pytest.importorskip("triton.runtime.errors", reason="needs triton")
     assert refusals.is_refusal(errors.OutOfResources(300000, 232448, "shared memory"))
     assert not refusals.is_refusal(ValueError("too many resources requested for launch"))

@@ -1,4 +1,4 @@
-"""What `auto` trusts: planted faults are never used, good kernels are, and no call hangs."""
+"""The self-test: `auto` never uses planted faults, uses good kernels, and never hangs."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ CPU = torch.device("cpu")
 BF16 = (torch.bfloat16, torch.bfloat16)
 SMALL = Kernels("triton", "small", "bfloat16")
 PROBLEM = availability.Problem("cka", (True,), 16, 64)
-# As the suite's own fixtures replace it where they emulate a GPU.
+# Kept here, because the fixtures that emulate a GPU replace it.
 choose_backend = plan.choose_backend
 PACKAGE = Path(rk.__file__).parent
 
 
 @pytest.fixture(autouse=True)
 def _first_call(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """A user without verdicts, whose features lie where `auto` looks for kernels."""
+    """A user without verdicts, whose features are on a device where `auto` looks for kernels."""
     monkeypatch.setenv(self_test.ENVIRONMENT_VARIABLE, "1")
     monkeypatch.setenv(verdicts.ENVIRONMENT_VARIABLE, str(tmp_path / "cache"))
     monkeypatch.setattr(plan, "_has_kernels", lambda _: True)
@@ -44,7 +44,7 @@ def _first_call(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def only(monkeypatch: pytest.MonkeyPatch, backend: str) -> None:
-    """Of the kernels, those of this backend can run."""
+    """Of all kernels, only those of this backend can run."""
     monkeypatch.setattr(
         availability,
         "reason_against",
@@ -53,13 +53,13 @@ def only(monkeypatch: pytest.MonkeyPatch, backend: str) -> None:
 
 
 class Answers:
-    """In place of the processes: what they would find, and how often they were asked."""
+    """Stands in for the processes: gives their reports, and records what was tested."""
 
     def __init__(self, **good: bool | None) -> None:
-        self.good, self.asked = good, []
+        self.good, self.tested = good, []
 
     def __call__(self, tasks, _device) -> list[Report]:
-        self.asked.append([str(kernels) for kernels, _ in tasks])
+        self.tested.append([str(kernels) for kernels, _ in tasks])
         return [
             Report(kernels, case, self.good.get(kernels.family, True), f"{case} is planted")
             for kernels, case in tasks
@@ -69,9 +69,9 @@ class Answers:
 @pytest.fixture
 def answers(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Answers]:
     def make(**good: bool | None) -> Answers:
-        found = Answers(**good)
-        monkeypatch.setattr(self_test, "examine", found)
-        return found
+        planted = Answers(**good)
+        monkeypatch.setattr(self_test, "examine", planted)
+        return planted
 
     return make
 
@@ -81,18 +81,18 @@ def choose(problem: availability.Problem = PROBLEM, backend: str = "auto", dtype
 
 
 def test_good_kernels_are_tested_once(answers) -> None:
-    found = answers()
+    planted = answers()
     assert [choose() for _ in range(3)] == ["triton"] * 3
     decisions.forget()  # another process, which asks the disk
     assert choose() == "triton"
-    assert found.asked == [["triton/small/bfloat16"] * 2]
+    assert planted.tested == [["triton/small/bfloat16"] * 2]
     assert choose(PROBLEM._replace(rows=300)) == "triton"
     assert choose(dtypes=(torch.bfloat16, torch.float32)) == "triton"
-    assert found.asked[1:] == [["triton/gram/bfloat16"] * 2, ["triton/small/float32"] * 2]
+    assert planted.tested[1:] == [["triton/gram/bfloat16"] * 2, ["triton/small/float32"] * 2]
 
 
-def test_bad_kernels_are_never_used_and_say_so_once(answers, recwarn) -> None:
-    found = answers(small=False)
+def test_bad_kernels_are_never_used_and_warned_of_once(answers, recwarn) -> None:
+    planted = answers(small=False)
     with pytest.warns(UserWarning, match=r"triton/small/bfloat16 .*masked layers is planted.*"):
         assert choose() == "eager"
     recwarn.clear()
@@ -101,8 +101,8 @@ def test_bad_kernels_are_never_used_and_say_so_once(answers, recwarn) -> None:
     decisions.forget()
     with pytest.warns(UserWarning, match=r"report it: `python -m rift_kernels check`"):
         assert choose() == "eager"
-    assert len(found.asked) == 1
-    # The others are, and so are these where they are asked for.
+    assert len(planted.tested) == 1
+    # Other kernels are used, and so are these on request.
     assert choose(PROBLEM._replace(gram=(False,))) == "triton"
     assert choose(backend="triton") == "triton"
 
@@ -118,45 +118,45 @@ def test_the_next_backend_takes_its_place(monkeypatch) -> None:
         assert choose() == "triton"
 
 
-def test_what_could_not_be_tested_is_not_used_and_not_held_against_it(answers) -> None:
-    """No room on the GPU, for one; the next process tries again."""
-    found = answers(small=None)
+def test_untested_kernels_are_not_used_and_get_no_verdict(answers) -> None:
+    """For example for lack of memory on the GPU; the next process tests again."""
+    planted = answers(small=None)
     with pytest.warns(UserWarning, match=r"could not be tested .*to test them when it is free"):
         assert choose() == "eager"
     assert choose() == "eager"
     decisions.forget()
     answers()
     assert choose() == "triton"
-    assert len(found.asked) == 1
+    assert len(planted.tested) == 1
 
 
 def test_settings(answers, monkeypatch) -> None:
-    found = answers(small=False)
+    planted = answers(small=False)
     monkeypatch.setenv(self_test.ENVIRONMENT_VARIABLE, "0")
     assert choose() == "triton"
-    assert not found.asked
+    assert not planted.tested
     decisions.forget()
     verdicts.write(verdicts.identity("triton", CPU), SMALL, Verdict(True))
     monkeypatch.setenv(self_test.ENVIRONMENT_VARIABLE, "always")
     with pytest.warns(UserWarning, match="planted"):
         assert [choose(), choose()] == ["eager"] * 2
-    assert len(found.asked) == 1
+    assert len(planted.tested) == 1
     decisions.forget()
     monkeypatch.setenv(self_test.ENVIRONMENT_VARIABLE, "never")
     with pytest.raises(
         ValueError, match=r"RIFT_KERNELS_SELF_TEST must be one of '0' .* got 'never'"
     ):
         choose()
-    # The environment's choice of a backend is an explicit one.
+    # A choice of the environment is explicit.
     monkeypatch.setenv(plan.ENVIRONMENT_VARIABLE, "triton")
     assert choose() == "triton"
 
 
-@pytest.mark.parametrize("where", ["tracing", "capturing"])
-def test_nothing_is_tested_in_a_graph(where, answers, monkeypatch, recwarn) -> None:
-    found = answers()
+@pytest.mark.parametrize("state", ["tracing", "capturing"])
+def test_nothing_is_tested_in_a_graph(state, answers, monkeypatch, recwarn) -> None:
+    planted = answers()
     with monkeypatch.context() as inside:
-        if where == "tracing":
+        if state == "tracing":
             inside.setattr(torch.compiler, "is_compiling", lambda: True)
         else:
             inside.setattr(self_test, "_is_capturing", lambda _: True)
@@ -165,14 +165,14 @@ def test_nothing_is_tested_in_a_graph(where, answers, monkeypatch, recwarn) -> N
         recwarn.clear()
         assert choose() == "eager"
         assert not recwarn.list
-        assert not found.asked
+        assert not planted.tested
     assert choose() == "triton"
     decisions.forget()
-    if where == "tracing":
+    if state == "tracing":
         monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     else:
         monkeypatch.setattr(self_test, "_is_capturing", lambda _: True)
-    # The disk knows.
+    # The verdict on disk is enough.
     assert choose() == "triton"
 
 
@@ -186,13 +186,13 @@ def test_compiled_losses_take_eager_until_kernels_were_tested(dynamic, answers) 
     torch.testing.assert_close(value, rk.linear_cka(x, y, backend="eager"))
 
 
-def test_which_kernels_a_call_runs(answers) -> None:
-    found = answers()
+def test_kernels_of_a_call(answers) -> None:
+    planted = answers()
     choose(availability.Problem("cka", (True, False), 300, 64))
     choose(availability.Problem("covariance", (False,), 300, 64))
     choose(availability.Problem("covariance", (True,), 30, 64))
     choose(availability.Problem("procrustes", (False,), 300, 64))
-    assert [sorted({name.split("/", 1)[1] for name in one}) for one in found.asked] == [
+    assert [sorted({name.split("/", 1)[1] for name in names}) for names in planted.tested] == [
         ["covariance/bfloat16", "gram/bfloat16", "small/bfloat16"],
         ["distance/bfloat16"],
         ["products/float32"],
@@ -203,14 +203,14 @@ def test_which_kernels_a_call_runs(answers) -> None:
 
 
 def test_the_report_has_the_verdicts(monkeypatch) -> None:
-    for name, found in (
+    for name, value in (
         ("is_available", True), ("current_device", 0), ("get_device_name", "Some GPU"),
         ("get_device_capability", (9, 0)),
     ):  # fmt: skip
-        monkeypatch.setattr(torch.cuda, name, lambda *_, found=found: found)
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
     machine = {"gpu": "Some GPU"}
     monkeypatch.setattr(verdicts, "identity", lambda *_: machine)
-    monkeypatch.setenv(self_test.ENVIRONMENT_VARIABLE, "nonsense")  # it never raises
+    monkeypatch.setenv(self_test.ENVIRONMENT_VARIABLE, "nonsense")  # the report never raises
     verdicts.write(machine, SMALL, Verdict(True))
     verdicts.write(machine, SMALL._replace(family="gram"), Verdict(False, "batch: off by 1e+00"))
     lines = [" ".join(line.split()) for line in info.backend_report().splitlines()]
@@ -220,12 +220,12 @@ def test_the_report_has_the_verdicts(monkeypatch) -> None:
     assert not any(line.startswith("cuda/") for line in lines)
 
 
-# ---------------------------------------------------------------- processes of their own
+# ---------------------------------------------------------------- separate processes
 
 
 @pytest.fixture
 def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str, str], None]:
-    """Processes import a copy of the package in which a line is another."""
+    """Processes import a copy of the package in which one line is changed."""
     folder = tmp_path / "planted"
 
     def plant(file: str, before: str, after: str) -> None:
@@ -280,34 +280,34 @@ def test_planted_kernels_are_never_used(file, before, after, seen, package, monk
     with pytest.warns(UserWarning, match=seen):
         assert choose() == "eager"
     assert choose() == "eager"
-    # On disk, for every process to come.
+    # On disk, for all later processes.
     decisions.forget()
     monkeypatch.setattr(self_test, "examine", None)
     with pytest.warns(UserWarning, match=seen):
         assert choose() == "eager"
 
 
-def test_kernels_as_they_are_are_used(monkeypatch) -> None:
+def test_real_kernels_are_used(monkeypatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert choose() == "triton"
     assert verdicts.read(verdicts.identity("triton", CPU), SMALL) == Verdict(True)
 
 
-def test_after_a_crash_the_rest_is_tried_in_another_process(package) -> None:
+def test_after_a_crash_another_process_tests_the_rest(package) -> None:
     package(GRAM_FORM, LAUNCH, "        import os\n        os.abort()\n")
     products = Kernels("triton", "products", "float32")
     tasks = [(SMALL, "small: masked layers"), (SMALL, "small: batch")]
     tasks.append((products, "products: distance of few rows"))
-    crashed, left, good = Examination(tasks, CPU)
+    crashed, skipped, good = Examination(tasks, CPU)
     assert crashed.good is False
-    assert left[:3] == (SMALL, "small: batch", None)
-    assert "not tried after small: masked layers" in left.seen
+    assert skipped[:3] == (SMALL, "small: batch", None)
+    assert "not tried after small: masked layers" in skipped.seen
     assert good.good is True
     assert good.kernels == products
 
 
-def test_a_process_that_cannot_begin_says_nothing_about_kernels(monkeypatch) -> None:
-    """A GPU in exclusive use, no memory for a context, no second process allowed."""
+def test_a_process_that_cannot_start_is_no_verdict(monkeypatch) -> None:
+    """As on a GPU in exclusive use, or without memory for a context."""
     task = [(SMALL, "small: batch")]
     (report,) = Examination(task, torch.device("cuda:77"))
     assert report.good is None
@@ -344,8 +344,8 @@ def test_errors_in_a_trial(error, good, monkeypatch) -> None:
     assert type(error).__name__ in outcome.seen
 
 
-def test_a_killed_process_says_nothing_about_kernels(package) -> None:
-    """The system takes memory back like that."""
+def test_a_killed_process_is_no_verdict(package) -> None:
+    """The system kills processes when memory runs out."""
     kill = "        import os, signal\n        os.kill(os.getpid(), signal.SIGKILL)\n"
     package(GRAM_FORM, LAUNCH, kill)
     (report,) = Examination([(SMALL, "small: batch")], CPU)
@@ -353,7 +353,7 @@ def test_a_killed_process_says_nothing_about_kernels(package) -> None:
     assert "killed" in report.seen
 
 
-def test_a_case_that_changes_from_run_to_run(monkeypatch) -> None:
+def test_results_that_differ_between_runs(monkeypatch) -> None:
     measure, count = trial.autograd.measure, iter(range(10))
 
     def drift(*arguments: object) -> torch.Tensor:
@@ -365,17 +365,17 @@ def test_a_case_that_changes_from_run_to_run(monkeypatch) -> None:
     assert outcome == (False, "masked layers: results differ from one run to the next", None, None)
 
 
-@pytest.mark.parametrize("what", ["value", "gradient"])
-def test_nan_is_wrong(what, monkeypatch) -> None:
+@pytest.mark.parametrize("result", ["value", "gradient"])
+def test_nan_is_wrong(result, monkeypatch) -> None:
     grad = torch.autograd.grad
 
     def spoiled(*arguments: object) -> list[torch.Tensor]:
-        found = list(grad(*arguments))
-        found[0][3, 3] = float("nan")
-        return found
+        gradients = list(grad(*arguments))
+        gradients[0][3, 3] = float("nan")
+        return gradients
 
     measure = trial.autograd.measure
-    if what == "gradient":
+    if result == "gradient":
         monkeypatch.setattr(torch.autograd, "grad", spoiled)
     else:
         monkeypatch.setattr(trial.autograd, "measure", lambda *a: measure(*a) * float("nan"))
@@ -383,26 +383,26 @@ def test_nan_is_wrong(what, monkeypatch) -> None:
     case = known_answers.CASES[2]
     outcome = trial.attempt(Kernels("eager", "small", "float32"), case, CPU)
     assert outcome.good is False
-    assert f"{what} off by nan" in outcome.seen
+    assert f"{result} off by nan" in outcome.seen
 
 
-# ---------------------------------------------------------------- CUDA's, in the emulator
+# ---------------------------------------------------------------- CUDA kernels in the emulator
 
 
-def here(tasks, device) -> list[Report]:
-    """In this process, whose CUDA kernels are emulated."""
+def examine_here(tasks, device) -> list[Report]:
+    """The reports from this process, whose CUDA kernels are emulated."""
     named = {known_answers.key(case): case for case in known_answers.CASES}
     return [Report(k, name, *trial.attempt(k, named[name], device)) for k, name in tasks]
 
 
 @pytest.fixture
 def emulated_choice(monkeypatch, emulate) -> Callable[..., str]:
-    """What `auto` takes where the CUDA kernels are the emulator's."""
+    """The choice of `auto` with emulated CUDA kernels."""
 
     def make(gpu: str) -> str:
         emulate(gpu)
         only(monkeypatch, "cuda")
-        monkeypatch.setattr(self_test, "examine", here)
+        monkeypatch.setattr(self_test, "examine", examine_here)
         monkeypatch.setattr(trial, "REPEATS", 1)
         return choose()
 
@@ -423,7 +423,7 @@ def test_a_launch_that_fails_in_cuda(emulated_choice, monkeypatch) -> None:
 
 
 def test_a_missing_barrier(tmp_path, monkeypatch) -> None:
-    """Of cka_small: diagonals are overwritten, and offsets read, by threads that run ahead."""
+    """In cka_small, threads run ahead, overwrite diagonals and read offsets too early."""
     for name in ("csrc", "tests/support/emulator"):
         shutil.copytree(PACKAGE.parent / name, tmp_path / name)
     path = tmp_path / "csrc" / "cka_small" / "cka_small.cuh"
@@ -432,23 +432,23 @@ def test_a_missing_barrier(tmp_path, monkeypatch) -> None:
     head, tail = text[:written], text[written:]
     assert "__syncthreads();" in tail
     path.write_text(head + tail.replace("__syncthreads();", "", 1))
-    # In a process of its own, as an extension is never alone with its name in another's.
-    done = subprocess.run(
+    # In a separate process, because this one may have loaded another extension of that name.
+    result = subprocess.run(
         [sys.executable, "-c", _BROKEN, str(tmp_path)],
         capture_output=True,
         text=True,
         check=False,
         env={**os.environ, "PYTHONPATH": str(PACKAGE.parent), "RIFT_EMULATED_THREADS": "64"},
     )
-    assert done.returncode == 0, done.stderr
-    found = [(Kernels(*kernels), *rest) for kernels, *rest in json.loads(done.stdout)]
+    assert result.returncode == 0, result.stderr
+    reports = [Report(Kernels(*kernels), *rest) for kernels, *rest in json.loads(result.stdout)]
     only(monkeypatch, "cuda")
-    monkeypatch.setattr(self_test, "examine", lambda *_: [Report(*one) for one in found])
+    monkeypatch.setattr(self_test, "examine", lambda *_: reports)
     with pytest.warns(UserWarning, match="off by"):
         assert choose() == "eager"
 
 
-# Compiles what lies in a folder, and tries it.
+# Compiles the sources in a folder, and tries their kernels.
 _BROKEN = """
 import json, os, sys
 from pathlib import Path
@@ -468,13 +468,13 @@ trial.REPEATS = 1
 kernels = Kernels("cuda", "small", "bfloat16")
 with as_gpu.cuda("sm90", emulated.build(folder), 3, "gram"):
     cases = known_answers.cases_of(kernels, False)
-    found = [(kernels, c.name, *trial.attempt(kernels, c, torch.device("cpu"))) for c in cases]
-print(json.dumps(found))
+    reports = [(kernels, c.name, *trial.attempt(kernels, c, torch.device("cpu"))) for c in cases]
+print(json.dumps(reports))
 """
 
 
-def test_every_family_of_cuda(emulate, monkeypatch) -> None:
-    """What the emulator makes of the cases that `auto` asks for, of many rows as well."""
+def test_many_rows_in_emulated_cuda(emulate, monkeypatch) -> None:
+    """The emulator passes a case that `auto` tests on the kernels for many rows."""
     monkeypatch.setattr(trial, "REPEATS", 1)
     kernels = Kernels("cuda", "covariance", "bfloat16")
     emulate("clusters", form="covariance")

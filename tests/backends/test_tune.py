@@ -1,4 +1,4 @@
-"""The tuner without a GPU: a model of what configurations cost stands in for the timing."""
+"""The tuner without a GPU: a model of the configurations' cost replaces the timing."""
 
 import json
 import os
@@ -22,7 +22,7 @@ LARGE = "covariance large bf16"
 
 
 class Model:
-    """A second for each field that is not at its best; those in ``wrong`` do not agree."""
+    """A second for each field that is not at its best; configurations in ``wrong`` disagree."""
 
     def __init__(self, wrong: Sequence[Config] = (), **best: object) -> None:
         self.best, self.wrong, self.tried = best, wrong, []
@@ -47,18 +47,18 @@ def _tables(monkeypatch: pytest.MonkeyPatch):
 def test_candidates_can_run(shapes: str) -> None:
     base = config.lookup("sm90", shapes)
     for group in tune.groups(shapes):
-        found = list(tune.candidates(shapes, base, group, LIMIT))
-        assert found
-        assert base not in found
-        assert all(tune.shared_bytes(shapes, c) <= LIMIT for c in found)
-        assert all(c.block % c.sub == 0 for c in found)
+        candidates = list(tune.candidates(shapes, base, group, LIMIT))
+        assert candidates
+        assert base not in candidates
+        assert all(tune.shared_bytes(shapes, c) <= LIMIT for c in candidates)
+        assert all(c.block % c.sub == 0 for c in candidates)
 
 
-def test_smaller_blocks_take_the_backward_along() -> None:
+def test_smaller_blocks_shrink_those_of_the_backward() -> None:
     base = config.lookup("sm90", LARGE)
     assert base.backward[1] == 128
-    found = tune.candidates(LARGE, base, tune.groups(LARGE)[0], LIMIT)
-    assert {c.backward[1] for c in found if c.block == 64} == {64}
+    candidates = tune.candidates(LARGE, base, tune.groups(LARGE)[0], LIMIT)
+    assert {c.backward[1] for c in candidates if c.block == 64} == {64}
 
 
 def test_less_memory_leaves_fewer_candidates() -> None:
@@ -96,7 +96,7 @@ def test_wrong_results_do_not_count() -> None:
     assert best.stages == 4
 
 
-def test_what_is_hardly_faster_does_not_count() -> None:
+def test_a_gain_within_noise_does_not_count() -> None:
     start = config.lookup("sm90", LARGE)
 
     class Noise(Model):
@@ -119,11 +119,11 @@ def test_budget_is_shared_by_the_groups() -> None:
         clock=lambda: next(ticks),
     )
     assert len(model.tried) == len(advanced) < 16
-    assert best.block_r == 64  # the last group had its turn
+    assert best.block_r == 64  # even the last group was tried
 
 
 def test_file_is_resumed_and_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "mine.json"
+    path = tmp_path / "configs.json"
     assert tune.finished(path, "sm90") == {}
     chosen = config.lookup("sm90", LARGE)._replace(stages=2)
     tune.write(path, "sm90", LARGE, chosen, "twice as fast")
@@ -138,7 +138,7 @@ def test_file_is_resumed_and_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """As if there were an H100; the classes that were tried."""
+    """A pretended H100; the fixture lists the classes that were tried."""
     tried = []
 
     def trials(shapes: str, arch: str, start: Config) -> Model:
@@ -159,7 +159,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def test_command(gpu: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("tqdm", reason="needs tqdm")
-    path = tmp_path / "mine.json"
+    path = tmp_path / "configs.json"
     arguments = ["--out", str(path), "--form", "covariance"]
     assert tune.main(arguments) == 0
     assert gpu == [c for c in CLASSES if c.startswith("covariance")]
@@ -167,7 +167,7 @@ def test_command(gpu: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[s
     content = json.loads(path.read_text())
     assert "on H100" in content["_remarks"][f"sm90 {LARGE}"]
     assert content["sm90"][LARGE]["block_r"] == 16
-    # What is there already is not tried again.
+    # Finished classes are not tried again.
     del content["sm90"][LARGE]
     path.write_text(json.dumps(content))
     gpu.clear()
@@ -177,7 +177,7 @@ def test_command(gpu: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[s
 
 def test_bad_file(gpu: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("tqdm", reason="needs tqdm")
-    path = tmp_path / "mine.json"
+    path = tmp_path / "configs.json"
     path.write_text('{"sm90": {"covariance large bf16": {"block": 128}}}')
     assert tune.main(["--out", str(path)]) == 1
     assert f"{path}: sm90: {LARGE}" in capsys.readouterr().err
@@ -193,9 +193,9 @@ def test_without_tqdm(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFix
 
 def test_without_a_gpu(tmp_path: Path) -> None:
     result = subprocess.run(
-        [sys.executable, "-m", "rift_kernels", "tune", "--out", str(tmp_path / "mine.json")],
+        [sys.executable, "-m", "rift_kernels", "tune", "--out", str(tmp_path / "configs.json")],
         cwd=Path(__file__).parents[2],
-        # Whatever this machine has.
+        # Even if this machine has a GPU.
         env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
         text=True,

@@ -1,4 +1,4 @@
-"""Verdicts on disk: whole, this user's alone, of these versions, and never in the way."""
+"""Verdicts on disk: complete, private, for these versions only, and never an obstacle."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def the_file(cache: Path) -> Path:
-    (found,) = cache.rglob("*.json")
-    return found
+    (file,) = cache.rglob("*.json")
+    return file
 
 
 @pytest.mark.parametrize("verdict", [Verdict(True), BAD])
@@ -38,7 +38,7 @@ def test_what_is_written_is_read(verdict, cache) -> None:
     assert verdicts.write(MACHINE, KERNELS, verdict)
     assert verdicts.read(MACHINE, KERNELS) == verdict
     assert verdicts.read(MACHINE, KERNELS._replace(dtype="float32")) is None
-    # Nothing of how it came about is left, and nobody else may look.
+    # No temporary file is left, and only this user can read the folders.
     assert [path.name for path in the_file(cache).parent.iterdir()] == [
         "triton-small-bfloat16.json"
     ]
@@ -53,28 +53,28 @@ def test_another_machine_or_version_has_its_own(name) -> None:
     assert verdicts.read({**MACHINE, name: "another"}, KERNELS) is None
 
 
-def test_what_a_verdict_hangs_on(tmp_path, monkeypatch) -> None:
+def test_what_a_verdict_depends_on(tmp_path, monkeypatch) -> None:
     device = torch.device("cpu")
     before = verdicts.identity("triton", device)
     assert before.keys() == {
         *("gpu", "architecture", "driver", "torch", "triton", "rift_kernels", "kernels")
     }
-    # Configurations of the user's own make other kernels, and so does another build.
+    # A user's configurations make other kernels, and so does another build.
     table = tmp_path / "table.json"
     table.write_text("{}")
     monkeypatch.setenv("RIFT_KERNELS_CONFIGS", str(table))
     assert verdicts.identity("triton", device)["kernels"] != before["kernels"]
     monkeypatch.delenv("RIFT_KERNELS_CONFIGS")
     built = tmp_path / "_C.so"
-    found = type("Found", (), {"origin": str(built)})
-    monkeypatch.setattr(verdicts.importlib.util, "find_spec", lambda _: found)
-    prints = set()
+    spec = type("Spec", (), {"origin": str(built)})
+    monkeypatch.setattr(verdicts.importlib.util, "find_spec", lambda _: spec)
+    fingerprints = set()
     for content in (b"one build", b"another"):
         built.write_bytes(content)
         verdicts._fingerprint.cache_clear()
-        prints.add(verdicts.identity("cuda", device)["kernels"])
+        fingerprints.add(verdicts.identity("cuda", device)["kernels"])
     verdicts._fingerprint.cache_clear()
-    assert len(prints) == 2
+    assert len(fingerprints) == 2
 
 
 @pytest.mark.parametrize(
@@ -93,7 +93,7 @@ def test_a_corrupt_file_is_no_verdict_and_is_replaced(text, cache) -> None:
     assert verdicts.read(MACHINE, KERNELS) == BAD
 
 
-def test_the_file_of_another_machine_is_not_believed(cache) -> None:
+def test_a_file_from_another_machine_is_ignored(cache) -> None:
     verdicts.write(MACHINE, KERNELS, Verdict(True))
     text = the_file(cache).read_text()
     the_file(cache).write_text(text.replace("570.1", "999.9"))
@@ -101,14 +101,14 @@ def test_the_file_of_another_machine_is_not_believed(cache) -> None:
 
 
 @pytest.mark.parametrize("mode", [0o620, 0o602, 0o666])
-def test_a_file_that_others_may_write_is_not_believed(mode, cache) -> None:
+def test_a_file_that_others_can_write_is_ignored(mode, cache) -> None:
     verdicts.write(MACHINE, KERNELS, Verdict(True))
     the_file(cache).chmod(mode)
     assert verdicts.read(MACHINE, KERNELS) is None
 
 
 @pytest.mark.parametrize("obstacle", ["a file in the way", "read-only", "no home"])
-def test_no_place_for_verdicts_does_no_harm(obstacle, cache, monkeypatch) -> None:
+def test_without_a_place_for_verdicts(obstacle, cache, monkeypatch) -> None:
     if obstacle == "no home":
         for name in (verdicts.ENVIRONMENT_VARIABLE, "XDG_CACHE_HOME"):
             monkeypatch.delenv(name, raising=False)
@@ -122,14 +122,14 @@ def test_no_place_for_verdicts_does_no_harm(obstacle, cache, monkeypatch) -> Non
         cache.parent.mkdir()
         cache.write_text("")
     else:
-        # Not by permissions, which do not stop root.
+        # Permissions would not stop root.
         def refuse(*_: object, **__: object) -> None:
             raise OSError(30, "Read-only file system")
 
         monkeypatch.setattr(Path, "mkdir", refuse)
     assert not verdicts.write(MACHINE, KERNELS, BAD)
     assert verdicts.read(MACHINE, KERNELS) is None
-    with verdicts.alone(MACHINE, 0.0):
+    with verdicts.locked(MACHINE, 0.0):
         pass
 
 
@@ -182,8 +182,8 @@ def test_a_reader_never_sees_half_a_file() -> None:
 
 
 def _test_once(log: str) -> None:
-    """What each of many ranks does at its first call."""
-    with verdicts.alone(MACHINE, 60.0):
+    """The first call of each of several ranks."""
+    with verdicts.locked(MACHINE, 60.0):
         if verdicts.read(MACHINE, KERNELS) is None:
             with Path(log).open("a") as file:
                 file.write(f"{os.getpid()}\n")
@@ -192,7 +192,7 @@ def _test_once(log: str) -> None:
     assert verdicts.read(MACHINE, KERNELS) == Verdict(True)
 
 
-def test_one_of_many_ranks_does_the_work(tmp_path) -> None:
+def test_only_one_rank_tests(tmp_path) -> None:
     context = multiprocessing.get_context("fork")
     log = tmp_path / "log"
     ranks = [context.Process(target=_test_once, args=(str(log),)) for _ in range(6)]
@@ -205,33 +205,33 @@ def test_one_of_many_ranks_does_the_work(tmp_path) -> None:
 
 
 def _hold(ready, release) -> None:
-    with verdicts.alone(MACHINE, 0.0):
+    with verdicts.locked(MACHINE, 0.0):
         ready.set()
         release.wait(60)
 
 
-def test_a_rank_that_is_stuck_holds_nobody_for_ever_and_a_dead_one_nobody_at_all() -> None:
+def test_a_stuck_rank_blocks_others_only_for_a_time_and_a_dead_one_never() -> None:
     context = multiprocessing.get_context("fork")
     ready, release = context.Event(), context.Event()
     holder = context.Process(target=_hold, args=(ready, release))
     holder.start()
     assert ready.wait(60)
     start = time.monotonic()
-    with verdicts.alone(MACHINE, 0.3):  # goes on by itself after that
+    with verdicts.locked(MACHINE, 0.3):  # goes on without the lock after that
         assert time.monotonic() - start >= 0.3
     holder.kill()
     holder.join()
-    with verdicts.alone(MACHINE, 3600.0):
+    with verdicts.locked(MACHINE, 3600.0):
         pass
 
 
-def test_a_verdict_is_of_everything_between_a_call_and_the_kernels() -> None:
+def test_a_verdict_depends_on_everything_between_a_call_and_its_kernels() -> None:
     names = {path.relative_to(verdicts.PACKAGE).as_posix() for path in verdicts.sources()}
     assert names >= {
         *("backends/cuda.py", "backends/triton/configs.json", "dispatch/operators.py"),
         *("dispatch/autograd.py", "measures/cka.py", "trust/known_answers.json"),
         *("trust/known_answers.py", "commands/trial.py"),
     }
-    # Every pattern still finds something.
+    # Every pattern matches something.
     for pattern in verdicts._SOURCES:
         assert list(verdicts.PACKAGE.glob(pattern)), pattern

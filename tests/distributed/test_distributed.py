@@ -1,4 +1,4 @@
-"""A batch over 2 and 4 processes against one process that has all of it."""
+"""A batch over 2 and 4 processes, compared with one process that has all of it."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ def free_port() -> int:
 
 @pytest.fixture(scope="module")
 def alone() -> dict[str, Any]:
-    """What one process finds."""
-    return {name.removeprefix("all, "): found() for name, found in ranks.outcomes(0, None)}
+    """The outcomes of one process."""
+    return {name.removeprefix("all, "): outcome() for name, outcome in ranks.outcomes(0, None)}
 
 
 @pytest.fixture(scope="module", params=ranks.SIZES)
 def together(request, tmp_path_factory) -> list[dict[str, Any]]:
-    """What each of several processes finds, started by torchrun."""
+    """The outcomes of each of several processes, started by torchrun."""
     folder = tmp_path_factory.mktemp(f"ranks{request.param}")
     command = ["-m", "torch.distributed.run", "--nproc-per-node", str(request.param)]
     command += ["--master-port", str(free_port()), "-m", "tests.support.ranks", str(folder)]
@@ -60,22 +60,23 @@ def together(request, tmp_path_factory) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("way", ranks.WAYS)
 @pytest.mark.parametrize("split", ["even", "uneven", "empty"])
 @pytest.mark.parametrize("check", CHECKS)
-def test_is_what_one_process_finds(together, alone, way, split, check) -> None:
-    """Values bitwise equal on all ranks; gradients, as DDP averages them, those of all rows."""
-    found = [of_rank[f"{way}, {split}, {check}"] for of_rank in together]
+def test_ranks_agree_with_one_process(together, alone, way, split, check) -> None:
+    """Values are bitwise equal on all ranks; gradients, averaged as DDP does, are exact."""
+    outcomes = [results[f"{way}, {split}, {check}"] for results in together]
     expected = alone[check]
-    for other in found[1:]:
-        assert torch.equal(other["value"], found[0]["value"])
-    wide = expected["value"].dtype == torch.float64
-    tolerance = 1e-6 if wide else 4e-3 if check in HALF else 1e-4
-    value_tolerance = {"rtol": 1e-9, "atol": 1e-9} if wide else {"rtol": 1e-5, "atol": 1e-5}
-    torch.testing.assert_close(found[0]["value"], expected["value"], **value_tolerance)
+    value = outcomes[0]["value"]
+    for outcome in outcomes[1:]:
+        assert torch.equal(outcome["value"], value)
+    is_float64 = value.dtype == torch.float64
+    tolerance = 1e-6 if is_float64 else 4e-3 if check in HALF else 1e-4
+    value_tolerance = dict.fromkeys(("rtol", "atol"), 1e-9 if is_float64 else 1e-5)
+    torch.testing.assert_close(value, expected["value"], **value_tolerance)
     for i, gradient in enumerate(expected.get("rows", ())):
-        rows = torch.cat([of_rank["rows"][i] for of_rank in found], -2) / len(together)
+        rows = torch.cat([outcome["rows"][i] for outcome in outcomes], -2) / len(together)
         assert cases.relative_error(rows, gradient) < tolerance
     for i, gradient in enumerate(expected.get("parameters", ())):
-        for of_rank in found:
-            assert cases.relative_error(of_rank["parameters"][i], gradient) < 1e-6
+        for outcome in outcomes:
+            assert cases.relative_error(outcome["parameters"][i], gradient) < 1e-6
 
 
 WRONG = {
@@ -86,27 +87,42 @@ WRONG = {
         "was given wrong input",
     ),
     "rows of one": ("ValueError", "same number of rows", "RuntimeError", "same number of rows"),
-    "width differs": ("ValueError", "agree in shapes", "ValueError", "agree in shapes"),
-    "settings differ": ("ValueError", "agree in settings", "ValueError", "agree in settings"),
-    "masks differ": ("ValueError", "agree in masks", "ValueError", "agree in masks"),
-    "one without grad": ("ValueError", "agree in gradients", "ValueError", "agree in gradients"),
-    "rotations differ": ("ValueError", "agree in settings", "ValueError", "agree in settings"),
-    "corrections differ": ("ValueError", "agree in settings", "ValueError", "agree in settings"),
-    "gradients differ": ("ValueError", "agree in gradients", "ValueError", "agree in gradients"),
-    "too few in all": ("ValueError", "at least 4 rows", "ValueError", "got 3"),
+    "width differs": ("ValueError", "agree on shapes", "ValueError", "agree on shapes"),
+    "settings differ": (
+        "ValueError",
+        "agree on the settings",
+        "ValueError",
+        "agree on the settings",
+    ),
+    "masks differ": ("ValueError", "the number of masks", "ValueError", "the number of masks"),
+    "one without grad": ("ValueError", "need gradients", "ValueError", "need gradients"),
+    "rotations differ": (
+        "ValueError",
+        "agree on the settings",
+        "ValueError",
+        "agree on the settings",
+    ),
+    "corrections differ": (
+        "ValueError",
+        "agree on the settings",
+        "ValueError",
+        "agree on the settings",
+    ),
+    "gradients differ": ("ValueError", "need gradients", "ValueError", "need gradients"),
+    "too few on all ranks": ("ValueError", "at least 4 rows", "ValueError", "got 3"),
     "after errors": ("", "", "", ""),
 }
 
 
 @pytest.mark.parametrize("check", WRONG)
-def test_an_error_of_one_is_told_to_all(together, check) -> None:
-    own_type, own_words, other_type, other_words = WRONG[check]
-    *others, own = (of_rank[check] for of_rank in together)
-    assert own[0] == own_type
-    assert own_words in own[1]
+def test_an_error_on_one_rank_is_raised_on_all(together, check) -> None:
+    last_type, last_text, other_type, other_text = WRONG[check]
+    *others, last = (results[check] for results in together)
+    assert last[0] == last_type
+    assert last_text in last[1]
     for other in others:
         assert other[0] == other_type
-        assert other_words in other[1]
+        assert other_text in other[1]
     if other_type == "RuntimeError":
         assert f"rank {len(together) - 1} of the group" in others[0][1]
 
@@ -126,16 +142,16 @@ rk.linear_cka(x, x, group="world")
 @pytest.mark.parametrize(
     "instead", ["import os; os._exit(1)", "time.sleep(60)"], ids=["ended", "never calls"]
 )
-def test_a_missing_rank_is_an_error_and_no_hang(instead) -> None:
+def test_a_missing_rank_raises_instead_of_hanging(instead) -> None:
     port = str(free_port())
 
     def start(rank: int) -> subprocess.Popen[str]:
-        where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
         return subprocess.Popen(
             [sys.executable, "-c", MISSING.format(instead=instead)],
             env={
                 **os.environ,
-                **where,
+                **address,
                 "RANK": str(rank),
                 "WORLD_SIZE": "2",
                 "PYTHONPATH": str(ROOT),
@@ -144,41 +160,41 @@ def test_a_missing_rank_is_an_error_and_no_hang(instead) -> None:
             text=True,
         )
 
-    left, missing = start(0), start(1)
-    begun = time.monotonic()
+    waiting, missing = start(0), start(1)
+    begin = time.monotonic()
     try:
-        _, words = left.communicate(timeout=60)
+        _, stderr = waiting.communicate(timeout=60)
     finally:
-        left.kill()
+        waiting.kill()
         missing.kill()
         missing.communicate()
-    assert left.returncode == 1
-    assert "RuntimeError: rank 0 of 2 could not exchange" in words
-    assert "another rank has ended, or has not made this call" in words
-    assert time.monotonic() - begun < 45
+    assert waiting.returncode == 1
+    assert "RuntimeError: rank 0 of 2 could not exchange" in stderr
+    assert "another rank has ended, or has not made this call" in stderr
+    assert time.monotonic() - begin < 45
 
 
-def given(rows: int, width: int, dtype: torch.dtype = torch.bfloat16) -> checks.Layers:
+def layer(rows: int, width: int, dtype: torch.dtype = torch.bfloat16) -> checks.Layers:
     x = torch.empty(rows, width, dtype=dtype)
     return checks.Layers([x], [x], [])
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_bytes_say_which_way(dtype) -> None:
-    """Gathering costs with the rows of all others, summing with the square of the width."""
+def test_bytes_of_both_ways(dtype) -> None:
+    """Gathering moves all other ranks' rows; summing moves blocks of width x width."""
     size, rows, width = 8, 64, 768
-    one = given(rows, width, dtype)
-    gathered = shared_batch.bytes_gathered(one, [[rows]] * size)
+    equal = layer(rows, width, dtype)
+    gathered = shared_batch.bytes_gathered(equal, [[rows]] * size)
     assert gathered == (size - 1) * rows * 2 * width * dtype.itemsize
     accumulated = 8 if dtype == torch.float64 else 4
-    summed = shared_batch.bytes_summed(one, size)
+    summed = shared_batch.bytes_summed(equal, size)
     assert summed == 2 * (size - 1) * (2 * width**2 + width) * accumulated // size
-    # Of other widths, A and B do not make one matrix.
-    other = checks.Layers(one.students, [torch.empty(rows, 5, dtype=dtype)], [])
+    # If the widths differ, A and B do not share a matrix.
+    other = checks.Layers(equal.students, [torch.empty(rows, 5, dtype=dtype)], [])
     numbers = width**2 + 5 * width + 5**2
     assert shared_batch.bytes_summed(other, size) == 2 * (size - 1) * numbers * accumulated // size
-    # What is sent is as long as the longest: rows are padded.
-    assert shared_batch.bytes_gathered(one, [[1]] * (size - 1) + [[rows]]) == gathered
+    # Messages are padded to the longest.
+    assert shared_batch.bytes_gathered(equal, [[1]] * (size - 1) + [[rows]]) == gathered
 
 
 def test_group_is_checked() -> None:
@@ -187,34 +203,34 @@ def test_group_is_checked() -> None:
         rk.linear_cka(x, y, group=0)
     with pytest.raises(ValueError, match=r"group must be None, 'world' or a .*; got 'all'"):
         rk.linear_cka(x, y, group="all")
-    # One process, not started by torchrun: the same script runs.
+    # The same script runs as one process, without torchrun.
     assert torch.equal(rk.linear_cka(x, y, group="world"), rk.linear_cka(x, y))
 
 
 @pytest.mark.parametrize("way", ranks.WAYS)
 def test_a_constant_has_no_variance(together, way) -> None:
-    for of_rank in together:
-        found = of_rank[f"{way}, uneven, cka, no variance"]
-        assert float(found["value"]) == 0
-        assert not found["rows"][0].any()
+    for results in together:
+        outcome = results[f"{way}, uneven, cka, no variance"]
+        assert float(outcome["value"]) == 0
+        assert not outcome["rows"][0].any()
 
 
 @pytest.mark.usefixtures("one_process")
 def test_a_dtensor_is_refused() -> None:
-    """Its products would be right, and its sums over rows those of a shard."""
+    """Its products would be right, but its sums over rows would be those of a shard."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Replicate, distribute_tensor
 
     x, y = (t.detach() for t in cases.pair())
-    spread = distribute_tensor(x, init_device_mesh("cpu", (1,)), [Replicate()])
+    sharded = distribute_tensor(x, init_device_mesh("cpu", (1,)), [Replicate()])
     with pytest.raises(TypeError, match="student must be a plain tensor; got a DTensor"):
-        rk.linear_cka(spread, y)
-    assert torch.equal(rk.linear_cka(spread.to_local(), y), rk.linear_cka(x, y))
+        rk.linear_cka(sharded, y)
+    assert torch.equal(rk.linear_cka(sharded.to_local(), y), rk.linear_cka(x, y))
 
 
 @pytest.mark.parametrize("masked", [False, True])
-def test_a_mean_far_from_0_is_taken_off_exactly(masked) -> None:
-    """Where a float32 has steps of 0.06, as much would be left in every row."""
+def test_a_mean_far_from_0_is_subtracted_exactly(masked) -> None:
+    """A float32 has steps of 0.06 there, which would be left in every row."""
     x = (1e6 + torch.randn(40, 6, generator=torch.Generator().manual_seed(0))).float()
     mask = torch.arange(40) < 30 if masked else None
     rows = x.double()[:30] if masked else x.double()
@@ -227,34 +243,36 @@ def test_a_mean_far_from_0_is_taken_off_exactly(masked) -> None:
 
 
 @pytest.mark.usefixtures("one_process")
-def test_gathered_features_want_the_gradients_that_were_wanted() -> None:
-    """Else a frozen teacher's gradient would be computed on every rank, and thrown away."""
+def test_gathered_features_require_the_same_gradients() -> None:
+    """Else every rank would compute a frozen teacher's gradient and throw it away."""
     x, y = (t.detach() for t in cases.pair())
     alone = Ranks(torch.distributed.group.WORLD)
     for sides in ((True, False), (False, True), (True, True), (False, False)):
-        own = [t.clone().requires_grad_(side) for t, side in zip((x, y), sides, strict=True)]
-        layers = checks.Layers([own[0]], [own[1]], [torch.ones(len(x)) > 0])
-        everything = shared_batch.gather(alone, layers, [[len(x)]])
-        assert (everything.students[0].requires_grad, everything.teachers[0].requires_grad) == sides
-        assert torch.equal(everything.students[0], x)
+        student, teacher = (
+            t.clone().requires_grad_(side) for t, side in zip((x, y), sides, strict=True)
+        )
+        layers = checks.Layers([student], [teacher], [torch.ones(len(x)) > 0])
+        gathered = shared_batch.gather(alone, layers, [[len(x)]])
+        assert (gathered.students[0].requires_grad, gathered.teachers[0].requires_grad) == sides
+        assert torch.equal(gathered.students[0], x)
 
 
 @pytest.mark.usefixtures("one_process")
 @pytest.mark.parametrize("dtype", cases.HALF, ids=str)
-def test_features_are_gathered_as_they_are_under_autocast(dtype) -> None:
-    """Also in a half precision that is not autocast's own."""
+def test_autocast_does_not_change_gathered_features(dtype) -> None:
+    """Even if they are not in autocast's half precision."""
     x, y = (t.detach().to(dtype) for t in cases.pair())
     alone = Ranks(torch.distributed.group.WORLD)
-    for own in cases.HALF:
-        with torch.autocast("cpu", dtype=own):
-            everything = shared_batch.gather(alone, checks.Layers([x], [y], []), [[len(x)]])
-        assert torch.equal(everything.students[0], x)
-        assert torch.equal(everything.teachers[0], y)
+    for autocast_dtype in cases.HALF:
+        with torch.autocast("cpu", dtype=autocast_dtype):
+            gathered = shared_batch.gather(alone, checks.Layers([x], [y], []), [[len(x)]])
+        assert torch.equal(gathered.students[0], x)
+        assert torch.equal(gathered.teachers[0], y)
 
 
 @pytest.mark.usefixtures("one_process")
 def test_a_copy_of_a_loss_shares_its_group() -> None:
-    """An average of models copies them, and no process group can be copied."""
+    """Averaging models copies them, and a process group cannot be copied."""
     group = torch.distributed.group.WORLD
     loss = rk.RIFTLoss("cka", group=group, weight=rk.AdaptiveWeight(0.9))
     copied, nested = copy.deepcopy([loss, nn.Sequential(loss)])

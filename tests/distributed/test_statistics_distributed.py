@@ -1,4 +1,4 @@
-"""Statistics of two processes, merged by gloo: those of one process with all data, on both."""
+"""Statistics of two processes, merged by gloo, equal those of one process with all data."""
 
 import contextlib
 import os
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.skipif(
 
 
 def shards(kind: str) -> list[torch.Tensor]:
-    """What each process has."""
+    """The rows of each process."""
     x = normal(50, 6, seed=2) + 1e3
     return list(x.tensor_split([{"uneven": 37, "one is empty": 0, "one row": 1}[kind]]))
 
@@ -34,7 +34,7 @@ def images() -> list[torch.Tensor]:
 
 
 def worker(rank: int, folder: Path) -> None:
-    """All that processes do together; what it gave goes into a file."""
+    """Everything that the processes do together; the results go into a file."""
     torch.set_num_threads(1)
     distributed.init_process_group(
         "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD
@@ -65,13 +65,12 @@ def worker(rank: int, folder: Path) -> None:
             result["errors"][name] = f"{type(error).__name__}: {error}"
     torch.manual_seed(0)
     model = nn.Linear(3, 4)
-    for kind, mine in (("shards", images()[rank::WORLD]), ("empty", images() * (1 - rank))):
+    for kind, batches in (("shards", images()[rank::WORLD]), ("empty", images() * (1 - rank))):
+        path = folder / f"{kind} {rank}"
         with contextlib.suppress(InterruptedError):
-            collect(model, interrupted(mine), path=folder / f"{kind} {rank}")
+            collect(model, interrupted(batches), path=path)
         for run in ("first", "complete"):
-            result["collected"][kind, run] = collect(model, mine, path=folder / f"{kind} {rank}")[
-                ""
-            ]
+            result["collected"][kind, run] = collect(model, batches, path=path)[""]
     torch.save(result, folder / f"{rank}.pt")
     distributed.destroy_process_group()
 
@@ -82,14 +81,14 @@ def collect(model: nn.Module, batches, **options) -> dict[str, rk.TeacherStatist
 
 
 def interrupted(batches):
-    """One batch, then both processes stop."""
+    """One batch, after which both processes stop."""
     yield from batches[:1]
     raise InterruptedError
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
-    """What each process has in the end."""
+    """The results of each process."""
     pytest.importorskip("safetensors", reason="needs safetensors")
     folder = tmp_path_factory.mktemp("gloo")
     code = "import sys, pathlib; from tests.distributed.test_statistics_distributed import worker; "
@@ -116,14 +115,14 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
 
 @pytest.mark.parametrize("decay", [1.0, 0.5])
 @pytest.mark.parametrize("kind", ["uneven", "one is empty", "one row"])
-def test_is_that_of_one_process(kind, decay, results) -> None:
-    """With decay, each process had one update: all rows weigh the same."""
+def test_merged_statistics_are_those_of_one_process(kind, decay, results) -> None:
+    """With decay, each process makes one update, so all rows weigh the same."""
     first, second = (result["merged"][kind, decay] for result in results)
     assert_same(first, second)
     assert torch.equal(first.scatter, first.scatter.T)
     expected = gathered(torch.cat(shards(kind)))
     assert torch.equal(first.count, expected.count)
-    # Two sums of 50 rows, each of which may be off by as many roundings.
+    # Two sums of 50 rows, each with up to 50 rounding errors.
     torch.testing.assert_close(first.mean, expected.mean, rtol=2 * 50 * 2**-53, atol=0)
     # Float64's rounding, times offset over deviation.
     torch.testing.assert_close(first.scatter, expected.scatter, rtol=1e-11, atol=1e-9)
@@ -157,7 +156,7 @@ def test_errors_are_the_same_everywhere(results) -> None:
 
 @pytest.mark.parametrize("kind", ["shards", "empty"])
 def test_collected_in_parts(kind, results) -> None:
-    """Interrupted, gone on with, and once more when complete: the file has the own part alone."""
+    """Resumed after an interruption, and read once complete: each file has its process's part."""
     torch.manual_seed(0)
     model = nn.Linear(3, 4)
     expected = rk.collect_teacher_statistics(model, images(), layers="", progress=False)[""]
@@ -175,5 +174,5 @@ def test_no_process_group() -> None:
 
 
 def test_every_part_is_merged() -> None:
-    """The names that these tests compare are all there is."""
+    """These tests compare all entries of the statistics."""
     assert set(rk.TeacherStatistics(3).state_dict()) == set(PARTS)

@@ -85,7 +85,7 @@ VALID = torch.ones(2, 5, dtype=torch.bool)
         ("mean", tokens(), VALID.to("meta"), ValueError, "on the same device; got meta and cpu"),
         (
             *("mean", tokens(), VALID & torch.tensor([[True], [False]]), ValueError),
-            "at least one valid token a row; row 1 has none",
+            "at least one valid token per row; row 1 has none",
         ),
     ],
 )

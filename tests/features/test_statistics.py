@@ -273,7 +273,7 @@ UPDATES = [
     (ValueError, r"features must be on cpu; got meta", X.to("meta"), None),
     (TypeError, r"mask must be a boolean tensor or None; got list", X, [True]),
     (TypeError, r"mask must be boolean, True = valid; got torch.float32", X, X[:, 0]),
-    (ValueError, r"mask must be \(8,\), one entry a row; got \(8, 3\)", X, X > 0),
+    (ValueError, r"mask must be \(8,\), one entry per row; got \(8, 3\)", X, X > 0),
     (ValueError, r"mask and features must be on the same", X, (X[:, 0] > 0).to("meta")),
 ]
 

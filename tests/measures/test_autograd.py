@@ -42,7 +42,7 @@ def test_gradcheck_rotation_and_moments() -> None:
 
 @cases.by_name(cases.MEASURES)
 def test_gradient_only_where_required(measure, device) -> None:
-    """A frozen teacher costs no gradient, and one side's gradient does not depend on the other."""
+    """A frozen teacher gets no gradient; the student's is the same without the teacher's."""
     x, y = (t.detach().to(device) for t in cases.pair())
     _, both_x, both_y = cases.value_and_gradients(measure, x, y)
     only_x, only_y = x.clone().requires_grad_(), y.clone().requires_grad_()
@@ -88,7 +88,7 @@ def test_double_backward_of_moments_raises() -> None:
 
 @cases.by_name(cases.MEASURES)
 def test_forward_mode_raises(measure) -> None:
-    """Better than a derivative of zero."""
+    """An error is better than a derivative of zero."""
     x, y = (t.detach() for t in cases.pair())
     with pytest.raises(RuntimeError):
         torch.func.jvp(lambda a: measure(a, y), (x,), (torch.ones_like(x),))
@@ -97,7 +97,7 @@ def test_forward_mode_raises(measure) -> None:
 
 
 def test_features_may_change_in_place_after_the_call() -> None:
-    """As features caught by a hook do, when the next layer adds into them."""
+    """As happens to features from a hook if the next layer adds to them."""
     x, y = cases.pair()
     features = x * 1
     value = rk.linear_cka(features, y, backend="eager")
@@ -119,7 +119,7 @@ def test_under_activation_checkpointing(measure, reentrant, device) -> None:
 
 
 def test_tensors_of_inference_mode(device) -> None:
-    """A teacher's features, and a mask, made under torch.inference_mode()."""
+    """Teacher features and a mask that were made under torch.inference_mode()."""
     x, y, mask = (t.to(device) for t in cases.CASES[12].features(torch.float32))
     q = cases.rotation(11).float().to(device).requires_grad_()
     expected = cases.value_and_gradients(rk.linear_cka, x, y, mask=mask)
@@ -136,7 +136,7 @@ def test_tensors_of_inference_mode(device) -> None:
 
 @pytest.mark.parametrize("form", cases.FORMS)
 def test_a_frozen_teacher_is_not_kept(form, force_form) -> None:
-    """Where its features are no part of the student's gradient."""
+    """Unless the student's gradient needs the teacher's features."""
     force_form(form)
     sizes = []
 

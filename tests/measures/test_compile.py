@@ -1,4 +1,4 @@
-"""Operators: torch.compile without a graph break, and opcheck on each of them."""
+"""torch.compile without a graph break, and opcheck on every operator."""
 
 import os
 import warnings
@@ -21,15 +21,15 @@ def test_compile_fullgraph(measure, form, force_form) -> None:
         lambda a, b, m: measure(a, b, mask=m), fullgraph=True, backend="aot_eager"
     )
     x, y, mask = cases.Case("", 24, 6, 6, masked=True).features(torch.float32)
-    for given in (None, mask):
-        eager = cases.value_and_gradients(lambda a, b, m=given: measure(a, b, mask=m), x, y)
-        traced = cases.value_and_gradients(lambda a, b, m=given: compiled(a, b, m), x, y)
+    for optional in (None, mask):
+        eager = cases.value_and_gradients(lambda a, b, m=optional: measure(a, b, mask=m), x, y)
+        traced = cases.value_and_gradients(lambda a, b, m=optional: compiled(a, b, m), x, y)
         for got, wanted in zip(traced, eager, strict=True):
             assert torch.equal(got, wanted)
 
 
 @pytest.mark.eager_only
-def test_compile_fullgraph_of_the_rest() -> None:
+def test_compile_fullgraph_of_other_functions() -> None:
     torch._dynamo.reset()
     x, y, mask = cases.Case("", 24, 6, 6, masked=True).features(torch.float32)
     q = cases.rotation(6).float()
@@ -50,7 +50,7 @@ def test_compile_fullgraph_of_the_rest() -> None:
 
 @pytest.mark.eager_only
 def test_compile_of_large_products() -> None:
-    """Which take another road on a CPU."""
+    """These are computed by another library on a CPU."""
     torch._dynamo.reset()
     case = next(case for case in cases.CASES if case.name == "blocks")
     x, y, _ = case.features(torch.float32)
@@ -61,7 +61,7 @@ def test_compile_of_large_products() -> None:
 
 
 def test_compile_with_inductor_and_dynamic_rows() -> None:
-    """The default compiler, inside a model, without recompiling for each batch size."""
+    """The default compiler, inside a model, without recompilation for each batch size."""
     torch._dynamo.reset()
     model = torch.nn.Linear(8, 8)
     loss = rk.RIFTLoss("cka", weight=0.5)
@@ -121,7 +121,7 @@ def operator_calls() -> Iterator[tuple[str, tuple]]:
 @pytest.mark.parametrize(("name", "arguments"), list(operator_calls()))
 def test_opcheck(name, arguments) -> None:
     with warnings.catch_warnings():
-        # opcheck only warns where an operator has no autograd formula and is asked for one.
+        # opcheck only warns if it tests autograd on an operator without a formula.
         warnings.simplefilter("error", UserWarning)
         torch.library.opcheck(getattr(torch.ops.rift_kernels, name).default, arguments)
 
@@ -132,13 +132,13 @@ def test_operators_return_no_two_views_of_one_tensor() -> None:
         _, saved = torch.ops.rift_kernels.cka_fwd(
             [x], [y], [], [gram], True, True, "highest", BACKEND, BACKEND == "triton", True, False
         )
-        kept = [tensor for tensor in saved if tensor.numel()]
-        assert len({tensor.untyped_storage().data_ptr() for tensor in kept}) == len(kept)
+        outputs = [tensor for tensor in saved if tensor.numel()]
+        assert len({tensor.untyped_storage().data_ptr() for tensor in outputs}) == len(outputs)
 
 
 def test_every_operator_is_checked() -> None:
     schemas = torch._C._jit_get_all_schemas()
     registered = {s.name.split("::")[1] for s in schemas if s.name.startswith("rift_kernels::")}
-    # Those of fused measures in Triton's interpreter.
+    # Triton's interpreter checks those of fused measures.
     fused = {"cka_bwd", "covariance_bwd"} if BACKEND == "eager" else set()
     assert registered == {name for name, _ in operator_calls()} | fused

@@ -1,4 +1,4 @@
-"""Wrong input: a clear error that names the argument, what it was and what is accepted."""
+"""Wrong input: an error names the argument, what is accepted and what was passed."""
 
 import pytest
 import torch
@@ -30,7 +30,7 @@ ANY_FUNCTION = [
     (ValueError, r"same number of rows; got 8 and 7", (X, SQUARE[:7]), {}),
     (ValueError, r"same leading axes; got \(2, 8, 3\) and \(8, 3\)", (X.expand(2, 8, 3), X), {}),
     (ValueError, r"same device; got cpu and meta", (X, SQUARE.to("meta")), {}),
-    (ValueError, r"student must have at least one feature a row", (X[:, :0], SQUARE), {}),
+    (ValueError, r"student must have at least one feature per row", (X[:, :0], SQUARE), {}),
     (ValueError, r"student must have at least one layer; got an empty list", ([], []), {}),
     (ValueError, r"same number of layers; got 2 and 1", ([X, X], [X]), {}),
     (ValueError, r"student\[0\] must be \(N, D\) in a list; got \(1, 8, 3\)", ([X[None]], [X]), {}),
@@ -40,8 +40,8 @@ ANY_FUNCTION = [
     (ValueError, r"all layers of student must have one dtype", ([X, X.double()], [X, X]), {}),
     (TypeError, r"mask must be boolean, True = valid; got torch.float32", (X, SQUARE), {"mask": 1}),
     (TypeError, r"mask must be a boolean tensor or None; got list", (X, SQUARE), {"mask": [MASK]}),
-    (ValueError, r"mask must be \(8,\), one entry a row; got \(7,\)", (X, SQUARE), {"mask": 7}),
-    (ValueError, r"mask must have one entry a layer, 2; got 1", ([X, X], [X, X]), {"mask": [MASK]}),
+    (ValueError, r"mask must be \(8,\), one entry per row; got \(7,\)", (X, SQUARE), {"mask": 7}),
+    (ValueError, r"mask must have one entry per layer, 2; got 1", ([X, X], [X, X]), {"mask": [MASK]}),
     (ValueError, r"mask and student must be on the same device", (X, SQUARE), {"mask": "meta"}),
     (ValueError, r"at least \d valid rows? for this measure; got 0", (X, SQUARE), {"mask": ~MASK}),
     (ValueError, r"precision must be one of 'highest', 'high', 'medium'; got 'low'", (X, SQUARE), {"precision": "low"}),
@@ -69,7 +69,7 @@ ONE_FUNCTION = [
     (rk.covariance_distance, TypeError, r"rotation must be float64, .*; got torch.int64", (X, Y), {"rotation": torch.ones(5, 3).long()}),
     (rk.covariance_distance, ValueError, r"rotation and teacher must be on the same device", (X, Y), {"rotation": torch.ones(5, 3, device="meta")}),
     (rk.covariance_distance, ValueError, r"rotation\[1\] must be .* = \(5, 3\); got \(3, 5\)", ([X, X], [Y, Y]), {"rotation": [torch.ones(5, 3), torch.ones(3, 5)]}),
-    (rk.covariance_distance, ValueError, r"rotation must have one matrix a layer; got 1 for 2", ([X, X], [Y, Y]), {"rotation": [torch.ones(5, 3)]}),
+    (rk.covariance_distance, ValueError, r"rotation must have one matrix per layer; got 1 for 2", ([X, X], [Y, Y]), {"rotation": [torch.ones(5, 3)]}),
     (rk.cross_covariance, TypeError, r"correction must be an integer; got 0.5", (X, X), {"correction": 0.5}),
     (rk.cross_covariance, ValueError, r"correction must not be negative; got -1", (X, X), {"correction": -1}),
     (rk.cross_covariance, ValueError, r"at least 2 rows .*; got 1", (X[:1], X[:1]), {"correction": 0}),
@@ -133,7 +133,7 @@ def test_environment_variable_is_checked_too(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_too_few_rows_by_mask_under_compile_is_nan() -> None:
-    """Where only the mask tells and reading it would make the host wait."""
+    """NaN is returned where reading the mask would make the host wait."""
     compiled = torch.compile(rk.linear_cka, fullgraph=True, backend="aot_eager")
     assert compiled(X, X, mask=THREE_ROWS).isnan()
     assert not compiled(X, X, mask=MASK).isnan()

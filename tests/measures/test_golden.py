@@ -1,4 +1,4 @@
-"""Values on which independent public implementations agree, in both forms."""
+"""Values on which independent public implementations agree, computed in both forms."""
 
 import json
 from collections.abc import Callable
@@ -15,11 +15,11 @@ from tests.support import cases
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "similarity.json").read_text())["values"]
 
 
-def data(which: str) -> tuple[Tensor, Tensor]:
+def data(dataset: str) -> tuple[Tensor, Tensor]:
     rng = np.random.default_rng(0)
     x = rng.standard_normal((64, 48)) + 3
     y = rng.standard_normal((64, 32)) + 3
-    if which == "correlated":
+    if dataset == "correlated":
         w = rng.standard_normal((48, 32)) / np.sqrt(48)
         y = (x - 3) @ w + 0.5 * (y - 3) + 3
     return torch.from_numpy(x), torch.from_numpy(y)
@@ -36,7 +36,7 @@ def procrustes_distance_squared(x: Tensor, y: Tensor, method: str) -> Tensor:
 
 
 def minibatch(x: Tensor, y: Tensor, sizes: tuple[int, ...]) -> Tensor:
-    """Mean HSIC_1 over batches, then one ratio: what a batched CKA averages."""
+    """Minibatch CKA: the ratio of HSIC_1 averaged over batches."""
 
     def hsic(a: Tensor, b: Tensor) -> Tensor:
         from rift_kernels.reference import _hsic_unbiased
@@ -77,22 +77,22 @@ CALLS = [
 ]
 
 
-@pytest.mark.parametrize("which", ["as_asked", "correlated"])
+@pytest.mark.parametrize("dataset", ["as_asked", "correlated"])
 @pytest.mark.parametrize("form", cases.FORMS)
 @pytest.mark.parametrize(("name", "function", "tolerance"), CALLS)
-def test_values(name, function, tolerance, form, which, force_form, device) -> None:
+def test_values(name, function, tolerance, form, dataset, force_form, device) -> None:
     force_form(form)
-    x, y = (t.to(device) for t in data(which))
-    expected = pytest.approx(GOLDEN[name][which], rel=tolerance, abs=tolerance)
+    x, y = (t.to(device) for t in data(dataset))
+    expected = pytest.approx(GOLDEN[name][dataset], rel=tolerance, abs=tolerance)
     assert float(function(x, y)) == expected
 
 
-@pytest.mark.parametrize("which", ["as_asked", "correlated"])
-def test_reference_estimator_of_hsic(which: str) -> None:
-    """The oracle's own estimator, averaged over batches as minibatch CKA does."""
-    x, y = data(which)
+@pytest.mark.parametrize("dataset", ["as_asked", "correlated"])
+def test_reference_estimator_of_hsic(dataset: str) -> None:
+    """The oracle's estimator, averaged over batches as in minibatch CKA."""
+    x, y = data(dataset)
     even = float(minibatch(x, y, (16, 16, 16, 16)))
     ragged = float(minibatch(x, y, (24, 24, 16)))
-    assert even == pytest.approx(GOLDEN["minibatch_cka_debiased_4x16"][which], rel=1e-9)
-    expected = GOLDEN["minibatch_cka_debiased_24_24_16_mean_hsic1"][which]
+    assert even == pytest.approx(GOLDEN["minibatch_cka_debiased_4x16"][dataset], rel=1e-9)
+    expected = GOLDEN["minibatch_cka_debiased_24_24_16_mean_hsic1"][dataset]
     assert ragged == pytest.approx(expected, rel=1e-9)

@@ -1,4 +1,4 @@
-"""Lists of layers, batches, masks, rotations and moments against the oracle."""
+"""Lists of layers, batches, masks, rotations and moments, compared with the oracle."""
 
 import pytest
 import torch
@@ -43,7 +43,7 @@ def test_rotation_against_reference(device) -> None:
 @pytest.mark.parametrize("form", cases.FORMS)
 @cases.by_name(cases.MEASURES)
 def test_lists_of_layers(measure, form, force_form, device) -> None:
-    """One value a layer, as if each were called alone; widths and rows may differ."""
+    """One value per layer, as from a call for each; widths and rows may differ."""
     force_form(form)
     shapes = ((12, 5), (20, 9), (12, 30))
     pairs = [cases.pair(rows, width) for rows, width in shapes]
@@ -68,13 +68,13 @@ def test_lists_with_masks(device) -> None:
     xs, ys = [x.detach().to(device) for x in xs], [y.detach().to(device) for y in ys]
     mask = (torch.arange(10) < 7).to(device)
     shared = rk.linear_cka(xs, ys, mask=mask)
-    each = rk.linear_cka(xs, ys, mask=[mask, mask])
-    assert torch.equal(shared, each)
+    separate = rk.linear_cka(xs, ys, mask=[mask, mask])
+    assert torch.equal(shared, separate)
     assert float(shared[0]) == pytest.approx(float(rk.linear_cka(xs[0][:7], ys[0][:7])), abs=1e-6)
 
 
 def test_lists_with_masks_and_rotations(device) -> None:
-    """Each layer has its own, and what a masked row holds does not reach the rotation."""
+    """Each layer has its own; values in masked rows do not affect the rotation's gradient."""
     x, y, _ = cases.Case("", 12, 5, 8).features(torch.float64)
     x, y = x.to(device), y.to(device)
     masks = [(torch.arange(12) < 8).to(device), (torch.arange(12) >= 4).to(device)]
@@ -95,10 +95,10 @@ def test_rotated_mean(device) -> None:
     x, y, _ = cases.Case("", 30, 5, 8).features(torch.float64)
     q = cases.rotation(8)[:, :5].contiguous()
     expected = reference.covariance_distance(x, y @ q, mean_weight=0.3)
-    how = {"rotation": q, "mean_weight": 0.3}
-    torch.testing.assert_close(reference.covariance_distance(x, y, **how), expected)
-    how["rotation"] = q.to(device)
-    actual = rk.covariance_distance(x.to(device), y.to(device), **how)
+    settings = {"rotation": q, "mean_weight": 0.3}
+    torch.testing.assert_close(reference.covariance_distance(x, y, **settings), expected)
+    settings["rotation"] = q.to(device)
+    actual = rk.covariance_distance(x.to(device), y.to(device), **settings)
     torch.testing.assert_close(actual.cpu(), expected)
 
 
@@ -107,7 +107,7 @@ def test_cross_covariance_is_unbiased_by_default(device) -> None:
     torch.testing.assert_close(rk.cross_covariance(x, x), torch.cov(x.T))
 
 
-def test_cross_covariance_of_too_few_rows_that_only_the_mask_tells(monkeypatch, device) -> None:
+def test_cross_covariance_of_too_few_rows_in_an_unreadable_mask(monkeypatch, device) -> None:
     monkeypatch.setattr(checks, "_is_readable", lambda _: False)
     x = cases.pair()[0].detach().to(device)
     mask = (torch.arange(12) < 3).to(device)

@@ -1,4 +1,4 @@
-"""The loss module, used as a training script uses it."""
+"""The loss module, used as in a training script."""
 
 import copy
 import io
@@ -86,7 +86,7 @@ def test_descent_brings_the_student_back(measure, device) -> None:
 
 @pytest.mark.parametrize("widths", [(6, 6), (4, 6), (6, 4)], ids=str)
 def test_learned_rotation(widths, device) -> None:
-    """Starts at the identity, finds the rotation it is shown, orthogonal after 1000 steps."""
+    """It starts at the identity, finds a given rotation, and stays orthogonal for 1000 steps."""
     student_width, teacher_width = widths
     narrow = min(widths)
     loss = rk.RIFTLoss(
@@ -117,7 +117,7 @@ def test_learned_rotation(widths, device) -> None:
 
 
 def learned(width: int, device: torch.device) -> rk.RIFTLoss:
-    """A loss whose rotation is not the identity any more."""
+    """A loss whose rotation is no longer the identity."""
     widths = {"student_width": width, "teacher_width": width}
     loss = rk.RIFTLoss("covariance", rotation="learned", **widths).to(device)
     torch.manual_seed(0)
@@ -129,7 +129,7 @@ def learned(width: int, device: torch.device) -> rk.RIFTLoss:
 
 @pytest.mark.parametrize("dtype", cases.HALF, ids=str)
 def test_learned_rotation_in_a_half_precision_model(dtype, device) -> None:
-    """As in ``model.bfloat16()``: a rotation rounded to 8 bits is none."""
+    """As in ``model.bfloat16()``: rounded to 8 bits, a matrix would not be orthogonal."""
     model = torch.nn.ModuleDict({"layer": torch.nn.Linear(24, 24), "loss": learned(24, device)})
     before = model["loss"].rotation.weight.detach().clone()
     model.to(device).to(dtype)
@@ -191,7 +191,7 @@ def test_copies_and_pickles() -> None:
 
 
 def test_under_a_gradient_scaler_and_autocast(device) -> None:
-    """A step of mixed-precision training; a NaN in the features makes the scaler skip the step."""
+    """A step of mixed-precision training; the scaler skips it if features are NaN."""
     model = torch.nn.Linear(8, 8).to(device)
     loss = rk.RIFTLoss("cka")
     optimiser = torch.optim.SGD(model.parameters(), lr=0.1)

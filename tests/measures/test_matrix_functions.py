@@ -1,4 +1,4 @@
-"""Newton-Schulz against exact factorisations."""
+"""Newton-Schulz, compared with exact factorisations."""
 
 import math
 from functools import partial
@@ -60,9 +60,9 @@ def test_polar(name) -> None:
     factor, nuclear = POLAR(matrix)
     exact_factor, exact_nuclear = matrix_functions.polar_svd(matrix)
     torch.testing.assert_close(nuclear, exact_nuclear, rtol=1e-6, atol=0)
-    # Never longer than a rotation, whatever the rank.
+    # Its norm never exceeds that of a rotation, whatever the rank.
     assert float(torch.linalg.matrix_norm(factor, 2).max()) < 1 + 1e-9
-    # As a gradient uses it: on the range of the matrix.
+    # A gradient uses it on the range of the matrix.
     applied, expected = factor.mT @ matrix, exact_factor.mT @ matrix
     assert cases.relative_error(applied, expected) < 1e-5
 
@@ -90,13 +90,13 @@ def test_transport(a, b) -> None:
     torch.testing.assert_close(fidelity, exact_fidelity, rtol=1e-9, atol=0)
     assert torch.equal(forth, forth.mT)
     assert torch.equal(back, back.mT)
-    # What a transport map is.
+    # The definition of a transport map.
     assert cases.relative_error(forth @ a @ forth, b) < 1e-8
     assert cases.relative_error(back @ b @ back, a) < 1e-8
 
 
 def test_transport_of_singular_matrices() -> None:
-    """Fewer rows than features: maps are used on the range only."""
+    """With fewer rows than features, maps are used on their range only."""
     x, y = normal(10, 24), normal(10, 24, seed=1)
     forth, _, fidelity = TRANSPORT(x.mT @ x, y.mT @ y)
     expected = torch.linalg.svdvals(x @ y.mT).sum()
@@ -125,7 +125,7 @@ def test_transport_propagates_nan_per_matrix(solve) -> None:
 
 
 def rank_deficient(kind: str) -> tuple[Tensor, Tensor]:
-    """Features whose 256 x 256 cross-covariance has full or lower rank, or a steep spectrum."""
+    """Features whose 256 x 256 cross-covariance may lack full rank or have a steep spectrum."""
     rows = 100 if kind == "few rows" else 1024
     x = normal(rows, 256) / torch.arange(1, 257) ** (2 if kind == "steep" else 0.5)
     if kind == "bottleneck":
@@ -145,7 +145,7 @@ def rank_deficient(kind: str) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize(
     ("kind", "dtype", "form"),
     [
-        # Rounded to float32, a bottleneck has full rank again, and a gradient made of rounding.
+        # Rounded to float32, a bottleneck has full rank, and its gradient would be rounding.
         ("bottleneck", torch.float64, "covariance"),
         *(
             (kind, dtype, form)
@@ -163,7 +163,7 @@ def rank_deficient(kind: str) -> tuple[Tensor, Tensor]:
     ids=str,
 )
 def test_procrustes_newton_schulz_against_svd(kind, dtype, form, force_form, device) -> None:
-    """At D = 256: what replaces an SVD in training is as good."""
+    """At D = 256, Newton-Schulz is accurate enough to replace an SVD."""
     force_form(form)
     x, y = (t.to(device, dtype) for t in rank_deficient(kind))
     fast = cases.value_and_gradients(cases.PROCRUSTES, x, y)
@@ -174,7 +174,7 @@ def test_procrustes_newton_schulz_against_svd(kind, dtype, form, force_form, dev
 
 
 def test_procrustes_of_a_steep_spectrum_in_gram_form(force_form, device) -> None:
-    """As far off as its docstring says, and further than in covariance form."""
+    """The error is within what the docstring says, and larger than in covariance form."""
     force_form("gram")
     scale = torch.arange(1, 257) ** -2.0
     y = normal(64, 256) * scale
@@ -187,7 +187,7 @@ def test_procrustes_of_a_steep_spectrum_in_gram_form(force_form, device) -> None
 
 
 def test_gradient_is_finite_where_that_of_an_svd_is_not() -> None:
-    """Repeated singular values: the textbook nuclear norm through svd has a NaN gradient."""
+    """With repeated singular values, the derivative of an SVD is NaN."""
     x = torch.cat([torch.eye(4), -torch.eye(4)]).double().requires_grad_()
     y = x.detach().clone()
     u, s, vh = torch.linalg.svd((x - x.mean(0)).T @ (y - y.mean(0)))

@@ -1,4 +1,4 @@
-"""Every measure, value and both gradients, against the float64 oracle: forms, dtypes, shapes."""
+"""Every measure compared with the float64 oracle: value and gradients, forms, dtypes, shapes."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ PAIRS = [
 def test_value_and_gradients(measure, case, form, dtype, force_form, device, has_kernels) -> None:
     force_form(form)
     x, y, mask = case.features(dtype)
-    # As a gradient scaler would: float16 has no room for small gradients.
+    # As with a gradient scaler: float16 cannot hold small gradients.
     scaler = 256.0 if dtype == torch.float16 else 1.0
     exact = (x.double(), y.double())
     expected = cases.value_and_gradients(measure.reference, *exact, mask=mask, scale=scaler)
@@ -30,13 +30,13 @@ def test_value_and_gradients(measure, case, form, dtype, force_form, device, has
     scale = max(1.0, float(expected[0].abs().max()))
     tolerance = cases.VALUE_TOLERANCE[dtype] * scale
     if has_kernels and form == "covariance" and case.rows < case.student_width:
-        # Kernels carry 16 bits of float32, and nobody takes this form of so few rows unforced.
+        # Kernels keep 16 bits of a float32, and use this form for so few rows only if forced to.
         tolerance *= 2
     assert float((actual[0].cpu() - expected[0]).abs().max()) <= tolerance
     for got, wanted, features in zip(actual[1:], expected[1:], (x, y), strict=True):
         assert got.dtype == features.dtype
         assert got.shape == features.shape
-        # A gradient of nothing (one feature: CKA is 1) has no relative error.
+        # A gradient of 0 (with one feature, CKA is 1) has no relative error.
         if float(wanted.norm()) * float(features.double().norm()) < 1e-9 * scale:
             assert float(got.double().norm() * features.double().norm()) < 1e-4 * scale
         else:
@@ -48,8 +48,8 @@ def test_value_and_gradients(measure, case, form, dtype, force_form, device, has
 @pytest.mark.parametrize("rows", [12, 40], ids=str)
 @pytest.mark.parametrize("form", cases.FORMS)
 @cases.by_name([cases.CKA, cases.CKA_BIASED, cases.PROCRUSTES])
-def test_distance_is_what_similarity_lacks_of_one(measure, form, rows, force_form, device) -> None:
-    """And is rounded once, where the teacher is near: ``1 - float32`` has whole steps of 2^-24."""
+def test_distance_is_one_minus_similarity(measure, form, rows, force_form, device) -> None:
+    """It is rounded only once, unlike ``1 - float32``, which is a multiple of 2^-24."""
     force_form(form)
     x, y = (t.to(device, torch.bfloat16) for t in cases.near_pair(rows, 16, 1e-3, rotated=False))
     similarity, *gradients = cases.value_and_gradients(measure, x, y)

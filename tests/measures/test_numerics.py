@@ -1,4 +1,4 @@
-"""Where others go wrong: offsets, scales, gradients near similarity 1, nothing, NaN, masks."""
+"""Numerical pitfalls: offsets, scales, gradients near similarity 1, no variance, NaN, masks."""
 
 import math
 
@@ -68,7 +68,7 @@ def test_relative_covariance_distance_is_free_of_a_common_scale(factor, device) 
 def test_gradient_near_one(measure, dtype, distance, rotated, form, force_form, device) -> None:
     force_form(form)
     x, y = (t.to(dtype) for t in cases.near_pair(512, 64, distance, rotated))
-    # As torch.amp.GradScaler starts.
+    # The initial scale of torch.amp.GradScaler.
     scale = 2.0**16 if dtype == torch.float16 else 1.0
     expected = cases.value_and_gradients(measure.reference, x.double(), y.double(), scale=scale)
     actual = cases.value_and_gradients(measure, x.to(device), y.to(device), scale=scale)
@@ -104,9 +104,9 @@ def test_other_gradients_near_the_teacher(measure, distance, rotated, device) ->
 def test_massive_activation(
     rows, width, row, column, form, force_form, device, has_kernels
 ) -> None:
-    """One row, or one row and one feature, far larger than the rest, as in language models.
+    """One row, or one row and one feature, is far larger than the rest, as in language models.
 
-    Debiasing removes that row's share, which is nearly all of ``||A||^2``.
+    Debiasing removes that row's part, which is nearly all of ``||A||^2``.
     """
     force_form(form)
     x, y = (t.clone() for t in cases.near_pair(rows, width, 1e-2, rotated=False))
@@ -116,10 +116,10 @@ def test_massive_activation(
     x, y = x.float(), y.float()
     expected = cases.value_and_gradients(cases.CKA.reference, x.double(), y.double())
     actual = cases.value_and_gradients(cases.CKA, x.to(device), y.to(device))
-    # Kernels carry 16 bits of float32.
+    # Kernels keep 16 bits of a float32.
     tolerance = 1e-5 if has_kernels else 2e-6
     assert float(actual[0]) == pytest.approx(float(expected[0]), abs=tolerance)
-    # In Gram form the features are about the mean of all rows, from which most are far.
+    # The Gram form subtracts the mean of all rows, which is far from most of them.
     exact = 1e-3 if form == "gram" else 1e-4
     for got, wanted in zip(actual[1:], expected[1:], strict=True):
         assert cases.relative_error(got, wanted) <= (4e-3 if has_kernels else exact)
@@ -134,9 +134,9 @@ GRADIENT = {torch.float64: 1e-11, torch.float32: 1e-4, torch.bfloat16: 4e-3}
 @pytest.mark.parametrize("dtype", GRADIENT, ids=str)
 @pytest.mark.parametrize("which", LONG_ROWS)
 def test_long_rows(which, dtype, column, related, force_form, device, has_kernels) -> None:
-    """One, as many as are kept apart, of one direction or of several, and more than that.
+    """One long row, as many as are kept apart, in one direction or several, and more than that.
 
-    Beside those of modest length, terms count that are lost beside the longer ones.
+    Rows of modest length test terms that rounding would hide beside longer rows.
     """
     force_form("covariance")
     x, y = (t.clone() for t in cases.near_pair(96, 24, 1e-2, related == "rotated"))
@@ -164,7 +164,7 @@ def test_long_rows(which, dtype, column, related, force_form, device, has_kernel
 def test_long_rows_of_a_batch_and_under_a_mask(
     name, dtype, force_form, device, has_kernels
 ) -> None:
-    """Other ones in each entry; a masked row is not among them, however long."""
+    """The long rows differ between entries, and a masked row is never one of them."""
     force_form("covariance")
     case = next(case for case in cases.CASES if case.name == name)
     x, y, mask = case.features(torch.float64)
@@ -174,12 +174,12 @@ def test_long_rows_of_a_batch_and_under_a_mask(
         if mask is not None:
             side[~mask] = 1e9
     x, y = x.to(device, dtype), y.to(device, dtype)
-    given = {} if mask is None else {"mask": mask.to(device)}
-    wide = {} if mask is None else {"mask": mask}
+    masks = {} if mask is None else {"mask": mask.to(device)}
+    masks_on_cpu = {} if mask is None else {"mask": mask}
     expected = cases.value_and_gradients(
-        cases.CKA.reference, x.cpu().double(), y.cpu().double(), **wide
+        cases.CKA.reference, x.cpu().double(), y.cpu().double(), **masks_on_cpu
     )
-    actual = cases.value_and_gradients(cases.CKA, x, y, **given)
+    actual = cases.value_and_gradients(cases.CKA, x, y, **masks)
     tolerance = 1e-5 if has_kernels else 2e-6
     torch.testing.assert_close(actual[0].cpu().double(), expected[0], atol=tolerance, rtol=0)
     for got, wanted in zip(actual[1:], expected[1:], strict=True):
@@ -191,7 +191,7 @@ def test_long_rows_of_a_batch_and_under_a_mask(
 @pytest.mark.parametrize("width", [1, 2])
 @pytest.mark.parametrize("row", [1, 3000])
 def test_long_rows_among_few(row, width, rows, force_form, device) -> None:
-    """At most half of the rows are kept apart, so that the others have a mean near most of them."""
+    """At most half of the rows are kept apart, so the mean of the others is near most rows."""
     force_form("covariance")
     for seed in range(5):
         x, y, _ = cases.Case("", rows, width, width).features(torch.float32, seed)
@@ -218,8 +218,8 @@ def test_nan_and_inf_in_long_rows_and_in_others(row, bad, force_form, device) ->
 
 @pytest.mark.parametrize("shape", [(4, 768), (6, 768), (8, 4096), (32, 8192)], ids=str)
 def test_debiased_with_few_rows_of_wide_features(shape, device, has_kernels) -> None:
-    """Where the bias is thousands of times the value that is left without it."""
-    # One set of features may be lucky with the order in which a processor adds them.
+    """The bias is thousands of times larger than the debiased value."""
+    # A single seed may hide the error, which depends on the order of a processor's sums.
     for seed in range(1 if has_kernels else 12):
         generator = torch.Generator().manual_seed(seed)
         x, noise = (torch.randn(shape, generator=generator) for _ in range(2))
@@ -227,11 +227,11 @@ def test_debiased_with_few_rows_of_wide_features(shape, device, has_kernels) -> 
         expected = float(reference.linear_cka(x.double(), noise.double()))
         assert float(value) == pytest.approx(expected, abs=2e-6)
     x, y = x.bfloat16(), (x + 5e-3 * noise).bfloat16()
-    right = cases.value_and_gradients(cases.CKA.reference, x.double(), y.double())
+    exact = cases.value_and_gradients(cases.CKA.reference, x.double(), y.double())
     actual = cases.value_and_gradients(cases.CKA, x.to(device), y.to(device))
-    assert float(actual[0]) == pytest.approx(float(right[0]), abs=2e-6)
-    assert cases.relative_error(actual[1], right[1]) <= 4e-3
-    assert cases.relative_error(actual[2], right[2]) <= 4e-3
+    assert float(actual[0]) == pytest.approx(float(exact[0]), abs=2e-6)
+    assert cases.relative_error(actual[1], exact[1]) <= 4e-3
+    assert cases.relative_error(actual[2], exact[2]) <= 4e-3
 
 
 @pytest.mark.parametrize(
@@ -241,7 +241,7 @@ def test_debiased_with_few_rows_of_wide_features(shape, device, has_kernels) -> 
     ("length", "offset"), [(1, 0), (1e5, 1000)], ids=["", "long rows in the other, offset"]
 )
 def test_one_distinct_row_is_no_similarity(shape, length, offset, device) -> None:
-    """Without that row's own share nothing varies; what rounding leaves must not be divided by."""
+    """Debiased, nothing varies, and the remaining rounding must not become a divisor."""
     rows, width = shape
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(1, width, generator=generator).repeat(rows, 1) + offset
@@ -258,7 +258,7 @@ def test_one_distinct_row_is_no_similarity(shape, length, offset, device) -> Non
 @pytest.mark.parametrize("measure", [cases.BURES, cases.BURES_ROOT], ids=lambda m: m.name)
 @pytest.mark.parametrize("form", cases.FORMS)
 def test_bures_close_to_the_teacher(measure, form, force_form, device) -> None:
-    """A millionth of what its two terms are."""
+    """The distance is a millionth of its two terms."""
     force_form(form)
     generator = torch.Generator().manual_seed(0)
     y = torch.randn(160, 32, generator=generator)
@@ -272,7 +272,7 @@ def test_bures_close_to_the_teacher(measure, form, force_form, device) -> None:
 
 @pytest.mark.eager_only
 def test_bures_of_a_steep_spectrum(device) -> None:
-    """Close to the teacher, what Newton-Schulz leaves out is more than the distance."""
+    """Close to the teacher, the error of Newton-Schulz exceeds the distance."""
     generator = torch.Generator().manual_seed(0)
     scale = torch.arange(1, 129, dtype=torch.float64) ** -2
     y = torch.randn(512, 128, generator=generator, dtype=torch.float64) * scale
@@ -285,8 +285,8 @@ def test_bures_of_a_steep_spectrum(device) -> None:
 
 
 @pytest.mark.eager_only
-def test_permuted_rows_are_at_no_distance(force_form, device) -> None:
-    """In Gram form rounding may bring the sum below zero."""
+def test_permuted_rows_have_distance_0(force_form, device) -> None:
+    """In Gram form, rounding could make the sum negative."""
     force_form("gram")
     for seed in range(20):
         generator = torch.Generator().manual_seed(seed)
@@ -300,7 +300,7 @@ def test_permuted_rows_are_at_no_distance(force_form, device) -> None:
 @pytest.mark.parametrize("form", cases.FORMS)
 @pytest.mark.parametrize("valid", [0, 1])
 @cases.by_name(cases.MEASURES)
-def test_too_few_rows_that_only_the_mask_tells(
+def test_too_few_rows_in_an_unreadable_mask(
     measure, valid, form, force_form, monkeypatch, device
 ) -> None:
     """On a GPU the mask is not read before the call."""
@@ -316,7 +316,7 @@ def test_too_few_rows_that_only_the_mask_tells(
 
 @pytest.mark.parametrize("value", [0.1, 0.7, 1e5 / 3])
 def test_center(value, device) -> None:
-    """A constant column becomes exactly 0, masked rows stay 0, and the mean is the mean."""
+    """A constant column becomes exactly 0, masked rows stay 0, and the mean is accurate."""
     mask = (torch.arange(60) % 3 != 0).to(device)
     constant = torch.full((60, 3), value, device=device)
     assert not centering.center(constant, mask, torch.float32)[0].any()
@@ -368,11 +368,11 @@ def test_distances_without_variance(form, force_form, device) -> None:
         assert float(values) == 0
         assert not grad_x.any()
         assert not grad_y.any()
-    # Nothing to be relative to.
+    # There is nothing to be relative to.
     values, grad_x, _ = cases.value_and_gradients(cases.COVARIANCE, x, constant)
     assert float(values) == 0
     assert not grad_x.any()
-    # All of the teacher is missing.
+    # The student lacks all of the teacher's covariance.
     values, grad_x, _ = cases.value_and_gradients(cases.COVARIANCE, constant, x)
     assert float(values) == pytest.approx(1)
     assert not grad_x.any()
@@ -385,7 +385,7 @@ def test_identical_features(measure, form, force_form, device) -> None:
     x = pair(rows=40)[0].to(device, torch.float32)
     values, grad_x, _ = cases.value_and_gradients(measure, x, x)
     is_similarity = measure in INVARIANT
-    # A root is as uncertain as the root of the rounding.
+    # The error of a square root at 0 is the root of the rounding.
     tolerance = 5e-3 if measure is cases.BURES_ROOT else 2e-6
     assert float(values) == pytest.approx(1.0 if is_similarity else 0.0, abs=tolerance)
     assert torch.isfinite(grad_x).all()
@@ -396,7 +396,7 @@ def test_identical_features(measure, form, force_form, device) -> None:
 @pytest.mark.parametrize("side", [0, 1], ids=["student", "teacher"])
 @cases.by_name(cases.MEASURES)
 def test_nan_and_inf_propagate(measure, side, bad, form, force_form, device) -> None:
-    """Only into the layer that holds them."""
+    """They reach only the layer that holds them."""
     force_form(form)
     features = [t.clone().to(device) for t in cases.CASES[9].features(torch.float32)[:2]]
     features[side][1, 2, 3] = bad
@@ -419,7 +419,7 @@ def test_masked_rows_are_harmless(measure, garbage, form, force_form, device) ->
 
 
 @cases.by_name(cases.MEASURES)
-def test_gradient_of_masked_rows_is_zero_whatever_comes_in(measure, device) -> None:
+def test_gradient_of_masked_rows_is_zero_even_for_nan(measure, device) -> None:
     case = next(case for case in cases.CASES if case.name == "masked")
     x, y, mask = (t.to(device) for t in case.features(torch.float32))
     x.requires_grad_()
@@ -455,7 +455,7 @@ def test_repeats_are_bitwise_equal(measure, threads, device) -> None:
 
 @pytest.mark.eager_only
 def test_biased_cka_of_noise_is_saturated_and_debiased_is_not(device) -> None:
-    """Why debiased is the default."""
+    """The reason why debiased is the default."""
     generator = torch.Generator().manual_seed(0)
     x, y = (torch.randn(32, 768, generator=generator).to(device) for _ in range(2))
     assert float(rk.linear_cka(x, y, debiased=False)) > 0.9
@@ -464,7 +464,7 @@ def test_biased_cka_of_noise_is_saturated_and_debiased_is_not(device) -> None:
 
 @pytest.mark.eager_only
 def test_covariance_and_cka_measure_different_things(device) -> None:
-    """Permuted rows keep the covariance and lose CKA; a rotation keeps CKA, not the covariance."""
+    """A permutation of rows preserves the covariance and not CKA; a rotation does the opposite."""
     y = pair()[0].to(device)
     permuted = y[torch.randperm(len(y), generator=torch.Generator().manual_seed(0)).to(device)]
     rotated = y @ cases.rotation(y.shape[1]).to(device)
@@ -494,7 +494,7 @@ def test_u_centering_an_overflow_is_nan() -> None:
 
 @pytest.mark.eager_only
 def test_reference_agrees_with_the_definition_by_hand() -> None:
-    """The oracle itself, on numbers small enough for paper."""
+    """The oracle, on numbers small enough to check on paper."""
     x = torch.tensor([[0.0], [1.0], [2.0], [5.0]], dtype=torch.float64)
     y = torch.tensor([[1.0], [0.0], [2.0], [3.0]], dtype=torch.float64)
     correlation = torch.corrcoef(torch.cat([x, y], 1).T)[0, 1]

@@ -8,13 +8,13 @@ import torch
 
 import rift_kernels as rk
 from rift_kernels import losses, reference
-from rift_kernels.dispatch import operators, precision
+from rift_kernels.dispatch import operators, plan, precision
 from tests.support import cases
 
 
 @pytest.mark.parametrize("library", ["cuda", "mkldnn"])
 def test_full_precision_leaves_the_settings_as_they_were(library) -> None:
-    """What is inherited stays inherited, also with two threads inside at once."""
+    """An inherited setting stays inherited, also with two threads inside at once."""
     device = torch.device("cuda" if library == "cuda" else "cpu")
     reduced = "tf32" if library == "cuda" else "bf16"
     backend = getattr(torch.backends, library)
@@ -47,7 +47,7 @@ def test_full_precision_leaves_the_settings_as_they_were(library) -> None:
 
 @pytest.mark.parametrize("setting", ["high", "medium"])
 def test_matmul_precision_settings(setting, device) -> None:
-    """TF32 or bf16 products, which many training scripts allow, do not reach "highest"."""
+    """Training scripts that allow TF32 or bf16 products do not affect "highest"."""
     x, y = (t.detach().to(device) for t in cases.pair(300, 64))
     expected = cases.value_and_gradients(cases.CKA, x, y)
     try:
@@ -59,7 +59,7 @@ def test_matmul_precision_settings(setting, device) -> None:
         torch.set_float32_matmul_precision("highest")
     for got, wanted in zip(actual, expected, strict=True):
         assert torch.equal(got, wanted)
-    # The kernels' coefficients alone tell these two from one another.
+    # These two differ only in the kernels' coefficients.
     assert torch.equal(allowed, medium)
     assert float(allowed) == pytest.approx(float(expected[0]), abs=1e-2)
 
@@ -98,21 +98,38 @@ def test_float64_student_with_a_float32_teacher_and_rotation() -> None:
     torch.testing.assert_close(value, expected, rtol=1e-12, atol=0)
 
 
+def test_the_plan_is_for_the_rotated_teacher(monkeypatch) -> None:
+    """A rotated teacher is float32 or float64, so the backward keeps both sides."""
+    make, plans = plan.make, []
+
+    def recorded(*arguments):
+        plans.append(arguments)
+        return make(*arguments)
+
+    monkeypatch.setattr(plan, "make", recorded)
+    x, y = (t.detach().bfloat16() for t in cases.pair())
+    for dtype in (torch.float32, torch.float64):
+        rk.covariance_distance(x, y, rotation=torch.eye(5, dtype=dtype))
+        *_, dtypes, problem = plans.pop()
+        assert dtypes == (torch.bfloat16, dtype)
+        assert plan.with_backend("triton", dtypes, problem).keeps == "both"
+
+
 def test_precision_reaches_every_operator(monkeypatch) -> None:
-    asked, real = [], operators.full_precision
+    used, full_precision = [], operators.full_precision
 
     def recorded(device, precision):
-        asked.append(precision)
-        return real(device, precision)
+        used.append(precision)
+        return full_precision(device, precision)
 
     monkeypatch.setattr(operators, "full_precision", recorded)
     x, y = cases.pair()
     q = torch.eye(5, requires_grad=True)
     for wanted in ("highest", "high", "medium"):
-        asked.clear()
+        used.clear()
         rk.covariance_distance(x, y, rotation=q, precision=wanted).backward()
         rk.cross_covariance(x, y, precision=wanted).sum().backward()
         rk.second_moments(x, y, precision=wanted).cross.sum().backward()
         for measure in losses.MEASURES:
             rk.RIFTLoss(measure, precision=wanted)(x, y).backward()
-        assert set(asked) == {wanted}
+        assert set(used) == {wanted}

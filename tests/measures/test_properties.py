@@ -1,4 +1,4 @@
-"""Invariances that hold for any features, searched for counterexamples by hypothesis."""
+"""Invariances for all features; hypothesis searches for counterexamples."""
 
 import pytest
 import torch
@@ -44,7 +44,7 @@ def test_similarities_ignore_rotations(shape, seed) -> None:
 @given(shapes, seeds)
 @thorough
 def test_procrustes_is_at_least_any_alignment(shape, seed) -> None:
-    """Its rotation is the best one, so no other beats it."""
+    """Its rotation is the best one, so no other is better."""
     x, y = features((shape[0], shape[1], shape[1]), seed)
     xc, yc = x - x.mean(0), y - y.mean(0)
     other = cases.rotation(x.shape[1], seed)
@@ -55,8 +55,8 @@ def test_procrustes_is_at_least_any_alignment(shape, seed) -> None:
 
 @given(shapes, seeds)
 @thorough
-def test_gradient_is_centered_and_orthogonal_to_what_does_not_matter(shape, seed) -> None:
-    """No pull along a shift (all measures) or along a rescaling (the similarities)."""
+def test_gradient_is_orthogonal_to_invariances(shape, seed) -> None:
+    """It has no part along a shift (all measures) or along a rescaling (similarities)."""
     x, y = features((shape[0], shape[1], shape[1]), seed)
     for measure in (cases.CKA, cases.CKA_BIASED, cases.PROCRUSTES, cases.COVARIANCE, cases.BURES):
         _, grad_x, _ = cases.value_and_gradients(measure, x, y)

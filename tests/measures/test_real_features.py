@@ -1,4 +1,4 @@
-"""Features as pretrained models have them, and what each kind of code makes of them."""
+"""Features of a pretrained model, and the errors that implementations make on them."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ def test_real_features() -> None:
         assert student.isfinite().all()
         assert teacher.isfinite().all()
         assert 0.01 < float((student - teacher).float().norm() / teacher.float().norm()) < 1
-    # Layers are not the same one twice.
+    # Layers differ.
     assert not torch.equal(pairs[0][1], pairs[1][1])
 
 
-def test_the_file_says_where_it_is_from() -> None:
-    """And is what the script as it stands would make."""
+def test_the_file_names_its_source() -> None:
+    """Its metadata agrees with the current script."""
     safetensors = pytest.importorskip("safetensors", reason="needs safetensors")
     with safetensors.safe_open(real.DATA, "pt") as file:
         about = file.metadata()
@@ -57,24 +57,24 @@ def test_massive_activations_are_large_few_and_shared() -> None:
     assert changed.any(0).sum() == 4
     for massive in (student[changed], teacher[changed]):
         ratio = massive / y.median()
-        # Hardly dependent on the input.
+        # It hardly depends on the input.
         assert torch.allclose(ratio, torch.full_like(ratio, 1000), rtol=0.01)
 
 
 @pytest.mark.parametrize(
     "workload", [REAL, Workload("cka_biased", 256, 64, torch.bfloat16, kind="massive")], ids=str
 )
-def test_ours_is_right_on_them(workload: Workload) -> None:
+def test_ours_is_right_on_real_features(workload: Workload) -> None:
     if workload.kind == "real":
         pytest.importorskip("safetensors", reason="needs safetensors")
     inputs = features(workload, CPU)
-    right = oracle.Oracle(workload, inputs)
+    exact = oracle.Oracle(workload, inputs)
     errors = {}
     for provider in providers(CPU, compiled=()):
         if provider.name in (NAIVE, f"{OURS}eager"):
             task = measure.Task(provider, workload.measure, inputs)
             values = task.forward()
-            errors[provider.name] = right.errors(values, task.backward(values))
+            errors[provider.name] = exact.errors(values, task.backward(values))
     value, gradient = errors[f"{OURS}eager"]
     assert value <= cases.VALUE_TOLERANCE[torch.bfloat16]
     assert gradient <= cases.GRADIENT_TOLERANCE[torch.bfloat16]
@@ -82,7 +82,7 @@ def test_ours_is_right_on_them(workload: Workload) -> None:
     assert errors[NAIVE][1] > 2 * gradient
 
 
-def test_without_them_the_workload_says_why(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
+def test_without_the_file_the_workload_says_why(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
     pytest.importorskip("safetensors", reason="needs safetensors")
     monkeypatch.setattr(real, "DATA", tmp_path / "none.safetensors")
     peaks = dict.fromkeys(("float64", "float32", "bfloat16"), 1e9)
@@ -98,7 +98,7 @@ def test_the_lines_about_features() -> None:
     teacher = torch.stack([a] * 8, 1) + 0.5
     student = torch.stack([a] * 4 + [b] * 4, 1)
     for line in real.describe([(student, teacher)] * real.LAYERS):
-        # 1.5 over 0.5; 0.5 over 1; half of the student's variance is the teacher's: 1 / sqrt(2).
+        # 1.5 / 0.5; 0.5 / 1; half of the variance is shared, so CKA is 1 / sqrt(2).
         assert line.endswith("median 3.0, offset over deviation 0.50, 1 - CKA 2.9e-01")
 
 
@@ -117,7 +117,7 @@ def test_nothing_is_overwritten(
 
 
 @pytest.mark.parametrize("package", ["transformers", "safetensors.torch"])
-def test_a_package_that_is_missing_is_named(
+def test_a_missing_package_is_named(
     package: str,
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
@@ -137,7 +137,7 @@ def test_a_package_that_is_missing_is_named(
     ("status", "message"),
     [(0, "other.whl must have the SHA-256 30d91"), (1, "pip could not download .* status 1")],
 )
-def test_a_wheel_that_is_not_the_one_is_refused(
+def test_another_wheel_is_refused(
     status: int, message: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     def download(command: list[str], **_: bool) -> subprocess.CompletedProcess[str]:

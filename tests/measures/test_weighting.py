@@ -1,4 +1,4 @@
-"""Similar enough is enough: margins, and a weight that finds itself."""
+"""Margins, and a weight that adapts to a target similarity."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_margin_is_a_hinge_on_the_distance(measure) -> None:
 
 
 def test_margin_is_of_each_layer() -> None:
-    """A layer inside the margin does not make up for one outside."""
+    """A layer inside the margin does not compensate for one outside."""
     (x, y), (far, other) = near(0.01), near(0.3)
     loss = rk.RIFTLoss("cka", margin=0.1, reduction="none")([x, far], [y, other])
     assert float(loss[0].detach()) == 0
@@ -52,7 +52,7 @@ def test_one_step_of_ascent() -> None:
     x, y = near(0.3)
     value = loss(x, y)
     distance = 1 - float(rk.linear_cka(x, y).detach())
-    # The loss has the weight of before, and so has its gradient.
+    # The loss and its gradient have the weight before the step.
     assert float(value.detach()) == pytest.approx(2.0 * distance)
     (slope,) = torch.autograd.grad(value, x)
     torch.testing.assert_close(
@@ -79,7 +79,7 @@ def test_the_weight_is_clipped_and_survives_nan() -> None:
     assert float(high.value) == 5.0
 
 
-def test_the_weight_moves_in_training_only() -> None:
+def test_the_weight_changes_in_training_only() -> None:
     x, y = near(0.3)
     weight = rk.AdaptiveWeight(0.9)
     loss = rk.RIFTLoss("cka", weight=weight)
@@ -92,7 +92,7 @@ def test_the_weight_moves_in_training_only() -> None:
 
 
 def test_the_weight_follows_the_distances() -> None:
-    """To their device, where it moves; also if it was made in inference mode."""
+    """It moves to their device, and may have been made in inference mode."""
     with torch.inference_mode():
         weight = rk.AdaptiveWeight(0.9)
     distances = torch.full((2,), 0.3, requires_grad=True)
@@ -119,7 +119,7 @@ def test_state_and_casts() -> None:
 @pytest.mark.parametrize("target", [0.5, 0.9])
 @pytest.mark.parametrize("measure", ["cka", "covariance"])
 def test_ascent_finds_the_target(measure, target) -> None:
-    """A task that pulls away from the teacher ends where the similarity is what was asked for."""
+    """A task that pulls away from the teacher ends at the target similarity."""
     torch.manual_seed(0)
     inputs = torch.randn(256, 8)
     away = torch.randn(256, 8)

@@ -1,4 +1,4 @@
-"""How the CUDA C++ extension is built: setup.py's choices, and the extension where it was built."""
+"""The build of the CUDA C++ extension: setup.py's choices, and the extension itself."""
 
 import importlib
 import importlib.util
@@ -24,7 +24,7 @@ build = importlib.util.module_from_spec(specification)
 specification.loader.exec_module(build)
 
 
-# What compilers say of themselves: 13.0 of what it knows, older ones in part.
+# The architectures that some releases of nvcc list; for older ones, some of them.
 LISTS = {
     "11.2": "35 80 86",
     "11.8": "35 80 86 89 90",
@@ -42,7 +42,7 @@ esac
 
 
 def fake_nvcc(folder: Path, release: str = "13.0") -> Path:
-    """An executable that says what that release does; compiles nothing."""
+    """An executable with the output of that release, which compiles nothing."""
     compiler = folder / "bin" / "nvcc"
     compiler.parent.mkdir(parents=True, exist_ok=True)
     compiler.write_text(_NVCC.format(release=release, names=LISTS[release]))
@@ -60,8 +60,8 @@ def test_nvcc_is_found(tmp_path: Path) -> None:
     assert build.find_nvcc({**with_nvcc, "NVCC": other.name}) == str(other)
 
 
-def test_which_nvcc_is_taken(tmp_path: Path) -> None:
-    """NVCC, CUDA_HOME, CUDA_PATH, PATH; a toolkit without a compiler is passed over."""
+def test_order_of_nvccs(tmp_path: Path) -> None:
+    """NVCC, CUDA_HOME, CUDA_PATH, PATH; a toolkit without a compiler is skipped."""
     names = ("NVCC", "CUDA_HOME", "CUDA_PATH", "PATH")
     compilers = {name: str(fake_nvcc(tmp_path / name)) for name in names}
     environment = {name: str(tmp_path / name) for name in names}
@@ -88,8 +88,8 @@ def test_which_nvcc_is_taken(tmp_path: Path) -> None:
     ],
 )
 def test_what_is_left_out_and_why(environment, platform, reason, tmp_path: Path) -> None:
-    found = {"PATH": str(fake_nvcc(tmp_path).parent)}
-    plan = build.plan({**found, **environment}, platform)
+    path = {"PATH": str(fake_nvcc(tmp_path).parent)}
+    plan = build.plan({**path, **environment}, platform)
     assert plan.nvcc is None
     assert "the CUDA kernels are left out" in plan.note
     assert reason in plan.note
@@ -98,21 +98,24 @@ def test_what_is_left_out_and_why(environment, platform, reason, tmp_path: Path)
 @pytest.mark.parametrize(
     ("script", "reason"),
     [
-        (_NVCC.format(release="11.2", names=""), r"nvcc 11\.2 \(.*\) is too old: 11\.8 is the old"),
-        ("#!/bin/sh\necho no libraries >&2; exit 127", "cannot be run: no libraries"),
-        ("#!/nowhere/sh", "cannot be run: .*No such file"),
+        (
+            _NVCC.format(release="11.2", names=""),
+            r"nvcc 11\.2 \(.*\) is too old: .* works is 11\.8",
+        ),
+        ("#!/bin/sh\necho no libraries >&2; exit 127", "cannot run: no libraries"),
+        ("#!/nowhere/sh", "cannot run: .*No such file"),
         ("#!/bin/sh\necho hello", "--version names no release: 'hello'"),
     ],
 )
-def test_a_compiler_that_will_not_do(script: str, reason: str, tmp_path: Path) -> None:
-    """Is no reason to fail for who has not asked for the kernels."""
+def test_an_unusable_compiler(script: str, reason: str, tmp_path: Path) -> None:
+    """It is an error only for a user who asks for the kernels."""
     nvcc = fake_nvcc(tmp_path)
     nvcc.write_text(script)
-    found = {"PATH": f"{nvcc.parent}:/bin"}
-    assert re.search(reason, build.plan(found, "linux").note)
-    for asked in ({"RIFT_KERNELS_CUDA": "1"}, {"NVCC": str(nvcc)}):
+    path = {"PATH": f"{nvcc.parent}:/bin"}
+    assert re.search(reason, build.plan(path, "linux").note)
+    for request in ({"RIFT_KERNELS_CUDA": "1"}, {"NVCC": str(nvcc)}):
         with pytest.raises(SystemExit, match=reason):
-            build.plan({**found, **asked}, "linux")
+            build.plan({**path, **request}, "linux")
 
 
 @pytest.mark.parametrize(
@@ -124,15 +127,15 @@ def test_a_compiler_that_will_not_do(script: str, reason: str, tmp_path: Path) -
         ({"NVCC": "/nowhere/nvcc"}, "linux", r"NVCC must be .*; got '/nowhere/nvcc'"),
     ],
 )
-def test_what_cannot_be_had(environment, platform, text: str, tmp_path: Path) -> None:
+def test_what_cannot_be_built(environment, platform, text: str, tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match=text):
         build.plan({"PATH": str(tmp_path), **environment}, platform)
 
 
 def planned(folder: Path, release: str, text: str | None = None):
-    """What that release would compile for."""
-    given = {} if text is None else {"RIFT_KERNELS_CUDA_ARCHS": text}
-    return build.plan({"NVCC": str(fake_nvcc(folder, release)), **given}, "linux")
+    """The plan with that release and this list of architectures."""
+    setting = {} if text is None else {"RIFT_KERNELS_CUDA_ARCHS": text}
+    return build.plan({"NVCC": str(fake_nvcc(folder, release)), **setting}, "linux")
 
 
 @pytest.mark.parametrize(
@@ -154,8 +157,8 @@ def test_architectures(text: str | None, architectures: list[str], tmp_path: Pat
     ("release", "known", "left_out"),
     [("11.8", "80", "90a, 100a"), ("12.4", "80;90a", "100a"), ("12.8", "80;90a;100a", "")],
 )
-def test_an_older_compiler_takes_what_it_knows(release, known, left_out, tmp_path: Path) -> None:
-    """Of the default; what was asked for is compiled, or it is an error."""
+def test_an_older_compiler_compiles_what_it_knows(release, known, left_out, tmp_path: Path) -> None:
+    """It reduces the default; an explicit list is compiled in full, or is an error."""
     plan = planned(tmp_path, release)
     assert plan.architectures == known.split(";")
     assert bool(plan.note) == bool(left_out)
@@ -170,7 +173,7 @@ def test_an_older_compiler_takes_what_it_knows(release, known, left_out, tmp_pat
         assert "80, 86, 89, 90" in str(error.value)
 
 
-def test_a_newer_compiler_that_has_dropped_all(tmp_path: Path, monkeypatch) -> None:
+def test_a_newer_compiler_without_the_default(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setitem(LISTS, "13.0", "110 120")
     with pytest.raises(SystemExit, match=r"CUDA_ARCHS must be .* which are 110, 120"):
         planned(tmp_path, "13.0")
@@ -233,7 +236,7 @@ exit ${NINJA_FAILS:-0}
 
 @pytest.fixture
 def built(tmp_path: Path):
-    """Runs setup.py with these variables, a compiler of 12.4 and a ninja that compiles nothing."""
+    """Runs setup.py with nvcc 12.4 and a ninja that compiles nothing."""
     project = tmp_path / "project"
     (project / "csrc" / "cka_small").mkdir(parents=True)
     (project / "rift_kernels").mkdir()
@@ -250,7 +253,7 @@ def built(tmp_path: Path):
     nvcc = fake_nvcc(tmp_path / "toolkit", "12.4")
 
     def run(command: str, **variables: str) -> subprocess.CompletedProcess[str]:
-        kept = {
+        variables_of_user = {
             name: value
             for name, value in os.environ.items()
             if not name.startswith(("RIFT_", "NVCC", "CUDA", "MAX_JOBS"))
@@ -259,7 +262,7 @@ def built(tmp_path: Path):
         return subprocess.run(
             [sys.executable, "setup.py", *command.split()],
             cwd=project,
-            env={**kept, **home, **variables},
+            env={**variables_of_user, **home, **variables},
             capture_output=True,
             text=True,
             check=False,
@@ -270,12 +273,12 @@ def built(tmp_path: Path):
 
 
 def test_a_build(built) -> None:
-    """With the compiler of CUDA_HOME, for what it knows; said in one line."""
-    done = built("build_ext")
-    assert done.returncode == 0, done.stderr
-    (line,) = (line for line in done.stdout.splitlines() if line.startswith("rift_kernels:"))
+    """The compiler of CUDA_HOME compiles for what it knows, and a line says so."""
+    run = built("build_ext")
+    assert run.returncode == 0, run.stderr
+    (line,) = (line for line in run.stdout.splitlines() if line.startswith("rift_kernels:"))
     assert "compiled for 80;90a and not for 100a, which nvcc 12.4" in line
-    assert "ninja -C build/temp" in done.stdout
+    assert "ninja -C build/temp" in run.stdout
     (path,) = built.folder.glob("build/*/build.ninja")
     text = path.read_text()
     assert "toolkit/bin/nvcc" in text
@@ -287,24 +290,24 @@ def test_a_build(built) -> None:
 
 
 def test_a_build_that_fails(built) -> None:
-    done = built("build_ext", NINJA_FAILS="1")
-    assert done.returncode != 0
-    assert "do not compile with " in done.stderr
+    run = built("build_ext", NINJA_FAILS="1")
+    assert run.returncode != 0
+    assert "do not compile with " in run.stderr
     for way_out in ("NVCC", "CUDA_HOME", "-ccbin", "RIFT_KERNELS_CUDA=0"):
-        assert way_out in done.stderr
+        assert way_out in run.stderr
 
 
 def test_nothing_to_build(built) -> None:
-    done = built("build_py", RIFT_KERNELS_CUDA="0", MAX_JOBS="all")
-    assert done.returncode == 0, done.stderr
-    assert "rift_kernels: the CUDA kernels are left out (RIFT_KERNELS_CUDA=0)" in done.stdout
+    run = built("build_py", RIFT_KERNELS_CUDA="0", MAX_JOBS="all")
+    assert run.returncode == 0, run.stderr
+    assert "rift_kernels: the CUDA kernels are left out (RIFT_KERNELS_CUDA=0)" in run.stdout
     wrong = built("build_py", MAX_JOBS="all")
     assert "MAX_JOBS must be" in wrong.stderr
 
 
 @pytest.fixture
 def extension():
-    """``rift_kernels._C``: may be missing only where nothing could have built it."""
+    """``rift_kernels._C``, which may be missing only if nothing could have built it."""
     if importlib.util.find_spec("rift_kernels._C") is None:
         plan = build.plan(os.environ)
         if plan.nvcc is None:
@@ -320,7 +323,7 @@ def test_warnings_are_errors_where_asked_for() -> None:
 
 def test_extension(extension) -> None:
     assert re.fullmatch(r"(\d+[af]?;)*\d+[af]?", extension.architectures)
-    # Nothing to do needs no GPU.
+    # An empty list needs no GPU.
     extension.scale([], 2, 2, 0, 0)
 
 
@@ -335,7 +338,7 @@ def test_launch_without_a_gpu(call) -> None:
         "except RuntimeError as error: print(error)"
     )
     parent = Path(rift_kernels.__file__).parent.parent
-    # No device, whatever the machine.
+    # No device, even on a machine with GPUs.
     environment = {**os.environ, "PYTHONPATH": str(parent), "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, "-c", code]
     result = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
@@ -347,7 +350,7 @@ def test_launch_without_a_gpu(call) -> None:
 @pytest.fixture(scope="session")
 def compiled() -> cuda_resources.Resources:
     if importlib.util.find_spec("rift_kernels._C") is None:
-        # Whether it may be missing, the fixture above says.
+        # The fixture above fails if it should be there.
         pytest.skip("needs rift_kernels._C, which was not built")
     if cuda_resources.cuobjdump() is None or shutil.which("c++filt") is None:
         pytest.skip("needs cuobjdump and c++filt")
@@ -356,7 +359,7 @@ def compiled() -> cuda_resources.Resources:
 
 
 def test_what_the_kernels_compile_to(compiled) -> None:
-    """Everything in registers; products on tensor cores; clusters where there are any."""
+    """All values in registers, products on tensor cores, and clusters where the GPU has them."""
     for arch, kernels in compiled.items():
         assert any("cka_small" in name for name in kernels)
         has_clusters = int(re.search(r"\d+", arch)[0]) >= 90
@@ -369,11 +372,11 @@ def test_what_the_kernels_compile_to(compiled) -> None:
         anywhere = [needs for name, needs in kernels.items() if "sm80" in name]
         assert len(anywhere) == 2
         assert all(needs["products"] and needs["copies"] for needs in anywhere)
-        # Hopper's own kernels are there, on its own instructions, and nowhere else.
+        # Kernels with Hopper's instructions are compiled for Hopper only.
         hopper = [needs for name, needs in kernels.items() if "sm90" in name]
         assert bool(hopper) == (arch == "sm_90a")
         assert all(needs["bulk"] and needs["multicast"] for needs in hopper)
-        # Four products at least for every wait: the compiler has not put them one after another.
+        # At least four products per wait: the compiler has not serialised them.
         assert all(needs["warpgroup"] > 2 * needs["waits"] for needs in hopper)
         assert len(hopper) in (0, 2)
 
@@ -384,7 +387,7 @@ def test_table_is_current(compiled) -> None:
     nvcc = build.find_nvcc(os.environ)
     release = expected.pop("nvcc")
     if nvcc is None or cuda_resources.release(nvcc) != release:
-        pytest.skip(f"needs nvcc {release}, which the table is of")
+        pytest.skip(f"needs nvcc {release}, with which the table was made")
     if not compiled.keys() <= expected.keys():
-        pytest.skip(f"needs a build for none but {', '.join(expected)}, which the table is of")
+        pytest.skip(f"needs a build for no architecture but {', '.join(expected)}, as in the table")
     assert compiled == {arch: expected[arch] for arch in compiled}

@@ -1,4 +1,4 @@
-"""The package as installed: what importing it imports, who imports whom, and its report."""
+"""The installed package: what importing it imports, which room imports which, and its report."""
 
 import ast
 import graphlib
@@ -18,8 +18,8 @@ from rift_kernels.backends import cuda
 from rift_kernels.dispatch import availability, plan
 
 PACKAGE = Path(rk.__file__).parent
-# Which rooms may import which; "" is what users import. Within a room, a module imports those that
-# it needs, and none of them leads back to it.
+# The rooms that each room may import; "" is what users import. Within a room, modules import what
+# they need, without cycles.
 ALLOWED = {
     "": {"dispatch", "features", "commands"},
     "commands": {"", "dispatch", "trust", "backends"},
@@ -73,20 +73,20 @@ ROOMS = {f"rift_kernels.{name}" for name in ALLOWED if name}
 
 
 def imported(path: Path) -> set[str]:
-    """The modules of the package that a module imports, at once or later."""
+    """The modules of the package that a module imports, at import or later."""
     package = module(path) if path.stem == "__init__" else module(path).rpartition(".")[0]
     names = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            # `from` says what is used.
+            # `from` shows what is used.
             assert not any(alias.name.startswith("rift_kernels") for alias in node.names)
         if not isinstance(node, ast.ImportFrom):
             continue
         assert node.level <= 1, "rooms import one another by their full names"
         source = ".".join(filter(None, (package if node.level else "", node.module)))
         if source.split(".")[0] == "rift_kernels":
-            both = (f"{source}.{alias.name}" for alias in node.names)
-            names |= {name if name in MODULES else source for name in both}
+            candidates = (f"{source}.{alias.name}" for alias in node.names)
+            names |= {name if name in MODULES else source for name in candidates}
     return names
 
 
@@ -101,7 +101,7 @@ def test_every_folder_is_a_room() -> None:
     assert folders == set(ALLOWED) - {""}
 
 
-def test_no_import_leads_back() -> None:
+def test_imports_have_no_cycle() -> None:
     graph = {
         name: {other for other in imported(path) if other != "rift_kernels"}
         for name, path in MODULES.items()
@@ -140,7 +140,7 @@ def test_eager_on_a_gpu_warns_once(
         assert plan.choose_backend("auto", gpu) == "eager"
     assert plan.choose_backend("auto", gpu) == "eager"
     monkeypatch.setattr(plan, "_warned", False)
-    # An explicit choice is not worth a warning, and while torch.compile traces none is possible.
+    # An explicit choice needs no warning, and torch.compile cannot trace one.
     assert plan.choose_backend("eager", gpu) == "eager"
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     assert plan.choose_backend("auto", gpu) == "eager"
@@ -177,13 +177,13 @@ def test_reasons_against_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
     assert availability.reason_against("triton", gpu, (torch.bfloat16,)) is None
     with monkeypatch.context() as patch:
-        # Nobody looks for modules then: torch 2.11 cannot trace that.
+        # A call does not look for modules, which torch 2.11 cannot trace.
         patch.delattr(importlib.util, "find_spec")
         assert plan.choose_backend("auto", gpu, (torch.bfloat16,)) == "triton"
     assert plan.choose_backend("auto", cpu) == "eager"
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert availability.reason_against("triton", cpu) is None
-    # Not unasked: the interpreter is slow.
+    # Only on request: the interpreter is slow.
     assert plan.choose_backend("auto", cpu) == "eager"
     assert plan.choose_backend("triton", cpu) == "triton"
     monkeypatch.setitem(availability.INSTALLED, "triton", False)
@@ -192,10 +192,10 @@ def test_reasons_against_triton(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_reasons_against_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     def reason(device: str | None = "cuda", **problem: object) -> str | None:
-        asked = {"measure": "cka", "gram": (True,), "rows": 64, "width": 768, **problem}
-        where = None if device is None else torch.device(device)
-        dtypes = asked.pop("dtypes", (torch.bfloat16,))
-        return availability.reason_against("cuda", where, dtypes, availability.Problem(**asked))
+        fields = {"measure": "cka", "gram": (True,), "rows": 64, "width": 768, **problem}
+        place = None if device is None else torch.device(device)
+        dtypes = fields.pop("dtypes", (torch.bfloat16,))
+        return availability.reason_against("cuda", place, dtypes, availability.Problem(**fields))
 
     monkeypatch.setitem(availability.INSTALLED, "rift_kernels._C", False)
     assert "installed without its CUDA kernels: put" in reason()
@@ -220,12 +220,12 @@ def test_reasons_against_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "up to 28928 columns on this GPU; got 30000" in reason(**many, width=30000)
     assert "bfloat16; got torch.float32" in reason(**many, dtypes=(torch.float32,))
     assert "64 rows of 100000 columns do not fit" in reason(width=100000)
-    gpu, asked = torch.device("cuda"), availability.Problem("cka", (True,), 64, 768)
-    assert plan.choose_backend("auto", gpu, (torch.bfloat16,), asked) == "cuda"
-    # Not before it is measured.
-    most = asked._replace(rows=4096, gram=(False,))
-    assert plan.choose_backend("auto", gpu, (torch.bfloat16,), most) == "triton"
-    assert plan.choose_backend("cuda", gpu, (torch.bfloat16,), most) == "cuda"
+    gpu, few_rows = torch.device("cuda"), availability.Problem("cka", (True,), 64, 768)
+    assert plan.choose_backend("auto", gpu, (torch.bfloat16,), few_rows) == "cuda"
+    # Only an explicit choice takes kernels that are not measured.
+    many_rows = few_rows._replace(rows=4096, gram=(False,))
+    assert plan.choose_backend("auto", gpu, (torch.bfloat16,), many_rows) == "triton"
+    assert plan.choose_backend("cuda", gpu, (torch.bfloat16,), many_rows) == "cuda"
     built.architectures = "80;90"
     assert reason(**many) is None
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 9))
@@ -236,10 +236,10 @@ def test_reasons_against_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "not compiled for compute capability 8.0" in reason()
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (10, 0))
     assert reason(**{"gram": (False,), "rows": 4096}) is None
-    many = asked._replace(rows=256)
-    assert plan.choose_backend("auto", gpu, (torch.bfloat16,), many) == "triton"
+    more_rows = few_rows._replace(rows=256)
+    assert plan.choose_backend("auto", gpu, (torch.bfloat16,), more_rows) == "triton"
     with pytest.raises(RuntimeError, match=r"backend='cuda' cannot run: .* up to 128 rows"):
-        plan.choose_backend("cuda", gpu, (torch.bfloat16,), many)
+        plan.choose_backend("cuda", gpu, (torch.bfloat16,), more_rows)
 
 
 @pytest.mark.parametrize(

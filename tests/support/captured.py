@@ -1,4 +1,4 @@
-"""A small model of blocks to capture features of, and an output as a layer."""
+"""A small model of blocks whose features are captured, and a layer with a fixed output."""
 
 import torch
 from torch import nn
@@ -18,7 +18,7 @@ class Block(nn.Module):
 
 
 class Net(nn.Module):
-    """Tokens (batch, tokens, 4) through blocks, of which activation checkpoints may forget."""
+    """Tokens (batch, tokens, 4) through blocks, optionally with activation checkpointing."""
 
     def __init__(self, blocks: int = 3, use_reentrant: bool | None = None) -> None:
         super().__init__()
@@ -38,7 +38,7 @@ class Net(nn.Module):
 
 
 class Output(nn.Module):
-    """Returns what it is given."""
+    """Returns a fixed output."""
 
     def __init__(self, output) -> None:
         super().__init__()

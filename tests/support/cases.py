@@ -1,7 +1,7 @@
-"""The inputs every test draws from: shapes, dtypes, masks, offsets and similarities.
+"""The inputs of all tests: shapes, dtypes, masks, offsets and similarities.
 
-All features are made in float64 from a seed and then rounded to the dtype under test, so that the
-oracle sees exactly the numbers that the code under test sees.
+Features are made in float64 from a seed and then rounded to the dtype under test. So the oracle and
+the code under test get exactly the same numbers.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ HALF = (torch.bfloat16, torch.float16)
 DTYPES = (torch.float64, torch.float32, *HALF)
 FORMS = ("covariance", "gram")
 
-# Relative error of a gradient. For the half types the rounding of the gradient itself is the floor:
-# 1.7e-3 and 2e-4. In float64, Newton-Schulz stops at 8e-12, above its lower limit.
+# The relative error of a gradient. In half precision, rounding the gradient alone costs 1.7e-3
+# (bfloat16) or 2e-4 (float16). In float64, Newton-Schulz stops at 8e-12.
 GRADIENT_TOLERANCE = {
     torch.float64: 1e-6,
     torch.float32: 1e-4,
     torch.bfloat16: 4e-3,
     torch.float16: 4e-3,
 }
-# Absolute up to 1, relative beyond; distances and offsets of 30 are among the cases.
+# Absolute up to 1 and relative beyond, because some distances are large, as are offsets of 30.
 VALUE_TOLERANCE = {
     torch.float64: 1e-9,
     torch.float32: 1e-5,
@@ -41,7 +41,7 @@ VALUE_TOLERANCE = {
 
 @dataclass(frozen=True)
 class Case:
-    """Features of a given shape: the teacher is a noisy linear image of the student."""
+    """Features of some shape; the teacher is a noisy linear image of the student."""
 
     name: str
     rows: int
@@ -73,20 +73,20 @@ class Case:
 
 def _interleave(x: Tensor) -> Tensor:
     """The same numbers, neither contiguous nor aligned."""
-    room = torch.full((*x.shape[:-1], 2 * x.shape[-1] + 1), float("nan"), dtype=x.dtype)
-    view = room[..., 1::2]
+    padded = torch.full((*x.shape[:-1], 2 * x.shape[-1] + 1), float("nan"), dtype=x.dtype)
+    view = padded[..., 1::2]
     view.copy_(x)
     return view
 
 
 def overlapping(kind: str, rows: int, width: int, dtype: torch.dtype) -> Tensor:
-    """Features whose rows share memory: "windows" 8 elements apart, or 1, or "expanded" columns."""
+    """Features whose elements share memory: rows 8 or 1 elements apart, or one column expanded."""
     generator = torch.Generator().manual_seed(0)
     if kind == "expanded":
         return torch.randn(rows, 1, generator=generator).to(dtype).expand(rows, width)
     step = {"windows": 8, "close windows": 1}[kind]
-    room = torch.randn(step * (rows - 1) + width, generator=generator).to(dtype)
-    return room.as_strided((rows, width), (step, 1))
+    memory = torch.randn(step * (rows - 1) + width, generator=generator).to(dtype)
+    return memory.as_strided((rows, width), (step, 1))
 
 
 OVERLAPS = ("windows", "close windows", "expanded")
@@ -113,7 +113,7 @@ CASES = (
 
 @dataclass(frozen=True)
 class Measure:
-    """A public function with its settings, and its oracle."""
+    """A public function with settings, and its oracle."""
 
     name: str
     function: Callable[..., Tensor]
@@ -123,20 +123,20 @@ class Measure:
     min_rows: int = 2
     equal_widths: bool = False
 
-    def __call__(self, x: Any, y: Any, **more: Any) -> Tensor:
-        how = {} if self.method is None else {"method": self.method}
-        return self.function(x, y, **self.settings, **how, **more)
+    def __call__(self, x: Any, y: Any, **options: Any) -> Tensor:
+        method = {} if self.method is None else {"method": self.method}
+        return self.function(x, y, **self.settings, **method, **options)
 
-    def reference(self, x: Any, y: Any, **more: Any) -> Tensor:
-        return self.oracle(x, y, **self.settings, **more)
+    def reference(self, x: Any, y: Any, **options: Any) -> Tensor:
+        return self.oracle(x, y, **self.settings, **options)
 
     def takes(self, case: Case) -> bool:
         widths_fit = case.student_width == case.teacher_width or not self.equal_widths
         return widths_fit and case.rows >= self.min_rows
 
 
-def _measure(name: str, function: str, **more: Any) -> Measure:
-    return Measure(name, getattr(rk, function), getattr(reference, function), **more)
+def _measure(name: str, function: str, **options: Any) -> Measure:
+    return Measure(name, getattr(rk, function), getattr(reference, function), **options)
 
 
 CKA = _measure("cka", "linear_cka", min_rows=4)
@@ -182,7 +182,7 @@ def pair(
     dtype: torch.dtype = torch.float32,
     batch: tuple[int, ...] = (),
 ) -> tuple[Tensor, Tensor]:
-    """A student and a teacher, both of which require gradients."""
+    """A student and a teacher that both require gradients."""
     x, y, _ = Case("", rows, width, width, batch=batch).features(dtype)
     return x.requires_grad_(), y.requires_grad_()
 
@@ -198,7 +198,7 @@ _masked = pytest.mark.parametrize("masked", [False, True], ids=["", "masked"])
 
 
 def every_empty_batch(test: Callable[..., None]) -> Callable[..., None]:
-    """Parametrise a test over batches of nothing, with a mask and without."""
+    """Parametrise a test over empty batches, with and without a mask."""
     return _batches(_masked(test))
 
 
@@ -209,7 +209,7 @@ def assert_empty(
     dtype: torch.dtype,
     device: torch.device | None = None,
 ) -> None:
-    """Values and gradients of a batch of nothing are nothing, whichever side wants a gradient."""
+    """Values and gradients of an empty batch are empty, whichever side requires a gradient."""
     mask = torch.ones(*batch, 9, dtype=torch.bool, device=device) if masked else None
     for sides in ((True, False), (False, True), (True, True), (False, False)):
         x, y = (
@@ -233,12 +233,12 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
 
 
 def value_and_gradients(
-    function: Callable[..., Tensor], x: Tensor, y: Tensor, scale: float = 1.0, **more: Any
+    function: Callable[..., Tensor], x: Tensor, y: Tensor, scale: float = 1.0, **options: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The values, and the gradients of both inputs for a random incoming gradient times scale."""
-    # No clone: it would make strided features contiguous.
+    """The values and both gradients, for a random incoming gradient times ``scale``."""
+    # Not cloned, which would make strided features contiguous.
     x, y = x.detach().requires_grad_(), y.detach().requires_grad_()
-    values = function(x, y, **more)
+    values = function(x, y, **options)
     generator = torch.Generator().manual_seed(1)
     incoming = scale * (torch.rand(values.shape, generator=generator).double() + 0.5)
     values.backward(incoming.to(values.dtype).to(values.device))
@@ -250,7 +250,7 @@ def value_and_gradients(
 def assert_same_under_autocast(
     function: Callable[..., Tensor], x: Tensor, y: Tensor, device: torch.device
 ) -> None:
-    """Values and gradients are the same to the last bit."""
+    """Values and gradients are bitwise the same under autocast."""
     expected = value_and_gradients(function, x, y)
     with torch.autocast(device.type, dtype=torch.bfloat16):
         actual = value_and_gradients(function, x, y)
@@ -270,8 +270,7 @@ def near_pair(
 ) -> tuple[Tensor, Tensor]:
     """A student whose debiased CKA with its teacher is about ``1 - distance``; float64.
 
-    The spectrum decays like that of trained features. ``rotated``: the student is a rotation of a
-    near copy of the teacher.
+    The spectrum decays as in trained features. ``rotated``: the student is also rotated.
     """
     generator = torch.Generator().manual_seed(seed)
     spectrum = torch.arange(1, width + 1, dtype=torch.float64) ** -0.5

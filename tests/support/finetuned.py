@@ -1,4 +1,4 @@
-"""Runs of the finetuning examples, whole and interrupted, and what they left."""
+"""Runs of the finetuning examples, uninterrupted or not, and the files that they leave."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ Main = Callable[[Sequence[str]], int]
 
 
 def rows(out: Path) -> list[dict[str, float]]:
-    """What metrics.csv has, without the times."""
+    """The rows of metrics.csv, without the times."""
     with (out / "metrics.csv").open() as file:
-        found = [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)]
-    assert all(row.pop("seconds") > 0 for row in found)
-    return found
+        metrics = [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)]
+    assert all(row.pop("seconds") > 0 for row in metrics)
+    return metrics
 
 
 def state(out: Path) -> dict[str, Any]:
@@ -36,26 +36,26 @@ def state(out: Path) -> dict[str, Any]:
 
 
 def column(out: Path, kind: str) -> list[float]:
-    """Of metrics.csv the one whose name begins with this."""
+    """The column of metrics.csv whose name begins with ``kind``."""
     name = next(name for name in rows(out)[0] if name.startswith(kind))
     return [row[name] for row in rows(out)]
 
 
 def stop_in_step(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
-    """The next run is interrupted before it has made this step."""
+    """Interrupt the next run before it makes this step."""
     calls = iter(range(1, step))
-    plain = torch.amp.GradScaler.step
+    original = torch.amp.GradScaler.step
 
     def limited(self: torch.amp.GradScaler, *args: Any, **named: Any) -> Any:
         if next(calls, None) is None:
             raise KeyboardInterrupt
-        return plain(self, *args, **named)
+        return original(self, *args, **named)
 
     monkeypatch.setattr(torch.amp.GradScaler, "step", limited)
 
 
 def assert_resumes(main: Main, options: Sequence[str], folder: Path, stops: Sequence[int]) -> None:
-    """Interrupted before each of these steps, in turn, a run ends where a whole one does."""
+    """A run that is interrupted before each of these steps ends like an uninterrupted run."""
     whole, parts = folder / "whole", folder / "parts"
     main([*options, "--out", str(whole), "--save-every", "1"])
     for done, step in enumerate(stops):
@@ -63,23 +63,23 @@ def assert_resumes(main: Main, options: Sequence[str], folder: Path, stops: Sequ
             stop_in_step(patch, step - (int(state(parts)["progress"]["step"]) if done else 0))
             with pytest.raises(KeyboardInterrupt):
                 main([*options, "--out", str(parts), "--save-every", "1", "--resume"])
-    # A process that goes on has another past.
+    # A resumed process has another random state.
     torch.manual_seed(1234)
     main([*options, "--out", str(parts), "--save-every", "1", "--resume"])
     assert_same(state(parts), state(whole))
     assert rows(parts) == rows(whole)
 
 
-def assert_same(one: dict[str, Any], other: dict[str, Any]) -> None:
-    """To the bit, in weights, moments of the optimiser and all else."""
-    for kept in (one, other):
-        for row in kept["progress"]["history"]:
+def assert_same(first: dict[str, Any], second: dict[str, Any]) -> None:
+    """Checkpoints are bitwise equal in weights, optimiser state and everything else."""
+    for checkpoint in (first, second):
+        for row in checkpoint["progress"]["history"]:
             row.pop("seconds", None)
-    assert plain(one) == plain(other)
+    assert plain(first) == plain(second)
 
 
 def plain(value: Any) -> Any:
-    """Something to compare with ==, in place of tensors."""
+    """The value with tensors replaced by something that == can compare."""
     if isinstance(value, dict):
         return {name: plain(inner) for name, inner in value.items()}
     if isinstance(value, tuple | list):
@@ -88,7 +88,7 @@ def plain(value: Any) -> Any:
 
 
 def command(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """An example as users start it."""
+    """Run an example as users do."""
     return subprocess.run(
         [sys.executable, "-m", *arguments],
         capture_output=True,

@@ -1,4 +1,4 @@
-"""``python -m tests.support.known_answers``: known_answers.json from the definitions."""
+"""``python -m tests.support.known_answers`` writes known_answers.json from the definitions."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ DIGITS = 12
 
 
 def _value(case: Case, x: Any, y: Any, mask: Any) -> torch.Tensor:
-    """The values of a case by the oracle."""
+    """The oracle's values of a case."""
     if case.measure == "cka":
         debiased, distance = case.settings
         value = reference.linear_cka(x, y, mask=mask, debiased=debiased)
@@ -33,18 +33,19 @@ def _value(case: Case, x: Any, y: Any, mask: Any) -> torch.Tensor:
 
 
 def answer(case: Case) -> dict[str, Any]:
-    """Values and sketches of gradients, rounded to what other machines find as well."""
-    given = known_answers.features(case)
+    """Values and sketches of gradients, rounded to the digits that all machines agree on."""
+    inputs = known_answers.features(case)
     sides = [
         [side.requires_grad_(wanted) for side in features]
-        for features, wanted in zip((given.students, given.teachers), case.sides, strict=True)
+        for features, wanted in zip((inputs.students, inputs.teachers), case.sides, strict=True)
     ]
     if len(case.layers) > 1:
-        value = _value(case, *sides, given.masks or None)
+        value = _value(case, *sides, inputs.masks or None)
     else:
-        value = _value(case, sides[0][0], sides[1][0], given.masks[0] if given.masks else None)
-    inputs = [side for features in sides for side in features if side.requires_grad]
-    gradients = torch.autograd.grad(value, inputs, given.incoming)
+        mask = inputs.masks[0] if inputs.masks else None
+        value = _value(case, sides[0][0], sides[1][0], mask)
+    leaves = [side for features in sides for side in features if side.requires_grad]
+    gradients = torch.autograd.grad(value, leaves, inputs.incoming)
     return {
         "values": _rounded(value.reshape(-1)),
         "gradients": [_rounded(known_answers.sketch(gradient)) for gradient in gradients],
@@ -52,9 +53,9 @@ def answer(case: Case) -> dict[str, Any]:
 
 
 def _rounded(numbers: torch.Tensor) -> Any:
-    """To some digits of the largest."""
+    """Round to DIGITS digits of the largest."""
     if numbers.dim() > 2:
-        return [_rounded(one) for one in numbers]
+        return [_rounded(matrix) for matrix in numbers]
     digits = DIGITS - math.ceil(math.log10(float(numbers.detach().abs().max())))
     return [
         [round(n, digits) for n in row] if isinstance(row, list) else round(row, digits)
@@ -63,7 +64,7 @@ def _rounded(numbers: torch.Tensor) -> Any:
 
 
 def text() -> str:
-    """The file: a case a line."""
+    """The text of the file, one case per line."""
     lines = [f"{json.dumps(known_answers.key(case))}: {json.dumps(answer(case))}" for case in CASES]
     return "{\n" + ",\n".join(lines) + "\n}\n"
 

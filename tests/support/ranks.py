@@ -1,9 +1,9 @@
-"""What the processes of test_distributed.py compute: each its own rows of the same batches.
+"""The processes of test_distributed.py: each computes with its rows of the same batches.
 
     torchrun --nproc-per-node 2 -m tests.support.ranks FOLDER
 
-writes what each rank found to FOLDER/<rank>.pt. ``outcomes`` without a group is what one process
-with all rows finds.
+writes the results of each rank to FOLDER/<rank>.pt. ``outcomes`` without splits computes the
+results of one process with all rows.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from tests.support import cases
 SIZES = (2, 4)
 WAYS = ("gathered", "summed")
 ROWS, WIDTH = 40, 6
-# Rows of each rank: equal, not equal, one without any.
+# The rows of each rank: equal, unequal, and some ranks without any.
 SPLITS = {
     2: {"even": (20, 20), "uneven": (33, 7), "empty": (0, 40)},
     4: {"even": (10, 10, 10, 10), "uneven": (3, 17, 19, 1), "empty": (20, 0, 20, 0)},
@@ -40,22 +40,22 @@ Outcome = dict[str, Any]
 
 @contextmanager
 def way(name: str) -> Iterator[None]:
-    """Gather features, or sum moments, whatever the bytes."""
-    kept = shared_batch.bytes_summed
+    """Gather features or sum moments as named, and not as the bytes decide."""
+    original = shared_batch.bytes_summed
     shared_batch.bytes_summed = lambda *_: float("inf") if name == "gathered" else -1.0
     try:
         yield
     finally:
-        shared_batch.bytes_summed = kept
+        shared_batch.bytes_summed = original
 
 
-def own(x: Tensor, split: tuple[int, ...] | None, rank: int) -> Tensor:
-    """The rows of a rank; without a split, all."""
+def rows_of(rank: int, x: Tensor, split: tuple[int, ...] | None) -> Tensor:
+    """The rows of a rank; all rows without a split."""
     return x if split is None else x.split(split, -2)[rank]
 
 
-def own_mask(mask: Tensor, split: tuple[int, ...] | None, rank: int) -> Tensor:
-    return own(mask.unsqueeze(-1), split, rank).squeeze(-1)
+def mask_of(rank: int, mask: Tensor, split: tuple[int, ...] | None) -> Tensor:
+    return rows_of(rank, mask.unsqueeze(-1), split).squeeze(-1)
 
 
 def batch(dtype: torch.dtype = torch.float64, axes: tuple[int, ...] = ()) -> tuple[Tensor, Tensor]:
@@ -64,7 +64,7 @@ def batch(dtype: torch.dtype = torch.float64, axes: tuple[int, ...] = ()) -> tup
 
 
 def long(features: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """With rows far longer than the others, of different ranks."""
+    """Features with some rows, on different ranks, far longer than the others."""
     for side in features:
         for row, factor in ((0, 3000), (1, -2000), (18, 50), (21, 3000), (39, 1000)):
             side[row] *= factor
@@ -79,7 +79,7 @@ Check = tuple[str, Callable[[], Outcome]]
 
 
 def outcomes(rank: int, splits: dict[str, tuple[int, ...]] | None) -> Iterator[Check]:
-    """Every check of a rank's rows; without splits, of all rows: its name, and what to call."""
+    """The name and function of every check of a rank's rows; without splits, of all rows."""
     group = None if splits is None else "world"
     for name, split in (splits or {"all": None}).items():
         of_rows = partial(values_and_gradients, split=split, rank=rank)
@@ -97,11 +97,11 @@ def outcomes(rank: int, splits: dict[str, tuple[int, ...]] | None) -> Iterator[C
             f"{name}, cka, long rows, float32",
             partial(of_rows, cases.CKA, long(batch(torch.float32)), mask=valid()),
         )
-        # Rounding of a mean must not look like variance.
+        # The rounding of a mean must not count as variance.
         constant = (torch.full((ROWS, WIDTH), 0.1), batch(torch.float32)[1])
         yield f"{name}, cka, no variance", partial(of_rows, cases.CKA, constant)
         yield f"{name}, cka, leading axes", partial(of_rows, cases.CKA, batch(axes=(2, 3)))
-        yield f"{name}, cka, batch of nothing", partial(of_rows, cases.CKA, batch(axes=(0, 3)))
+        yield f"{name}, cka, empty batch", partial(of_rows, cases.CKA, batch(axes=(0, 3)))
         for check in (layers, rotated, moments):
             yield f"{name}, {check.__name__}", partial(check, split, rank, group)
         for kind in MODELS:
@@ -118,17 +118,17 @@ def values_and_gradients(
     rank: int,
     mask: Tensor | None = None,
 ) -> Outcome:
-    x, y = (own(side, split, rank).contiguous() for side in features)
-    more: dict[str, Any] = {} if split is None else {"group": dist.group.WORLD}
+    x, y = (rows_of(rank, side, split).contiguous() for side in features)
+    options: dict[str, Any] = {} if split is None else {"group": dist.group.WORLD}
     if mask is not None:
-        x = x.masked_fill(~own_mask(mask, split, rank).unsqueeze(-1), float("nan"))
-        more["mask"] = own_mask(mask, split, rank)
-    value, grad_x, grad_y = cases.value_and_gradients(measure, x, y, **more)
+        x = x.masked_fill(~mask_of(rank, mask, split).unsqueeze(-1), float("nan"))
+        options["mask"] = mask_of(rank, mask, split)
+    value, grad_x, grad_y = cases.value_and_gradients(measure, x, y, **options)
     return {"value": value, "rows": [grad_x, grad_y]}
 
 
 def layers(split: tuple[int, ...] | None, rank: int, group: str | None) -> Outcome:
-    """Layers of different widths and, on a rank, of different numbers of rows."""
+    """Layers that differ in width and in the number of rows on a rank."""
     x, y = batch()
     students = [x, x[:, :4] ** 2, x[: ROWS // 2]]
     teachers = [y, y[:, :3], y[: ROWS // 2]]
@@ -136,8 +136,8 @@ def layers(split: tuple[int, ...] | None, rank: int, group: str | None) -> Outco
         half = tuple(n // 2 for n in split)
         half = (*half[:-1], ROWS // 2 - sum(half[:-1]))
         splits = (split, split, half)
-        students = [own(s, n, rank) for s, n in zip(students, splits, strict=True)]
-        teachers = [own(t, n, rank) for t, n in zip(teachers, splits, strict=True)]
+        students = [rows_of(rank, s, n) for s, n in zip(students, splits, strict=True)]
+        teachers = [rows_of(rank, t, n) for t, n in zip(teachers, splits, strict=True)]
     students = [s.detach().requires_grad_() for s in students]
     values = rk.linear_cka(students, teachers, group=group)
     (values * torch.tensor([1.0, 2.0, 3.0])).sum().backward()
@@ -145,19 +145,19 @@ def layers(split: tuple[int, ...] | None, rank: int, group: str | None) -> Outco
 
 
 def moments(split: tuple[int, ...] | None, rank: int, group: str | None) -> Outcome:
-    x, y = (own(side, split, rank).requires_grad_() for side in batch())
-    found = rk.second_moments(x, y, group=group)
+    x, y = (rows_of(rank, side, split).requires_grad_() for side in batch())
+    result = rk.second_moments(x, y, group=group)
     cross = rk.cross_covariance(x, y, group=group)
-    sum((t.double() ** 2).sum() for t in (*found[1:], cross)).backward()
+    sum((t.double() ** 2).sum() for t in (*result[1:], cross)).backward()
     return {
-        "value": torch.cat([t.detach().flatten() for t in (*found, cross)]),
+        "value": torch.cat([t.detach().flatten() for t in (*result, cross)]),
         "rows": [x.grad, y.grad],
     }
 
 
 def rotated(split: tuple[int, ...] | None, rank: int, group: str | None) -> Outcome:
-    """A rotation that no DDP averages has the same gradient on all ranks."""
-    x, y = (own(side, split, rank).requires_grad_() for side in batch())
+    """A rotation that DDP does not average has the same gradient on all ranks."""
+    x, y = (rows_of(rank, side, split).requires_grad_() for side in batch())
     q = cases.rotation(WIDTH).requires_grad_()
     value = rk.covariance_distance(x, y, rotation=q, mean_weight=0.3, group=group)
     value.backward()
@@ -168,21 +168,21 @@ MODELS = ("cka", "covariance, learned", "covariance, optimal", "covariance, stat
 
 
 class Model(nn.Module):
-    """A layer and the loss of its output, so that DDP averages the gradients of both."""
+    """A layer and the loss of its output; DDP averages the gradients of both."""
 
     def __init__(self, kind: str, group: str | None) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.layer = nn.Linear(WIDTH, WIDTH).double()
-        measure, _, how = kind.partition(", ")
-        more: dict[str, Any] = {}
-        if how == "learned":
-            more = {"rotation": "learned", "student_width": WIDTH, "teacher_width": WIDTH}
-        elif how == "optimal":
-            more = {"rotation": "optimal"}
-        self.loss = rk.RIFTLoss(measure, group=group, **more).double()
+        measure, _, variant = kind.partition(", ")
+        options: dict[str, Any] = {}
+        if variant == "learned":
+            options = {"rotation": "learned", "student_width": WIDTH, "teacher_width": WIDTH}
+        elif variant == "optimal":
+            options = {"rotation": "optimal"}
+        self.loss = rk.RIFTLoss(measure, group=group, **options).double()
         self.stored = None
-        if how == "statistics":
+        if variant == "statistics":
             self.stored = rk.TeacherStatistics(WIDTH)
             self.stored.update(batch()[1])
 
@@ -197,14 +197,14 @@ def model_gradients(
     group: str | None,
     sharded: bool = False,
 ) -> Outcome:
-    """Gradients of the parameters as the optimiser would see them."""
+    """The gradients of the parameters as an optimiser gets them."""
     model: nn.Module = Model(kind, group)
     plain = model
     if sharded:
         fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
     elif group is not None:
         model = nn.parallel.DistributedDataParallel(model)
-    x, y = (own(side, split, rank) for side in batch())
+    x, y = (rows_of(rank, side, split) for side in batch())
     value = model(x, y)
     value.backward()
     grads = [p.grad.full_tensor() if sharded else p.grad for p in plain.parameters()]
@@ -212,10 +212,10 @@ def model_gradients(
 
 
 def errors(rank: int) -> Iterator[tuple[str, Any]]:
-    """What each rank is told where one of them is wrong."""
+    """The type and message of each rank's error if one rank is wrong."""
     x, y = (side[:10] for side in batch(torch.float32))
 
-    def told(call: Callable[[], object]) -> tuple[str, str]:
+    def error_of(call: Callable[[], object]) -> tuple[str, str]:
         try:
             call()
         except Exception as error:
@@ -224,47 +224,47 @@ def errors(rank: int) -> Iterator[tuple[str, Any]]:
 
     last = rank == dist.get_world_size() - 1
     group = {"group": "world"}
-    yield "dtype of one", told(lambda: rk.linear_cka(x.int() if last else x, y, **group))
-    yield "rows of one", told(lambda: rk.linear_cka(x[:3] if last else x, y, **group))
-    yield "width differs", told(lambda: rk.linear_cka(x[:, :4] if last else x, y, **group))
-    yield "settings differ", told(lambda: rk.linear_cka(x, y, debiased=last, **group))
+    yield "dtype of one", error_of(lambda: rk.linear_cka(x.int() if last else x, y, **group))
+    yield "rows of one", error_of(lambda: rk.linear_cka(x[:3] if last else x, y, **group))
+    yield "width differs", error_of(lambda: rk.linear_cka(x[:, :4] if last else x, y, **group))
+    yield "settings differ", error_of(lambda: rk.linear_cka(x, y, debiased=last, **group))
     yield (
         "masks differ",
-        told(lambda: rk.linear_cka(x, y, mask=torch.ones(10) > 0 if last else None, **group)),
+        error_of(lambda: rk.linear_cka(x, y, mask=torch.ones(10) > 0 if last else None, **group)),
     )
     yield (
         "gradients differ",
-        told(lambda: rk.linear_cka(x.clone().requires_grad_(last), y, **group)),
+        error_of(lambda: rk.linear_cka(x.clone().requires_grad_(last), y, **group)),
     )
     wanted = x.clone().requires_grad_()
     with torch.set_grad_enabled(not last):
-        yield "one without grad", told(lambda: rk.linear_cka(wanted, y, **group))
+        yield "one without grad", error_of(lambda: rk.linear_cka(wanted, y, **group))
     turned = torch.eye(WIDTH) if last else None
     yield (
         "rotations differ",
-        told(lambda: rk.covariance_distance(x, y, rotation=turned, **group)),
+        error_of(lambda: rk.covariance_distance(x, y, rotation=turned, **group)),
     )
     correction = 5 if last else 1
     yield (
         "corrections differ",
-        told(lambda: rk.cross_covariance(x, y, correction=correction, **group)),
+        error_of(lambda: rk.cross_covariance(x, y, correction=correction, **group)),
     )
     few = x[: 3 if rank == 0 else 0], y[: 3 if rank == 0 else 0]
-    yield "too few in all", told(lambda: rk.linear_cka(*few, **group))
-    yield "after errors", told(lambda: rk.linear_cka(x, y, **group))
+    yield "too few on all ranks", error_of(lambda: rk.linear_cka(*few, **group))
+    yield "after errors", error_of(lambda: rk.linear_cka(x, y, **group))
 
 
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     rank, size = dist.get_rank(), dist.get_world_size()
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     for name in WAYS:
         with way(name):
             for check, outcome in outcomes(rank, SPLITS[size]):
-                found[f"{name}, {check}"] = outcome()
-    found.update(errors(rank))
-    torch.save(found, folder / f"{rank}.pt")
+                results[f"{name}, {check}"] = outcome()
+    results.update(errors(rank))
+    torch.save(results, folder / f"{rank}.pt")
     dist.destroy_process_group()
 
 

@@ -1,9 +1,9 @@
-"""A GPU for the benchmarks where there is none: torch.cuda as far as they use it, on a CPU.
+"""A stand-in GPU for the benchmarks: the parts of torch.cuda that they use, on a CPU.
 
-All that is missing is the hardware: clocks, graphs, memory, names and limits are there, tensors "on
-the GPU" lie in the CPU's memory, and rift_kernels' own kernels say that they cannot run.
-``install`` does it for this process, whose benchmarks are then small; a process that is started
-with ``environment()`` does so by itself, and so do its children. These cannot install anything.
+Clocks, graphs, memory, names and limits exist; tensors "on the GPU" are in the CPU's memory, and
+rift_kernels' kernels report that they cannot run. ``install`` replaces torch.cuda in this process
+and makes its benchmarks small. A process started with ``environment()`` does so on its own, as do
+its children; these cannot install packages.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Event:
 
 
 class Graph:
-    """What is captured runs once; a replay takes no time."""
+    """A graph whose capture runs once and whose replay does nothing."""
 
     captured = False
 
@@ -56,7 +56,7 @@ class Stream:
 
 
 class Generator(torch.Generator):
-    """On the CPU, whatever was asked for."""
+    """A generator on the CPU, whatever the device."""
 
     def __new__(cls, *_: Any) -> Generator:
         return super().__new__(cls)
@@ -67,7 +67,7 @@ def _is_on_gpu(place: object) -> bool:
 
 
 class OnCPU(TorchFunctionMode):
-    """What is made on the GPU is made on the CPU."""
+    """Creates tensors for the GPU on the CPU."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
@@ -80,7 +80,7 @@ class OnCPU(TorchFunctionMode):
 
 @contextlib.contextmanager
 def _profile(activities: list[Any]) -> Iterator[Any]:
-    """Sees a call of the host, and two kernels."""
+    """A profile of one call on the host and two kernels."""
     assert len(activities) == 2
     kinds = [SimpleNamespace(name=name) for name in ("CPU", "CUDA", "CUDA")]
     yield SimpleNamespace(events=lambda: [SimpleNamespace(device_type=kind) for kind in kinds])
@@ -98,12 +98,12 @@ def _query(*command: str, **_: Any) -> Any:
 
 
 def install(put: Set = setattr) -> None:
-    """``put`` sets an attribute, and may remember to set it back."""
+    """Replace torch.cuda; ``put`` sets an attribute, and may undo that later."""
     from benchmarks import environment, frontier, graphs, host, step, workloads
     from rift_kernels.dispatch import availability
 
     properties = SimpleNamespace(L2_cache_size=2**12, multi_processor_count=2, total_memory=2**30)
-    found: dict[str, Any] = {
+    replacements: dict[str, Any] = {
         "is_available": lambda: True,
         "get_device_name": lambda *_: NAME,
         "get_device_capability": lambda *_: (9, 0),
@@ -120,8 +120,8 @@ def install(put: Set = setattr) -> None:
         "CUDAGraph": Graph,
         "Stream": Stream,
     }
-    for name, what in found.items():
-        put(torch.cuda, name, what)
+    for name, replacement in replacements.items():
+        put(torch.cuda, name, replacement)
     put(graphs, "profile", _profile)
     put(torch, "Generator", Generator)
     reason = availability.reason_against
@@ -134,11 +134,15 @@ def install(put: Set = setattr) -> None:
     put(
         environment,
         "subprocess",
-        SimpleNamespace(run=lambda c, **how: (_query if c[0] == "nvidia-smi" else run)(c, **how)),
+        SimpleNamespace(
+            run=lambda command, **options: (_query if command[0] == "nvidia-smi" else run)(
+                command, **options
+            )
+        ),
     )
     which = environment.shutil.which
-    has = SimpleNamespace(which=lambda name: name if name == "nvidia-smi" else which(name))
-    put(environment, "shutil", has)
+    shutil = SimpleNamespace(which=lambda name: name if name == "nvidia-smi" else which(name))
+    put(environment, "shutil", shutil)
     for module in (workloads, step, frontier):
         profiles: dict[str, Any] = getattr(module, "PROFILES")  # noqa: B009
         put(
@@ -149,7 +153,7 @@ def install(put: Set = setattr) -> None:
     put(host, "SECONDS", 0.01)
 
 
-# Of a process that starts; ``pip`` and ``python -m pip`` import pip, too.
+# Runs when a process starts. ``pip`` and ``python -m pip`` both import pip.
 _SITE = """
 import os, sys
 
@@ -167,10 +171,10 @@ if os.environ.get({variable!r}):
 
 
 def environment(folder: Path) -> dict[str, str]:
-    """Variables for a process that has such a GPU from its start."""
+    """Environment variables for a process that has this GPU from its start."""
     root = Path(__file__).parents[2]
     text = _SITE.format(variable=VARIABLE, root=str(root))
     (folder / "sitecustomize.py").write_text(text)
     paths = [str(folder), str(root), *filter(None, [os.environ.get("PYTHONPATH")])]
-    # Threads that wait for one another are slow where other jobs run.
+    # Threads that wait for one another are slow if other jobs run.
     return {VARIABLE: "1", "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
