@@ -5,173 +5,205 @@ with :class:`~rift_kernels.RIFTRegularizer`. Its teacher is the student without 
 copy, whose cost is its memory. All but the copy are timed in interleaved rounds of one run, and so
 is the loss alone. On a CPU, shares are of CPU time, which other processes do not lengthen.
 ``--profile full`` is a ViT-B/16 (ten minutes on a CPU); ``cpu``, a part of ``make bench``, has two
-of its layers and smaller images. Exits with 1 if a step with RIFT needs more memory than its parts.
+of its layers and smaller images.
 """
 
 from __future__ import annotations
 
-import dataclasses
+import copy
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from importlib import metadata
+from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
-from . import adapted, command, environment, flops, measure, schema, step_table
-from .adapted import ADAPTERS_OFF, COPY, Adapted, LossAlone, Step, TeacherPass, Way
+import rift_kernels as rk
+
+from . import command, environment, flops, measure, schema, step_table
 from .command import Job
-from .finetuning import Profile
-from .schema import LoraLoss, LoraWay
-from .vit import SMOKE, VIT_B_16
+from .measure import CPU_TIME, Call, added, kept_memory, peak_memory, quantiles, quantiles_of
+from .models import SMOKE, VIT_B_16, Finetuning, Profile, operations
+from .step_table import ADAPTERS_OFF
 from .workloads import Workload
 
-PLAIN, TEACHER, AGAIN = Way(), Way(ADAPTERS_OFF), "plain step again"
-POOLINGS = ("cls", "tokens")
-WAYS = (PLAIN, TEACHER, *(Way(ADAPTERS_OFF, pooling) for pooling in POOLINGS), Way(COPY, "cls"))
-Samples = Mapping[str, list[measure.Seconds]]
-
-
-_VIT_B = dataclasses.replace(VIT_B_16, classes=100)
-
+RANK, COPY, PACKAGES = 8, "a copy", ("transformers", "peft")
+# Query, key, value and output of an attention, as transformers 5 and 4 call them.
+_TARGETS = r".*\.(?:[qkvo]_proj|query|key|value|attention\.output\.dense)"
+_FULL = replace(VIT_B_16, classes=100, batch=8, budget=600, autocast=False)
 PROFILES = {
-    "cpu": Profile(dataclasses.replace(_VIT_B, image=128, depth=2), 8, 28),
-    "full": Profile(_VIT_B, 8, 600),
-    "gpu": Profile(_VIT_B, 64, 60, autocast=True),
-    "smoke": Profile(SMOKE, 8, 5, max_rounds=5),
+    "cpu": replace(_FULL, image=128, depth=2, budget=28),
+    "full": _FULL,
+    "gpu": replace(_FULL, batch=64, budget=60, autocast=True),
+    "smoke": SMOKE,
 }
 
 
+class Adapted(Finetuning):
+    """A ViT with random weights, of which low-rank adapters and the head are trained."""
+
+    def __init__(self, profile: Profile, device: torch.device) -> None:
+        import peft
+        import transformers
+
+        torch.manual_seed(0)
+        config: Any = transformers.ViTConfig(
+            image_size=profile.image,
+            patch_size=profile.patch,
+            hidden_size=profile.width,
+            num_hidden_layers=profile.depth,
+            num_attention_heads=profile.heads,
+            intermediate_size=4 * profile.width,
+        )
+        config.num_labels = profile.classes
+        base = transformers.ViTForImageClassification(config)
+        model = peft.get_peft_model(base, peft.LoraConfig(r=RANK, target_modules=_TARGETS))
+        base.classifier.requires_grad_()
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                # Where student and teacher agree, as before training, the loss has no gradient.
+                nn.init.normal_(parameter, std=0.02)
+        super().__init__(model.to(device), profile, device)
+
+    def student(self) -> Any:
+        """The model in modules of its own, without another way's hooks, with the same weights."""
+        shared = {id(t): t for t in (*self.model.parameters(), *self.model.buffers())}
+        return copy.deepcopy(self.model, shared).train()
+
+    @torch.no_grad()
+    def pretrained(self) -> Any:
+        """A second copy of the weights, as they were before the adapters."""
+        return copy.deepcopy(self.model).unload().eval().requires_grad_(False)
+
+
+@dataclass
+class Step:
+    """A step in the two phases that are timed: plain, with a teacher's pass, or with RIFT."""
+
+    adapted: Adapted
+    teacher: str | None = None
+    pooling: str | None = None
+
+    def __post_init__(self) -> None:
+        self.student, self.backward = self.adapted.student(), self.adapted.backward
+        if self.teacher:
+            teacher = self.adapted.pretrained() if self.teacher == COPY else None
+            layer, pooling = f"*layer*.{self.adapted.profile.depth - 1}", self.pooling or "tokens"
+            self.rift = rk.RIFTRegularizer(self.student, teacher, layers=layer, pooling=pooling)
+
+    def forward(self) -> Tensor:
+        images, labels = self.adapted.images, self.adapted.labels
+        with self.adapted.autocast():
+            loss = cross_entropy(self.student(pixel_values=images).logits, labels)
+            if self.pooling:
+                loss = loss + self.rift(pixel_values=images)
+            elif self.teacher:
+                self.teacher_pass()
+                self.rift._student.clear()
+        return loss
+
+    def teacher_pass(self) -> Tensor:
+        """What the regularizer does before it compares."""
+        with self.adapted.autocast():
+            (features,) = self.rift._teachers((), {"pixel_values": self.adapted.images}, None)
+        return features
+
+
+def loss_alone(adapted: Adapted, pooling: str) -> Call:
+    """The loss by itself, on the states of the last layer, down to their gradient."""
+    step, loss, profile = Step(adapted, ADAPTERS_OFF), rk.RIFTLoss(), adapted.profile
+    with torch.no_grad(), adapted.autocast():
+        step.student(pixel_values=adapted.images)
+        (states,) = step.rift._student.features().values()
+    # The regularizer picks its rows from all tokens, and their gradient is one of all tokens.
+    shape = profile.batch, profile.tokens, profile.width
+    x, y = states.view(shape).requires_grad_(), step.teacher_pass().view(shape)
+
+    def forward() -> Tensor:
+        rows = (t[:, 0] if pooling == "cls" else t.flatten(0, 1) for t in (x, y))
+        with adapted.autocast():
+            return loss(*rows)
+
+    return Call(forward, lambda value: torch.autograd.grad(value, x))
+
+
 def run(job: Job[Profile]) -> schema.Lora:
-    """Measure all ways in about the budget."""
+    """Measure all steps in about the budget. The plain step is timed twice: the noise."""
     end = time.monotonic() + job.budget
     profile, device = job.profile, job.device
-    finetuning = Adapted(profile.size, profile.batch, profile.autocast, device)
-    steps = {way: Step(finetuning, way) for way in WAYS}
-    with FlopCounterMode(display=False) as counter:
-        steps[PLAIN].backward(steps[PLAIN].forward())
-    losses = {pooling: LossAlone(finetuning, pooling) for pooling in POOLINGS}
-    for loss in losses.values():
-        loss.backward(loss.forward())
-    where = environment.describe(device)
-    where.versions |= {package: metadata.version(package) for package in ("transformers", "peft")}
-    samples = measure.time_rounds(_in_turn(steps, losses), device, end, profile.max_rounds)
-    # The rounds have warmed up all but the copy.
-    steps[WAYS[-1]].backward(steps[WAYS[-1]].forward())
-    clock = measure.CPU_TIME if device.type == "cpu" else "both"
-    ways = [_way(way, steps[way], finetuning, device) for way in WAYS]
-    for way, entry in zip(WAYS, ways, strict=True):
-        if str(way) in samples:
-            write_times(entry, way, samples, clock)
-    plain, again, clocks = samples[str(PLAIN)], samples[AGAIN], (*measure.CLOCKS, measure.CPU_TIME)
-    teacher = measure.Call(TeacherPass(finetuning, finetuning.student()).forward)
-    return schema.Lora(
+    adapted = Adapted(profile, device)
+    plain, base = Step(adapted), Step(adapted, ADAPTERS_OFF)
+    # A loss alone follows a step, which leaves it the caches.
+    tasks: dict[str, measure.Timed] = {
+        "plain": plain,
+        "cls": loss_alone(adapted, "cls"),
+        "teacher": base,
+        "tokens": loss_alone(adapted, "tokens"),
+        "RIFT cls": Step(adapted, ADAPTERS_OFF, "cls"),
+        "RIFT tokens": Step(adapted, ADAPTERS_OFF, "tokens"),
+        "copy": Step(adapted, COPY, "cls"),
+    }
+    _, products = operations(plain)
+    for task in tasks.values():
+        task.backward(task.forward())
+    timed = {name: task for name, task in tasks.items() if name != "copy"} | {"again": plain}
+    samples = measure.time_rounds(timed, device, end, max_rounds=100)
+    whole, again = samples["plain"], samples["again"]
+    clock, clocks = CPU_TIME if device.type == "cpu" else "both", (*measure.CLOCKS, CPU_TIME)
+    cpu = {name: quantiles_of([s[CPU_TIME] for s in rounds]) for name, rounds in samples.items()}
+    weights = list(adapted.model.parameters())
+    result = schema.Lora(
         profile=job.name,
-        environment=where,
-        model=profile.model(finetuning.parameters, adapted.RANK, finetuning.optimiser.weights),
-        rounds=len(plain),
+        environment=environment.describe(device),
+        model=profile.model(weights, RANK),
+        rounds=len(whole),
         clock=clock,
-        noise={c: measure.noise(plain, again, c) for c in clocks},
-        ways=ways,
-        teacher_memory=measure.peak_memory(teacher, device)["both"],
-        losses=[
-            _loss(pooling, loss, job, counter.get_total_flops(), samples, clock)
-            for pooling, loss in losses.items()
-        ],
+        noise={c: measure.noise(whole, again, c) for c in clocks},
+        ways=[],
+        teacher_memory=peak_memory(Call(base.teacher_pass), device)["both"],
+        losses=[],
     )
-
-
-def _in_turn(
-    steps: Mapping[Way, Step], losses: Mapping[str, LossAlone]
-) -> dict[str, measure.Timed]:
-    """The tasks of a round. A loss alone follows a step, which leaves it the caches."""
-    tasks: dict[str, measure.Timed] = {}
-    for way, pooling in zip(WAYS[:-1], (*POOLINGS, None, None), strict=True):
-        tasks[str(way)] = steps[way]
-        if pooling:
-            tasks[pooling] = losses[pooling]
-    return {**tasks, AGAIN: steps[PLAIN]}
-
-
-def _way(way: Way, step: Step, finetuning: Adapted, device: torch.device) -> LoraWay:
-    """All of a way but its times."""
-    steps = []
-
-    def set_up() -> Tensor:
-        steps.append(Step(finetuning, way))
-        return finetuning.batch.labels
-
-    weights = sum(p.nbytes for p in finetuning.parameters)
-    return LoraWay(
-        teacher=way.teacher,
-        pooling=way.pooling,
-        weights=weights + measure.kept_memory(set_up, device),
-        memory=measure.peak_memory(step, device),
-    )
-
-
-def write_times(entry: LoraWay, way: Way, samples: Samples, clock: str) -> None:
-    """Fill in the seconds, and what is added within a round, by one clock."""
-    rounds, plain = samples[str(way)], samples[str(PLAIN)]
-    entry.seconds, entry.cpu_seconds = measure.quantiles(rounds), _cpu_seconds(rounds)
-    if way.teacher:
-        entry.adds = measure.added(rounds, plain, plain, clock)
-    if way.pooling:
-        entry.loss_adds = measure.added(rounds, samples[str(TEACHER)], plain, clock)
-
-
-def _loss(
-    pooling: str,
-    loss: LossAlone,
-    job: Job[Profile],
-    operations: int,
-    samples: Samples,
-    clock: str,
-) -> LoraLoss:
-    profile, device = job.profile, job.device
-    rows = profile.batch * (profile.size.tokens if pooling == "tokens" else 1)
-    workload = Workload("cka_debiased", rows, profile.size.width)
-    return LoraLoss(
-        pooling=pooling,
-        features=workload.shape,
-        predicted_share=(flops.rift_kernels(workload) or 0.0) / operations,
-        seconds=measure.quantiles(samples[pooling]),
-        cpu_seconds=_cpu_seconds(samples[pooling]),
-        share=measure.added(samples[pooling], None, samples[str(PLAIN)], clock),
-        memory=measure.peak_memory(loss, device),
-        kept=measure.kept_memory(loss.forward, device),
-    )
-
-
-def _cpu_seconds(rounds: list[measure.Seconds]) -> schema.Quantiles:
-    return measure.quantiles_of([sample[measure.CPU_TIME] for sample in rounds])
-
-
-def failures(result: schema.Lora) -> list[str]:
-    """Where a step needs more memory than the plain one, the teacher's pass and the loss do."""
-    lines, plain = [], result.ways[0]
-    for way in result.ways:
-        loss = step_table.loss_alone(result, way)
-        if loss is None:
-            continue
-        bound = plain.memory["both"] + result.teacher_memory + loss.memory["both"]
-        if way.memory["both"] > bound:
-            lines.append(f"{way.pooling}: {way.memory['both']} bytes, more than {bound}")
-        if way.weights != plain.weights:
-            lines.append(f"{way.pooling}: weights {way.weights}, not {plain.weights}")
-    return lines
+    result.environment.versions |= {name: metadata.version(name) for name in PACKAGES}
+    result.model.trained = sum(weight.numel() for weight in adapted.weights)
+    for name, task in tasks.items():
+        memory, rounds = peak_memory(task, device), samples.get(name, [])
+        if isinstance(task, Step):
+            teacher, pooling = task.teacher, task.pooling
+            new: Any = partial(Step, adapted, teacher, pooling)
+            kept = sum(weight.nbytes for weight in weights) + kept_memory(new, device)
+            way = schema.LoraWay(teacher=teacher, pooling=pooling, weights=kept, memory=memory)
+            result.ways.append(way)
+            if rounds:
+                way.seconds, way.cpu_seconds = quantiles(rounds), cpu[name]
+                way.adds = added(rounds, whole, whole, clock) if teacher else None
+            if rounds and pooling:
+                way.loss_adds = added(rounds, samples["teacher"], whole, clock)
+        else:
+            rows = profile.batch * (1 if name == "cls" else profile.tokens)
+            workload = Workload("cka_debiased", rows, profile.width)
+            loss = schema.LoraLoss(
+                pooling=name,
+                features=workload.shape,
+                predicted_share=(flops.rift_kernels(workload) or 0.0) / products,
+                seconds=quantiles(rounds),
+                cpu_seconds=cpu[name],
+                share=added(rounds, None, whole, clock),
+                memory=memory,
+                kept=kept_memory(task.forward, device),
+            )
+            result.losses.append(loss)
+    return result
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     job, out = command.options("lora", __doc__, PROFILES, arguments)
-    try:
-        result = run(job)
-    except adapted.NotInstalledError as error:
-        print(f"benchmarks.lora: {error}", file=sys.stderr)
-        return 2
-    return command.finish(result, out, step_table.lora_summary(result), failures(result))
+    result = run(job)
+    return command.finish(result, out, step_table.lora_summary(result), ())
 
 
 if __name__ == "__main__":

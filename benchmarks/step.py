@@ -3,192 +3,203 @@
 A step of a vision transformer, forward, loss, backward and optimiser: plain, with the teacher's
 forward pass, with a loss on the teacher's cached features, and with both; the loss by naive code
 and by every backend of rift_kernels that can run. All are timed in interleaved rounds of one run.
-The predictions are printed before anything is measured. Exits with 1 if rift_kernels failed or was
-wrong, or nothing was measured.
+Exits with 1 if rift_kernels failed or was wrong.
 """
 
 from __future__ import annotations
 
-import dataclasses
+import copy
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
+from torch import Tensor
 from torch.nn.functional import cross_entropy
-from torch.utils.flop_counter import FlopCounterMode
 
 from rift_kernels.dispatch import availability
-from rift_kernels.dispatch.plan import use_gram
 
 from . import command, environment, measure, schema, step_table
 from .command import Job
-from .finetuning import CLASS_TOKENS, TOKENS, Features, Finetuning, Profile, Step, Way
-from .oracle import wrong
+from .models import SMOKE, VIT_B_16, Finetuning, Profile, ViT, operations
+from .oracle import Oracle, wrong
 from .providers import NAIVE, OURS, WIDE, Provider, providers
 from .run import finite, sentence
 from .schema import LeftOut, StepWay
-from .vit import SMOKE, VIT_B_16, Size, ViT
-from .workloads import dtype_name
-
-PLAIN, AGAIN = Way(), "plain step again"
-
-
-_FLOAT32 = (Features(CLASS_TOKENS, torch.float32), Features(TOKENS, torch.float32))
-# Autocast leaves the states in float32; code that casts them first reads and multiplies less.
-_CAST = (*_FLOAT32, Features(TOKENS, torch.bfloat16))
+from .workloads import Inputs, Workload, dtype_name
 
 PROFILES = {
-    "cpu": Profile(Size(64, 8, 192, 4, 3, 100), 16, 40, features=_FLOAT32, probe=2048),
-    "gpu": Profile(VIT_B_16, 64, 90, autocast=True, features=_CAST, probe=8192),
-    "smoke": Profile(SMOKE, 8, 5, max_rounds=5, features=_FLOAT32, probe=64),
+    "cpu": Profile(64, 8, 192, 4, 3, 100, batch=16, budget=40, probe=2048),
+    "gpu": VIT_B_16,
+    "smoke": SMOKE,
 }
 
 
-def model_flops(size: Size, batch: int) -> tuple[int, int]:
-    """Operations of the products, forward, and with the backward; counted, not computed."""
-    with torch.device("meta"):
-        model = ViT(size)
-        images = torch.empty(batch, 3, size.image, size.image)
-        labels = torch.empty(batch, dtype=torch.long)
-    with FlopCounterMode(display=False) as counter:
-        loss = cross_entropy(model.logits(model(images)), labels)
-        forward = counter.get_total_flops()
-        loss.backward()
-    return forward, counter.get_total_flops()
+def features_of(profile: Profile) -> list[Workload]:
+    """Class tokens of all layers, few rows that need debiasing, and the last layer's tokens.
+
+    These are compared biased: debiasing would change little, and naive code is cheapest so.
+    """
+    rows, width = profile.batch * profile.tokens, profile.width
+    tokens = [Workload("cka_biased", rows, width, d) for d in (torch.float32, torch.bfloat16)]
+    class_tokens = Workload("cka_debiased", profile.batch, width, layers=profile.depth)
+    # Autocast leaves the states in float32; code that casts them first reads and multiplies less.
+    return [class_tokens, *tokens[: 1 + profile.autocast]]
 
 
-def plan(
-    profile: Profile, device: torch.device, candidates: Sequence[Provider]
-) -> tuple[list[Way], list[LeftOut]]:
-    """All ways, and the losses that are left out, with the reasons."""
-    ways = [PLAIN, Way(teacher_runs=True)]
-    ours = [p for p in candidates if p.name.startswith(OURS)]
-    left_out = [LeftOut(p.name, None, p.reason) for p in ours if p.reason]
-    for features in profile.features:
-        # Autocast multiplies float32 features in bfloat16.
-        cast = profile.autocast and features.dtype == torch.float32
-        losses = [NAIVE, WIDE] if cast else [NAIVE]
-        w = features.workload(profile.size, profile.batch)
-        gram = use_gram("cka", w.rows, w.width, w.width)
-        problem = availability.Problem("cka", (gram,) * w.layers, w.rows, w.width)
-        for name in (p.name for p in ours if not p.reason):
-            backend = name.removeprefix(OURS)
-            reason = availability.reason_against(backend, device, [w.dtype], problem)
-            if reason is None:
-                losses.append(name)
-            else:
-                label = features.label(profile.size, profile.batch)
-                left_out.append(LeftOut(name, label, reason))
-        ways += [Way(name, features, runs) for name in losses for runs in (False, True)]
-    return ways, left_out
+def pick(features: Workload, states: list[Tensor]) -> list[Tensor]:
+    """The features among the states after every layer."""
+    if features.measure == "cka_biased":
+        return [states[-1].flatten(0, 1).to(features.dtype)]
+    return [state[:, 0].to(features.dtype) for state in states]
 
 
-def predicted(
-    way: Way,
-    profile: Profile,
-    count: tuple[int, int],
-    candidates: Sequence[Provider],
-    peaks: Mapping[str, float],
-) -> float:
-    """Seconds of the products of the model, the teacher and the loss, each at its dtype's peak."""
-    forward, both = count
-    peak = peaks["bfloat16" if profile.autocast else "float32"]
-    seconds = (both + (forward if way.teacher_runs else 0)) / peak
-    if way.loss and way.features:
-        (provider,) = (p for p in candidates if p.name == way.loss)
-        workload = way.features.workload(profile.size, profile.batch)
-        if way.loss == NAIVE and profile.autocast:
-            provider = dataclasses.replace(provider, products_in=torch.bfloat16)
-        seconds += provider.predicted(workload, peaks) or 0.0
-    return seconds
+class Student(Finetuning):
+    """A student near its frozen teacher, trained in full."""
+
+    def __init__(self, profile: Profile, device: torch.device) -> None:
+        torch.manual_seed(0)
+        with device:
+            self._teacher = ViT(profile).requires_grad_(False)
+        # Already finetuned a little: where student and teacher agree, the loss has no gradient.
+        student = copy.deepcopy(self._teacher)
+        for parameter in student.parameters():
+            parameter.add_(0.1 * parameter.std() * torch.randn_like(parameter))
+        super().__init__(student.requires_grad_(), profile, device)
+
+    @torch.no_grad()
+    def teachers(self, features: Workload | None) -> list[Tensor]:
+        """The teacher's features: a forward pass that leaves nothing else in memory."""
+        with self.autocast():
+            states = self._teacher(self.images)
+            # A slice would keep all tokens.
+            return [x.contiguous() for x in pick(features, states)] if features else []
+
+    def gradient_error(self, provider: Provider, features: Workload) -> float:
+        """The error of a loss's gradient at the student's features, relative, against float64."""
+        with self.autocast():
+            with torch.no_grad():
+                students = pick(features, self.model(self.images))
+            inputs = Inputs(students, self.teachers(features)).copy()
+            task = measure.Task(provider, features.measure, inputs)
+            values = task.forward()
+        return Oracle(features, inputs).errors(values, task.backward(values))[1]
 
 
-def run(job: Job[Profile], candidates: Sequence[Provider]) -> schema.Step:
-    """Measure all ways in about the budget."""
+@dataclass
+class Step:
+    """A step in the two phases that are timed: what computes a loss, if any, of which features."""
+
+    student: Student
+    provider: Provider | None = None
+    features: Workload | None = None
+    teacher_runs: bool = False
+
+    def __post_init__(self) -> None:
+        self.backward = self.student.backward
+        self._cached = [] if self.teacher_runs else self.student.teachers(self.features)
+
+    def forward(self) -> Tensor:
+        """The passes of the teacher, if it runs, and of the student; the mean of 1 - CKA."""
+        student, features = self.student, self.features
+        teachers = student.teachers(features) if self.teacher_runs else self._cached
+        with student.autocast():
+            states = student.model(student.images)
+            loss = cross_entropy(student.model.head(states[-1][:, 0]), student.labels)
+            if self.provider and features:
+                inputs = Inputs(pick(features, states), teachers)
+                values = measure.Task(self.provider, features.measure, inputs).forward()
+                loss = loss + (1 - values).mean()
+        return loss
+
+
+def plan(student: Student, device: torch.device) -> tuple[list[Step], list[LeftOut]]:
+    """All steps, and the losses that are left out, with the reasons."""
+    candidates = {p.name: p for p in providers(device, compiled=())}
+    naive, wide, autocast = candidates[NAIVE], candidates[WIDE], student.profile.autocast
+    if autocast:
+        # It multiplies float32 features in bfloat16, unless it is kept out.
+        naive = replace(naive, products_in=torch.bfloat16)
+        wide = replace(wide, settings=partial(torch.autocast, device.type, enabled=False))
+    ours = [candidates[OURS + backend] for backend in availability.BACKENDS]
+    steps = [Step(student), Step(student, teacher_runs=True)]
+    for w in features_of(student.profile):
+        losses = [naive, wide] if autocast and w.dtype == torch.float32 else [naive]
+        losses += [provider for provider in ours if provider.can_do(w)]
+        steps += [Step(student, provider, w, runs) for provider in losses for runs in (False, True)]
+    return steps, [LeftOut(p.name, None, p.reason) for p in ours if p.reason]
+
+
+def predict(step: Step, count: tuple[int, int], peaks: Mapping[str, float]) -> StepWay:
+    """A step that is yet to be measured: all its products, each at the peak of its dtype."""
+    way = StepWay(loss=None, features=None, teacher_runs=step.teacher_runs, predicted_seconds=0.0)
+    peak = peaks["bfloat16" if step.student.profile.autocast else "float32"]
+    way.predicted_seconds = (count[1] + count[0] * step.teacher_runs) / peak
+    if step.provider and step.features:
+        what = "tokens" if step.features.measure == "cka_biased" else "class tokens"
+        way.loss, way.features = step.provider.name, f"{what}, {step.features.shape}"
+        way.predicted_seconds += step.provider.predicted(step.features, peaks) or 0.0
+    return way
+
+
+def measured(step: Step, way: StepWay, device: torch.device) -> bool:
+    """Whether a step runs; what it needs, and how right its loss is, goes into ``way``."""
+    try:
+        step.backward(step.forward())
+        way.memory = measure.peak_memory(step, device)
+        if step.provider and step.features:
+            error = step.student.gradient_error(step.provider, step.features)
+            way.gradient_error, way.wrong = finite(error), wrong(0.0, error)
+    except Exception as error:
+        # A loss that fails is no reason to lose the others.
+        way.reason = sentence(error)
+    return way.reason is None
+
+
+def run(job: Job[Profile]) -> schema.Step:
+    """Measure all steps in about the budget. The plain step is timed twice: the noise."""
     end = time.monotonic() + job.budget
     profile, device = job.profile, job.device
-    dtypes = {torch.float32, *(f.dtype for f in profile.features)}
-    dtypes |= {torch.bfloat16} if profile.autocast else set()
+    student = Student(profile, device)
+    steps, left_out = plan(student, device)
+    count = operations(steps[0])
+    dtypes = (torch.float32, torch.bfloat16)[: 1 + profile.autocast]
     peaks = {dtype_name(d): measure.matmul_peak(d, profile.probe, device) for d in dtypes}
-    count = model_flops(profile.size, profile.batch)
-    ways, left_out = plan(profile, device, candidates)
-    finetuning = Finetuning(profile.size, profile.batch, profile.autocast, device)
-    result = schema.Step(
+    ways = [predict(step, count, peaks) for step in steps]
+    pairs = list(zip(steps, ways, strict=True))
+    tasks = {step_table.title(way): step for step, way in pairs if measured(step, way, device)}
+    samples = measure.time_rounds(tasks | {"again": steps[0]}, device, end, max_rounds=100)
+    plain, again = samples["plain step"], samples.pop("again")
+    for way in ways:
+        if way.reason is None:
+            way.seconds = measure.quantiles(samples[step_table.title(way)])
+    return schema.Step(
         profile=job.name,
         environment=environment.describe(device),
         peaks={"matmul_flops": peaks},
-        model=profile.model(finetuning.optimiser.weights),
-        ways=[
-            StepWay(
-                loss=way.loss,
-                features=way.features.label(profile.size, profile.batch) if way.features else None,
-                teacher_runs=way.teacher_runs,
-                predicted_seconds=predicted(way, profile, count, candidates, peaks),
-            )
-            for way in ways
-        ],
+        model=profile.model(student.weights),
+        rounds=len(plain),
+        noise={c: measure.noise(plain, again, c) for c in measure.CLOCKS},
+        ways=ways,
         left_out=left_out,
     )
-    print(step_table.predictions(result), flush=True)
-    _complete(result, ways, finetuning, job, end)
-    return result
 
 
-def _complete(
-    result: schema.Step,
-    ways: Sequence[Way],
-    finetuning: Finetuning,
-    job: Job[Profile],
-    end: float,
-) -> None:
-    """Check all ways, time those that run, and write what was found into the result.
-
-    The plain step is timed twice, which gives the noise.
-    """
-    tasks: dict[str, measure.Timed] = {}
-    entries = dict(zip(map(str, ways), result.ways, strict=True))
-    for way in ways:
-        try:
-            tasks[str(way)] = _examined(way, entries[str(way)], finetuning, job.device)
-        except Exception as error:
-            # A way that fails is no reason to lose the others.
-            entries[str(way)].reason = sentence(error)
-    if str(PLAIN) not in tasks:
-        return
-    tasks[AGAIN] = tasks[str(PLAIN)]
-    samples = measure.time_rounds(tasks, job.device, end, job.profile.max_rounds)
-    again = samples.pop(AGAIN)
-    for name, rounds in samples.items():
-        entries[name].seconds = measure.quantiles(rounds)
-    result.rounds = len(again)
-    result.noise = {c: measure.noise(samples[str(PLAIN)], again, c) for c in measure.CLOCKS}
-
-
-def _examined(way: Way, entry: StepWay, finetuning: Finetuning, device: torch.device) -> Step:
-    """A way's step, warm; its entry gets its memory, and how right its loss is."""
-    step = Step(finetuning, way)
-    step.backward(step.forward())
-    entry.memory = measure.peak_memory(step, device)
-    if way.loss and way.features:
-        error = finetuning.gradient_error(way.loss, way.features)
-        entry.gradient_error, entry.wrong = finite(error), wrong(0.0, error)
-    return step
-
-
-def failures(ways: Sequence[StepWay]) -> list[str]:
+def failures(result: schema.Step) -> list[str]:
     """The ways in which ours failed or was wrong."""
-    lines = [] if any(way.seconds for way in ways) else ["nothing was measured"]
-    for way in ways:
-        if (way.loss or "").startswith(OURS) and (way.reason or way.wrong):
-            lines.append(f"{way.loss}: {way.features}: {way.reason or 'wrong'}")
-    return lines
+    return [
+        f"{way.loss}: {way.features}: {way.reason or 'wrong'}"
+        for way in result.ways
+        if (way.loss or "").startswith(OURS) and (way.reason or way.wrong)
+    ]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     job, out = command.options("step", __doc__, PROFILES, arguments)
-    result = run(job, providers(job.device, compiled=()))
-    return command.finish(result, out, step_table.summary(result), failures(result.ways))
+    result = run(job)
+    return command.finish(result, out, step_table.summary(result), failures(result))
 
 
 if __name__ == "__main__":
