@@ -1,11 +1,9 @@
 """``python -m benchmarks.lora``: what RIFT costs in a LoRA finetuning step, in time and memory.
 
-A step of transformers' ViT with adapters by peft: plain, with the teacher's forward pass alone, and
-with :class:`~rift_kernels.RIFTRegularizer`. Its teacher is the student without its adapters, or a
-copy, whose cost is its memory. All but the copy are timed in interleaved rounds of one run, and so
-is the loss alone. On a CPU, shares are of CPU time, which other processes do not lengthen.
-``--profile full`` is a ViT-B/16 (ten minutes on a CPU); ``cpu``, a part of ``make bench``, has two
-of its layers and smaller images.
+Steps of transformers' ViT with adapters by peft: plain, with the teacher's forward pass, and with
+:class:`~rift_kernels.RIFTRegularizer`, whose teacher is the student without its adapters. A copy as
+teacher is not timed: its cost is its memory. The loss alone takes its turn in the same rounds. On a
+CPU, shares are of CPU time. ``--profile full`` is a ViT-B/16 and takes ten minutes on a CPU.
 """
 
 from __future__ import annotations
@@ -20,7 +18,7 @@ from importlib import metadata
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 import rift_kernels as rk
@@ -44,55 +42,44 @@ PROFILES = {
 }
 
 
-class Adapted(Finetuning):
+def adapted_vit(profile: Profile, device: torch.device) -> Finetuning:
     """A ViT with random weights, of which low-rank adapters and the head are trained."""
+    import peft
+    import transformers
 
-    def __init__(self, profile: Profile, device: torch.device) -> None:
-        import peft
-        import transformers
-
-        torch.manual_seed(0)
-        config: Any = transformers.ViTConfig(
-            image_size=profile.image,
-            patch_size=profile.patch,
-            hidden_size=profile.width,
-            num_hidden_layers=profile.depth,
-            num_attention_heads=profile.heads,
-            intermediate_size=4 * profile.width,
-        )
-        config.num_labels = profile.classes
-        base = transformers.ViTForImageClassification(config)
-        model = peft.get_peft_model(base, peft.LoraConfig(r=RANK, target_modules=_TARGETS))
-        base.classifier.requires_grad_()
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                # Where student and teacher agree, as before training, the loss has no gradient.
-                nn.init.normal_(parameter, std=0.02)
-        super().__init__(model.to(device), profile, device)
-
-    def student(self) -> Any:
-        """The model in modules of its own, without another way's hooks, with the same weights."""
-        shared = {id(t): t for t in (*self.model.parameters(), *self.model.buffers())}
-        return copy.deepcopy(self.model, shared).train()
-
-    @torch.no_grad()
-    def pretrained(self) -> Any:
-        """A second copy of the weights, as they were before the adapters."""
-        return copy.deepcopy(self.model).unload().eval().requires_grad_(False)
+    torch.manual_seed(0)
+    config: Any = transformers.ViTConfig(
+        image_size=profile.image,
+        patch_size=profile.patch,
+        hidden_size=profile.width,
+        num_hidden_layers=profile.depth,
+        num_attention_heads=profile.heads,
+        intermediate_size=4 * profile.width,
+    )
+    config.num_labels = profile.classes
+    base = transformers.ViTForImageClassification(config)
+    # Adapters begin at zero, where student and teacher agree and the loss has no gradient.
+    adapters = peft.LoraConfig(r=RANK, target_modules=_TARGETS, init_lora_weights=False)
+    model = peft.get_peft_model(base, adapters)
+    base.classifier.requires_grad_()
+    return Finetuning(model.to(device), profile, device)
 
 
 @dataclass
 class Step:
     """A step in the two phases that are timed: plain, with a teacher's pass, or with RIFT."""
 
-    adapted: Adapted
+    adapted: Finetuning
     teacher: str | None = None
     pooling: str | None = None
 
     def __post_init__(self) -> None:
-        self.student, self.backward = self.adapted.student(), self.adapted.backward
+        model, self.backward = self.adapted.model, self.adapted.backward
+        # Steps share weights, but each has modules of its own, without another's hooks.
+        shared = {id(t): t for t in (*model.parameters(), *model.buffers())}
+        self.student: Any = copy.deepcopy(model, shared).train()
         if self.teacher:
-            teacher = self.adapted.pretrained() if self.teacher == COPY else None
+            teacher = copy.deepcopy(model).unload() if self.teacher == COPY else None
             layer, pooling = f"*layer*.{self.adapted.profile.depth - 1}", self.pooling or "tokens"
             self.rift = rk.RIFTRegularizer(self.student, teacher, layers=layer, pooling=pooling)
 
@@ -114,7 +101,7 @@ class Step:
         return features
 
 
-def loss_alone(adapted: Adapted, pooling: str) -> Call:
+def loss_alone(adapted: Finetuning, pooling: str) -> Call:
     """The loss by itself, on the states of the last layer, down to their gradient."""
     step, loss, profile = Step(adapted, ADAPTERS_OFF), rk.RIFTLoss(), adapted.profile
     with torch.no_grad(), adapted.autocast():
@@ -136,7 +123,7 @@ def run(job: Job[Profile]) -> schema.Lora:
     """Measure all steps in about the budget. The plain step is timed twice: the noise."""
     end = time.monotonic() + job.budget
     profile, device = job.profile, job.device
-    adapted = Adapted(profile, device)
+    adapted = adapted_vit(profile, device)
     plain, base = Step(adapted), Step(adapted, ADAPTERS_OFF)
     # A loss alone follows a step, which leaves it the caches.
     tasks: dict[str, measure.Timed] = {
@@ -154,7 +141,7 @@ def run(job: Job[Profile]) -> schema.Lora:
     timed = {name: task for name, task in tasks.items() if name != "copy"} | {"again": plain}
     samples = measure.time_rounds(timed, device, end, max_rounds=100)
     whole, again = samples["plain"], samples["again"]
-    clock, clocks = CPU_TIME if device.type == "cpu" else "both", (*measure.CLOCKS, CPU_TIME)
+    clock = CPU_TIME if device.type == "cpu" else "both"
     cpu = {name: quantiles_of([s[CPU_TIME] for s in rounds]) for name, rounds in samples.items()}
     weights = list(adapted.model.parameters())
     result = schema.Lora(
@@ -163,7 +150,7 @@ def run(job: Job[Profile]) -> schema.Lora:
         model=profile.model(weights, RANK),
         rounds=len(whole),
         clock=clock,
-        noise={c: measure.noise(whole, again, c) for c in clocks},
+        noise={c: measure.noise(whole, again, c) for c in again[0]},
         ways=[],
         teacher_memory=peak_memory(Call(base.teacher_pass), device)["both"],
         losses=[],

@@ -69,9 +69,8 @@ class ViT(nn.Module):
         self.head = nn.Linear(d, profile.classes)
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        patches = self.patches(images).flatten(2).transpose(1, 2)
-        tokens = torch.cat([self.token.expand(len(images), -1, -1), patches], dim=1)
-        states = [tokens + self.position]
+        tokens = self.token.expand(len(images), -1, -1), self.patches(images).flatten(2).mT
+        states = [torch.cat(tokens, dim=1) + self.position]
         for layer in self.layers:
             states.append(layer(states[-1]))
         return [*states[1:-1], self.norm(states[-1])]

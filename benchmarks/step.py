@@ -1,9 +1,8 @@
 """``python -m benchmarks.step``: what a finetuning step costs with the loss, and without.
 
-A step of a vision transformer, forward, loss, backward and optimiser: plain, with the teacher's
-forward pass, with a loss on the teacher's cached features, and with both; the loss by naive code
-and by every backend of rift_kernels that can run. All are timed in interleaved rounds of one run.
-Exits with 1 if rift_kernels failed or was wrong.
+Steps of a vision transformer (forward, loss, backward, optimiser) take turns: plain, and with a
+loss by naive code and by every backend of rift_kernels, each with the teacher's features from a
+cache and with its forward pass. Exits with 1 if rift_kernels failed or was wrong.
 """
 
 from __future__ import annotations
@@ -134,28 +133,19 @@ def plan(student: Student, device: torch.device) -> tuple[list[Step], list[LeftO
 
 def predict(step: Step, count: tuple[int, int], peaks: Mapping[str, float]) -> StepWay:
     """A step that is yet to be measured: all its products, each at the peak of its dtype."""
-    way = StepWay(loss=None, features=None, teacher_runs=step.teacher_runs, predicted_seconds=0.0)
     peak = peaks["bfloat16" if step.student.profile.autocast else "float32"]
-    way.predicted_seconds = (count[1] + count[0] * step.teacher_runs) / peak
+    seconds = (count[1] + count[0] * step.teacher_runs) / peak
+    loss = features = None
     if step.provider and step.features:
-        what = "tokens" if step.features.measure == "cka_biased" else "class tokens"
-        way.loss, way.features = step.provider.name, f"{what}, {step.features.shape}"
-        way.predicted_seconds += step.provider.predicted(step.features, peaks) or 0.0
-    return way
-
-
-def measured(step: Step, way: StepWay, device: torch.device) -> bool:
-    """Whether a step runs; what it needs, and how right its loss is, goes into ``way``."""
-    try:
-        step.backward(step.forward())
-        way.memory = measure.peak_memory(step, device)
-        if step.provider and step.features:
-            error = step.student.gradient_error(step.provider, step.features)
-            way.gradient_error, way.wrong = finite(error), wrong(0.0, error)
-    except Exception as error:
-        # A loss that fails is no reason to lose the others.
-        way.reason = sentence(error)
-    return way.reason is None
+        rows = "tokens" if step.features.measure == "cka_biased" else "class tokens"
+        loss, features = step.provider.name, f"{rows}, {step.features.shape}"
+        seconds += step.provider.predicted(step.features, peaks) or 0.0
+    return StepWay(
+        loss=loss,
+        features=features,
+        teacher_runs=step.teacher_runs,
+        predicted_seconds=seconds,
+    )
 
 
 def run(job: Job[Profile]) -> schema.Step:
@@ -168,13 +158,22 @@ def run(job: Job[Profile]) -> schema.Step:
     dtypes = (torch.float32, torch.bfloat16)[: 1 + profile.autocast]
     peaks = {dtype_name(d): measure.matmul_peak(d, profile.probe, device) for d in dtypes}
     ways = [predict(step, count, peaks) for step in steps]
-    pairs = list(zip(steps, ways, strict=True))
-    tasks = {step_table.title(way): step for step, way in pairs if measured(step, way, device)}
-    samples = measure.time_rounds(tasks | {"again": steps[0]}, device, end, max_rounds=100)
-    plain, again = samples["plain step"], samples.pop("again")
-    for way in ways:
-        if way.reason is None:
-            way.seconds = measure.quantiles(samples[step_table.title(way)])
+    tasks: dict[str, measure.Timed] = {"again": steps[0]}
+    for step, way in zip(steps, ways, strict=True):
+        try:
+            step.backward(step.forward())
+            way.memory = measure.peak_memory(step, device)
+            if step.provider and step.features:
+                error = student.gradient_error(step.provider, step.features)
+                way.gradient_error, way.wrong = finite(error), wrong(0.0, error)
+            tasks[step_table.title(way)] = step
+        except Exception as error:
+            # A loss that fails is no reason to lose the others.
+            way.reason = sentence(error)
+    samples = measure.time_rounds(tasks, device, end, max_rounds=100)
+    plain, again = samples["plain step"], samples["again"]
+    for way in (way for way in ways if way.reason is None):
+        way.seconds = measure.quantiles(samples[step_table.title(way)])
     return schema.Step(
         profile=job.name,
         environment=environment.describe(device),
@@ -188,12 +187,10 @@ def run(job: Job[Profile]) -> schema.Step:
 
 
 def failures(result: schema.Step) -> list[str]:
-    """The ways in which ours failed or was wrong."""
-    return [
-        f"{way.loss}: {way.features}: {way.reason or 'wrong'}"
-        for way in result.ways
-        if (way.loss or "").startswith(OURS) and (way.reason or way.wrong)
-    ]
+    """The steps in which ours failed or was wrong."""
+    ours = [way for way in result.ways if str(way.loss).startswith(OURS)]
+    failed = [way for way in ours if way.reason or way.wrong]
+    return [f"{way.loss}: {way.features}: {way.reason or 'wrong'}" for way in failed]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -119,17 +119,17 @@ def _loss_alone(result: Lora, way: LoraWay) -> LoraLoss | None:
 
 def _times(result: Lora, way: LoraWay) -> dict[str, str]:
     loss, on_cpu = _loss_alone(result, way), result.clock == CPU_TIME
-    row = {"step": _way(result, way)} | ({"CPU time": _median(way.cpu_seconds)} if on_cpu else {})
-    row["wall time" if on_cpu else "time"] = _median(way.seconds["both"])
-    row |= {
+    alone = (loss.cpu_seconds if on_cpu else loss.seconds["both"]) if loss else None
+    return {
+        "step": _way(result, way),
+        "CPU time": _median(way.cpu_seconds),
+        "wall time" if on_cpu else "time": _median(way.seconds["both"]),
         "adds to the plain step": _bounds(way.adds),
         "of which the loss": _bounds(way.loss_adds),
+        "the loss alone": _median(alone),
+        "share of the plain step": f"**{_bounds(loss.share)}**" if loss else "-",
+        "predicted": f"{loss.predicted_share:.2%}" if loss else "-",
     }
-    alone, share, predicted = "-", "-", "-"
-    if loss:
-        alone = _median(loss.cpu_seconds if on_cpu else loss.seconds["both"])
-        share, predicted = f"**{_bounds(loss.share)}**", f"{loss.predicted_share:.2%}"
-    return row | {"the loss alone": alone, "share of the plain step": share, "predicted": predicted}
 
 
 def _memory(result: Lora, way: LoraWay) -> dict[str, str]:

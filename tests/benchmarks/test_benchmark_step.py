@@ -68,6 +68,8 @@ def test_the_loss_is_in_the_graph_and_the_same_by_all(student, features) -> None
     assert (naive - ours).norm() < 2e-3 * naive.norm()
     cached, running = (_gradient(student, EAGER, features, runs) for runs in (False, True))
     assert torch.equal(cached, running)
+    # Class tokens do not keep the other tokens in memory.
+    assert all(x.untyped_storage().nbytes() == x.nbytes for x in student.teachers(features))
 
 
 def test_the_teacher_alone_changes_nothing_but_the_time(student, monkeypatch) -> None:
@@ -95,11 +97,6 @@ def test_every_step_starts_from_the_same_weights() -> None:
     for name, weight in student.model.state_dict().items():
         assert torch.equal(weight, before[name]), name
     assert all(weight.grad is None for weight in (*student.weights, *student.updated))
-
-
-def test_class_tokens_of_the_teacher_do_not_keep_its_other_tokens(student) -> None:
-    for layer in student.teachers(CLASS_TOKENS):
-        assert layer.untyped_storage().nbytes() == layer.nbytes
 
 
 def test_result_is_complete(smoke) -> None:
@@ -198,13 +195,6 @@ def test_noise_is_the_difference_of_the_plain_step_to_itself_or_its_spread(monke
 
     # Medians that agree by chance: what is left is the range from 0.8 to 1.2, over 10 rounds.
     assert noise([0.8, 1.2] * 50) == pytest.approx(2 * 0.4 / 100**0.5)
-    # Two standard errors, by simulation.
-    generator = torch.Generator().manual_seed(0)
-    samples = 1 + 0.1 * torch.randn(2, 500, 40, generator=generator, dtype=torch.float64)
-    medians = samples.quantile(0.5, -1)
-    error = (medians[0] - medians[1]).std().item()
-    spreads = [noise(once.tolist()) for once in samples[0]]
-    assert sum(spreads) / len(spreads) == pytest.approx(2 * error, rel=0.15)
 
 
 def _way(loss: str | None, runs: bool, seconds: float, memory: int) -> StepWay:
@@ -247,11 +237,3 @@ def test_a_row_of_the_table(smoke) -> None:
     )
     del result.ways[4:]
     assert step_table.cost(result) == f"{where} was not measured."
-
-
-@pytest.mark.parametrize("budget", ["0", "-1", "nan"])
-def test_a_budget_that_is_none_is_refused(budget, capsys) -> None:
-    with pytest.raises(SystemExit) as stopped:
-        step.main(["--budget", budget])
-    assert stopped.value.code == 2
-    assert f"--budget: must be positive, got {budget}" in capsys.readouterr().err
