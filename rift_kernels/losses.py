@@ -162,6 +162,7 @@ class RIFTLoss(nn.Module):
         settings["mean_weight"] = self.mean_weight
         if self.measure == "bures":
             return functional.bures_distance(student, teacher, **settings)  # type: ignore[arg-type]
+        assert self.measure == "covariance"
         settings |= {
             "debiased": self.debiased,
             "scale": self.scale,

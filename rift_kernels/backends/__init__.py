@@ -1,1 +1,1 @@
-"""Implementations of the primitives, one module each. They import nothing from the package."""
+"""Backends: the primitives, fused measures, or both. They import nothing from the package."""

@@ -1,6 +1,6 @@
 """The primitives in plain PyTorch, on CPU and CUDA tensors, in float32 or float64.
 
-Each backend has
+A backend has these primitives, fused measures (as ``cuda`` has alone), or both:
 
 - :func:`moments`: the blocks ``xx, xy, yy`` of second moments of centered features, summed over
   rows (covariance form, D x D) or columns (Gram form, N x N);

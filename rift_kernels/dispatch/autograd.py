@@ -114,7 +114,9 @@ def _forward(
         return functions.procrustes_fwd(*arguments, *settings, *ranks)
     if measure == "covariance":
         return functions.covariance_fwd(*arguments, plan.fused, *settings, *ranks)
-    return functions.bures_fwd(*arguments, *settings, *ranks)
+    if measure == "bures":
+        return functions.bures_fwd(*arguments, *settings, *ranks)
+    raise ValueError(f"there is no measure {measure!r}")
 
 
 def _backward(

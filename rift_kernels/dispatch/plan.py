@@ -126,15 +126,20 @@ def choose_backend(
         return backend
     if not _has_kernels(device):
         return "eager"
+    reasons, distrusted = [], False
     for preferred, _ in PREFERRED:
         # The CUDA kernels for many rows are not measured: only an explicit choice takes them.
         if preferred == "cuda" and not (problem and all(problem.gram)):
             continue
         reason = availability.reason_against(preferred, device, dtypes, problem)
-        if reason is None and _is_trusted(kind_of(preferred, device, dtypes, problem)):
+        if reason is not None:
+            reasons.append(f"{preferred}: {reason}")
+        elif _is_trusted(kind_of(preferred, device, dtypes, problem)):
             return preferred
-    if reason is not None:
-        _warn_eager_on_gpu(reason)
+        else:
+            distrusted = True  # of which the test has warned
+    if reasons and not distrusted:
+        _warn_eager_on_gpu("; ".join(reasons))
     return "eager"
 
 
@@ -233,7 +238,9 @@ def use_gram(measure: str, rows: int, student_width: int, teacher_width: int) ->
     if measure == "procrustes":
         gram = n * n * (3 * d1 + d2) + transport * n**3
         covariance = 4 * n * d1 * d2 + polar * min(d1, d2) ** 2 * max(d1, d2)
-    else:  # bures, d1 == d2
+    elif measure == "bures":  # d1 == d2
         gram = 4 * n * n * d1 + polar * n**3
         covariance = 4 * n * d1 * d1 + transport * d1**3
+    else:
+        raise ValueError(f"there is no measure {measure!r}")
     return gram < covariance

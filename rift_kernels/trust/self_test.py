@@ -260,7 +260,8 @@ def reason_against(
                 "they have not been tested on this GPU yet, and cannot be while "
                 f"{'torch.compile traces' if tracing else 'a CUDA graph is captured'}"
             )
-            warn_once((missing[0], device, "untested"), missing, reason, "call it once before, or ")
+            advice = f"call it once before, or run `{REPORT}`"
+            warn_once((missing[0], device, "untested"), missing, reason, advice)
             return reason, False
         if missing:
             _test(missing, device, mode)
@@ -268,8 +269,8 @@ def reason_against(
             good, seen = _known[group, device]
             if not good:
                 reason = seen if good is False else f"they could not be tested ({seen})"
-                advice = "to report it: " if good is False else "to test them when it is free: "
-                warn_once((group, device), [group], reason, advice)
+                advice = "shows more" if good is False else "tests them when the GPU is free"
+                warn_once((group, device), [group], reason, f"`{REPORT}` {advice}")
                 return reason, True
     return None, True
 
@@ -315,7 +316,7 @@ def _is_capturing(device: torch.device) -> bool:
 
 
 def warn_once(
-    key: object, kernels: Sequence[Kernels], reason: str, advice: str = "to report it: "
+    key: object, kernels: Sequence[Kernels], reason: str, advice: str = f"`{REPORT}` shows more"
 ) -> None:
     """Warn, once for each key, that ``auto`` does not use some kernels."""
     if key in _warned:
@@ -323,8 +324,8 @@ def warn_once(
     _warned.add(key)
     warnings.warn(
         f"rift_kernels: backend='auto' does without the kernels {', '.join(map(str, kernels))} and "
-        f"takes the next backend: {reason} ({advice}`{REPORT}`; {ENVIRONMENT_VARIABLE}=0 uses "
-        "kernels untested)",
+        f"uses the next backend, because {reason}. {advice}; {ENVIRONMENT_VARIABLE}=0 uses kernels "
+        "untested",
         stacklevel=2,
     )
 
