@@ -29,10 +29,9 @@ def seconds(task: Task, device: torch.device) -> Quantiles | None:
     if device.type != "cuda":
         return None
     cuda: Any = torch.cuda
-    cache = cuda.get_device_properties(device).L2_cache_size
-    count = min(MOST_COPIES, max(2, -(-2 * cache // task.inputs.nbytes)))
-    copies = (dataclasses.replace(task, inputs=task.inputs.copy()) for _ in range(count - 1))
-    tasks = [task, *copies]
+    nbytes = sum(t.nbytes for t in (*task.inputs.students, *task.inputs.teachers))
+    copies = -(-2 * cuda.get_device_properties(device).L2_cache_size // nbytes)
+    tasks = [task, *(_copy(task) for _ in range(min(MOST_COPIES, max(2, copies)) - 1))]
     # Capture wants a warm-up on a stream of its own.
     stream = cuda.Stream()
     stream.wait_stream(cuda.current_stream())
@@ -47,14 +46,9 @@ def seconds(task: Task, device: torch.device) -> Quantiles | None:
         mark.record()
         graph.replay()
     synchronize(device)
+    gaps = [a.elapsed_time(b) / 1e3 / len(tasks) for a, b in itertools.pairwise(marks)]
     # The first replay loads the graph.
-    gaps = [start.elapsed_time(end) / 1e3 / count for start, end in itertools.pairwise(marks)]
     return quantiles_of(gaps[1:])
-
-
-def _run(tasks: list[Task]) -> None:
-    for task in tasks:
-        task.backward(task.forward())
 
 
 def launches(task: Task, device: torch.device) -> int | None:
@@ -65,3 +59,16 @@ def launches(task: Task, device: torch.device) -> int | None:
         _run([task])
         synchronize(device)
     return sum(event.device_type.name == "CUDA" for event in profiler.events())
+
+
+def _copy(task: Task) -> Task:
+    """The same in other memory."""
+    students = [x.detach().clone().requires_grad_() for x in task.inputs.students]
+    teachers = [y.clone() for y in task.inputs.teachers]
+    inputs = dataclasses.replace(task.inputs, students=students, teachers=teachers)
+    return dataclasses.replace(task, inputs=inputs)
+
+
+def _run(tasks: list[Task]) -> None:
+    for task in tasks:
+        task.backward(task.forward())

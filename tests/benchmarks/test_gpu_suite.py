@@ -97,7 +97,6 @@ def test_inputs_are_larger_than_the_cache(_gpu, monkeypatch) -> None:  # noqa: P
     naive = providers.providers(GPU, ())[0]
     workload = workloads.Workload("cka_biased", 16, 8)
     task = measure.Task(naive, "cka_biased", workloads.features(workload, GPU))
-    assert task.inputs.nbytes == 2 * 16 * 8 * 4
     forward = measure.Task.forward
 
     def counted(self: measure.Task) -> torch.Tensor:
