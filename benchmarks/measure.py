@@ -2,7 +2,8 @@
 
 Time on a GPU is between events, and so includes the gaps between launches that the host leaves.
 Beside it stand the host's own time until the calls return, and the wall time until the device is
-done. All calls get the same features, which may still be in a cache.
+done. All calls get the same features, which may still be in a cache; CUDA graphs get others in
+turn, and the host has no part in them.
 
 Memory is what torch's allocator handed out, above what was allocated before: inputs do not count,
 results do. Scratch space that a BLAS library takes for itself is not seen on a CPU.
@@ -10,13 +11,14 @@ results do. Scratch space that a BLAS library takes for itself is not seen on a 
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import statistics
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -31,6 +33,7 @@ PHASES = ("forward", "backward", "both")
 CLOCKS = (*PHASES, "host", "wall")
 CPU_TIME = "cpu"
 MIN_ROUNDS = 5
+MOST_COPIES, REPLAYS = 16, 10  # in a CUDA graph
 
 Seconds = dict[str, float]
 
@@ -166,6 +169,60 @@ def noise(once: list[Seconds], again: list[Seconds], clock: str) -> float:
     together = quantiles_of(first + second)
     spread = 2 * (together.q80 - together.q20) / len(first) ** 0.5 / together.q50
     return max(abs(quantiles_of(second).q50 / quantiles_of(first).q50 - 1), spread)
+
+
+def graph_seconds(task: Task, device: torch.device) -> Quantiles | None:
+    """The time that a GPU alone takes for one forward and backward; None without a GPU.
+
+    Inputs in turn are together twice as large as the L2 cache, so that features come from memory,
+    as they do in training. A task that waits for the device raises: it cannot be captured.
+    """
+    if device.type != "cuda":
+        return None
+    cuda: Any = torch.cuda
+    nbytes = sum(t.nbytes for t in (*task.inputs.students, *task.inputs.teachers))
+    copies = -(-2 * cuda.get_device_properties(device).L2_cache_size // nbytes)
+    tasks = [task, *(_copy(task) for _ in range(min(MOST_COPIES, max(2, copies)) - 1))]
+    # Capture wants a warm-up on a stream of its own.
+    stream = cuda.Stream()
+    stream.wait_stream(cuda.current_stream())
+    with cuda.stream(stream):
+        _run(tasks)
+    cuda.current_stream().wait_stream(stream)
+    graph = cuda.CUDAGraph()
+    with cuda.graph(graph):
+        _run(tasks)
+    marks = [cuda.Event(enable_timing=True) for _ in range(REPLAYS + 2)]
+    for mark in marks:
+        mark.record()
+        graph.replay()
+    synchronize(device)
+    gaps = [a.elapsed_time(b) / 1e3 / len(tasks) for a, b in pairwise(marks)]
+    # The first replay loads the graph.
+    return quantiles_of(gaps[1:])
+
+
+def launches(task: Task, device: torch.device) -> int | None:
+    """The number of kernels and copies of one forward and backward; None without a GPU."""
+    if device.type != "cuda":
+        return None
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+        _run([task])
+        synchronize(device)
+    return sum(event.device_type.name == "CUDA" for event in profiler.events())
+
+
+def _copy(task: Task) -> Task:
+    """The same in other memory."""
+    students = [x.detach().clone().requires_grad_() for x in task.inputs.students]
+    teachers = [y.clone() for y in task.inputs.teachers]
+    inputs = dataclasses.replace(task.inputs, students=students, teachers=teachers)
+    return dataclasses.replace(task, inputs=inputs)
+
+
+def _run(tasks: list[Task]) -> None:
+    for task in tasks:
+        task.backward(task.forward())
 
 
 def peak_memory(task: Timed, device: torch.device) -> dict[str, int]:

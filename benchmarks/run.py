@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from . import command, environment, flops, graphs, measure, schema, tables
+from . import command, environment, flops, measure, schema, tables
 from .command import Job
 from .measure import MIN_ROUNDS, Task
 from .oracle import Oracle, wrong
@@ -67,33 +67,45 @@ def measured(
     seconds: float,
     max_rounds: int,
 ) -> schema.Workload:
-    """A workload's entry in the result, measured in about ``seconds``.
-
-    Naive code and ours are always timed, others if their predicted time is short enough. Naive
-    eager is timed twice: the difference between the two is the noise.
-    """
-    start, able = time.monotonic(), [p for p in candidates if p.can_do(workload)]
-    predicted = {p.name: p.predicted(workload, peaks["matmul_flops"]) for p in able}
+    """A workload's entry in the result, measured in about ``seconds``."""
+    able = [p for p in candidates if p.can_do(workload)]
     entry = schema.Workload(
         **{**vars(workload), "dtype": dtype_name(workload.dtype)},
         shape=workload.shape,
         floor_seconds=floor(workload, peaks),
-        predicted_seconds=predicted,
+        predicted_seconds={p.name: p.predicted(workload, peaks["matmul_flops"]) for p in able},
     )
     try:
         if seconds <= 0:
             raise TimeoutError("the budget was spent before its turn")
         inputs = features(workload, device)
-        oracle = Oracle(workload, inputs)
+        tasks = [Task(provider, workload.measure, inputs) for provider in able]
+        _complete(entry, tasks, Oracle(workload, inputs), device, seconds, max_rounds)
     except (ImportError, OSError, torch.OutOfMemoryError) as error:
         # There is no time, or there are no such features here, or they are too large.
-        entry.reason = sentence(error)
-        return entry
-    tasks: dict[str, Task] = {}
-    for provider in able:
-        name, task = provider.name, Task(provider, workload.measure, inputs)
-        call, essential = predicted[name] or 0.0, name == NAIVE or name.startswith(OURS)
-        if not essential and MIN_ROUNDS * call > start + seconds - time.monotonic():
+        entry.reason, entry.results = sentence(error), {}
+    return entry
+
+
+def _complete(
+    entry: schema.Workload,
+    candidates: Sequence[Task],
+    oracle: Oracle,
+    device: torch.device,
+    seconds: float,
+    max_rounds: int,
+) -> None:
+    """Write what is measured into the entry.
+
+    Naive code and ours are always timed, others if their predicted time is short enough. Naive
+    eager is timed twice: the difference between the two is the noise.
+    """
+    start, tasks = time.monotonic(), {}
+    for task in candidates:
+        name = task.provider.name
+        call, essential = entry.predicted_seconds[name], name == NAIVE or name.startswith(OURS)
+        left = start + seconds - time.monotonic()
+        if call and MIN_ROUNDS * call > left and not essential:
             reason = f"a call is predicted to take {call:.1f} s, too long to measure"
             entry.results[name] = Outcome(reason=reason)
             continue
@@ -113,7 +125,7 @@ def measured(
         outcome.relative = measure.relative(samples[name], samples[NAIVE]) if repeated else None
         entry.rounds = len(samples[name])
         try:
-            outcome.graph = graphs.seconds(task, device)
+            outcome.graph = measure.graph_seconds(task, device)
         except Exception as error:
             # Other people's code may wait for the device, or run out of memory.
             outcome.graph_reason = sentence(error)
@@ -121,7 +133,6 @@ def measured(
         again = measure.quantiles(samples[AGAIN])
         for clock, once in entry.results[NAIVE].seconds.items():
             entry.noise[clock] = abs(again[clock].q50 / once.q50 - 1)
-    return entry
 
 
 def floor(workload: Workload, peaks: dict[str, Any]) -> float | None:
@@ -144,7 +155,7 @@ def _examine(task: Task, oracle: Oracle, device: torch.device) -> Outcome:
     del values
     return Outcome(
         memory=measure.peak_memory(task, device),
-        launches=graphs.launches(task, device),
+        launches=measure.launches(task, device),
         value_error=finite(value_error),
         gradient_error=finite(gradient_error),
         wrong=wrong(value_error, gradient_error),

@@ -71,7 +71,8 @@ def make(wheel: Path, path: Path) -> None:
         weights = io.BytesIO(archive.read(f"{folder}/AntiBERTy_md_smooth/pytorch_model.bin"))
     model = transformers.BertForMaskedLM(transformers.BertConfig(**config))
     # The wheel has weights for more than this model, but none may be missing.
-    assert not model.load_state_dict(torch.load(weights), strict=False).missing_keys
+    state = torch.load(weights, map_location="cpu")
+    assert not model.load_state_dict(state, strict=False).missing_keys
     chains = [("[CLS]", *chain, "[SEP]") for _, *pair in ANTIBODIES for chain in pair]
     tokens = [torch.tensor([names.index(name) for name in chain]) for chain in chains]
     teacher = hidden_states(model, tokens)

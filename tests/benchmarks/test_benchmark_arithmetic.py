@@ -31,13 +31,10 @@ def test_each_round_starts_with_another() -> None:
     assert len(turns) == measure.MIN_ROUNDS
 
 
-def test_the_best_of_a_few_leaves_out_the_first(monkeypatch) -> None:
+def test_peaks_are_the_best_of_a_few_without_the_first(monkeypatch) -> None:
     seconds = iter([0.5, 2, 1, 3])
     monkeypatch.setattr(measure, "time_once", lambda *_: {"wall": next(seconds)})
     assert measure._best(lambda: torch.empty(0), CPU, repeats=3) == 1
-
-
-def test_peaks(monkeypatch) -> None:
     monkeypatch.setattr(measure, "_best", lambda *_: 2.0)
     assert measure.matmul_peak(torch.float32, 4, CPU) == 2 * 4**3 / 2
     # A MiB is read and a MiB is written.
