@@ -49,20 +49,18 @@ def bures(x: Tensor, y: Tensor) -> Tensor:
     return a.trace() + b.trace() - 2 * cross
 
 
-_FUNCTIONS = (cka_biased, cka_debiased, procrustes, covariance, bures)
-NAIVE = {function.__name__: function for function in _FUNCTIONS}
+NAIVE = {f.__name__: f for f in (cka_biased, cka_debiased, procrustes, covariance, bures)}
 
 
-class _HandDerivedCKA(torch.autograd.Function):
-    """Five plain products: three forward, two backward; float32 sums of half operands."""
+class HandDerivedCKA(torch.autograd.Function):
+    """Biased, by five plain products with float32 sums; differentiable in x only."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, y: Tensor) -> Tensor:
         xc, yc = _centered(x), _centered(y)
         c, a, b = _product(xc.T, yc), _product(xc.T, xc), _product(yc.T, yc)
         norm_a, norm_b = a.norm(), b.norm()
-        energy = c.square().sum()
-        value = energy / (norm_a * norm_b)
+        value = c.square().sum() / (norm_a * norm_b)
         ctx.save_for_backward(xc, yc, a, c, norm_a, norm_b, value)
         ctx.dtype = x.dtype
         return value
@@ -77,14 +75,8 @@ class _HandDerivedCKA(torch.autograd.Function):
         return grad.to(ctx.dtype), None
 
 
-def hand_derived_cka(x: Tensor, y: Tensor) -> Tensor:
-    """Biased linear CKA, differentiable in x only: the teacher is frozen."""
-    return _HandDerivedCKA.apply(x, y)  # type: ignore[no-untyped-call,unused-ignore]
-
-
 def _centered(x: Tensor) -> Tensor:
-    wide = x.float()
-    centered = wide - wide.mean(0)
+    centered = x.float() - x.float().mean(0)
     # Only cuBLAS multiplies half operands into a float32 result.
     return centered.to(x.dtype) if x.is_cuda else centered
 

@@ -1,9 +1,8 @@
 """The model that predicts before anything is measured: floating point operations of the products.
 
-Forward and student gradient, N rows, both widths D. A product (m, k) @ (k, n) is 2 m k n; half of
-that where the result is symmetric and the implementation knows it. What is no matrix product is not
-modelled: element-wise work, launches, and the decompositions behind Procrustes and Bures, for which
-there is no prediction.
+Forward and student gradient of a layer, N rows, both widths D. A product (m, k) @ (k, n) is 2 m k
+n; half of that where the result is symmetric and the implementation knows it. Element-wise work,
+launches, and the decompositions behind Procrustes and Bures are not modelled.
 """
 
 from __future__ import annotations
@@ -15,12 +14,8 @@ from .workloads import CKA_MEASURES, Workload
 
 def naive(w: Workload) -> float | None:
     """Products in full; the backward of ``x^T x`` costs two."""
-    counts = {
-        "cka_biased": 12 * w.rows * w.width**2,
-        "cka_debiased": 8 * w.rows**2 * w.width,
-        "covariance": 8 * w.rows * w.width**2,
-    }
-    return counts[w.measure] * w.layers if w.measure in counts else None
+    factors = {"cka_biased": 12 * w.width, "cka_debiased": 8 * w.rows, "covariance": 8 * w.width}
+    return factors[w.measure] * w.rows * w.width * w.layers if w.measure in factors else None
 
 
 def hand_derived(w: Workload) -> float:
@@ -40,14 +35,14 @@ def rift_kernels(w: Workload) -> float | None:
     """Symmetric products at half, in the form that the package chooses."""
     if w.measure not in (*CKA_MEASURES, "covariance"):
         return None
-    is_cka = w.measure in CKA_MEASURES
-    if plan.use_gram("cka" if is_cka else "covariance", w.rows, w.width, w.width):
-        return (4 if is_cka else 8) * w.rows**2 * w.width * w.layers
-    return (8 if is_cka else 4) * w.rows * w.width**2 * w.layers
+    measure, gram, covariance = ("cka", 4, 8) if w.measure in CKA_MEASURES else (w.measure, 8, 4)
+    use_gram = plan.use_gram(measure, w.rows, w.width, w.width)
+    per_pair = gram * w.rows if use_gram else covariance * w.width
+    return per_pair * w.rows * w.width * w.layers
 
 
 def optimal(w: Workload) -> float | None:
     """The fewest known for CKA: N (D1+D2) (3 D1+D2) over columns, N^2 (3 D1+D2) over rows."""
     if w.measure not in CKA_MEASURES:
         return None
-    return min(8 * w.rows * w.width**2, 4 * w.rows**2 * w.width) * w.layers
+    return min(8 * w.width, 4 * w.rows) * w.rows * w.width * w.layers

@@ -2,8 +2,8 @@
 
 Time on a GPU is between events, and so includes the gaps between launches that the host leaves.
 Beside it stand the host's own time until the calls return, and the wall time until the device is
-done. Every call gets the same features, so that what fits into a cache may still be there; what the
-device alone takes, with features that come from memory, graphs.py measures.
+done. All calls get the same features, which may still be in a cache; CUDA graphs get others in
+turn, and the host has no part in them.
 
 Memory is what torch's allocator handed out, above what was allocated before: inputs do not count,
 results do. Scratch space that a BLAS library takes for itself is not seen on a CPU.
@@ -11,14 +11,14 @@ results do. Scratch space that a BLAS library takes for itself is not seen on a 
 
 from __future__ import annotations
 
-import json
+import dataclasses
 import math
-import tempfile
+import statistics
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from itertools import accumulate, pairwise
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -33,6 +33,7 @@ PHASES = ("forward", "backward", "both")
 CLOCKS = (*PHASES, "host", "wall")
 CPU_TIME = "cpu"
 MIN_ROUNDS = 5
+MOST_COPIES, REPLAYS = 16, 10  # in a CUDA graph
 
 Seconds = dict[str, float]
 
@@ -40,11 +41,8 @@ Seconds = dict[str, float]
 class Timed(Protocol):
     """The two phases that are timed."""
 
-    @property
-    def forward(self) -> Callable[[], Tensor]: ...
-
-    @property
-    def backward(self) -> Callable[[Tensor], object]: ...
+    def forward(self) -> Tensor: ...
+    def backward(self, values: Tensor, /) -> object: ...
 
 
 class Call(NamedTuple):
@@ -78,40 +76,32 @@ def synchronize(device: torch.device) -> None:
 
 def time_once(task: Timed, device: torch.device) -> Seconds:
     """Seconds of each clock for one forward and backward, and of the process's CPU time."""
+
+    def mark() -> Any:
+        """A point in time: on a GPU, when the device has come to it."""
+        if device.type != "cuda":
+            return time.perf_counter()
+        event: Any = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def between(first: Any, last: Any) -> float:
+        return first.elapsed_time(last) / 1e3 if device.type == "cuda" else last - first
+
     synchronize(device)
-    busy = time.process_time()
-    start = _Mark(device)
-    values = task.forward()
-    middle = _Mark(device)
+    busy, called, start = time.process_time(), time.perf_counter(), mark()
+    values, middle = task.forward(), mark()
     task.backward(values)
-    end = _Mark(device)
-    returned = time.perf_counter()
+    end, returned = mark(), time.perf_counter()
     synchronize(device)
     return {
-        "forward": middle.since(start),
-        "backward": end.since(middle),
-        "both": end.since(start),
-        "host": returned - start.host,
-        "wall": time.perf_counter() - start.host,
+        "forward": between(start, middle),
+        "backward": between(middle, end),
+        "both": between(start, end),
+        "host": returned - called,
+        "wall": time.perf_counter() - called,
         CPU_TIME: time.process_time() - busy,  # which excludes other processes
     }
-
-
-class _Mark:
-    """A point in time: on a GPU, when the device has come to it."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.host = time.perf_counter()
-        self._event: Any = None
-        if device.type == "cuda":
-            self._event = torch.cuda.Event(enable_timing=True)
-            self._event.record()
-
-    def since(self, earlier: _Mark) -> float:
-        """Seconds; on a GPU, once it has passed both marks."""
-        if self._event is None:
-            return self.host - earlier.host
-        return earlier._event.elapsed_time(self._event) / 1e3
 
 
 def time_rounds(
@@ -138,13 +128,13 @@ def quantiles(samples: list[Seconds]) -> dict[str, Quantiles]:
 
 
 def quantiles_of(seconds: list[float]) -> Quantiles:
-    values = torch.tensor(seconds, dtype=torch.float64)
-    return Quantiles(*(values.quantile(share).item() for share in (0.2, 0.5, 0.8)))
+    shares = torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)
+    return Quantiles(*torch.tensor(seconds, dtype=torch.float64).quantile(shares).tolist())
 
 
 def relative(samples: list[Seconds], base: list[Seconds]) -> Bounds:
     """The ratio to another task in the same round; what slows a whole round cancels."""
-    return bounds_of([own["both"] / b["both"] for own, b in zip(samples, base, strict=True)])
+    return added(samples, None, base)
 
 
 def added(
@@ -166,21 +156,73 @@ def bounds_of(values: list[float]) -> Bounds:
     """
     values = sorted(values)
     outside = max(0, math.floor((len(values) - 1.96 * math.sqrt(len(values))) / 2))
-    middle = torch.tensor(values, dtype=torch.float64).quantile(0.5).item()
-    return Bounds(values[outside], middle, values[-1 - outside])
+    return Bounds(values[outside], statistics.median(values), values[-1 - outside])
 
 
 def noise(once: list[Seconds], again: list[Seconds], clock: str) -> float:
     """How far apart two medians of the same step may be, relative.
 
-    The medians of a step timed twice may agree by chance, and differences of interest are small.
-    So this is at least two standard errors of such a difference: for a normal distribution, about
+    They may agree by chance. So this is at least two standard errors of their difference: about
     twice the range from the 20th to the 80th percentile over the root of the number of rounds.
     """
     first, second = ([sample[clock] for sample in samples] for samples in (once, again))
     together = quantiles_of(first + second)
     spread = 2 * (together.q80 - together.q20) / len(first) ** 0.5 / together.q50
     return max(abs(quantiles_of(second).q50 / quantiles_of(first).q50 - 1), spread)
+
+
+def graph_seconds(task: Task, device: torch.device) -> Quantiles | None:
+    """The time that a GPU alone takes for one forward and backward; None without a GPU.
+
+    Inputs in turn are together twice as large as the L2 cache, so that features come from memory,
+    as they do in training. A task that waits for the device raises: it cannot be captured.
+    """
+    if device.type != "cuda":
+        return None
+    cuda: Any = torch.cuda
+    nbytes = sum(t.nbytes for t in (*task.inputs.students, *task.inputs.teachers))
+    copies = -(-2 * cuda.get_device_properties(device).L2_cache_size // nbytes)
+    tasks = [task, *(_copy(task) for _ in range(min(MOST_COPIES, max(2, copies)) - 1))]
+    # Capture wants a warm-up on a stream of its own.
+    stream = cuda.Stream()
+    stream.wait_stream(cuda.current_stream())
+    with cuda.stream(stream):
+        _run(tasks)
+    cuda.current_stream().wait_stream(stream)
+    graph = cuda.CUDAGraph()
+    with cuda.graph(graph):
+        _run(tasks)
+    marks = [cuda.Event(enable_timing=True) for _ in range(REPLAYS + 2)]
+    for mark in marks:
+        mark.record()
+        graph.replay()
+    synchronize(device)
+    gaps = [a.elapsed_time(b) / 1e3 / len(tasks) for a, b in pairwise(marks)]
+    # The first replay loads the graph.
+    return quantiles_of(gaps[1:])
+
+
+def launches(task: Task, device: torch.device) -> int | None:
+    """The number of kernels and copies of one forward and backward; None without a GPU."""
+    if device.type != "cuda":
+        return None
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+        _run([task])
+        synchronize(device)
+    return sum(event.device_type.name == "CUDA" for event in profiler.events())
+
+
+def _copy(task: Task) -> Task:
+    """The same in other memory."""
+    students = [x.detach().clone().requires_grad_() for x in task.inputs.students]
+    teachers = [y.clone() for y in task.inputs.teachers]
+    inputs = dataclasses.replace(task.inputs, students=students, teachers=teachers)
+    return dataclasses.replace(task, inputs=inputs)
+
+
+def _run(tasks: list[Task]) -> None:
+    for task in tasks:
+        task.backward(task.forward())
 
 
 def peak_memory(task: Timed, device: torch.device) -> dict[str, int]:
@@ -211,21 +253,14 @@ def _peaks_on_cpu(task: Timed) -> tuple[int, int]:
         values = task.forward()
         with record_function("benchmark_backward"):
             task.backward(values)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "trace.json"
-        profiler.export_chrome_trace(str(path))
-        events = json.loads(path.read_text(encoding="utf-8"))["traceEvents"]
-    (middle,) = (event["ts"] for event in events if event.get("name") == "benchmark_backward")
-    changes = [event for event in events if event.get("name") == "[memory]"]
-    allocated = forward = backward = 0
-    for change in sorted(changes, key=lambda event: event["ts"]):
-        allocated += change["args"]["Bytes"]
-        if change["ts"] < middle:
-            # The backward starts from what the forward leaves.
-            forward, backward = max(forward, allocated), allocated
-        else:
-            backward = max(backward, allocated)
-    return forward, backward
+    results: Any = profiler.profiler
+    events = sorted(results.kineto_results.events(), key=lambda event: event.start_ns())
+    names = [event.name() for event in events]
+    changes = [event.nbytes() if event.name() == "[memory]" else 0 for event in events]
+    allocated = list(accumulate(changes, initial=0))
+    # The backward starts from what the forward leaves.
+    middle = names.index("benchmark_backward") + 1
+    return max(allocated[:middle]), max(allocated[middle - 1 :])
 
 
 def matmul_peak(dtype: torch.dtype, width: int, device: torch.device) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -16,53 +17,8 @@ from .workloads import Inputs, Workload
 VALUE_TOLERANCE = 1e-2
 GRADIENT_TOLERANCE = 5e-2
 
-# Up to here, the definition itself is affordable.
-MAX_ROWS_OF_DEFINITION = 1024
 
-_OTHERS = {
-    "procrustes": reference.procrustes_similarity,
-    "covariance": reference.covariance_distance,
-    "bures": reference.bures_distance,
-}
-
-
-class Oracle:
-    """The right answer for one workload's features."""
-
-    def __init__(self, workload: Workload, inputs: Inputs) -> None:
-        small = workload.rows <= MAX_ROWS_OF_DEFINITION
-        cka = partial(
-            reference.linear_cka if small else _large_cka,
-            debiased=workload.measure == "cka_debiased",
-        )
-        function = _OTHERS.get(workload.measure, cka)
-        rows = slice(None) if inputs.mask is None else inputs.mask
-        values: list[Tensor] = []
-        self.gradients: list[Tensor] = []
-        for student, teacher in zip(inputs.students, inputs.teachers, strict=True):
-            x = student.detach().double().requires_grad_()
-            value = function(x[rows], teacher.double()[rows])
-            self.gradients += torch.autograd.grad(value, x)
-            values.append(value.detach())
-        self.values = torch.stack(values)
-
-    def errors(self, values: Tensor, gradients: tuple[Tensor, ...]) -> tuple[float, float]:
-        """The largest absolute error of a value, the largest relative error of a gradient."""
-        value_error = (values.double() - self.values).abs().max().item()
-        gradient_errors = [
-            ((gradient.double() - right).norm() / right.norm()).item()
-            for gradient, right in zip(gradients, self.gradients, strict=True)
-        ]
-        # max() of floats may step over a NaN.
-        return value_error, torch.tensor(gradient_errors).max().item()
-
-
-def wrong(value_error: float, gradient_error: float) -> bool:
-    # A comparison with NaN is false.
-    return not (value_error <= VALUE_TOLERANCE and gradient_error <= GRADIENT_TOLERANCE)
-
-
-def _large_cka(x: Tensor, y: Tensor, debiased: bool) -> Tensor:
+def cka(x: Tensor, y: Tensor, debiased: bool) -> Tensor:
     """Linear CKA without N x N matrices; safe in float64, where nothing cancels that matters."""
     n = len(x)
 
@@ -75,3 +31,38 @@ def _large_cka(x: Tensor, y: Tensor, debiased: bool) -> Tensor:
 
     x, y = x - x.mean(0), y - y.mean(0)
     return hsic(x, y) / (hsic(x, x) * hsic(y, y)).sqrt()
+
+
+FUNCTIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "cka_biased": partial(cka, debiased=False),
+    "cka_debiased": partial(cka, debiased=True),
+    "procrustes": reference.procrustes_similarity,
+    "covariance": reference.covariance_distance,
+    "bures": reference.bures_distance,
+}
+
+
+class Oracle:
+    """The right answer for one workload's features."""
+
+    def __init__(self, workload: Workload, inputs: Inputs) -> None:
+        rows = slice(None) if inputs.mask is None else inputs.mask
+        students = [x.detach().double().requires_grad_() for x in inputs.students]
+        pairs = zip(students, inputs.teachers, strict=True)
+        values = [FUNCTIONS[workload.measure](x[rows], y.double()[rows]) for x, y in pairs]
+        self.values = torch.stack(values).detach()
+        self.gradients = torch.autograd.grad(torch.stack(values).sum(), students)
+
+    def errors(self, values: Tensor, gradients: tuple[Tensor, ...]) -> tuple[float, float]:
+        """The largest absolute error of a value, the largest relative error of a gradient."""
+        pairs = zip(gradients, self.gradients, strict=True)
+        relative = [(gradient.double() - right).norm() / right.norm() for gradient, right in pairs]
+        # max() of floats may step over a NaN.
+        return (values.double() - self.values).abs().max().item(), torch.stack(
+            relative
+        ).max().item()
+
+
+def wrong(value_error: float, gradient_error: float) -> bool:
+    # A comparison with NaN is false.
+    return not (value_error <= VALUE_TOLERANCE and gradient_error <= GRADIENT_TOLERANCE)

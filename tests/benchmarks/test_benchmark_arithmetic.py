@@ -10,13 +10,14 @@ import torch
 
 from benchmarks import flops, measure, oracle, run, tables, traffic
 from benchmarks.providers import NAIVE, Provider, providers
-from benchmarks.run import AGAIN, NotMeasuredError
+from benchmarks.run import AGAIN
 from benchmarks.schema import Outcome, Quantiles
 from benchmarks.workloads import Workload
 
 CPU = torch.device("cpu")
 EAGER = "rift_kernels eager"
-PEAKS = dict.fromkeys(("float64", "float32", "bfloat16"), 1e9)
+RATES = dict.fromkeys(("float64", "float32", "bfloat16"), 1e9)
+PEAKS = {"matmul_flops": RATES, "copy_bytes": 1e9}
 SMALL = Workload("cka_biased", 16, 8)
 
 
@@ -30,13 +31,10 @@ def test_each_round_starts_with_another() -> None:
     assert len(turns) == measure.MIN_ROUNDS
 
 
-def test_the_best_of_a_few_leaves_out_the_first(monkeypatch) -> None:
+def test_peaks_are_the_best_of_a_few_without_the_first(monkeypatch) -> None:
     seconds = iter([0.5, 2, 1, 3])
     monkeypatch.setattr(measure, "time_once", lambda *_: {"wall": next(seconds)})
     assert measure._best(lambda: torch.empty(0), CPU, repeats=3) == 1
-
-
-def test_peaks(monkeypatch) -> None:
     monkeypatch.setattr(measure, "_best", lambda *_: 2.0)
     assert measure.matmul_peak(torch.float32, 4, CPU) == 2 * 4**3 / 2
     # A MiB is read and a MiB is written.
@@ -54,14 +52,12 @@ def test_flops() -> None:
 
 def test_predictions_and_floor() -> None:
     workload = Workload("cka_biased", 64, 8, torch.bfloat16)
-    provider = Provider(
-        "p", {"cka_biased": None}, flops=flops.hand_derived, products_in=torch.float32
-    )
-    peaks = {"float32": 10.0, "bfloat16": 1e30}
-    entry = run.describe(workload, [provider], peaks, bandwidth=2.0)
-    assert entry.predicted_seconds == {"p": flops.hand_derived(workload) / 10}
+    provider = Provider("p", flops=flops.hand_derived, products_in=torch.float32)
+    rates = {"float32": 10.0, "bfloat16": 1e30}
+    assert provider.predicted(workload, rates) == flops.hand_derived(workload) / 10
     # Two features of two bytes a number are read, one is written.
-    assert entry.floor_seconds == 3 * 64 * 8 * 2 / 2
+    floor = run.floor(workload, {"matmul_flops": rates, "copy_bytes": 2.0})
+    assert floor == 3 * 64 * 8 * 2 / 2
 
 
 def test_noise_is_the_difference_of_naive_eager_to_itself(monkeypatch) -> None:
@@ -70,28 +66,14 @@ def test_noise_is_the_difference_of_naive_eager_to_itself(monkeypatch) -> None:
         return {name: [dict.fromkeys(measure.CLOCKS, s)] for name, s in seconds.items()}
 
     monkeypatch.setattr(measure, "time_rounds", rounds)
-    candidates = providers(CPU, compiled=())[:1]
-    entry = run.describe(SMALL, candidates, PEAKS, 1e9)
-    run.complete(entry, SMALL, candidates, CPU, 5, max_rounds=5)
+    entry = run.measured(SMALL, providers(CPU, compiled=())[:1], PEAKS, CPU, 5, max_rounds=5)
     assert entry.noise == pytest.approx(dict.fromkeys(measure.CLOCKS, 0.2))
-
-
-def test_what_takes_too_long_is_left_out() -> None:
-    tasks: Any = dict.fromkeys((NAIVE, EAGER, "a", "b", AGAIN))
-    estimates = {NAIVE: 0.5, EAGER: 5.0, "a": 4.0, "b": 0.25, AGAIN: 0.5}
-    entry = run.describe(SMALL, [], PEAKS, 1e9)
-    run._drop_the_slowest(entry, tasks, estimates, left=33)
-    # Without the second naive eager there would be no noise.
-    assert list(tasks) == [NAIVE, EAGER, "b", AGAIN]
-    assert "4.00 s" in entry.results["a"].reason
-    with pytest.raises(NotMeasuredError, match="would take 30 s; 9 s were left"):
-        run._drop_the_slowest(entry, tasks, estimates, left=9)
 
 
 def test_errors_are_relative_and_nan_is_the_largest() -> None:
     right = object.__new__(oracle.Oracle)
     right.values = torch.ones(2).double()
-    right.gradients = [torch.full((4,), 10.0).double()] * 2
+    right.gradients = (torch.full((4,), 10.0).double(),) * 2
     good, off = torch.full((4,), 10.0), torch.full((4,), 11.0)
     assert right.errors(torch.ones(2), (off, good))[1] == pytest.approx(0.1)
     assert math.isnan(right.errors(torch.ones(2), (good, off * math.nan))[1])
@@ -105,7 +87,7 @@ def test_a_row_of_the_table() -> None:
         times = {"both": Quantiles(0, seconds, 0)}
         return Outcome(seconds=times, memory={"both": memory}, gradient_error=1e-3, wrong=wrong)
 
-    workload = run.describe(SMALL, [], PEAKS, 1e9)
+    workload = run.measured(SMALL, [], PEAKS, CPU, 0, max_rounds=5)
     workload.floor_seconds, workload.noise = 1.0, {"both": 0.1}
     workload.results = {
         NAIVE: outcome(8, 100),
@@ -113,9 +95,7 @@ def test_a_row_of_the_table() -> None:
         "rift_kernels triton": outcome(1, 10, wrong=True),
         "torch.compile": outcome(7.5, 1),
     }
-    lines = tables._comparison([workload]).splitlines()
-    heading, row = ([cell.strip() for cell in lines[i].split("|")[1:-1]] for i in (0, 2))
-    cells = dict(zip(heading, row, strict=True))
+    cells = tables._cells(workload, [EAGER])
     assert cells[EAGER] == "4000 ms, **2.00x**"
     assert cells["torch.compile"] == "~1.07x"
     # Of our fastest backend that is right.

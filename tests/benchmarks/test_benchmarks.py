@@ -10,20 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import (
-    baselines,
-    files,
-    host,
-    measure,
-    oracle,
-    run,
-    schema,
-    suite,
-    tables,
-)
+from benchmarks import baselines, files, host, measure, oracle, run, schema, suite, tables
 from benchmarks.providers import HALF, NAIVE, TF32, WIDE, Provider, providers
 from benchmarks.schema import Outcome
 from benchmarks.workloads import MEASURES, Inputs, Workload, features
+from rift_kernels import reference
 from rift_kernels.dispatch import availability, plan
 
 CPU = torch.device("cpu")
@@ -43,20 +34,20 @@ def test_result_is_complete(smoke) -> None:
         assert set(workload.noise) == set(measure.CLOCKS)
 
 
-@pytest.mark.parametrize("backend", availability.BACKENDS)
-def test_unavailable_backends_say_why(backend, smoke) -> None:
+def test_what_cannot_run_says_why(smoke) -> None:
     result = smoke("run")
     reasons = {provider.name: provider.reason for provider in result.providers}
-    reason = availability.reason_against(backend)
-    assert reasons[f"rift_kernels {backend}"] == reason
-    assert reason is None or f"rift_kernels {backend}: {reason}" in tables.summary(result)
+    assert reasons[TF32] == "TF32 needs a GPU"
+    for backend in availability.BACKENDS:
+        name, reason = f"rift_kernels {backend}", availability.reason_against(backend)
+        assert reasons[name] == reason
+        assert reason is None or f"{name}: {reason}" in tables.summary(result)
 
 
 def _entry(workload: Workload, candidates: list[Provider], seconds: float = 5) -> schema.Workload:
-    peaks = dict.fromkeys(("float64", "float32", "bfloat16"), 1e9)
-    entry = run.describe(workload, candidates, peaks, 1e9)
-    run.complete(entry, workload, candidates, CPU, seconds, max_rounds=5)
-    return entry
+    rates = dict.fromkeys(("float64", "float32", "bfloat16"), 1e9)
+    peaks = {"matmul_flops": rates, "copy_bytes": 1e9}
+    return run.measured(workload, candidates, peaks, CPU, seconds, max_rounds=5)
 
 
 def test_wrong_answers_are_marked() -> None:
@@ -69,7 +60,11 @@ def test_wrong_answers_are_marked() -> None:
     def no_gradient(inputs: Inputs) -> Tensor:
         return half(inputs).detach()
 
-    wrong = [Provider(f.__name__, {"cka_biased": f}) for f in (half, nan_gradient, no_gradient)]
+    def broken(_: Inputs) -> Tensor:
+        raise NotImplementedError("one\ntwo")
+
+    functions = (half, nan_gradient, no_gradient, broken)
+    wrong = [Provider(f.__name__, {"cka_biased": f}) for f in functions]
     results = _entry(SMALL, [PROVIDERS[NAIVE], *wrong]).results
     assert not results[NAIVE].wrong
     assert results["half"].wrong
@@ -77,6 +72,9 @@ def test_wrong_answers_are_marked() -> None:
     assert results["nan_gradient"].wrong
     assert results["nan_gradient"].gradient_error is None
     assert "does not require grad" in results["no_gradient"].reason
+    assert _entry(SMALL, wrong[-1:]).results == {
+        "broken": Outcome(reason="NotImplementedError: one")
+    }
 
 
 def test_wrong_answers_are_not_praised(smoke) -> None:
@@ -113,40 +111,26 @@ def test_masked_workloads_are_right_for_all_who_take_them() -> None:
 
 def test_naive_code_on_features_of_another_dtype() -> None:
     workload = Workload("cka_biased", 64, 8)
-    inputs = features(workload, CPU)
-    naive, half, wide = (
-        _errors(PROVIDERS[name], workload, inputs)[1] for name in (NAIVE, HALF, WIDE)
-    )
+    inputs, three = features(workload, CPU), (NAIVE, HALF, WIDE)
+    naive, half, wide = (_errors(PROVIDERS[name], workload, inputs)[1] for name in three)
     assert naive == wide < 1e-4 < 1e-3 < half
     assert not PROVIDERS[WIDE].takes(workload)
-    assert PROVIDERS[TF32].reason == "TF32 needs a GPU"
 
 
 def test_settings_hold_forward_and_backward_and_no_longer() -> None:
-    seen = []
+    matmul, seen = torch.backends.cuda.matmul, []
 
-    class Double(torch.autograd.Function):
-        @staticmethod
-        def forward(_, x: Tensor) -> Tensor:
-            seen.append(torch.backends.cuda.matmul.fp32_precision)
-            return 2 * x
+    def value(inputs: Inputs) -> Tensor:
+        seen.append(matmul.fp32_precision)
+        inputs.students[0].register_hook(lambda _: seen.append(matmul.fp32_precision))
+        return inputs.students[0].sum()
 
-        backward = forward
-
-    functions = {"": lambda inputs: Double.apply(inputs.students[0]).sum()}
-    provider = dataclasses.replace(PROVIDERS[TF32], measures=functions)
-    task = measure.Task(provider, "", features(Workload("cka_biased", 4, 4), CPU))
-    before = torch.backends.cuda.matmul.fp32_precision
+    provider = dataclasses.replace(PROVIDERS[TF32], measures={"": value})
+    task = measure.Task(provider, "", features(SMALL, CPU))
+    before = matmul.fp32_precision
     task.backward(task.forward())
     assert seen == ["tf32", "tf32"]
-    assert torch.backends.cuda.matmul.fp32_precision == before
-    # And what is inherited is inherited still.
-    parent = torch.backends.fp32_precision
-    try:
-        torch.backends.fp32_precision = "tf32"
-        assert torch.backends.cuda.matmul.fp32_precision == "tf32"
-    finally:
-        torch.backends.fp32_precision = parent
+    assert matmul.fp32_precision == before
 
 
 def test_the_whole_suite(tmp_path, capfd) -> None:
@@ -183,14 +167,6 @@ def test_where_the_time_of_the_host_goes(monkeypatch) -> None:
     assert plan.choose_backend("auto", CPU) == "eager"
 
 
-def test_providers_that_all_fail_say_so() -> None:
-    def broken(_: Inputs) -> Tensor:
-        raise NotImplementedError("one\ntwo")
-
-    entry = _entry(SMALL, [Provider(NAIVE, {"cka_biased": broken})])
-    assert entry.results == {NAIVE: Outcome(reason="NotImplementedError: one")}
-
-
 def test_what_does_not_fit_says_so() -> None:
     assert "budget was spent" in _entry(SMALL, [*PROVIDERS.values()], seconds=0).reason
 
@@ -216,29 +192,23 @@ def test_peak_memory_is_the_largest_sum_of_what_lives() -> None:
     assert peaks["both"] == max(peaks["forward"], peaks["backward"])
 
 
-@pytest.mark.parametrize("debiased", [False, True])
-def test_large_oracle_is_the_definition(debiased) -> None:
-    workload = Workload("cka_debiased" if debiased else "cka_biased", 24, 8)
-    inputs = features(workload, CPU)
-    student = inputs.students[0].detach().double().requires_grad_()
-    values = oracle._large_cka(student, inputs.teachers[0].double(), debiased)
-    gradients = torch.autograd.grad(values, student)
-    errors = oracle.Oracle(workload, inputs).errors(values, gradients)
-    assert max(errors) < 1e-10
+def test_the_oracle_is_the_definition() -> None:
+    for workload in (Workload("cka_biased", 24, 8), Workload("cka_debiased", 24, 8)):
+        inputs = features(workload, CPU)
+        x = inputs.students[0].detach().double().requires_grad_()
+        debiased = workload.measure == "cka_debiased"
+        value = reference.linear_cka(x, inputs.teachers[0].double(), debiased=debiased)
+        gradients = torch.autograd.grad(value, x)
+        assert max(oracle.Oracle(workload, inputs).errors(value, gradients)) < 1e-10
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
+def test_wrong_options_are_refused_before_anything_is_measured(tmp_path, capsys) -> None:
+    for options, message in (
         (["--budget", "0"], "--budget: must be positive, got 0"),
         (["--out", "/dev/null/x"], "Not a directory"),
         (["--device", "tpu"], "tpu"),
-    ],
-)
-def test_wrong_options_are_refused_before_anything_is_measured(
-    options, message, tmp_path, capsys
-) -> None:
-    with pytest.raises(SystemExit) as stopped:
-        run.main(["--out", str(tmp_path), *options])
-    assert stopped.value.code == 2
-    assert message in capsys.readouterr().err
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            run.main(["--out", str(tmp_path), *options])
+        assert stopped.value.code == 2
+        assert message in capsys.readouterr().err

@@ -99,7 +99,7 @@ def _query(*command: str, **_: Any) -> Any:
 
 def install(put: Set = setattr) -> None:
     """Replace torch.cuda; ``put`` sets an attribute, and may undo that later."""
-    from benchmarks import environment, frontier, graphs, host, step, workloads
+    from benchmarks import environment, frontier, host, measure, step, workloads
     from rift_kernels.dispatch import availability
 
     properties = SimpleNamespace(L2_cache_size=2**12, multi_processor_count=2, total_memory=2**30)
@@ -122,7 +122,7 @@ def install(put: Set = setattr) -> None:
     }
     for name, replacement in replacements.items():
         put(torch.cuda, name, replacement)
-    put(graphs, "profile", _profile)
+    put(measure, "profile", _profile)
     put(torch, "Generator", Generator)
     reason = availability.reason_against
     put(
