@@ -81,7 +81,8 @@ class Student(Finetuning):
         with self.autocast():
             with torch.no_grad():
                 students = pick(features, self.model(self.images))
-            inputs = Inputs(students, self.teachers(features)).copy()
+            students = [x.clone().requires_grad_() for x in students]
+            inputs = Inputs(students, self.teachers(features))
             task = measure.Task(provider, features.measure, inputs)
             values = task.forward()
         return Oracle(features, inputs).errors(values, task.backward(values))[1]

@@ -14,7 +14,9 @@ from rift_kernels.trust import decisions, refusals
 from tests.support import cases
 
 REFUSED = RuntimeError("Triton Error [CUDA]: too many resources requested for launch")
-WARNS = pytest.warns(UserWarning, match="does without the kernels .* because a launch failed: Runtime")
+WARNS = pytest.warns(
+    UserWarning, match="does without the kernels .* because a launch failed: Runtime"
+)
 
 
 @pytest.fixture

@@ -136,7 +136,7 @@ def test_eager_on_a_gpu_warns_once(
         "reason_against",
         lambda backend, *_: None if backend == "eager" else "the reason",
     )
-    with pytest.warns(UserWarning, match="eager backend on this GPU: the reason"):
+    with pytest.warns(UserWarning, match="eager backend on this GPU: triton: the reason"):
         assert plan.choose_backend("auto", gpu) == "eager"
     assert plan.choose_backend("auto", gpu) == "eager"
     monkeypatch.setattr(plan, "_warned", False)
