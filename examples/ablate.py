@@ -33,7 +33,7 @@ from .digits.methods import GREY, MEASURES, PLAIN, PRETRAINED
 from .digits.runs import Job, Run
 from .digits.training import LOWER_RATES, RATE
 
-BASE, UNREGULARISED, UNTRAINED = Plan(), Plan(PLAIN, 0.0), Plan(PRETRAINED, 0.0, rate=0.0)
+BASE, UNREGULARISED, NOT_FINETUNED = Plan(), Plan(PLAIN, 0.0), Plan(PRETRAINED, 0.0, rate=0.0)
 BIASED, COVARIANCE = Plan(debiased=False), Plan("covariance")
 BIASED_COLOUR = "#b45309"
 ROTATIONS = ("identity", "learned", "optimal")
@@ -78,7 +78,7 @@ def with_default_weight(way: str) -> Plan:
 def factors() -> list[Factor]:
     """All factors of the experiment."""
     rates = [UNREGULARISED._replace(rate=rate) for rate in LOWER_RATES]
-    no_loss = [Row("pretrained", UNTRAINED), Row("plain", UNREGULARISED, BASE)]
+    no_loss = [Row("pretrained", NOT_FINETUNED), Row("plain", UNREGULARISED, BASE)]
     no_loss += [Row(f"plain, learning rate / {RATE / p.rate:g}", p, BASE) for p in rates]
     no_loss.append(Row("base: debiased CKA, weight 1", BASE))
     measures = [Row(_name(plan), plan, BASE) for plan in map(with_default_weight, MEASURES)]
@@ -153,15 +153,15 @@ def draw(runs: Sequence[Run]) -> Figure:
     seeds = len({run["seed"] for run in runs})
     explanation = (
         f"Mean ± standard deviation, seeds: {seeds}. Line: no loss; dotted: pretrained. "
-        "Base: debiased CKA, weight 1, all 30 images a batch.\n"
+        "Base: debiased CKA, weight 1, all 30 images per batch.\n"
         "One factor is changed at a time; the scales of the two rows differ."
     )
-    pictures.add_title(figure, "What of a RIFT loss matters", explanation, 0.055)
+    pictures.add_title(figure, "Which settings of a RIFT loss matter", explanation, 0.055)
     for row, (field, title) in zip(panels, list(_FIELDS.items())[::-1], strict=True):
         row[0].set_ylabel(title, fontsize=11)
         for axes, panel in zip(row, _COLUMNS.values(), strict=True):
             pictures.draw_level(axes, select(runs, UNREGULARISED), field, "-")
-            pictures.draw_level(axes, select(runs, UNTRAINED), field, ":")
+            pictures.draw_level(axes, select(runs, NOT_FINETUNED), field, ":")
             pictures.simplify_axes(axes)
             panel(axes, runs, field)
     for axes, title in zip(panels[0], _COLUMNS, strict=True):
@@ -212,7 +212,7 @@ def _draw_batches(axes: Axes, runs: Sequence[Run], field: str) -> None:
         x = [batch + 0.4 * (i - 1) for batch in BATCHES]
         pictures.draw_line(axes, x, groups, field, colour, marker, label)
     axes.set_xticks(BATCHES)
-    _explain(axes, field, "images a batch")
+    _explain(axes, field, "images per batch")
 
 
 def _explain(axes: Axes, field: str, label: str) -> None:

@@ -33,7 +33,7 @@ from .digits.runs import Job, Run
 from .digits.sequence import Start, average, forgetting
 from .digits.training import LOWER_RATES, RATE
 
-# Own heads need lower rates than a single new task; the frozen backbone is the limit.
+# With a head for each task, the best rate is lower; a frozen backbone is the limit of rate 0.
 RATES = (RATE, *LOWER_RATES, RATE / 16, RATE / 32)
 WAYS = (
     Plan(PROBE),
@@ -104,7 +104,7 @@ def draw(runs: Sequence[Run]) -> Figure:
     explanation = (
         f"Mean ± standard deviation, seeds: {len({run['seed'] for run in runs})}. "
         "Own heads: each task's, kept as it was after its task. "
-        "Refitted: linear classifiers fitted to the features as they are then."
+        "Refitted: linear classifiers fitted to the final features."
     )
     title = "Three tasks in sequence: what is left after the last"
     pictures.add_title(figure, title, explanation, 0.012)

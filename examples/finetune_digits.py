@@ -44,7 +44,7 @@ from .digits.model import SIZES, Transformer
 from .digits.runs import HARDWARE, Run, commit, progress_bar, versions
 from .digits.training import FINETUNING, LOWER_RATES, PRETRAINING, RATE, Tick, pretrain
 
-UNTRAINED = Plan(PRETRAINED, 0.0, 0.0)
+NOT_FINETUNED = Plan(PRETRAINED, 0.0, 0.0)
 
 
 def finetune(
@@ -73,7 +73,7 @@ def run_all(plans: Sequence[Plan], seeds: int, device: torch.device, console: Co
             data = draw_data(seed, device)
             teacher = pretrain(data.pretraining, len(OLD), seed, tick=tick)
             unmeasured = {"new_accuracy": None, "step_ms": None}  # no head for the new digits yet
-            settings = {**UNTRAINED._asdict(), "seed": seed}
+            settings = {**NOT_FINETUNED._asdict(), "seed": seed}
             runs.append(settings | evaluate(teacher, teacher, data) | unmeasured)
             for plan in plans:
                 bar.update(task, description=f"{name}: {plan}")
@@ -94,7 +94,7 @@ def mean_and_deviation(runs: Sequence[Run], plan: Plan, field: str) -> tuple[flo
 
 
 def print_table(runs: Sequence[Run], plans: Sequence[Plan], seeds: int, console: Console) -> None:
-    rows = [UNTRAINED, Plan(PROBE), Plan(PLAIN)]
+    rows = [NOT_FINETUNED, Plan(PROBE), Plan(PLAIN)]
     for way in dict.fromkeys(plan.way for plan in plans if plan.way in MEASURES):
         default = MEASURES[way].default_weight
         gaps = {p: abs(math.log(p.weight / default)) for p in plans if p.way == way}
@@ -161,7 +161,7 @@ def draw(runs: Sequence[Run], plans: Sequence[Plan], seeds: int, path: Path) -> 
         "similarity": "Similarity to the pretrained model (CKA)",
     }
     for axes, (field, title) in zip(panels, titles.items(), strict=True):
-        level = mean_and_deviation(runs, UNTRAINED, field)[0]
+        level = mean_and_deviation(runs, NOT_FINETUNED, field)[0]
         axes.axhline(level, color=GREY, lw=1, ls=":", zorder=1)
         for way in (PLAIN, PROBE, *MEASURES):
             if curve := [plan for plan in plans if plan.way == way]:

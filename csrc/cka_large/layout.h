@@ -88,7 +88,7 @@ struct CkaLargeArguments {
   float* tiles;       // see MomentsArguments
   float* spill;
   float* means;                    // [2][width]
-  float* shares;                   // [rows], of the total energy: the larger of both sides
+  float* shares;                   // [rows], of a side's energy: the larger of both sides
   unsigned long long* candidates;  // [row_blocks][MAX_LONG_ROWS]
   int* long_rows;                  // [MAX_LONG_ROWS], rows or -1
   unsigned short* patches;         // see MomentsArguments
@@ -98,7 +98,8 @@ struct CkaLargeArguments {
   float* weights;                  // [4][width]: their sums
   double* head_sums;               // [strip_blocks()][HEAD_SUMS]
   unsigned* counters;              // [2]
-  // [2 halves][2 width][width]: A above F^T, B above F; null if no gradient is wanted.
+  // [2 halves][2 width][width]: A above F = C^T - t A for X, B above F = C - t B for Y; null if no
+  // gradient is wanted.
   unsigned short *planes_x, *planes_y;
   float *shift_x, *shift_y;  // [2 halves][width / STRIP][width]
   float* value;

@@ -67,7 +67,7 @@ def draw_data(seed: int, device: torch.device) -> Data:
 
 
 def draw_tasks(seed: int, device: torch.device) -> list[Task]:
-    """Draw a sequence of tasks: all images of the first's digits, and a few of each later digit."""
+    """Draw a sequence of tasks: all images for the first, and a few of each digit afterwards."""
     train, test = _split(seed)
     tasks: list[Task] = []
     for digits, transform in TASKS:

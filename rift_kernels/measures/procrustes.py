@@ -42,7 +42,7 @@ def procrustes(
     scale = sign * scale
     weight_x, weight_y = -sign * value * inverse_x, -sign * value * inverse_y
     if gram:
-        # A difference of near-equal terms, so both are one matrix, which stays float64.
+        # The two terms nearly cancel, so they are added into one float64 matrix.
         return result, Coefficients(
             xx=plus_diagonal_(scale_(forth, scale), weight_x) if wanted.student else None,
             yy=plus_diagonal_(scale_(back, scale), weight_y) if wanted.teacher else None,

@@ -1,4 +1,4 @@
-"""Second moments of many rows on a CPU: who multiplies what, and the products."""
+"""Second moments of many rows on a CPU: the schedule of tiles, and the products."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PIECE_COST = 4
 
 @pytest.fixture(autouse=True)
 def _first_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    """CPU tensors have none; the emulator has two."""
+    """CPU tensors have no device index: pretend device 0 of the emulator's two."""
     monkeypatch.setattr(cuda, "_device", lambda _: 0)
 
 
@@ -42,17 +42,17 @@ SCHEDULES = {
     "width_x": st.integers(1, 900),
     "width_y": st.integers(1, 900),
     "processors": st.integers(1, 300),
-    "pairs": st.booleans(),
+    "hopper": st.booleans(),
 }
 
 
 @settings(deadline=None)
 @given(**SCHEDULES)
 def test_every_square_and_chunk_is_covered_once(
-    emulated_extension, rows, width_x, width_y, processors, pairs
+    emulated_extension, rows, width_x, width_y, processors, hopper
 ):
     """By parts in their order, and no two parts in one place."""
-    schedule = emulated_extension.moments_schedule(rows, width_x, width_y, processors, pairs)
+    schedule = emulated_extension.moments_schedule(rows, width_x, width_y, processors, hopper)
     parts = collections.defaultdict(dict)
     for _, square, part, first, last in pieces(schedule):
         assert 0 <= first < last <= schedule.chunks
@@ -76,10 +76,10 @@ def test_every_square_and_chunk_is_covered_once(
 @settings(deadline=None)
 @given(**SCHEDULES)
 def test_no_program_has_much_more_to_do_than_its_share(
-    emulated_extension, rows, width_x, width_y, processors, pairs
+    emulated_extension, rows, width_x, width_y, processors, hopper
 ):
     """Whole squares to whole programs cost at most what short pieces would have cost."""
-    schedule = emulated_extension.moments_schedule(rows, width_x, width_y, processors, pairs)
+    schedule = emulated_extension.moments_schedule(rows, width_x, width_y, processors, hopper)
     work = collections.Counter()
     for program, _, _, first, last in pieces(schedule):
         work[program] += last - first
@@ -95,7 +95,7 @@ def test_no_program_has_much_more_to_do_than_its_share(
             uneven, even + (PIECE_COST * (even // end + 1) if end > 0 else uneven)
         )
     assert max(work.values()) <= allowed
-    if pairs and processors == 132 and rows > 2000 and rest:
+    if hopper and processors == 132 and rows > 2000 and rest:
         assert max(work.values()) <= 1.25 * fair + 8
 
 

@@ -108,7 +108,7 @@ def test_more_layers_than_a_launch_takes() -> None:
         assert compilations(2, 300, 900, [256] * layers) <= 8
 
 
-def test_the_count_would_tell() -> None:
+def test_plain_sizes_compile_many_kernels() -> None:
     """Plain sizes would make a kernel for every pattern of multiples of 16."""
     from rift_kernels.backends.triton import layers
 

@@ -139,7 +139,7 @@ def test_changed_settings_and_code_run_again(tmp_path, monkeypatch) -> None:
     seeds = []
 
     def jobs(count):
-        return [job for job in ablate.jobs(count) if job.settings == ablate.UNTRAINED._asdict()]
+        return [job for job in ablate.jobs(count) if job.settings == ablate.NOT_FINETUNED._asdict()]
 
     def perform(start, job, steps):
         seeds.append(job.seed)
