@@ -29,7 +29,8 @@ def describe(device: torch.device) -> Environment:
     commit = _output("git", "rev-parse", "HEAD")
     changes = _output("git", "status", "--porcelain", "--untracked-files=no")
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
-    cpu = _cpu_name()
+    names = re.findall(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text("utf-8"))
+    cpu = names[0] if names else platform.machine()
     return Environment(
         date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         device=gpu or cpu,
@@ -38,9 +39,7 @@ def describe(device: torch.device) -> Environment:
         threads=torch.get_num_threads(),
         gpu=gpu,
         driver=_of_gpu("driver_version") if gpu else None,
-        clocks=f"{_CLOCKS}: {_of_gpu(_CLOCKS)}"
-        if gpu
-        else f"load average {os.getloadavg()[0]:.2f}",
+        clocks=f"{_CLOCKS}: {_of_gpu(_CLOCKS)}" if gpu else f"load {os.getloadavg()[0]:.2f}",
         system=f"{platform.system()} {platform.machine()}",
         commit=commit,
         dirty=None if commit == UNKNOWN else changes != "",
@@ -67,13 +66,6 @@ def versions() -> dict[str, str | None]:
 def slug(name: str) -> str:
     """A name fit for a file: "NVIDIA H200" -> "nvidia-h200"."""
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-
-
-def _cpu_name() -> str:
-    information = Path("/proc/cpuinfo")
-    text = information.read_text(encoding="utf-8") if information.exists() else ""
-    match = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
-    return match.group(1).strip() if match else platform.processor() or platform.machine()
 
 
 def _of_gpu(fields: str) -> str:

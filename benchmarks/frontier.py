@@ -87,11 +87,14 @@ def _curve(
         inputs = [features(workload, job.device, seed, noise, rotated) for seed in seeds]
         pairs = [(pair, Oracle(workload, pair)) for pair in inputs]
         curve.distances.append(_spread([1 - oracle.values.item() for _, oracle in pairs]))
-        curve.rounding.append(_spread([_rounding(oracle, workload.dtype) for _, oracle in pairs]))
+        # Nobody's error can be smaller than that of the right gradient in the features' dtype.
+        rounded = [tuple(g.to(workload.dtype) for g in o.gradients) for _, o in pairs]
+        errors = [o.errors(o.values, g)[1] for (_, o), g in zip(pairs, rounded, strict=True)]
+        curve.rounding.append(_spread(errors))
         for provider in [p for p in able if not curve.results[p.name].reason]:
             try:
-                errors = _spread([_error(provider, workload, *pair) for pair in pairs])
-                curve.results[provider.name].errors.append(errors)
+                errors = [_error(provider, workload, *pair) for pair in pairs]
+                curve.results[provider.name].errors.append(_spread(errors))
             except Exception as error:
                 # Other people's code may fail in any way.
                 curve.results[provider.name] = Errors(sentence(error))
@@ -102,12 +105,6 @@ def _error(provider: Provider, workload: Workload, inputs: Inputs, oracle: Oracl
     task = Task(provider, workload.measure, inputs)
     values = task.forward()
     return oracle.errors(values, task.backward(values))[1]
-
-
-def _rounding(oracle: Oracle, dtype: torch.dtype) -> float:
-    """The error of the right gradient in the features' dtype: nobody's can be smaller."""
-    rounded = tuple(gradient.to(dtype) for gradient in oracle.gradients)
-    return oracle.errors(oracle.values, rounded)[1]
 
 
 def _spread(numbers: Sequence[float]) -> Spread:

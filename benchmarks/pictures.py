@@ -19,7 +19,6 @@ from .providers import HALF, HAND_DERIVED, NAIVE, OURS, PACKAGES, WIDE
 from .schema import ErrorCurve, Frontier, Result, Scaling
 from .workloads import COMPILED
 
-FOLDER = "pictures"  # beside docs/benchmarks.md
 ROUNDING = "rounding alone"
 
 # Colours after Okabe and Ito, which people with any colour vision tell apart, and neither too faint
@@ -57,16 +56,12 @@ class Line:
 class Picture:
     """Lines by the title and the x axis of their panel."""
 
-    stem: str
+    link: str  # from docs
     title: str
     y_label: str
     note: str
     panels: Mapping[tuple[str, str], list[Line]]
     errors: bool
-
-    @property
-    def link(self) -> str:
-        return f"{FOLDER}/{self.stem}.svg"
 
     @property
     def alt(self) -> str:
@@ -84,7 +79,6 @@ class Picture:
         return hashlib.sha256(repr(self).encode()).hexdigest()
 
     def is_current(self, path: Path) -> bool:
-        """Whether the file shows this."""
         return path.exists() and f">{self.digest}<" in path.read_text(encoding="utf-8")
 
     def write(self, path: Path) -> None:
@@ -93,7 +87,7 @@ class Picture:
         path.parent.mkdir(parents=True, exist_ok=True)
         about = {"Title": self.title, "Identifier": self.digest, "Date": None}
         # No date and no random names: the same numbers make the same file.
-        with mpl.rc_context({**_STYLE, "svg.hashsalt": self.stem}):
+        with mpl.rc_context({**_STYLE, "svg.hashsalt": self.link}):
             draw(self).savefig(path, transparent=True, metadata=about)
 
 
@@ -101,8 +95,7 @@ def draw(picture: Picture) -> Any:
     """The picture as a figure of matplotlib."""
     from matplotlib.figure import Figure
 
-    columns = 2 if picture.errors else len(picture.panels)
-    rows = -(-len(picture.panels) // columns)
+    rows, columns = (2, 2) if picture.errors else (1, 3)
     figure = Figure((8.4, 3 * rows), layout="constrained")
     figure.supxlabel(picture.note, x=0.01, ha="left")
     figure.supylabel(picture.y_label)
@@ -110,9 +103,8 @@ def draw(picture: Picture) -> Any:
     handles: dict[str, Any] = {}
     for axes, ((title, axis), lines) in zip(panels.flat, picture.panels.items(), strict=True):
         axes.set(title=title, xlabel=axis, yscale="log")
-        handles |= {line.name: _draw(axes, line) for line in lines if not line.dotted}
-        for line in (line for line in lines if line.dotted):
-            _draw(axes, line)
+        for line in lines:
+            handles.setdefault(line.name, _draw(axes, line))
         if picture.errors:
             axes.set_xscale("log")
             axes.invert_xaxis()
@@ -134,10 +126,10 @@ def _draw(axes: Any, line: Line) -> Any:
     style: Any = {"color": colour, "zorder": 5 if ours else 3, "lw": 2.6 if ours else 1.3}
     for top in line.crosses:
         axes.plot(top, 1, "x", **style, transform=axes.get_xaxis_transform(), clip_on=False)
-    if line.dotted:
-        return axes.plot(x, middle, ":", **style)[0]
-    axes.fill_between(x, low, high, color=colour, alpha=0.16, linewidth=0, zorder=2)
-    return axes.plot(x, middle, "--" if line.name == ROUNDING else "o-", **style, markersize=3)[0]
+    if not line.dotted:
+        axes.fill_between(x, low, high, color=colour, alpha=0.16, linewidth=0, zorder=2)
+    marks = ":" if line.dotted else "--" if line.name == ROUNDING else "o-"
+    return axes.plot(x, middle, marks, **style, markersize=3)[0]
 
 
 def _colour(name: str) -> str:
@@ -155,7 +147,7 @@ def of(result: Result) -> list[Picture]:
 def summary(result: Frontier | Scaling) -> str:
     """The first picture, links to the others, and what failed or took too long for them."""
     shown, *others = of(result)
-    links = ", ".join(f"[{other.stem.split('-')[-1]}]({other.link})" for other in others)
+    links = ", ".join(f"[{other.link.split('-')[-1][:-4]}]({other.link})" for other in others)
     caption = tables.caption(result) + (f" The same for {links}." if links else "")
     parts: list[tuple[str, dict[str, Any]]]
     if isinstance(result, Frontier):
@@ -199,7 +191,7 @@ def _frontier(result: Frontier, rows: int, width: int) -> Picture:
                 panels[_kind(curve), axis].append(line)
     device = result.environment.device
     return Picture(
-        stem=f"frontier-{environment.slug(device)}-{rows}x{width}",
+        link=f"pictures/frontier-{environment.slug(device)}-{rows}x{width}.svg",
         title=f"Error of the gradient of linear CKA near similarity 1, {rows} x {width}, {device}",
         y_label="relative error of the gradient",
         note=f"Solid: student near its teacher, median and range of {result.pairs} pairs. Dotted: "
@@ -230,7 +222,7 @@ def _scaling(result: Scaling) -> Picture:
                 panels[title, axis].append(line)
     device = result.environment.device
     return Picture(
-        stem=f"scaling-{environment.slug(device)}",
+        link=f"pictures/scaling-{environment.slug(device)}.svg",
         title=f"Milliseconds of linear CKA, forward and backward, as features grow, {device}",
         y_label="ms",
         note="Medians of interleaved calls; bands from the 0.2 to the 0.8 quantile. Crosses: wrong "

@@ -19,6 +19,7 @@ from . import demo, environment, files, pictures, step_table, tables
 from .schema import Benchmark, Frontier, Lora, Result, Scaling, Step
 
 MEASURED, README, EXAMPLES = "docs/benchmarks.md", "README.md", "examples/README.md"
+FOLDER = "benchmarks/results"
 
 
 class Section(NamedTuple):
@@ -27,20 +28,18 @@ class Section(NamedTuple):
     page: str
     name: str
     kind: type[Result]
-    command: str
     text: Callable[[Any], str]
     reduced: Collection[str] = ("smoke",)
 
 
-_LORA = ("lora --profile full", step_table.lora_summary, ("smoke", "cpu"))
 SECTIONS = (
-    Section(README, "speed", Benchmark, "run", tables.best_and_worst),
-    Section(README, "cost", Step, "step", step_table.cost),
-    Section(MEASURED, "benchmarks", Benchmark, "run", tables.summary),
-    Section(MEASURED, "step", Step, "step", step_table.summary),
-    Section(MEASURED, "lora", Lora, *_LORA),
-    Section(MEASURED, "frontier", Frontier, "frontier", pictures.summary),
-    Section(MEASURED, "scaling", Scaling, "scaling", pictures.summary),
+    Section(README, "speed", Benchmark, tables.best_and_worst),
+    Section(README, "cost", Step, step_table.cost),
+    Section(MEASURED, "benchmarks", Benchmark, tables.summary),
+    Section(MEASURED, "step", Step, step_table.summary),
+    Section(MEASURED, "lora", Lora, step_table.lora_summary, reduced=("smoke", "cpu")),
+    Section(MEASURED, "frontier", Frontier, pictures.summary),
+    Section(MEASURED, "scaling", Scaling, pictures.summary),
 )
 
 
@@ -62,11 +61,11 @@ def _section(page: str, name: str) -> tuple[str, str, str]:
 
 def results(section: Section, root: Path, check: bool) -> dict[Path, Result]:
     """The results that a section shows: to check it, those that it names."""
-    folder = root / "benchmarks" / "results"
+    folder = root / FOLDER
     if not check:
         return dict(files.newest(folder, section.kind, section.reduced))
     _, text, _ = _section((root / section.page).read_text(encoding="utf-8"), section.name)
-    names = re.findall(r"^From `benchmarks/results/(.+)`\.$", text, re.MULTILINE)
+    names = re.findall(rf"^From `{FOLDER}/(.+)`\.$", text, re.MULTILINE)
     return {folder / name: files.read(folder / name) for name in names}
 
 
@@ -96,13 +95,10 @@ def main(arguments: Sequence[str] | None = None, root: Path = environment.ROOT) 
         shown = results(section, root, check)
         drawn += [picture for result in shown.values() for picture in pictures.of(result)]
         paragraphs = [
-            f"{section.text(result)}\n\nFrom `{path.relative_to(root).as_posix()}`."
+            f"{section.text(result)}\n\nFrom `{FOLDER}/{path.name}`."
             for path, result in shown.items()
         ]
-        texts[section.page, section.name] = "\n\n".join(paragraphs) or (
-            f"Not measured yet: `python -m benchmarks.{section.command}` does, and then "
-            "`python -m benchmarks.report` writes this section."
-        )
+        texts[section.page, section.name] = "\n\n".join(paragraphs) or "Not measured yet."
     differs = write(texts, root, check)
     for picture in drawn:
         path = (root / MEASURED).parent / picture.link

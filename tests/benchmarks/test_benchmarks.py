@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import baselines, files, host, measure, oracle, run, schema, suite, tables
+from benchmarks import baselines, host, measure, oracle, run, schema, tables
 from benchmarks.providers import HALF, NAIVE, TF32, WIDE, Provider, providers
 from benchmarks.schema import Outcome
 from benchmarks.workloads import MEASURES, Inputs, Workload, features
@@ -129,17 +129,6 @@ def test_settings_hold_forward_and_backward_and_no_longer() -> None:
     task.backward(task.forward())
     assert seen == ["tf32", "tf32"]
     assert matmul.fp32_precision == before
-
-
-def test_the_whole_suite(tmp_path, capfd) -> None:
-    options = ["--profile", "smoke", "--device", "cpu", "--out", str(tmp_path)]
-    assert suite.main([*options, "--only", "frontier", "scaling"]) == 0
-    kinds = {type(files.read(path)) for path in tmp_path.iterdir()}
-    assert kinds == {schema.Frontier, schema.Scaling}
-    assert "--- frontier" in capfd.readouterr().out
-    # One that fails does not stop the others, and is named.
-    assert suite.main(["--profile", "smoke", "--device", "tpu", "--only", "run", "frontier"]) == 1
-    assert "FAILED run\nFAILED frontier" in capfd.readouterr().out
 
 
 def test_where_the_time_of_the_host_goes(monkeypatch) -> None:
