@@ -21,17 +21,22 @@ import math
 import statistics
 import sys
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from . import files, tables
 from .providers import NAIVE, OURS
-from .schema import Benchmark, Bounds, Workload
+from .schema import Benchmark, Workload
 
 THRESHOLD = math.log(1.05)
 SIGMAS = 4.0
 MIN_WORKLOADS = 5  # fewer do not tell the error of their mean
+
+
+class Time(NamedTuple):
+    log: float
+    within: float  # half of what lies between the bounds within a file, as a share
 
 
 class Change(NamedTuple):
@@ -56,13 +61,13 @@ def changes(before: Sequence[Benchmark], after: Sequence[Benchmark], clock: str)
     """The change of everything that was measured before and after, and all in all."""
     old, new = _times(before, clock), _times(after, clock)
     pairs = {key: (old[key], new[key]) for key in old if key in new}
-    pooled = _spread([side for pair in pairs.values() for side in pair])
+    pooled = _spread(side for pair in pairs.values() for side in pair)
     result = []
     for key, pair in pairs.items():
         # Files that agree by chance are no proof that the next one does.
         error = max(pooled, _spread(pair)) * math.sqrt(sum(1 / len(side) for side in pair))
-        within = sum(statistics.fmean((b.high - b.low) / 2 / b.q50 for b in side) for side in pair)
-        less, more = (statistics.fmean(_logs(side)) for side in pair)
+        within = sum(statistics.fmean(time.within for time in side) for side in pair)
+        less, more = (statistics.fmean(time.log for time in side) for side in pair)
         uncertain, single = max(within, SIGMAS * error), min(map(len, pair)) == 1
         result.append(Change(*key, clock, more - less, uncertain, single))
     return [*_overall(result, clock), *result]
@@ -79,26 +84,22 @@ def _overall(every: Sequence[Change], clock: str) -> Iterator[Change]:
         yield Change(OURS, "all in all", clock, mean - sum(shift), SIGMAS * error)
 
 
-def _spread(sides: Sequence[Sequence[Bounds]]) -> float:
-    """The standard deviation between files of one side, pooled; 0 for single files."""
-    samples = [_logs(side) for side in sides]
-    squares = sum((log - statistics.fmean(logs)) ** 2 for logs in samples for log in logs)
-    return math.sqrt(squares / max(1, sum(len(logs) - 1 for logs in samples)))
+def _spread(sides: Iterable[Sequence[Time]]) -> float:
+    """The standard deviation between files of one side; 0 for single files."""
+    variances = [statistics.variance(t.log for t in side) for side in sides if len(side) > 1]
+    return math.sqrt(statistics.fmean(variances)) if variances else 0.0
 
 
-def _logs(side: Sequence[Bounds]) -> list[float]:
-    return [math.log(bounds.q50) for bounds in side]
-
-
-def _times(results: Sequence[Benchmark], clock: str) -> dict[tuple[str, str], list[Bounds]]:
+def _times(results: Sequence[Benchmark], clock: str) -> dict[tuple[str, str], list[Time]]:
     """All times but those of naive eager, which they are relative to."""
     times = defaultdict(list)
     for w in (w for result in results for w in result.workloads):
         for name, outcome in w.results.items():
-            graph = outcome.graph and Bounds(*vars(outcome.graph).values())
-            bounds = graph if clock == "graph" else outcome.relative
-            if bounds and name != NAIVE:
-                times[name, _label(w)].append(bounds)
+            seconds = outcome.graph if clock == "graph" else outcome.relative
+            if seconds and name != NAIVE:
+                low, middle, high = vars(seconds).values()
+                time = Time(math.log(middle), (high - low) / 2 / middle)
+                times[name, _label(w)].append(time)
     return times
 
 

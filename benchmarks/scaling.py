@@ -36,19 +36,16 @@ CURVES = {
         "layers": [_CKA(8, 8), _CKA(8, 8, layers=2)],
     },
 }
-
-
-def _profile(name: str, **effort: Any) -> Profile:
-    """Each workload once, whatever the number of curves that it lies on."""
-    workloads = dict.fromkeys(w for curve in CURVES[name].values() for w in curve)
-    return Profile(tuple(workloads), **effort)
-
-
-PROFILES = {
+EFFORTS: dict[str, dict[str, Any]] = {
     # torch.compile takes seconds for every shape, too many on a CPU.
-    "cpu": _profile("cpu", budget=32, probe=1024, max_rounds=40, compiled=()),
-    "gpu": _profile("gpu", budget=40, probe=8192),
-    "smoke": _profile("smoke", budget=20, probe=64, max_rounds=5, compiled=()),
+    "cpu": {"budget": 32, "probe": 1024, "max_rounds": 40, "compiled": ()},
+    "gpu": {"budget": 40, "probe": 8192},
+    "smoke": {"budget": 20, "probe": 64, "max_rounds": 5, "compiled": ()},
+}
+# Each workload once, whatever the number of curves that it lies on.
+PROFILES = {
+    name: Profile(tuple(dict.fromkeys(w for c in curves.values() for w in c)), **EFFORTS[name])
+    for name, curves in CURVES.items()
 }
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import math
 
@@ -10,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import frontier, scaling
+from benchmarks import frontier
 from benchmarks.command import Job
 from benchmarks.providers import NAIVE, Provider, providers
 from benchmarks.schema import Errors, Spread
@@ -105,11 +104,3 @@ def test_scaling_is_a_benchmark_on_curves(smoke) -> None:
             assert (sizes == sorted(set(sizes))) == (size == curve.along)
     # The smallest lies on all three, and is measured once.
     assert len(result.workloads) == 4
-
-
-@pytest.mark.parametrize("profile", scaling.PROFILES)
-def test_along_a_curve_one_size_grows(profile) -> None:
-    for along, workloads in scaling.CURVES[profile].items():
-        sizes = [getattr(w, along) for w in workloads]
-        assert sizes == sorted(set(sizes))
-        assert len({dataclasses.replace(w, **{along: 1}) for w in workloads}) == 1

@@ -125,15 +125,11 @@ def test_the_documents_are_what_the_results_say() -> None:
     assert predict.main(["--check"]) == 0
 
 
-@pytest.mark.parametrize(
-    ("page", "word"),
-    [(predict.KERNELS, "GFLOP"), (predict.DISTRIBUTED, "GB/s"), (predict.STATUS, "not yet")],
-)
-def test_the_tables_of_what_is_not_measured(page, word, tmp_path, capsys) -> None:
+def test_the_tables_of_what_is_not_measured(tmp_path, capsys) -> None:
+    page = predict.DISTRIBUTED
     shutil.copytree(environment.ROOT / "docs", tmp_path / "docs")
     right = text(tmp_path, page)
-    marked = right.index(":begin -->")
-    (tmp_path / page).write_text(right[:marked] + right[marked:].replace(word, "?", 1))
+    (tmp_path / page).write_text(right.replace("us a hop", "s a hop"))
     assert predict.main(["--check"], tmp_path) == 1
     assert "differs" in capsys.readouterr().out
     assert predict.main([], tmp_path) == 0
