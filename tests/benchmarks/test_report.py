@@ -31,6 +31,7 @@ def root(tmp_path: Path) -> Path:
     about = {"hardware": "a machine", "versions": {"torch": "2"}, "commit": "abc", "seconds": 3.0}
     demo = tmp_path / "examples" / "results" / "results.json"
     demo.parent.mkdir(parents=True)
+    (tmp_path / report.FOLDER).mkdir(parents=True)
     demo.write_text(json.dumps({"runs": runs, **about}))
     sections = [(section.page, section.name) for section in report.SECTIONS]
     for page, name in (*sections, (report.EXAMPLES, "demo")):
@@ -49,9 +50,7 @@ def written(smoke, root):
         result = smoke(command)
         result.profile = profile
         result.environment = dataclasses.replace(result.environment, **changes)
-        folder = root / "benchmarks" / "results"
-        folder.mkdir(parents=True, exist_ok=True)
-        return files.write(result, folder)
+        return files.write(result, root / report.FOLDER)
 
     return write
 
