@@ -49,7 +49,8 @@ lint: $(VENV)/ready
 	$(BIN)/mypy
 
 bench: $(VENV)/ready
-	$(BIN)/python -m benchmarks.suite $(ARGS)
+	for kind in run frontier scaling step lora; do \
+		$(BIN)/python -m benchmarks.$$kind $(ARGS) || failed=1; done; exit $$failed
 
 report: $(VENV)/ready
 	$(BIN)/python -m benchmarks.report $(ARGS)

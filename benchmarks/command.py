@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import argparse
 import sys
-import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 import torch
 
@@ -33,30 +32,19 @@ def options(
     profiles: Mapping[str, Profile],
     arguments: Sequence[str] | None,
 ) -> tuple[Job[Profile], Path]:
-    """The job that a command line asks for, and the folder of its result.
-
-    Wrong options exit before anything is measured. Profiles with a budget have a ``--budget``.
-    """
-    parser = argparse.ArgumentParser(
-        prog=f"python -m benchmarks.{command}", description=description
-    )
+    """The job that a command line asks for, and the folder of its result."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    prog = f"python -m benchmarks.{command}"
+    parser = argparse.ArgumentParser(prog, description=description)
     parser.add_argument("--profile", choices=profiles, help="default: gpu on a GPU, else cpu")
-    parser.add_argument("--device", help="default: cuda where there is one, else cpu")
+    parser.add_argument("--device", type=torch.device, default=device)
     parser.add_argument("--out", type=Path, default=files.RESULTS, help="folder of the result file")
-    parser.set_defaults(budget=0.0)
-    if hasattr(profiles["cpu"], "budget"):
-        parser.add_argument("--budget", type=positive, help="seconds; default: the profile's")
+    parser.add_argument("--budget", type=positive, help="seconds; default: the profile's")
     parsed = parser.parse_args(arguments)
-    try:
-        parsed.out.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=parsed.out).close()
-        device = torch.device(parsed.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.empty(0, device=device)
-    except (OSError, RuntimeError, AssertionError) as error:
-        parser.error(str(error).split("\n")[0])
-    name = parsed.profile or ("gpu" if device.type == "cuda" else "cpu")
-    profile: Any = profiles[name]
-    return Job(name, profile, device, parsed.budget or getattr(profile, "budget", 0.0)), parsed.out
+    parsed.out.mkdir(parents=True, exist_ok=True)
+    name = parsed.profile or ("gpu" if parsed.device.type == "cuda" else "cpu")
+    budget = parsed.budget or getattr(profiles[name], "budget", 0.0)
+    return Job(name, profiles[name], parsed.device, budget), parsed.out
 
 
 def positive(text: str) -> float:
@@ -67,10 +55,10 @@ def positive(text: str) -> float:
     return number
 
 
-def progress(items: Sequence[Item], label: Callable[[Item], str] = str) -> Iterator[Item]:
+def progress(items: Sequence[Item]) -> Iterator[Item]:
     """Items, each announced on a line."""
     for i, item in enumerate(items, 1):
-        print(f"[{i}/{len(items)}] {label(item)}", file=sys.stderr, flush=True)
+        print(f"[{i}/{len(items)}] {item}", file=sys.stderr, flush=True)
         yield item
 
 

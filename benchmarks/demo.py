@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,31 +16,28 @@ _TITLES = {
     "cka": "+ RIFT, debiased CKA",
     "covariance": "+ RIFT, covariance matching",
 }
-# Field -> title and decimals.
-_COLUMNS = {
-    "new_accuracy": ("new task, %", 1),
-    "old_accuracy": ("old task kept, %", 1),
-    "similarity": ("similarity to pretrained", 2),
-    "step_ms": ("ms a step", 1),
-}
+# Field, title and decimals.
+_COLUMNS = (
+    ("new_accuracy", "new task, %", 1),
+    ("old_accuracy", "old task kept, %", 1),
+    ("similarity", "similarity to pretrained", 2),
+    ("step_ms", "ms a step", 1),
+)
 
 
 def section(record: dict[str, Any]) -> str:
     """The table and its caption."""
-    plans: dict[tuple[str, float, float], list[dict[str, Any]]] = {}
+    plans = defaultdict(list)
     for run in record["runs"]:
-        plans.setdefault((run["way"], run["weight"], run["rate"]), []).append(run)
+        plans[run["way"], run["weight"], run["rate"]].append(run)
     highest = max(rate for way, _, rate in plans if way == "plain")
     rows = []
     for (way, weight, rate), runs in plans.items():
-        title = _TITLES.get(way, way)
-        if weight:
-            title += f", weight {weight:g}"
-        elif way == "plain" and rate < highest:
+        title = _TITLES.get(way, way) + (f", weight {weight:g}" if weight else "")
+        if way == "plain" and rate < highest:
             title += f", learning rate / {highest / rate:g}"
-        cells = (cell(runs, field, decimals) for field, (_, decimals) in _COLUMNS.items())
-        rows.append([title, *cells])
-    header = ["", *(title for title, _ in _COLUMNS.values())]
+        rows.append([title, *(cell(runs, field, decimals) for field, _, decimals in _COLUMNS)])
+    header = ["", *(title for _, title, _ in _COLUMNS)]
     return f"{markdown(header, rows)}\n\n{caption(record)}"
 
 

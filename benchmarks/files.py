@@ -1,4 +1,4 @@
-"""Result files: written once under a name of their own, and found again."""
+"""Result files: each is written once, and the newest of a kind are found again."""
 
 from __future__ import annotations
 
@@ -17,23 +17,17 @@ RESULTS = environment.ROOT / "benchmarks" / "results"
 
 
 def write(result: Result, folder: Path) -> Path:
-    """Write a result, and return its path: device, kind and time; nothing is overwritten."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Write a result to a file that is named after device, kind and time."""
     now = datetime.datetime.now(datetime.UTC)
     kind = "" if result.schema == Benchmark.schema else f"{result.schema.split()[1]}-"
-    stem = f"{environment.slug(result.environment.device)}-{kind}{now:%Y%m%d-%H%M%S}"
-    path, number = folder / f"{stem}.json", 1
-    while path.exists():
-        number += 1
-        path = folder / f"{stem}-{number}.json"
+    device = environment.slug(result.environment.device)
+    path = folder / f"{device}-{kind}{now:%Y%m%d-%H%M%S-%f}.json"
     text = json.dumps(dataclasses.asdict(result), indent=1, allow_nan=False)
-    with path.open("x", encoding="utf-8") as file:
-        file.write(f"{text}\n")
+    path.write_text(f"{text}\n", encoding="utf-8")
     return path
 
 
-def read(path: Path) -> Result:
-    """A result; ValueError where the file has none."""
+def read(path: Path) -> Any:
     return parse(json.loads(path.read_text(encoding="utf-8")))
 
 
@@ -42,12 +36,11 @@ def newest(
 ) -> dict[Path, Kind]:
     """The newest result of a kind for each device; ``reduced`` profiles do not count."""
     contents = {path: json.loads(path.read_text("utf-8")) for path in folder.glob("*.json")}
-    # Other kinds of files lie there, too.
-    results: dict[Path, Any] = {
-        path: parse(c) for path, c in contents.items() if c.get("schema") == kind.schema
+    results = {
+        path: parse(content)
+        for path, content in contents.items()
+        if content.get("schema") == kind.schema and content["profile"] not in reduced
     }
-    latest: dict[str, Path] = {}
-    for path, result in sorted(results.items(), key=lambda item: item[1].environment.date):
-        if result.profile not in reduced:
-            latest[result.environment.device] = path
-    return {latest[device]: results[latest[device]] for device in sorted(latest)}
+    dates = sorted(results, key=lambda path: results[path].environment.date)
+    latest = {results[path].environment.device: path for path in dates}
+    return {path: results[path] for _, path in sorted(latest.items())}

@@ -8,11 +8,12 @@ the provider's own. No time is measured. Exits with 1 if rift_kernels failed or 
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -29,9 +30,8 @@ from .workloads import BFLOAT16, CKA_MEASURES, Inputs, Workload, dtype_name, fea
 NOISES = tuple(0.35 * 10 ** (-step / 4) for step in range(11))
 
 
-@dataclass(frozen=True)
-class Profile:
-    """Shapes, how near students come, and how many random pairs there are for each point."""
+class Profile(NamedTuple):
+    """Rows and widths, how near students come, and how many random pairs there are a point."""
 
     shapes: tuple[tuple[int, int], ...]
     noises: tuple[float, ...] = NOISES
@@ -47,25 +47,23 @@ PROFILES = {
 }
 
 
-def curves(profile: Profile) -> Iterator[tuple[Workload, bool]]:
-    """The workloads, each with a student as it is and a rotated one."""
-    for rows, width in profile.shapes:
-        for dtype in (BFLOAT16, torch.float32):
-            for measure in CKA_MEASURES:
-                for rotated in (False, True):
-                    yield Workload(measure, rows, width, dtype), rotated
-
-
 def run(job: Job[Profile], candidates: Sequence[Provider]) -> schema.Frontier:
+    dtypes = BFLOAT16, torch.float32
+    workloads = [
+        Workload(measure, *shape, dtype)
+        for shape, dtype, measure in itertools.product(job.profile.shapes, dtypes, CKA_MEASURES)
+    ]
+    curves = [
+        _curve(job, candidates, workload, rotated)
+        for workload in command.progress(workloads)
+        for rotated in (False, True)
+    ]
     return schema.Frontier(
         profile=job.name,
         environment=environment.describe(job.device),
         providers=[schema.Provider(p.name, p.reason) for p in candidates],
         pairs=job.profile.pairs,
-        curves=[
-            _curve(job, candidates, *curve)
-            for curve in command.progress([*curves(job.profile)], lambda curve: str(curve[0]))
-        ],
+        curves=curves,
     )
 
 
@@ -73,48 +71,40 @@ def _curve(
     job: Job[Profile], candidates: Sequence[Provider], workload: Workload, rotated: bool
 ) -> ErrorCurve:
     """Every provider's errors, from the first noise to the last."""
-    able = [p for p in candidates if p.can_do(workload)]
-    results = {p.name: Errors() for p in able}
-    distances, roundings = [], []
-    for noise in job.profile.noises:
-        seeds = range(job.profile.pairs)
-        inputs = [features(workload, job.device, seed, noise, rotated) for seed in seeds]
-        pairs = [(pair, Oracle(workload, pair)) for pair in inputs]
-        distances.append(_spread([1 - oracle.values.item() for _, oracle in pairs]))
-        roundings.append(_spread([_rounding(oracle, workload.dtype) for _, oracle in pairs]))
-        for provider in able:
-            entry = results[provider.name]
-            if entry.reason is not None:
-                continue
-            try:
-                errors = [_error(provider, workload.measure, *pair) for pair in pairs]
-            except Exception as error:
-                # Other people's code may fail in any way.
-                results[provider.name] = Errors(sentence(error))
-            else:
-                entry.errors.append(_spread(errors))
-    return ErrorCurve(
+    curve = ErrorCurve(
         measure=workload.measure,
         rows=workload.rows,
         width=workload.width,
         dtype=dtype_name(workload.dtype),
         rotated=rotated,
-        distances=distances,
-        rounding=roundings,
-        results=results,
+        distances=[],
+        rounding=[],
+        results={p.name: Errors() for p in candidates if p.can_do(workload)},
     )
+    able = [p for p in candidates if p.name in curve.results]
+    for noise in job.profile.noises:
+        seeds = range(job.profile.pairs)
+        inputs = [features(workload, job.device, seed, noise, rotated) for seed in seeds]
+        pairs = [(pair, Oracle(workload, pair)) for pair in inputs]
+        curve.distances.append(_spread([1 - oracle.values.item() for _, oracle in pairs]))
+        # Nobody's error can be smaller than that of the right gradient in the features' dtype.
+        rounded = [tuple(g.to(workload.dtype) for g in o.gradients) for _, o in pairs]
+        errors = [o.errors(o.values, g)[1] for (_, o), g in zip(pairs, rounded, strict=True)]
+        curve.rounding.append(_spread(errors))
+        for provider in [p for p in able if not curve.results[p.name].reason]:
+            try:
+                errors = [_error(provider, workload, *pair) for pair in pairs]
+                curve.results[provider.name].errors.append(_spread(errors))
+            except Exception as error:
+                # Other people's code may fail in any way.
+                curve.results[provider.name] = Errors(sentence(error))
+    return curve
 
 
-def _error(provider: Provider, measure: str, inputs: Inputs, oracle: Oracle) -> float:
-    task = Task(provider, measure, inputs)
+def _error(provider: Provider, workload: Workload, inputs: Inputs, oracle: Oracle) -> float:
+    task = Task(provider, workload.measure, inputs)
     values = task.forward()
     return oracle.errors(values, task.backward(values))[1]
-
-
-def _rounding(oracle: Oracle, dtype: torch.dtype) -> float:
-    """The error of the right gradient in the features' dtype: nobody's can be smaller."""
-    rounded = tuple(gradient.to(dtype) for gradient in oracle.gradients)
-    return oracle.errors(oracle.values, rounded)[1]
 
 
 def _spread(numbers: Sequence[float]) -> Spread:
@@ -126,16 +116,11 @@ def _spread(numbers: Sequence[float]) -> Spread:
 def failures(result: schema.Frontier) -> Iterator[str]:
     """The curves on which ours failed or was wrong."""
     for curve in result.curves:
-        for name, entry in curve.results.items():
-            worst = max((math.inf if e.max is None else e.max for e in entry.errors), default=0)
-            if name.startswith(OURS) and (entry.reason or worst > GRADIENT_TOLERANCE):
-                yield f"{name}: {_label(curve)}: {entry.reason or f'off by {worst:.0e}'}"
-
-
-def _label(curve: ErrorCurve) -> str:
-    kind = curve.measure.removeprefix("cka_")
-    rotated = ", rotated" if curve.rotated else ""
-    return f"{kind}, {curve.rows} x {curve.width} {curve.dtype}{rotated}"
+        for name, outcome in curve.results.items():
+            worst = max((math.inf if e.max is None else e.max for e in outcome.errors), default=0)
+            if name.startswith(OURS) and (outcome.reason or worst > GRADIENT_TOLERANCE):
+                label = pictures.label(curve) + ", rotated" * curve.rotated
+                yield f"{name}: {label}: {outcome.reason or f'off by {worst:.0e}'}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

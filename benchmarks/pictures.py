@@ -1,204 +1,139 @@
-"""What docs/benchmarks.md shows of frontier and scaling results: pictures, and the same in words.
+"""Pictures of frontier and scaling results in docs/benchmarks.md, and the same in words.
 
-A picture is an SVG file for each theme. It names the result file that it comes from and a digest of
-what is drawn, so that a picture of other numbers is found without comparing drawings, which differ
-between versions of matplotlib. Only drawing needs matplotlib.
+A picture is an SVG file with a digest of what is drawn, so that a picture of other numbers is found
+without comparing drawings, which differ between versions of matplotlib.
 """
 
 from __future__ import annotations
 
 import hashlib
-import html
-import json
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from . import environment, tables
-from .providers import HAND_DERIVED, NAIVE, OURS, PACKAGES, TF32
-from .schema import ErrorCurve, Frontier, Result, Scaling, Workload
+from .providers import HALF, HAND_DERIVED, NAIVE, OURS, PACKAGES, WIDE
+from .schema import ErrorCurve, Frontier, Result, Scaling
 from .workloads import COMPILED
 
-FOLDER = Path("pictures")  # beside docs/benchmarks.md
 ROUNDING = "rounding alone"
 
 # Colours after Okabe and Ito, which people with any colour vision tell apart, and neither too faint
 # on white nor too dark on black. Keys are how names begin, longest first.
 _COLOURS = {
-    f"{OURS}triton": "#0a6fa8",
-    f"{OURS}cuda": "#7a63d9",
-    OURS: "#1a86cf",
-    TF32: "#8e5bd0",
-    f"{NAIVE} ": "#c0508f",
-    NAIVE: "#d5600a",
-    HAND_DERIVED: "#10926b",
-    **dict.fromkeys((COMPILED, *PACKAGES), "#a97b00"),
+    **{f"{OURS}triton": "#0a6fa8", f"{OURS}cuda": "#7a63d9", OURS: "#1a86cf"},
+    **{WIDE: "#c0508f", HALF: "#8d6b55", NAIVE: "#d5600a", HAND_DERIVED: "#10926b"},
+    **{COMPILED: "#a97b00", **dict(zip(PACKAGES, ("#a97b00", "#708c1c"), strict=True))},
     "": "#7d8590",
 }
-# Ink for GitHub's backgrounds.
-THEMES = {"light": "#1f2328", "dark": "#e6edf3"}
+# Ink that is legible on GitHub's light and dark backgrounds.
 _INK = ("text.color", "axes.labelcolor", "xtick.color", "ytick.color")
 _STYLE: Any = {
+    **dict.fromkeys(_INK, "#768089"),
     **dict.fromkeys((f"axes.spines.{side}" for side in ("left", "right", "top", "bottom")), False),
-    **dict.fromkeys((f"{axis}tick.{kind}.size" for axis in "xy" for kind in ("major", "minor")), 0),
-    **{f"{text}size": 8 for text in ("font.", "figure.label", "axes.label", "legend.font")},
-    **{"xtick.labelsize": 8, "ytick.labelsize": 8, "axes.grid": True, "grid.color": "#8c959f50"},
-    **{"axes.titlesize": 9, "axes.titleweight": "bold", "axes.titlelocation": "left"},
-    **{"legend.frameon": False, "legend.labelcolor": "linecolor", "svg.fonttype": "path"},
+    **{"font.size": 8, "figure.labelsize": 8, "axes.titlesize": 9, "axes.titleweight": "bold"},
+    **{"axes.titlelocation": "left", "axes.grid": True, "grid.color": "#8c959f50"},
+    **{"legend.frameon": False, "legend.labelcolor": "linecolor"},
+    **{"xtick.minor.size": 0, "ytick.minor.size": 0},
 }
 _AXES = {"rows": "rows N", "width": "width D", "layers": "layers L"}
 
 
-class NoMatplotlibError(Exception):
-    """Why nothing can be drawn."""
-
-
-class Line(NamedTuple):
-    """Low, middle and high over x; None is not finite. ``wrong`` are places that get a cross."""
+@dataclass
+class Line:
+    """Points are x, low, middle and high; ``crosses`` are the x of those that are wrong."""
 
     name: str
-    x: Sequence[float | None]
-    points: Sequence[tuple[float | None, ...]]
-    wrong: Sequence[int] = ()
+    points: list[tuple[float, ...]]
+    crosses: list[float]
     dotted: bool = False
 
-    def draw(self, axes: Any) -> None:
-        low, middle, high = (
-            [math.nan if y is None else y for y in side] for side in zip(*self.points, strict=True)
-        )
-        colour, ours = _colour(self.name), self.name.startswith(OURS)
-        style: Any = {"color": colour, "zorder": 5 if ours else 3, "lw": 2.6 if ours else 1.3}
-        if self.dotted:
-            axes.plot(self.x, middle, ":", **style)
-        elif self.name == ROUNDING:
-            axes.plot(self.x, middle, "--", **style, label=self.name)
-        else:
-            axes.plot(self.x, middle, "o-", **style, markersize=3, label=self.name)
-            axes.fill_between(self.x, low, high, color=colour, alpha=0.16, linewidth=0, zorder=2)
-        style |= {"markersize": 8, "markeredgewidth": 1.8, "clip_on": False}
-        for i, y in enumerate(middle):
-            if math.isnan(y):
-                axes.plot(self.x[i], 1, "x", **style, transform=axes.get_xaxis_transform())
-            elif i in self.wrong:
-                axes.plot(self.x[i], y, "x", **style)
 
-
-def _colour(name: str) -> str:
-    return next(colour for prefix, colour in _COLOURS.items() if name.startswith(prefix))
-
-
-@dataclass(frozen=True)
+@dataclass
 class Picture:
-    """Panels of lines, by title, what they show in words, and a ``short`` name for links.
+    """Lines by the title and the x axis of their panel."""
 
-    Pictures of errors have two columns, and each panel names its lines. In those of times, the
-    last panel does.
-    """
-
-    stem: str
-    short: str
+    link: str  # from docs
     title: str
-    words: str
-    panels: Mapping[str, Sequence[Line]]
-    x_labels: Sequence[str]
     y_label: str
     note: str
+    panels: Mapping[tuple[str, str], list[Line]]
     errors: bool
 
     @property
     def alt(self) -> str:
-        return f"{self.title}. {self.words}"
+        """The title and the numbers at the end of each panel."""
+        sentences = [self.title]
+        for (title, axis), lines in self.panels.items():
+            ends = {line.name: line.points[-1] for line in lines if not line.dotted}
+            last = (min if self.errors else max)(x for x, *_ in ends.values())
+            values = ", ".join(f"{name} {p[2]:.3g}" for name, p in ends.items() if p[0] == last)
+            sentences.append(f"{title}, at {axis.split(';')[0]} = {last:.5g}: {values}")
+        return ". ".join(sentences) + "."
 
-    def file(self, theme: str) -> str:
-        return f"{self.stem}-{theme}.svg"
+    @property
+    def digest(self) -> str:
+        return hashlib.sha256(repr(self).encode()).hexdigest()
 
-    def digest(self, theme: str) -> str:
-        """A digest of what is drawn."""
-        drawn = json.dumps([theme, self.panels, self.x_labels, self.y_label, self.note])
-        return hashlib.sha256(drawn.encode()).hexdigest()
+    def is_current(self, path: Path) -> bool:
+        return path.exists() and f">{self.digest}<" in path.read_text(encoding="utf-8")
 
-    def is_current(self, folder: Path, theme: str) -> bool:
-        """Whether the file in the folder shows this."""
-        path = folder / self.file(theme)
-        return path.exists() and f">{self.digest(theme)}<" in path.read_text(encoding="utf-8")
+    def write(self, path: Path) -> None:
+        import matplotlib as mpl  # which is not needed to check pictures
 
-    def write(self, folder: Path, theme: str) -> Path:
-        """Draw it.
-
-        Raises:
-            NoMatplotlibError: it cannot be drawn here.
-        """
-        try:
-            import matplotlib as mpl
-            from matplotlib.figure import Figure
-        except ImportError as error:
-            raise NoMatplotlibError(
-                f"pictures are drawn by matplotlib, which cannot be imported: {error}"
-            ) from error
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / self.file(theme)
-        ink: Any = dict.fromkeys(_INK, THEMES[theme])
-        about = {"Title": self.title, "Identifier": self.digest(theme), "Date": None}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        about = {"Title": self.title, "Identifier": self.digest, "Date": None}
         # No date and no random names: the same numbers make the same file.
-        with mpl.rc_context({**_STYLE, **ink, "svg.hashsalt": self.stem}):
-            figure = Figure(layout="constrained")
-            self.draw(figure)
-            figure.savefig(path, transparent=True, metadata=about)
-        return path
-
-    def draw(self, figure: Any) -> None:
-        columns = 2 if self.errors else len(self.panels)
-        rows = -(-len(self.panels) // columns)
-        figure.set_size_inches(8.4, 3 * rows)
-        figure.supxlabel(self.note, x=0.01, ha="left")
-        panels = figure.subplots(rows, columns, sharey="row", squeeze=False)
-        for axes, (title, lines), label in zip(
-            panels.flat, self.panels.items(), self.x_labels, strict=True
-        ):
-            for line in lines:
-                line.draw(axes)
-            axes.set(title=title, xlabel=label, yscale="log")
-            if self.errors:
-                axes.set_xscale("log")
-                axes.invert_xaxis()
-                _names([axes])
-            else:
-                axes.set_xscale("log", base=2)
-                axes.xaxis.set_major_formatter("{x:g}")
-                axes.yaxis.set_major_formatter("{x:g}")
-        for axes in panels.flat if self.errors else ():
-            limits = axes.get_ylim()
-            axes.axhspan(1, max(limits[1], 1), color=_colour(NAIVE), alpha=0.15, zorder=0)
-            axes.set_ylim(limits)
-        if not self.errors:
-            _names(panels.flat)
-        for axes in panels[:, 0]:
-            axes.set_ylabel(self.y_label)
-
-    def markup(self) -> str:
-        """HTML that shows the one that suits the reader's theme."""
-        return (
-            "<picture>\n"
-            f'<source media="(prefers-color-scheme: dark)" srcset="{self.link("dark")}">\n'
-            f'<img src="{self.link("light")}" alt="{html.escape(self.alt)}" width="100%">\n'
-            "</picture>"
-        )
-
-    def link(self, theme: str) -> str:
-        return (FOLDER / self.file(theme)).as_posix()
+        with mpl.rc_context({**_STYLE, "svg.hashsalt": self.link}):
+            draw(self).savefig(path, transparent=True, metadata=about)
 
 
-def _names(panels: Iterable[Any]) -> None:
-    """A legend of these panels' lines beside the last one, in the order of their ends."""
-    *_, last = panels = [*panels]
-    lines = {h.get_label(): h for axes in panels for h in axes.get_legend_handles_labels()[0]}
-    ends = {name: float(line.get_ydata()[-1]) for name, line in lines.items()}
-    order = sorted(ends, key=lambda name: -math.inf if math.isnan(ends[name]) else -ends[name])
-    handles = [lines[name] for name in order]
-    for text in last.legend(handles, order, loc="center left", bbox_to_anchor=(1, 0.5)).get_texts():
-        text.set_fontweight("bold" if text.get_text().startswith(OURS) else "normal")
+def draw(picture: Picture) -> Any:
+    """The picture as a figure of matplotlib."""
+    from matplotlib.figure import Figure
+
+    rows, columns = (2, 2) if picture.errors else (1, 3)
+    figure = Figure((8.4, 3 * rows), layout="constrained")
+    figure.supxlabel(picture.note, x=0.01, ha="left")
+    figure.supylabel(picture.y_label)
+    panels = figure.subplots(rows, columns, sharey="row", squeeze=False)
+    handles: dict[str, Any] = {}
+    for axes, ((title, axis), lines) in zip(panels.flat, picture.panels.items(), strict=True):
+        axes.set(title=title, xlabel=axis, yscale="log")
+        for line in lines:
+            handles.setdefault(line.name, _draw(axes, line))
+        if picture.errors:
+            axes.set_xscale("log")
+            axes.invert_xaxis()
+        else:
+            axes.set_xscale("log", base=2)
+            axes.xaxis.set_major_formatter("{x:g}")
+            axes.yaxis.set_major_formatter("{x:g}")
+    for axes in panels.flat if picture.errors else ():
+        low, high = axes.get_ylim()
+        axes.axhspan(1, 1e9, color=_colour(NAIVE), alpha=0.15, zorder=0)
+        axes.set_ylim(low, high)
+    figure.legend(handles.values(), handles.keys(), loc="outside right center")
+    return figure
+
+
+def _draw(axes: Any, line: Line) -> Any:
+    x, low, middle, high = zip(*line.points, strict=True)
+    colour, ours = _colour(line.name), line.name.startswith(OURS)
+    style: Any = {"color": colour, "zorder": 5 if ours else 3, "lw": 2.6 if ours else 1.3}
+    for top in line.crosses:
+        axes.plot(top, 1, "x", **style, transform=axes.get_xaxis_transform(), clip_on=False)
+    if not line.dotted:
+        axes.fill_between(x, low, high, color=colour, alpha=0.16, linewidth=0, zorder=2)
+    marks = ":" if line.dotted else "--" if line.name == ROUNDING else "o-"
+    return axes.plot(x, middle, marks, **style, markersize=3)[0]
+
+
+def _colour(name: str) -> str:
+    return next(colour for prefix, colour in _COLOURS.items() if name.startswith(prefix))
 
 
 def of(result: Result) -> list[Picture]:
@@ -209,39 +144,28 @@ def of(result: Result) -> list[Picture]:
     return [_scaling(result)] if isinstance(result, Scaling) else []
 
 
-def stale(
-    results: Iterable[Result], folder: Path, everything: bool = False
-) -> Iterator[tuple[Picture, str]]:
-    """Pictures and themes that are missing there or show something else; or all of them."""
-    for picture in (picture for result in results for picture in of(result)):
-        for theme in THEMES:
-            if everything or not picture.is_current(folder, theme):
-                yield picture, theme
-
-
 def summary(result: Frontier | Scaling) -> str:
-    """The first picture, links to the others, and what they lack."""
+    """The first picture, links to the others, and what failed or took too long for them."""
     shown, *others = of(result)
-    caption = tables.caption(result)
-    if others:
-        links = (f"[{other.short}]({other.link('light')})" for other in others)
-        caption += f" The same for {', '.join(links)}."
-    return "\n\n".join([shown.markup(), caption, *missing(result)])
-
-
-def missing(result: Result) -> list[str]:
-    """A paragraph, or none: what failed or took too long, and is not in the pictures."""
-    reasons: list[tuple[str, str | None]] = []
+    links = ", ".join(f"[{other.link.split('-')[-1][:-4]}]({other.link})" for other in others)
+    caption = tables.caption(result) + (f" The same for {links}." if links else "")
+    parts: list[tuple[str, dict[str, Any]]]
     if isinstance(result, Frontier):
-        for curve in result.curves:
-            label = f"{_kind(curve)}, {curve.rows} x {curve.width}"
-            reasons += [(f"{name}, {label}", e.reason) for name, e in curve.results.items()]
-    elif isinstance(result, Scaling):
-        reasons += [(w.shape, w.reason) for w in result.workloads]
-        for w in result.workloads:
-            reasons += [(f"{name}, {w.shape}", o.reason) for name, o in w.results.items()]
+        parts = [(label(curve), {**curve.results}) for curve in result.curves]
+    else:
+        parts = [(w.shape, {"all": w, **w.results}) for w in result.workloads]
     # A reason is the same for students as they are and rotated.
-    return tables.not_measured(f"{what}: {reason}" for what, reason in reasons if reason)
+    missing = tables.not_measured(
+        f"{name}, {shape}: {part.reason}"
+        for shape, results in parts
+        for name, part in results.items()
+        if part.reason
+    )
+    return "\n\n".join([f"![{shown.alt}]({shown.link})", caption, *missing])
+
+
+def label(curve: ErrorCurve) -> str:
+    return f"{_kind(curve)}, {curve.rows} x {curve.width}"
 
 
 def _kind(curve: ErrorCurve) -> str:
@@ -249,90 +173,60 @@ def _kind(curve: ErrorCurve) -> str:
 
 
 def _frontier(result: Frontier, rows: int, width: int) -> Picture:
-    """A panel for each dtype and kind of CKA; in words, the errors at its last point."""
-    panels: dict[str, list[Line]] = {}
-    words = []
-    for curve in sorted(result.curves, key=lambda curve: curve.rotated):
+    """A panel for each dtype and kind of CKA."""
+    panels = defaultdict(list)
+    for curve in result.curves:
         if (curve.rows, curve.width) != (rows, width):
             continue
-        errors = {name: entry.errors for name, entry in curve.results.items() if entry.errors}
-        x = [distance.median for distance in curve.distances]
-        named = errors if curve.rotated else {ROUNDING: curve.rounding, **errors}
-        panels.setdefault(_kind(curve), []).extend(
-            Line(name, x, [(e.min, e.median, e.max) for e in spreads], dotted=curve.rotated)
-            for name, spreads in named.items()
-        )
-        if not curve.rotated:
-            ends = (f"{name} {_in_words(spreads[-1].median)}" for name, spreads in errors.items())
-            words.append(f"{_kind(curve)}, at 1 - CKA = {_in_words(x[-1])}: {', '.join(ends)}.")
-    note = (
-        f"Features {rows} x {width}. Solid: student near its teacher, median and range of "
-        f"{result.pairs} pairs. Dotted: the same, rotated. Shaded: off by the whole gradient."
-    )
-    middles = (middle for ls in panels.values() for line in ls for _, middle, _ in line.points)
+        x = [distance.median or 0.0 for distance in curve.distances]
+        errors = {} if curve.rotated else {ROUNDING: curve.rounding}
+        errors |= {name: outcome.errors for name, outcome in curve.results.items()}
+        for name, spreads in errors.items():
+            numbers = [[math.nan if y is None else y for y in vars(e).values()] for e in spreads]
+            points = [(at, *spread) for at, spread in zip(x, numbers, strict=False)]
+            crosses = [at for at, _, middle, _ in points if math.isnan(middle)]
+            if points:
+                axis = "1 - CKA; to the right, nearer to the teacher"
+                line = Line(name, points, crosses, dotted=curve.rotated)
+                panels[_kind(curve), axis].append(line)
     device = result.environment.device
     return Picture(
-        f"frontier-{environment.slug(device)}-{rows}x{width}",
-        f"{rows} x {width}",
-        f"Error of the gradient of linear CKA near similarity 1, {rows} x {width}, {device}",
-        " ".join(words),
-        panels,
-        ["1 - CKA; to the right, nearer to the teacher"] * len(panels),
-        "relative error of the gradient",
-        note + (" Crosses: NaN or infinite." if None in middles else ""),
+        link=f"pictures/frontier-{environment.slug(device)}-{rows}x{width}.svg",
+        title=f"Error of the gradient of linear CKA near similarity 1, {rows} x {width}, {device}",
+        y_label="relative error of the gradient",
+        note=f"Solid: student near its teacher, median and range of {result.pairs} pairs. Dotted: "
+        "the same, rotated. Crosses: NaN or infinite.",
+        panels=panels,
         errors=True,
     )
 
 
-def _in_words(error: float | None) -> str:
-    return f"{error:.0f}" if error is not None and error >= 1 else tables.error_text(error)
-
-
 def _scaling(result: Scaling) -> Picture:
-    """A panel for each size that grows; in words, the times at its end."""
-    panels: dict[str, list[Line]] = {}
-    words = []
+    """A panel for each size that grows."""
+    panels = defaultdict(list)
     for curve in result.curves:
-        along, workloads = curve.along, [result.workloads[i] for i in curve.workloads]
-        names = tables.names_of(w.results for w in workloads)
-        lines = [line for line in (_times(name, along, workloads) for name in names) if line.x]
-        panels[_fixed(along, workloads[0])] = lines
-        end = max((line.x[-1] or 0 for line in lines), default=0)
-        ends = ", ".join(
-            f"{line.name} {tables.milliseconds((line.points[-1][1] or 0) / 1e3)}"
-            for line in lines
-            if line.x[-1] == end
-        )
-        words.append(f"At {_AXES[along]} = {end}: {ends}.")
-    note = "Medians of interleaved calls; bands from the 0.2 to the 0.8 quantile."
-    if any(line.wrong for lines in panels.values() for line in lines):
-        note += " Crosses: a wrong value or gradient."
+        workloads = [result.workloads[i] for i in curve.workloads]
+        axis = _AXES[curve.along]
+        sizes = {**vars(workloads[0]), curve.along: axis[-1]}
+        layers = "L x " if curve.along == "layers" else ""
+        title = f"{layers}{sizes['rows']} x {sizes['width']} {sizes['dtype']}"
+        for name in tables.names_of(w.results for w in workloads):
+            line = Line(name, [], [])
+            for w in workloads:
+                outcome = w.results.get(name)
+                if outcome and outcome.reason is None:
+                    x, seconds = float(getattr(w, curve.along)), outcome.seconds["both"]
+                    line.points.append((x, *(1e3 * s for s in vars(seconds).values())))
+                    line.crosses += [x] if outcome.wrong else []
+            if line.points:
+                panels[title, axis].append(line)
     device = result.environment.device
     return Picture(
-        f"scaling-{environment.slug(device)}",
-        device,
-        f"Time of linear CKA, forward and backward, as features grow, {device}",
-        " ".join(words),
-        panels,
-        [_AXES[curve.along] for curve in result.curves],
-        "ms",
-        note,
+        link=f"pictures/scaling-{environment.slug(device)}.svg",
+        title=f"Milliseconds of linear CKA, forward and backward, as features grow, {device}",
+        y_label="ms",
+        note="Medians of interleaved calls; bands from the 0.2 to the 0.8 quantile. Crosses: wrong "
+        "value or gradient.",
+        panels=panels,
         errors=False,
     )
-
-
-def _times(name: str, along: str, workloads: Sequence[Workload]) -> Line:
-    """Milliseconds; what was not measured has no point."""
-    measured = [w for w in workloads if name in w.results and not w.results[name].reason]
-    outcomes = [w.results[name] for w in measured]
-    seconds = [outcome.seconds["both"] for outcome in outcomes]
-    points = [(1e3 * s.q20, 1e3 * s.q50, 1e3 * s.q80) for s in seconds]
-    wrong = [i for i, outcome in enumerate(outcomes) if outcome.wrong]
-    return Line(name, [getattr(w, along) for w in measured], points, wrong)
-
-
-def _fixed(along: str, workload: Workload) -> str:
-    """The sizes that do not grow."""
-    rows = "N" if along == "rows" else workload.rows
-    width = "D" if along == "width" else workload.width
-    return f"{'L x ' if along == 'layers' else ''}{rows} x {width} {workload.dtype}"

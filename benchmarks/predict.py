@@ -1,157 +1,175 @@
-"""``python -m benchmarks.predict``: what the Triton kernels should take on an H200, by launch.
+"""``python -m benchmarks.predict``: write the documents' tables that no benchmark measures.
 
-Written before they have run on one. A launch takes the longer of its floating point operations at
-the machine's rate and its bytes at the machine's bandwidth, and a gap before the next; nothing is
-assumed to be lost, so this is a floor, and its share of a target is how good the kernels have to
-be. The two parts of the first launch follow one another. Both rates were measured on such a
-machine.
-
-The table stands in docs/kernels.md. This command also writes the tables of what the kernels compile
-to, of how they were executed, and of :mod:`benchmarks.traffic`.
+Two models: what the Triton kernels should take on an H200, by launch, and what a batch over many
+GPUs should cost. The other tables are those of :mod:`benchmarks.kernels`. ``--check`` writes
+nothing, and exits with 1 where a page differs.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from . import environment, executed, resources, traffic
-from .files import RESULTS
-from .report import updated
+import torch
 
-DOCS = environment.ROOT / "docs"
-KERNELS, DISTRIBUTED, STATUS = "kernels.md", "distributed.md", "status.md"
+from rift_kernels.dispatch import plan, shared_batch
+from rift_kernels.dispatch.checks import Layers
+
+from . import environment, kernels, report
+from .files import RESULTS
+from .tables import markdown
+
+KERNELS, DISTRIBUTED, STATUS = "docs/kernels.md", "docs/distributed.md", "docs/status.md"
 COMPILED = RESULTS / "triton-resources.json"
 COMPILED_CUDA = RESULTS / "cuda-resources.json"
-EXECUTED = RESULTS / "executed.json"
-MACHINE = "H200"
-FLOPS, BYTES, L2_BYTES = 790e12, 4.3e12, 50e6
-GAP = 1e-6
+# Measured on an H200: products of bfloat16 and bytes, a second. Seconds from launch to launch.
+FLOPS, BYTES, L2_BYTES, GAP = 790e12, 4.3e12, 50e6, 1e-6
 BLOCK = 128
-
-
-class Launch(NamedTuple):
-    kernel: str
-    flops: float
-    bytes: float
-
-    @property
-    def seconds(self) -> float:
-        return max(self.flops / FLOPS, self.bytes / BYTES) + GAP
-
-
-class Shape(NamedTuple):
-    rows: int
-    width: int
-    layers: int
-    target: float | None
-
-    def __str__(self) -> str:
-        layers = f"{self.layers} layers of " if self.layers > 1 else ""
-        return f"{layers}{self.rows} x {self.width}"
-
-
+# Rows, width, layers and the target in seconds.
 SHAPES = (
-    Shape(64, 768, 1, None),
-    Shape(256, 768, 12, None),
-    Shape(12608, 768, 1, 95e-6),
-    Shape(50432, 1024, 1, 680e-6),
-    Shape(65536, 4096, 1, 13.5e-3),
+    (64, 768, 1, None),
+    (256, 768, 12, None),
+    (12608, 768, 1, 95e-6),
+    (50432, 1024, 1, 680e-6),
+    (65536, 4096, 1, 13.5e-3),
 )
+RANKS = (8, 64, 512, 4096)
+NODE = 8  # GPUs that share fast links
+# Bytes a second that a GPU receives, within a node and between nodes, and seconds a hop.
+FAST, SLOW, HOP = 350e9, 45e9, 4e-6
+# Messages one after another, debiased CKA: what the features are like, and the features; or what
+# they are like, sums, energies, the longest rows of each, those of all and the others' sums,
+# blocks, sums over pairs of rows, and what unequal weights move.
+MESSAGES = {"gathered": 2, "summed": 8}
+# Rows and width of a rank's features.
+FEATURES = {
+    "class tokens": (64, 768),
+    "tokens of ViT-B": (64 * 197, 768),
+    "tokens of a language model": (8192, 4096),
+}
 
 
-def launches(shape: Shape) -> list[Launch]:
-    """Forward and student gradient of biased linear CKA, bfloat16, student near its teacher."""
-    n, d, layers = shape.rows, shape.width, shape.layers
-    features = 2 * n * d * layers
+def launches(n: int, d: int, layers: int) -> dict[str, tuple[float, float]]:
+    """Floating point operations and bytes of forward and student gradient, by kernel.
+
+    Biased linear CKA, bfloat16, student near its teacher.
+    """
+    features, gram = 2 * n * d * layers, 4 * n * n * layers
+    gram_backward = {"gram_backward": (4 * n * n * d * layers, 2 * features + 2 * gram)}
     if n <= 128:
-        gram = 4 * n * n * layers
-        return [
-            # Features are split in two: each side has three products.
-            Launch("small_gram", 3 * 2 * 2 * n * n * d * layers, 2 * features + 2 * gram),
-            Launch("gram_backward", 2 * 2 * n * n * d * layers, 2 * features + 2 * gram),
-        ]
+        # Features are split in two: each side has three products.
+        return {"small_gram": (12 * n * n * d * layers, 2 * features + 2 * gram), **gram_backward}
     # Column programs read everything once, before the tile programs. Where it fits, it is in the
     # cache for those.
-    columns = Launch("moments, columns", 0, 2 * features)
+    columns = {"moments, columns": (0, 2 * features)}
     again = 0 if 2 * features < L2_BYTES else 2 * features
     if n < 2 * d:
         blocks = -(-n // BLOCK)
         tiles = blocks * (blocks + 1) * layers
-        partial, gram = 4 * tiles * BLOCK**2, 4 * n * n * layers
-        return [
-            columns,
-            Launch("moments, tiles", 2 * tiles * BLOCK**2 * d, again + partial),
-            Launch("gram", 0, partial + 2 * gram),
-            Launch("gram_backward", 2 * 2 * n * n * d * layers, 2 * features + 2 * gram),
-        ]
+        partial = 4 * tiles * BLOCK**2
+        moments = {"moments, tiles": (2 * tiles * BLOCK**2 * d, again + partial)}
+        return {**columns, **moments, "gram": (0, partial + 2 * gram), **gram_backward}
     blocks = -(-d // BLOCK)
     tiles = blocks * (2 * blocks + 1) * layers
-    partial, planes = 4 * tiles * BLOCK**2, 2 * 2 * 2 * (blocks * BLOCK) ** 2 * layers
-    return [
-        columns,
-        Launch("moments, tiles", 2 * tiles * BLOCK**2 * n, again + partial),
-        Launch("cka", 0, partial + 4 * blocks**2 * BLOCK**2 * layers + planes),
+    partial, planes = 4 * tiles * BLOCK**2, 8 * (blocks * BLOCK) ** 2 * layers
+    return {
+        **columns,
+        "moments, tiles": (2 * tiles * BLOCK**2 * n, again + partial),
+        "cka": (0, partial + 4 * blocks**2 * BLOCK**2 * layers + planes),
         # Near its teacher, only the high halves count.
-        Launch("backward", 4 * n * d * d * layers, 3 * features + planes / 2),
-    ]
+        "backward": (4 * n * d * d * layers, 3 * features + planes / 2),
+    }
+
+
+def floors() -> str:
+    """A row a launch: nothing is assumed to be lost."""
+    rows = []
+    for n, d, layers, target in SHAPES:
+        label, total = f"{layers} layers of {n} x {d}" if layers > 1 else f"{n} x {d}", 0.0
+        for kernel, (flops, size) in launches(n, d, layers).items():
+            floor = max(flops / FLOPS, size / BYTES) + GAP
+            numbers = [f"{flops / 1e9:.3g}", f"{size / 1e6:.3g}", _time(floor)]
+            rows.append([label, kernel, *numbers, "", "", ""])
+            label, total = "", total + floor
+        share = f"{total / target:.0%} of the floor's rate" if target else "-"
+        rows[-1][-3:] = [_time(total), _time(target) if target else "-", share]
+    header = ["features", "launch", "GFLOP", "MB", "floor", "sum", "target", "target allows"]
+    return (
+        f"Floors of forward and student gradient on an H200 at {FLOPS / 1e12:.0f} TFLOP/s and "
+        f"{BYTES / 1e12:.1f} TB/s, {GAP * 1e6:.0f} us a launch; bfloat16, biased linear CKA, "
+        f"student near its teacher. Not measured.\n\n{markdown(header, rows)}"
+    )
+
+
+class Cost(NamedTuple):
+    bytes: float
+    moving: float  # seconds
+    computing: float
+
+
+def cost(rows: int, width: int, ranks: int, way: str) -> Cost:
+    """The cost of one loss of bfloat16 features, ``rows`` of them on each rank.
+
+    A message takes its bytes at the rate of the slowest link that it crosses, and a latency for
+    each of the hops that follow one another. Every rank computes all of the gathered batch.
+    """
+    x = torch.empty(rows, width, dtype=torch.bfloat16, device="meta")
+    layers = Layers([x], [x], [])
+    received: float = shared_batch.bytes_summed(layers, ranks)
+    # Rows that stay on their rank are summed in covariance form, however few there are.
+    flops = 8.0 * rows * width**2
+    if way == "gathered":
+        received, rows = shared_batch.bytes_gathered(layers, [[rows]] * ranks), rows * ranks
+        gram = plan.use_gram("cka", rows, width, width)
+        flops = 4.0 * rows * rows * width if gram else 8.0 * rows * width * width
+    rate = FAST if ranks <= NODE else SLOW
+    hops = 2 * (ranks - 1).bit_length()  # of a tree over the ranks, there and back
+    return Cost(received, received / rate + MESSAGES[way] * hops * HOP, flops / FLOPS)
+
+
+def traffic() -> str:
+    """A row a shape and number of ranks."""
+    rows = []
+    for label, (n, d) in FEATURES.items():
+        for ranks in RANKS:
+            costs = [cost(n, d, ranks, way) for way in MESSAGES]
+            least = min(c.bytes for c in costs)
+            row = [f"{label}, {n} x {d}" if ranks == RANKS[0] else "", str(ranks)]
+            for c in costs:
+                size = f"{c.bytes / 1e9:.3g} GB" if c.bytes >= 1e9 else f"{c.bytes / 1e6:.3g} MB"
+                row += [f"**{size}**" if c.bytes == least else size]
+                row += [f"{_time(c.moving)} + {_time(c.computing)}"]
+            rows.append(row)
+    header = ["features of a rank", "ranks"]
+    header += ["gathered: received", "moving + computing", "summed: received", "moving + computing"]
+    return (
+        f"A model, not measured: bfloat16, debiased CKA, one layer; {NODE} GPUs a node, "
+        f"{FAST / 1e9:.0f} GB/s into a GPU within a node and {SLOW / 1e9:.0f} GB/s between nodes, "
+        f"{HOP * 1e6:.0f} us a hop, {FLOPS / 1e12:.0f} TFLOP/s. **Bold** is the way that is taken."
+        f"\n\n{markdown(header, rows)}"
+    )
 
 
 def _time(seconds: float) -> str:
-    return f"{seconds * 1e3:.3g} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.3g} us"
+    unit, size = ("s", 1) if seconds >= 1 else ("ms", 1e-3) if seconds >= 1e-3 else ("us", 1e-6)
+    return f"{seconds / size:.3g} {unit}"
 
 
-def table() -> str:
-    lines = [
-        f"Floors of forward and student gradient on an {MACHINE} at {FLOPS / 1e12:.0f} TFLOP/s and "
-        f"{BYTES / 1e12:.1f} TB/s, {GAP * 1e6:.0f} us a launch; bfloat16, biased linear CKA, "
-        "student near its teacher. Not measured.",
-        "",
-        "| features | launch | GFLOP | MB | floor | sum | target | target allows |",
-        "|---|---|---:|---:|---:|---:|---:|---:|",
-    ]
-    for shape in SHAPES:
-        parts = launches(shape)
-        total = sum(part.seconds for part in parts)
-        for i, part in enumerate(parts):
-            ends = ["", "", ""]
-            if i == len(parts) - 1:
-                share = f"{total / shape.target:.0%} of the floor's rate" if shape.target else "-"
-                ends = [_time(total), _time(shape.target) if shape.target else "-", share]
-            numbers = [f"{part.flops / 1e9:.3g}", f"{part.bytes / 1e6:.3g}", _time(part.seconds)]
-            cells = [str(shape) if i == 0 else "", part.kernel, *numbers, *ends]
-            lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Write the tables that nothing is measured for.")
-    parser.add_argument("--check", action="store_true", help="only say whether they are there")
-    parser.add_argument("--docs", type=Path, default=DOCS, help="folder of the pages")
-    options = parser.parse_args(arguments)
-    sections = (
-        (KERNELS, "predicted", table()),
-        (KERNELS, "resources", resources.section(COMPILED)),
-        (KERNELS, "cuda-resources", resources.cuda_section(COMPILED_CUDA)),
-        (DISTRIBUTED, "traffic", traffic.table()),
-        (STATUS, "executed", executed.section(EXECUTED)),
-    )
-    paths = {page: options.docs / page for page, _, _ in sections}
-    before = {page: path.read_text(encoding="utf-8") for page, path in paths.items()}
-    after = dict(before)
-    for page, name, text in sections:
-        after[page] = updated(after[page], name, text)
-    changed = [page for page in paths if before[page] != after[page]]
-    if options.check:
-        for page in changed:
-            print(f"{page} differs from what python -m benchmarks.predict writes")
-        return int(bool(changed))
-    for page in changed:
-        paths[page].write_text(after[page], encoding="utf-8")
-        print(f"wrote {paths[page]}")
-    return 0
+def main(arguments: Sequence[str] | None = None, root: Path = environment.ROOT) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.predict", description=__doc__)
+    parser.add_argument("--check", action="store_true", help="write nothing; 1 if it would change")
+    check = parser.parse_args(arguments).check
+    texts = {
+        (KERNELS, "predicted"): floors(),
+        (KERNELS, "resources"): kernels.triton_resources(COMPILED),
+        (KERNELS, "cuda-resources"): kernels.cuda_resources(COMPILED_CUDA),
+        (DISTRIBUTED, "traffic"): traffic(),
+        (STATUS, "executed"): kernels.executed(RESULTS / "executed.json"),
+    }
+    return int(report.write(texts, root, check) and check)
 
 
 if __name__ == "__main__":

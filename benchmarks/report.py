@@ -2,8 +2,7 @@
 
 Each section shows the newest result of its kind for each device, and the demo's. ``--check`` writes
 nothing. It exits with 1 where a page or a picture differs from the files that the page names. Newer
-files are no error: a run of one's own may lie beside them. Pictures of these results stay as they
-are, and only other pictures need matplotlib.
+files are no error: a run of one's own may lie beside them.
 """
 
 from __future__ import annotations
@@ -12,150 +11,103 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from . import demo, environment, files, pictures, step_table, tables
 from .schema import Benchmark, Frontier, Lora, Result, Scaling, Step
 
-DEMO = environment.ROOT / "examples" / "results" / "results.json"
-# Pages, from the repository's root: where most sections stand, and where the others do.
 MEASURED, README, EXAMPLES = "docs/benchmarks.md", "README.md", "examples/README.md"
+FOLDER = "benchmarks/results"
 
 
-class ReportError(Exception):
-    """There is no report; the message tells the user why."""
+class Section(NamedTuple):
+    """A result of this kind, of no ``reduced`` profile, as a text between the page's markers."""
 
-
-def named(page: str, name: str, folder: Path) -> dict[Path, Result]:
-    """The results that a section of a page says it comes from; none if it is still pending."""
-    sources = _file_names(page, name)
-    where = SECTIONS[name].page
-    if not sources and _inside(page, name) != pending(name):
-        raise ReportError(f"{where} names no result for {name}: run python -m benchmarks.report")
-    for path in (folder / file for file in sources):
-        if not path.exists():
-            raise ReportError(f"{where} names {path}, which does not exist")
-    return {folder / file: files.read(folder / file) for file in sources}
-
-
-def _file_names(page: str, name: str) -> list[str]:
-    return re.findall(r"^From `(?:.*/)?([^/`]+\.json)`\.$", _inside(page, name), re.MULTILINE)
-
-
-def _inside(page: str, name: str) -> str:
-    first, last = _markers(name)
-    return page[page.find(first) + len(first) : page.find(last)].strip()
-
-
-@dataclass(frozen=True)
-class Section:
-    """A section of a page: the kind of result that it shows, what writes it, and a result's text.
-
-    Results of the ``reduced`` profiles are not shown.
-    """
-
+    page: str
+    name: str
     kind: type[Result]
-    command: str
-    summary: Callable[[Any], str]
-    reduced: tuple[str, ...] = ("smoke",)
-    page: str = MEASURED
+    text: Callable[[Any], str]
+    reduced: Collection[str] = ("smoke",)
 
 
-SECTIONS = {
-    "speed": Section(Benchmark, "run", tables.best_and_worst, page=README),
-    "cost": Section(Step, "step", step_table.cost, page=README),
-    "benchmarks": Section(Benchmark, "run", tables.summary),
-    "step": Section(Step, "step", step_table.summary),
-    "lora": Section(Lora, "lora --profile full", step_table.lora_summary, ("smoke", "cpu")),
-    "frontier": Section(Frontier, "frontier", pictures.summary),
-    "scaling": Section(Scaling, "scaling", pictures.summary),
-}
-
-
-def pending(name: str) -> str:
-    """The text of a section while there is no result."""
-    return (
-        f"Not measured yet: `python -m benchmarks.{SECTIONS[name].command}` does, and then "
-        "`python -m benchmarks.report` writes this section."
-    )
-
-
-def section(name: str, page: str, folder: Path, check: bool) -> tuple[dict[Path, Result], str]:
-    """The results that a section of a page is about, and its text."""
-    shown = SECTIONS[name]
-    if check:
-        results = named(page, name, folder)
-    else:
-        results = files.newest(folder, shown.kind, shown.reduced)
-    # A table stays where its files are missing.
-    if not results and not check and _file_names(page, name):
-        raise ReportError(f"no result of the kind {shown.kind.schema!r} in {folder}")
-    parts = [f"{shown.summary(r)}\n\nFrom `{_short(path)}`." for path, r in results.items()]
-    return results, "\n\n".join(parts) or pending(name)
+SECTIONS = (
+    Section(README, "speed", Benchmark, tables.best_and_worst),
+    Section(README, "cost", Step, step_table.cost),
+    Section(MEASURED, "benchmarks", Benchmark, tables.summary),
+    Section(MEASURED, "step", Step, step_table.summary),
+    Section(MEASURED, "lora", Lora, step_table.lora_summary, reduced=("smoke", "cpu")),
+    Section(MEASURED, "frontier", Frontier, pictures.summary),
+    Section(MEASURED, "scaling", Scaling, pictures.summary),
+)
 
 
 def updated(page: str, name: str, text: str) -> str:
-    """The page with ``text`` between the markers called ``name``."""
-    first, last = _markers(name)
-    begin, end = page.find(first), page.find(last)
-    if begin < 0 or end < begin:
-        raise ReportError(f"the page needs the markers {first} and {last}, in this order")
-    return f"{page[: begin + len(first)]}\n{text}\n{page[end:]}"
+    """The page with ``text`` between the markers called ``name``; ValueError if it has none."""
+    first, _, last = _section(page, name)
+    return f"{first}\n{text}\n{last}"
 
 
-def _markers(name: str) -> tuple[str, str]:
-    return f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+def _section(page: str, name: str) -> tuple[str, str, str]:
+    """The page before a section, the section, and the rest."""
+    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+    if begin not in page or end not in page:
+        raise ValueError(f"the page needs the markers {begin} and {end}")
+    first, _, rest = page.partition(begin)
+    inside, _, last = rest.partition(end)
+    return first + begin, inside, end + last
 
 
-def _short(path: Path) -> str:
-    return (
-        str(path.relative_to(environment.ROOT))
-        if path.is_relative_to(environment.ROOT)
-        else path.name
-    )
+def results(section: Section, root: Path, check: bool) -> dict[Path, Result]:
+    """The results that a section shows: to check it, those that it names."""
+    folder = root / FOLDER
+    if not check:
+        return dict(files.newest(folder, section.kind, section.reduced))
+    _, text, _ = _section((root / section.page).read_text(encoding="utf-8"), section.name)
+    names = re.findall(rf"^From `{FOLDER}/(.+)`\.$", text, re.MULTILINE)
+    return {folder / name: files.read(folder / name) for name in names}
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def write(texts: Mapping[tuple[str, str], str], root: Path, check: bool) -> bool:
+    """Write texts into pages between markers, or only check them; whether something differed."""
+    differs = False
+    for (page, name), text in texts.items():
+        path = root / page
+        before = path.read_text(encoding="utf-8")
+        after = updated(before, name, text)
+        if before != after:
+            differs = True
+            print(f"{path}: {name} {'differs' if check else 'is written'}")
+            if not check:
+                path.write_text(after, encoding="utf-8")
+    return differs
+
+
+def main(arguments: Sequence[str] | None = None, root: Path = environment.ROOT) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
     parser.add_argument("--check", action="store_true", help="write nothing; 1 if it would change")
-    parser.add_argument("--redraw", action="store_true", help="draw current pictures, too")
-    parser.add_argument("--root", type=Path, default=environment.ROOT, help="folder of the pages")
-    parser.add_argument("--results", type=Path, default=files.RESULTS)
-    parser.add_argument("--demo", type=Path, default=DEMO, help="the demo's results.json")
-    options = parser.parse_args(arguments)
-    drawn = (options.root / MEASURED).parent / pictures.FOLDER
-    paths = {page: options.root / page for page in (MEASURED, README, EXAMPLES)}
-    try:
-        before = {page: path.read_text(encoding="utf-8") for page, path in paths.items()}
-        after = dict(before)
-        sources: dict[Path, Result] = {}
-        for name, page in ((name, shown.page) for name, shown in SECTIONS.items()):
-            results, text = section(name, before[page], options.results, options.check)
-            after[page] = updated(after[page], name, text)
-            sources |= results
-        record = json.loads(options.demo.read_text(encoding="utf-8"))
-        after[EXAMPLES] = updated(after[EXAMPLES], "demo", demo.section(record))
-        stale = list(pictures.stale(sources.values(), drawn, everything=options.redraw))
-        if not options.check:
-            for picture, theme in stale:
-                print(f"wrote {picture.write(drawn, theme)}")
-    except (OSError, ReportError, ValueError, pictures.NoMatplotlibError) as error:
-        print(f"benchmarks.report: {error}", file=sys.stderr)
-        return 1
-    changed = [page for page in paths if before[page] != after[page]]
-    if options.check:
-        wrong = [paths[page] for page in changed]
-        wrong += [drawn / picture.file(theme) for picture, theme in stale]
-        for path in wrong:
-            print(f"{path} is not what the results say: run python -m benchmarks.report")
-        return 1 if wrong else 0
-    for page in changed:
-        paths[page].write_text(after[page], encoding="utf-8")
-        print(f"wrote {paths[page]}")
-    return 0
+    check = parser.parse_args(arguments).check
+    demo_result = root / "examples" / "results" / "results.json"
+    texts = {(EXAMPLES, "demo"): demo.section(json.loads(demo_result.read_text(encoding="utf-8")))}
+    drawn: list[pictures.Picture] = []
+    for section in SECTIONS:
+        shown = results(section, root, check)
+        drawn += [picture for result in shown.values() for picture in pictures.of(result)]
+        paragraphs = [
+            f"{section.text(result)}\n\nFrom `{FOLDER}/{path.name}`."
+            for path, result in shown.items()
+        ]
+        texts[section.page, section.name] = "\n\n".join(paragraphs) or "Not measured yet."
+    differs = write(texts, root, check)
+    for picture in drawn:
+        path = (root / MEASURED).parent / picture.link
+        if not picture.is_current(path):
+            differs = True
+            print(f"{path} {'differs' if check else 'is drawn'}")
+            if not check:
+                picture.write(path)
+    return int(check and differs)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,8 @@
 """``python -m benchmarks.scaling``: how time grows with rows, with the width and with layers.
 
 A benchmark, as benchmarks/run.py makes it, of linear CKA whose workloads lie on three curves: along
-each, one of the three sizes grows. The providers are naive eager and hand-derived code,
-torch.compile where the profile compiles, and rift_kernels. Exits with 1 if rift_kernels failed or
-was wrong, or nothing was measured.
+each, one of the three sizes grows. Exits with 1 if rift_kernels failed or was wrong, or nothing was
+measured.
 """
 
 from __future__ import annotations
@@ -11,13 +10,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 from . import command, run, schema, tables
-from .command import Job
 from .providers import HAND_DERIVED, NAIVE, OURS, providers
 from .workloads import BFLOAT16, COMPILED, Profile, Workload
 
-# All providers have something to compute here.
 _CKA = partial(Workload, "cka_biased")
 
 # Profile -> the size that grows -> workloads.
@@ -38,34 +36,30 @@ CURVES = {
         "layers": [_CKA(8, 8), _CKA(8, 8, layers=2)],
     },
 }
+EFFORTS: dict[str, dict[str, Any]] = {
+    # torch.compile takes seconds for every shape, too many on a CPU.
+    "cpu": {"budget": 32, "probe": 1024, "max_rounds": 40, "compiled": ()},
+    "gpu": {"budget": 40, "probe": 8192},
+    "smoke": {"budget": 20, "probe": 64, "max_rounds": 5, "compiled": ()},
+}
 # Each workload once, whatever the number of curves that it lies on.
-_WORKLOADS = {
-    name: tuple(dict.fromkeys(w for curve in curves.values() for w in curve))
+PROFILES = {
+    name: Profile(tuple(dict.fromkeys(w for c in curves.values() for w in c)), **EFFORTS[name])
     for name, curves in CURVES.items()
 }
-PROFILES = {
-    # torch.compile takes seconds for every shape, too many on a CPU.
-    "cpu": Profile(_WORKLOADS["cpu"], budget=32, probe=1024, max_rounds=40, compiled=()),
-    "gpu": Profile(_WORKLOADS["gpu"], budget=40, probe=8192),
-    "smoke": Profile(_WORKLOADS["smoke"], budget=20, probe=64, max_rounds=5, compiled=()),
-}
-_SHOWN = (NAIVE, HAND_DERIVED, COMPILED)
-
-
-def measured(job: Job[Profile]) -> schema.Scaling:
-    """A profile's result."""
-    every = providers(job.device, job.profile.compiled)
-    result = run.run(job, [p for p in every if p.name in _SHOWN or p.name.startswith(OURS)])
-    curves = [
-        schema.Curve(along, [job.profile.workloads.index(workload) for workload in curve])
-        for along, curve in CURVES[job.name].items()
-    ]
-    return schema.Scaling(**{**vars(result), "schema": schema.Scaling.schema, "curves": curves})
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     job, out = command.options("scaling", __doc__, PROFILES, arguments)
-    result = measured(job)
+    names = (NAIVE, HAND_DERIVED, COMPILED)
+    candidates = providers(job.device, job.profile.compiled)
+    benchmark = run.run(job, [p for p in candidates if p.name in names or p.name.startswith(OURS)])
+    curves = [
+        schema.Curve(along, [job.profile.workloads.index(workload) for workload in curve])
+        for along, curve in CURVES[job.name].items()
+    ]
+    fields = {**vars(benchmark), "schema": schema.Scaling.schema}
+    result = schema.Scaling(**fields, curves=curves)
     return command.finish(result, out, tables.summary(result), run.failures(result))
 
 

@@ -19,7 +19,7 @@ from rich.table import Table
 from scipy.stats import ttest_1samp  # type: ignore[import-untyped]
 
 from benchmarks.demo import caption
-from benchmarks.report import ReportError, updated
+from benchmarks.report import updated
 from benchmarks.tables import markdown
 
 from .runs import Job, Run, Store, StoreError, code_version, commit, record, run_missing
@@ -76,7 +76,7 @@ class Experiment(NamedTuple):
                 text = updated(text, self.name, self.page(results, link))
                 options.page.write_text(text, "utf-8")
                 console.print(f"Wrote {options.page}")
-        except (OSError, ReportError, StoreError, json.JSONDecodeError) as error:
+        except (OSError, StoreError, ValueError) as error:
             console.print(f"{self.name}: {error}", style="red")
             return 1
         return 0

@@ -9,8 +9,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from benchmarks import executed, files
-from benchmarks.predict import COMPILED, COMPILED_CUDA, DOCS, STATUS
+from benchmarks import files, kernels
+from benchmarks.environment import ROOT
+from benchmarks.predict import COMPILED, COMPILED_CUDA, STATUS
 from benchmarks.schema import Kernels
 from tests.support import executed as recorder
 
@@ -48,10 +49,10 @@ def test_every_kernel_has_a_row() -> None:
         if target != "nvcc"
         for name in kernels
     }
-    found = list(executed.kernels())
+    found = list(kernels.defined())
     assert len(names) > 15
     assert names <= set(found)
-    text = (DOCS / STATUS).read_text(encoding="utf-8")
+    text = (ROOT / STATUS).read_text(encoding="utf-8")
     for backend, name in found:
         assert text.count(f"\n| `{name}` ({backend}) ") == 1, name
 
@@ -60,7 +61,7 @@ def written(folder: Path, **changes: object) -> str:
     """The section of a file."""
     path = folder / "executed.json"
     path.write_text(json.dumps(CONTENT | changes), encoding="utf-8")
-    return executed.section(path)
+    return kernels.executed(path)
 
 
 def row(section: str, name: str) -> list[str]:
@@ -90,8 +91,8 @@ def test_runs_of_compiled_code_are_read(tmp_path: Path) -> None:
         "kernels": {"cka_small": 2, "scale": 2},
     }
     section = written(tmp_path, compiled=[*runs, runs[0] | {"target": "sm80", "kernels": {}}])
-    assert row(section, "cka_small") == [executed.NEVER, executed.NEVER, "4", executed.NEVER]
-    assert row(section, "rows") == ["12", *[executed.NEVER] * 3]
+    assert row(section, "cka_small") == [kernels.NEVER, kernels.NEVER, "4", kernels.NEVER]
+    assert row(section, "rows") == ["12", *[kernels.NEVER] * 3]
     assert "Missed: cuda sm90 exact-late, small 5 rows: value 1.0 > 2e-06." in section
 
 

@@ -6,7 +6,6 @@ import copy
 import importlib
 from collections.abc import Callable
 from functools import cache
-from pathlib import Path
 
 import pytest
 
@@ -33,15 +32,3 @@ def _measured(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Resul
 def smoke(_measured) -> Callable[[str], Result]:
     """The smoke profile of a command that measures, to be changed at will."""
     return lambda command: copy.deepcopy(_measured(command))
-
-
-@pytest.fixture
-def written(smoke, tmp_path: Path) -> Callable[..., Path]:
-    """A result file as a full profile leaves it."""
-
-    def write(command: str, profile: str = "cpu") -> Path:
-        result = smoke(command)
-        result.profile = profile
-        return files.write(result, tmp_path / "results")
-
-    return write

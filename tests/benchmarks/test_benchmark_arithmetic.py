@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import flops, measure, oracle, run, tables, traffic
+from benchmarks import flops, measure, oracle, predict, run, tables
 from benchmarks.providers import NAIVE, Provider, providers
 from benchmarks.run import AGAIN
 from benchmarks.schema import Outcome, Quantiles
@@ -104,17 +104,17 @@ def test_a_row_of_the_table() -> None:
 
 
 def test_traffic_of_many_ranks() -> None:
-    few = traffic.SHAPES[0]
-    gathered, summed = (traffic.cost(few, 8, way) for way in ("gathered", "summed"))
-    assert gathered.bytes == 7 * few.rows * 2 * few.width * 2
-    assert summed.bytes == 2 * 7 / 8 * (2 * few.width**2 + few.width) * 4
-    assert gathered.computing == pytest.approx(4 * (8 * few.rows) ** 2 * few.width / traffic.FLOPS)
-    assert summed.computing == pytest.approx(8 * few.rows * few.width**2 / traffic.FLOPS)
+    rows, width = few = predict.FEATURES["class tokens"]
+    gathered, summed = (predict.cost(*few, 8, way) for way in ("gathered", "summed"))
+    assert gathered.bytes == 7 * rows * 2 * width * 2
+    assert summed.bytes == 2 * 7 / 8 * (2 * width**2 + width) * 4
+    assert gathered.computing == pytest.approx(4 * (8 * rows) ** 2 * width / predict.FLOPS)
+    assert summed.computing == pytest.approx(8 * rows * width**2 / predict.FLOPS)
     # Sums do not grow with the ranks but by hops, what is gathered does.
-    many = [traffic.cost(few, ranks, "summed") for ranks in traffic.RANKS]
+    many = [predict.cost(*few, ranks, "summed") for ranks in predict.RANKS]
     assert many[-1].bytes < 1.2 * many[0].bytes
-    assert traffic.cost(few, 4096, "gathered").bytes > 500 * gathered.bytes
-    assert traffic.cost(few, 64, "summed").moving > 2 * summed.moving
-    table = traffic.table()
+    assert predict.cost(*few, 4096, "gathered").bytes > 500 * gathered.bytes
+    assert predict.cost(*few, 64, "summed").moving > 2 * summed.moving
+    table = predict.traffic()
     assert "**1.38 MB**" in table
     assert "**9.44 MB**" in table

@@ -137,12 +137,10 @@ def install(put: Set = setattr) -> None:
         SimpleNamespace(
             run=lambda command, **options: (_query if command[0] == "nvidia-smi" else run)(
                 command, **options
-            )
+            ),
+            CalledProcessError=subprocess.CalledProcessError,
         ),
     )
-    which = environment.shutil.which
-    shutil = SimpleNamespace(which=lambda name: name if name == "nvidia-smi" else which(name))
-    put(environment, "shutil", shutil)
     for module in (workloads, step, frontier):
         profiles: dict[str, Any] = getattr(module, "PROFILES")  # noqa: B009
         put(
