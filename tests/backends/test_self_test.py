@@ -99,7 +99,7 @@ def test_bad_kernels_are_never_used_and_warned_of_once(answers, recwarn) -> None
     assert choose() == "eager"
     assert not recwarn.list
     decisions.forget()
-    with pytest.warns(UserWarning, match=r"report it: `python -m rift_kernels check`"):
+    with pytest.warns(UserWarning, match=r"`python -m rift_kernels check` shows more"):
         assert choose() == "eager"
     assert len(planted.tested) == 1
     # Other kernels are used, and so are these on request.
@@ -121,7 +121,7 @@ def test_the_next_backend_takes_its_place(monkeypatch) -> None:
 def test_untested_kernels_are_not_used_and_get_no_verdict(answers) -> None:
     """For example for lack of memory on the GPU; the next process tests again."""
     planted = answers(small=None)
-    with pytest.warns(UserWarning, match=r"could not be tested .*to test them when it is free"):
+    with pytest.warns(UserWarning, match=r"could not be tested .*tests them when the GPU is free"):
         assert choose() == "eager"
     assert choose() == "eager"
     decisions.forget()
