@@ -37,14 +37,30 @@ def options(
     prog = f"python -m benchmarks.{command}"
     parser = argparse.ArgumentParser(prog, description=description)
     parser.add_argument("--profile", choices=profiles, help="default: gpu on a GPU, else cpu")
-    parser.add_argument("--device", type=torch.device, default=device)
+    parser.add_argument("--device", type=usable_device, default=device)
     parser.add_argument("--out", type=Path, default=files.RESULTS, help="folder of the result file")
     parser.add_argument("--budget", type=positive, help="seconds; default: the profile's")
     parsed = parser.parse_args(arguments)
-    parsed.out.mkdir(parents=True, exist_ok=True)
+    try:
+        parsed.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"--out must be a folder that can be written: {error}")
     name = parsed.profile or ("gpu" if parsed.device.type == "cuda" else "cpu")
     budget = parsed.budget or getattr(profiles[name], "budget", 0.0)
     return Job(name, profiles[name], parsed.device, budget), parsed.out
+
+
+def usable_device(text: str) -> torch.device:
+    """The type of an option: a device that torch knows and can use here."""
+    try:
+        device = torch.device(text)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise argparse.ArgumentTypeError(
+            f"must be cpu or a usable GPU; got {text!r}: {reason}"
+        ) from None
+    return device
 
 
 def positive(text: str) -> float:

@@ -44,8 +44,13 @@ PROFILES = {
 
 def adapted_vit(profile: Profile, device: torch.device) -> Finetuning:
     """A ViT with random weights, of which low-rank adapters and the head are trained."""
-    import peft
-    import transformers
+    try:
+        import peft
+        import transformers
+    except ImportError as error:
+        raise SystemExit(
+            f"benchmarks.lora needs {' and '.join(PACKAGES)}: pip install '.[bench]' ({error})"
+        ) from error
 
     torch.manual_seed(0)
     config: Any = transformers.ViTConfig(

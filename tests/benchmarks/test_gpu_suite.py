@@ -212,7 +212,7 @@ def test_nothing_can_be_installed_there(tmp_path) -> None:
     assert "installed\n" not in done.stdout
 
 
-@pytest.mark.skipif(shutil.which("make") is None, reason="there is no make")
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
 def test_make_gpu_check_installs_nothing() -> None:
     """Neither does what it depends on."""
     line = ["make", "--always-make", "--dry-run", "gpu-check", f"PYTHON={sys.executable}"]
