@@ -164,6 +164,37 @@ def test_cheaper_form(measure, gram, covariance) -> None:
     assert not plan.use_gram(measure, *covariance)
 
 
+BF16, FP32 = torch.bfloat16, torch.float32
+
+
+@pytest.mark.parametrize(
+    ("backend", "measure", "gram", "dtypes", "fused", "student_alone"),
+    [
+        ("eager", "cka", (False,), (BF16, BF16), False, (False, False)),
+        ("triton", "procrustes", (False,), (BF16, BF16), False, (False, False)),
+        ("triton", "moments", (False,), (BF16, BF16), False, (False, False)),
+        # The gradient in covariance form multiplies both sides.
+        ("triton", "cka", (False,), (BF16, BF16), True, (True, True)),
+        ("triton", "cka", (True, False), (BF16, BF16), True, (True, True)),
+        ("triton", "cka", (True,), (BF16, BF16), True, (True, False)),
+        # Two dtypes are computed in a third, which one side does not tell.
+        ("triton", "cka", (True,), (BF16, FP32), True, (True, True)),
+        ("triton", "covariance", (False,), (BF16, BF16), True, (True, False)),
+        ("triton", "covariance", (True,), (BF16, BF16), False, (False, False)),
+        # The kernel of few rows has computed the gradients already.
+        ("cuda", "cka", (True,), (BF16, BF16), True, (False, False)),
+        ("cuda", "cka", (False,), (BF16, BF16), True, (True, True)),
+    ],
+)
+def test_what_a_plan_keeps(backend, measure, gram, dtypes, fused, student_alone) -> None:
+    problem = availability.Problem(measure, gram, 300, 64)
+    made = plan.with_backend(backend, dtypes, problem)
+    assert made.fused == fused
+    assert made.kept_sides((True, False)) == student_alone
+    assert made.kept_sides((False, False)) == (False, False)
+    assert made.on_eager() == plan.Plan("eager", gram)
+
+
 def test_reasons_against_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
