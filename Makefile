@@ -49,7 +49,7 @@ lint: $(VENV)/ready
 	$(BIN)/mypy
 
 bench: $(VENV)/ready
-	for kind in run frontier scaling step lora; do \
+	for kind in run frontier scaling step; do \
 		$(BIN)/python -m benchmarks.$$kind $(ARGS) || failed=1; done; exit $$failed
 
 report: $(VENV)/ready

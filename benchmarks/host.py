@@ -7,7 +7,6 @@ left is what Python, torch and pybind11 cost on this machine.
 
 from __future__ import annotations
 
-import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -18,6 +17,7 @@ from unittest import mock
 
 import torch
 from torch import Tensor
+from torch.utils.benchmark import Timer
 
 import rift_kernels as rk
 from rift_kernels.backends import cuda
@@ -25,8 +25,7 @@ from rift_kernels.dispatch import availability, plan
 
 from . import tables
 
-ROWS, WIDTH = 64, 768
-ROUNDS, CALLS, SECONDS = 15, 200, 1.0
+ROWS, WIDTH, SECONDS = 64, 768, 0.5
 
 Call = Callable[[], object]
 
@@ -71,13 +70,11 @@ def stages(backend: str, device: torch.device) -> dict[str, Call]:
         return rk.linear_cka(features, y, backend=backend)
 
     calls: dict[str, Call] = {
-        "backend's forward: memory and a launch": lambda: backend_forward(*arguments, True, False),
-        "the same as an operator": lambda: operator(
-            *arguments, backend, backend != "eager", True, False
-        ),
-        "linear_cka, no gradient wanted": lambda: loss(x),
-        "linear_cka, forward": lambda: loss(student),
-        "linear_cka, forward and backward": lambda: torch.autograd.grad(loss(student), student),
+        "its own function": lambda: backend_forward(*arguments, True, False),
+        "the operator": lambda: operator(*arguments, backend, backend != "eager", True, False),
+        "linear_cka without a gradient": lambda: loss(x),
+        "linear_cka": lambda: loss(student),
+        "linear_cka and its backward": lambda: torch.autograd.grad(loss(student), student),
     }
     return calls if backend == "cuda" else dict(list(calls.items())[1:])
 
@@ -95,21 +92,9 @@ def floor(device: torch.device) -> Call:
 
 
 def microseconds(call: Call) -> str:
-    """The median over rounds of a call's time on the host; a second in all, if it is slow."""
-    call()
-    start = time.perf_counter()
-    call()
-    calls = max(1, min(CALLS, int(SECONDS / ROUNDS / (time.perf_counter() - start))))
-    samples = []
-    for _ in range(ROUNDS + 1):
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        start = time.perf_counter()
-        for _ in range(calls):
-            call()
-        samples.append((time.perf_counter() - start) / calls * 1e6)
-    # The first one warms up.
-    return f"{statistics.median(samples[1:]):.1f}"
+    """The median of a call's time on the host."""
+    timer = Timer("call()", globals={"call": call}, timer=time.perf_counter)
+    return f"{timer.blocked_autorange(min_run_time=SECONDS).median * 1e6:.1f}"
 
 
 def table() -> str:

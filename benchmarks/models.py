@@ -1,7 +1,8 @@
-"""What is finetuned: a vision transformer with random weights, its batch and its optimiser."""
+"""What is finetuned: transformers' ViT with random weights, its teacher, its batch and AdamW."""
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from dataclasses import dataclass
 from functools import partial
@@ -10,15 +11,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.functional import interpolate
+from torch.nn.functional import cross_entropy, interpolate
 from torch.utils.flop_counter import FlopCounterMode
 
 from . import measure, schema
 
+PACKAGES = ("transformers", "peft")
+# Query, key, value and output of an attention, as transformers 5 and 4 call them.
+_TARGETS = r".*\.(?:[qkvo]_proj|query|key|value|attention\.output\.dense)"
+
 
 @dataclass(frozen=True)
 class Profile:
-    """A ViT on square images, its batch, seconds, and the width of the product at its peak."""
+    """A ViT on square images, its batch, and seconds to measure it in."""
 
     image: int
     patch: int
@@ -28,70 +33,45 @@ class Profile:
     classes: int
     batch: int
     budget: float
-    probe: int = 0
     autocast: bool = False
+    rank: int | None = None  # of adapters, which are trained with the head; None: all is trained
 
     @property
     def tokens(self) -> int:
         return (self.image // self.patch) ** 2 + 1
 
-    def model(self, weights: list[Tensor], rank: int | None = None) -> schema.Model:
-        """The description in a result file."""
-        form: dict[str, Any] = dataclasses.asdict(self) | {"tokens": self.tokens, "rank": rank}
-        del form["budget"], form["probe"]
-        return schema.Model(**form, parameters=sum(weight.numel() for weight in weights))
-
-
-VIT_B_16 = Profile(224, 16, 768, 12, 12, 1000, batch=64, budget=90, probe=8192, autocast=True)
-# Without a budget: as few rounds as there may be.
-SMOKE = Profile(16, 4, 16, 2, 2, 4, batch=8, budget=0, probe=64)
-
-
-class ViT(nn.Module):
-    """Returns the states after every layer, (batch, tokens, D); the last state is normalised.
-
-    There is no dropout: leave it in training mode, for evaluation has a shortcut of torch's own.
-    """
-
-    def __init__(self, profile: Profile) -> None:
-        super().__init__()
-        d, patch = profile.width, profile.patch
-        self.patches = nn.Conv2d(3, d, patch, stride=patch)
-        self.token = nn.Parameter(0.02 * torch.randn(1, 1, d))
-        self.position = nn.Parameter(0.02 * torch.randn(1, profile.tokens, d))
-        form: Any = {"dropout": 0.0, "activation": "gelu", "batch_first": True, "norm_first": True}
-        layers = (
-            nn.TransformerEncoderLayer(d, profile.heads, 4 * d, **form)
-            for _ in range(profile.depth)
-        )
-        self.layers = nn.ModuleList(layers)
-        self.norm = nn.LayerNorm(d)
-        self.head = nn.Linear(d, profile.classes)
-
-    def forward(self, images: Tensor) -> list[Tensor]:
-        tokens = self.token.expand(len(images), -1, -1), self.patches(images).flatten(2).mT
-        states = [torch.cat(tokens, dim=1) + self.position]
-        for layer in self.layers:
-            states.append(layer(states[-1]))
-        return [*states[1:-1], self.norm(states[-1])]
-
 
 class Finetuning:
-    """A model, a batch, and AdamW, which updates copies of the trained weights.
+    """A student near its teacher, a batch, and AdamW, which updates copies of the trained weights.
 
     So every step starts from the same weights, even after a loss whose gradient is NaN.
     """
 
-    def __init__(self, model: Any, profile: Profile, device: torch.device) -> None:
-        self.model, self.profile = model, profile
+    def __init__(self, profile: Profile, device: torch.device) -> None:
+        self.profile = profile
         self.autocast = partial(torch.autocast, device.type, torch.bfloat16, profile.autocast)
+        torch.manual_seed(0)
+        self.model, self._pretrained = _student_and_teacher(profile, device)
         coarse = torch.randn(profile.batch, 3, 4, 4, device=device)
         # Patches of an image are alike, and images differ, as photographs do.
         self.images = interpolate(coarse, size=(profile.image,) * 2, mode="bilinear")
         self.labels = torch.randint(profile.classes, (profile.batch,), device=device)
-        self.weights = [weight for weight in model.parameters() if weight.requires_grad]
+        self.weights = [weight for weight in self.model.parameters() if weight.requires_grad]
         self.updated = [weight.detach().clone().requires_grad_() for weight in self.weights]
         self._adamw = torch.optim.AdamW(self.updated, fused=True)
+
+    def student(self) -> Any:
+        """Modules of their own, for hooks of their own, on the shared weights."""
+        return _sharing(self.model).train()
+
+    def frozen_copy(self) -> Any:
+        """The teacher as a model; where there are adapters, with a second copy of the weights."""
+        if self._pretrained is None:
+            return copy.deepcopy(self.model).unload().requires_grad_(False)
+        return _sharing(self._pretrained)
+
+    def task_loss(self, student: nn.Module) -> Tensor:
+        return cross_entropy(student(pixel_values=self.images).logits, self.labels)
 
     def backward(self, loss: Tensor) -> None:
         """The backward, and the optimiser's step; no gradient stays in memory."""
@@ -100,6 +80,58 @@ class Finetuning:
             weight.grad, updated.grad = None, weight.grad
         self._adamw.step()
         self._adamw.zero_grad()
+
+    def description(self) -> schema.Model:
+        fields: dict[str, Any] = dataclasses.asdict(self.profile)
+        del fields["budget"]
+        parameters, trained = (
+            sum(weight.numel() for weight in weights)
+            for weights in (self.model.parameters(), self.weights)
+        )
+        tokens = self.profile.tokens
+        return schema.Model(**fields, tokens=tokens, parameters=parameters, trained=trained)
+
+
+def _student_and_teacher(profile: Profile, device: torch.device) -> tuple[Any, Any]:
+    """Both differ a little: where they agree, the loss has no gradient.
+
+    With adapters there is no separate teacher: it is the student with these disabled.
+    """
+    try:
+        import peft
+        import transformers
+    except ImportError as error:
+        raise SystemExit(
+            f"benchmarks.step needs {' and '.join(PACKAGES)}: pip install '.[bench]' ({error})"
+        ) from error
+    config: Any = transformers.ViTConfig(
+        image_size=profile.image,
+        patch_size=profile.patch,
+        hidden_size=profile.width,
+        num_hidden_layers=profile.depth,
+        num_attention_heads=profile.heads,
+        intermediate_size=4 * profile.width,
+    )
+    config.num_labels = profile.classes
+    base: Any = transformers.ViTForImageClassification(config)
+    base.to(device)
+    if profile.rank is None:
+        teacher = copy.deepcopy(base).requires_grad_(False)
+        for weight in base.parameters():
+            weight.data += 0.1 * weight.std(correction=0) * torch.randn_like(weight)
+        return base, teacher
+    # Adapters normally begin at zero.
+    adapters: Any = peft.LoraConfig(
+        r=profile.rank, target_modules=_TARGETS, init_lora_weights=False
+    )
+    model = peft.get_peft_model(base, adapters)
+    base.classifier.requires_grad_()
+    return model.to(device), None
+
+
+def _sharing(model: nn.Module) -> nn.Module:
+    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    return copy.deepcopy(model, shared)
 
 
 def operations(step: measure.Timed) -> tuple[int, int]:

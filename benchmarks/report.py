@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from . import demo, environment, files, pictures, step_table, tables
-from .schema import Benchmark, Frontier, Lora, Result, Scaling, Step
+from .schema import Benchmark, Frontier, Result, Scaling, Step
 
 MEASURED, README, EXAMPLES = "docs/benchmarks.md", "README.md", "examples/README.md"
 FOLDER = "benchmarks/results"
@@ -34,10 +34,9 @@ class Section(NamedTuple):
 
 SECTIONS = (
     Section(README, "speed", Benchmark, tables.best_and_worst),
-    Section(README, "cost", Step, step_table.cost),
+    Section(README, "cost", Step, step_table.cost, reduced=("smoke", "cpu")),
     Section(MEASURED, "benchmarks", Benchmark, tables.summary),
-    Section(MEASURED, "step", Step, step_table.summary),
-    Section(MEASURED, "lora", Lora, step_table.lora_summary, reduced=("smoke", "cpu")),
+    Section(MEASURED, "step", Step, step_table.summary, reduced=("smoke", "cpu")),
     Section(MEASURED, "frontier", Frontier, pictures.summary),
     Section(MEASURED, "scaling", Scaling, pictures.summary),
 )

@@ -1,7 +1,8 @@
 """The forms of result files: ``dataclasses.asdict`` writes them, and :func:`parse` reads them.
 
 Seconds are per clock: forward, backward or both, on a GPU between events; host, until the calls
-return; wall, until the device is done. Memory is bytes per phase (forward, backward or both).
+return; wall, until the device is done; cpu, the process's time, which excludes other processes.
+Memory is bytes per phase (forward, backward or both).
 A field with a default may be absent or null. With a ``reason``, the rest was not measured, and the
 reason says why. An error of None is NaN or infinite.
 """
@@ -153,78 +154,54 @@ class Model:  # a vision transformer and its batch
     heads: int
     classes: int
     parameters: int
+    trained: int  # of the parameters
+    rank: int | None  # of adapters, if these are trained
     batch: int
     tokens: int
     autocast: bool  # whether products are in bfloat16
-    rank: int | None = None  # of an adapter
-    trained: int | None = None  # numbers that are trained, if not all
+
+
+@dataclass
+class LossAlone:
+    memory: dict[str, int]  # above its features
+    kept: int  # bytes that its forward leaves
+    seconds: dict[str, Quantiles] = field(default_factory=dict)
+    share: Bounds | None = None  # of the plain step of the same round
 
 
 @dataclass(kw_only=True)
 class StepWay:  # a way of finetuning
-    loss: str | None  # a provider; None for the plain step
-    features: str | None  # what it compares
-    teacher_runs: bool  # whether the teacher's forward pass is in the step
-    predicted_seconds: float  # of the operations, at the peaks
+    teacher: str | None  # "adapters off" or "a copy"; None for the plain step
+    loss: str | None  # a provider, and the features that it compares
+    predicted_share: float | None = None  # of what it adds, and of the plain step's operations
     reason: str | None = None
-    seconds: dict[str, Quantiles] = field(default_factory=dict)
+    weights: int = 0  # bytes of student and teacher
     memory: dict[str, int] = field(default_factory=dict)  # above what was there before
+    seconds: dict[str, Quantiles] = field(default_factory=dict)  # none: its cost is its memory
+    adds: Bounds | None = None  # share that it takes more than the plain step of the same round
+    loss_adds: Bounds | None = None  # the same, more than a step with the teacher's pass alone
+    alone: LossAlone | None = None
     gradient_error: float | None = None  # at the student's features, relative, against float64
     wrong: bool = False
 
 
-@dataclass
-class LeftOut:
-    loss: str
-    features: str | None  # None: all
-    reason: str
+@dataclass(kw_only=True)
+class Finetuning:
+    model: Model
+    predicted_seconds: float  # of the plain step's operations, at the peaks
+    rounds: int
+    clock: str  # whose seconds shares are of: "cpu", the process's time, or "both", on a GPU
+    noise: dict[str, float]  # clock: share; the plain step timed twice
+    teacher_memory: int  # bytes at the peak of the teacher's pass by itself
+    ways: list[StepWay]  # the plain step, the teacher's pass without a loss, and losses
+    unable: list[Provider]
 
 
 @dataclass(kw_only=True)
 class Step(Result):
-    schema: str = "rift_kernels step 1"
+    schema: str = "rift_kernels step 2"
     peaks: dict[str, Any]  # "matmul_flops", as above
-    model: Model
-    rounds: int = 0
-    noise: dict[str, float] = field(default_factory=dict)  # clock: share; the plain step's
-    ways: list[StepWay]
-    left_out: list[LeftOut]
-
-
-@dataclass(kw_only=True)
-class LoraWay:  # a way of finetuning with adapters; a copy as teacher is not timed
-    teacher: str | None  # "adapters off" or "a copy"
-    pooling: str | None  # of the features that are compared
-    weights: int  # bytes: the plain way's, and what setting this way up keeps
-    memory: dict[str, int]
-    seconds: dict[str, Quantiles] = field(default_factory=dict)
-    cpu_seconds: Quantiles | None = None  # of the process, all threads
-    adds: Bounds | None = None  # share that it takes more than the plain step of the same round
-    loss_adds: Bounds | None = None  # the same, more than a step with the teacher's pass alone
-
-
-@dataclass(kw_only=True)
-class LoraLoss:  # the loss by itself
-    pooling: str
-    features: str  # shape and dtype
-    predicted_share: float  # of the plain step's operations
-    seconds: dict[str, Quantiles]
-    cpu_seconds: Quantiles
-    share: Bounds  # of the plain step of the same round
-    memory: dict[str, int]  # above its features
-    kept: int  # bytes that its forward leaves
-
-
-@dataclass(kw_only=True)
-class Lora(Result):
-    schema: str = "rift_kernels lora 1"
-    model: Model
-    rounds: int
-    clock: str  # whose seconds shares are of: "cpu", the process's time, or "both", on a GPU
-    noise: dict[str, float]  # has the clock "cpu", too
-    ways: list[LoraWay]  # the first is the plain step
-    teacher_memory: int  # bytes at the peak of the teacher's pass by itself
-    losses: list[LoraLoss]
+    finetunings: list[Finetuning]
 
 
 @dataclass(kw_only=True)
@@ -246,7 +223,7 @@ class Check(Result):  # of python -m rift_kernels check, which writes it anew af
     cases: list[dict[str, Any]]  # with errors and seconds
 
 
-KINDS = {kind.schema: kind for kind in (Benchmark, Scaling, Frontier, Step, Lora, Check)}
+KINDS = {kind.schema: kind for kind in (Benchmark, Scaling, Frontier, Step, Check)}
 
 
 def parse(content: Any, form: Any = Result) -> Any:

@@ -1,197 +1,276 @@
-"""``python -m benchmarks.step``: what a finetuning step costs with the loss, and without.
+"""``python -m benchmarks.step``: what RIFT costs in a finetuning step, in time and memory.
 
-Steps of a vision transformer (forward, loss, backward, optimiser) take turns: plain, and with a
-loss by naive code and by every backend of rift_kernels, each with the teacher's features from a
-cache and with its forward pass. Exits with 1 if rift_kernels failed or was wrong.
+Steps (forward, loss, backward, optimiser) take turns: plain, with the teacher's forward pass, and
+with :class:`~rift_kernels.RIFTRegularizer`, whose loss is by naive code and by every backend. Once
+all weights are trained, and once adapters, where the teacher is the student without them. Each loss
+alone takes its turn in the same rounds. On a CPU, shares are of CPU time. ``--profile full`` trains
+adapters of a ViT-B/16 and takes ten minutes. Exits with 1 if rift_kernels failed or was wrong.
 """
 
 from __future__ import annotations
 
-import copy
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from importlib import metadata
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
+import rift_kernels as rk
 from rift_kernels.dispatch import availability
 
 from . import command, environment, measure, schema, step_table
 from .command import Job
-from .models import SMOKE, VIT_B_16, Finetuning, Profile, ViT, operations
+from .measure import CPU_TIME, Call, Task, added, kept_memory, peak_memory, quantiles
+from .models import PACKAGES, Finetuning, Profile, operations
 from .oracle import Oracle, wrong
 from .providers import NAIVE, OURS, WIDE, Provider, providers
 from .run import finite, sentence
-from .schema import LeftOut, StepWay
-from .workloads import Inputs, Workload, dtype_name
+from .schema import LossAlone, StepWay
+from .step_table import ADAPTERS_OFF, COPY
+from .workloads import BFLOAT16, Inputs, Workload, dtype_name
 
+
+@dataclass(frozen=True)
+class Suite:
+    """What is finetuned in turn, and the width of the product at its peak."""
+
+    profiles: tuple[Profile, ...]
+    probe: int
+
+    @property
+    def budget(self) -> float:
+        return sum(profile.budget for profile in self.profiles)
+
+
+_SMALL = Profile(64, 8, 192, 4, 3, 100, batch=16, budget=40)
+_VIT_B_16 = Profile(224, 16, 768, 12, 12, 100, batch=8, budget=600, rank=8)
+_GPU = replace(_VIT_B_16, classes=1000, batch=64, budget=30, autocast=True)
+# Without a budget: as few rounds as there may be.
+_SMOKE = Profile(16, 4, 16, 2, 2, 4, batch=8, budget=0)
 PROFILES = {
-    "cpu": Profile(64, 8, 192, 4, 3, 100, batch=16, budget=40, probe=2048),
-    "gpu": VIT_B_16,
-    "smoke": SMOKE,
+    "cpu": Suite((_SMALL, replace(_VIT_B_16, image=128, depth=2, budget=40)), probe=2048),
+    "full": Suite((_SMALL, _VIT_B_16), probe=2048),
+    "gpu": Suite((replace(_GPU, rank=None), _GPU), probe=8192),
+    "smoke": Suite((_SMOKE, replace(_SMOKE, rank=8)), probe=64),
 }
 
 
-def features_of(profile: Profile) -> list[Workload]:
-    """Class tokens of all layers, few rows that need debiasing, and the last layer's tokens.
+class Loss(NamedTuple):
+    """Who compares which features."""
 
-    These are compared biased: debiasing would change little, and naive code is cheapest so.
+    provider: Provider
+    pooling: str
+    features: Workload
+
+    def __str__(self) -> str:
+        rows = "class tokens" if self.pooling == "cls" else "tokens"
+        return f"{self.provider.name}, {rows}, {self.features.shape}"
+
+    def task(self, students: Any, teachers: Any) -> Task:
+        """The computation on the rows of a layer, or of each."""
+        sides = ([x] if isinstance(x, Tensor) else x for x in (students, teachers))
+        students, teachers = ([x.to(self.features.dtype) for x in side] for side in sides)
+        return Task(self.provider, self.features.measure, Inputs(students, teachers))
+
+
+def losses(profile: Profile, device: torch.device) -> tuple[list[Loss], list[Provider]]:
+    """All losses, and those of our backends that cannot run here.
+
+    Class tokens of all layers are few rows that need debiasing. The last layer's tokens are
+    compared biased: debiasing would change little, and naive code is cheapest so.
     """
-    rows, width = profile.batch * profile.tokens, profile.width
-    tokens = [Workload("cka_biased", rows, width, d) for d in (torch.float32, torch.bfloat16)]
-    class_tokens = Workload("cka_debiased", profile.batch, width, layers=profile.depth)
-    # Autocast leaves the states in float32; code that casts them first reads and multiplies less.
-    return [class_tokens, *tokens[: 1 + profile.autocast]]
-
-
-def pick(features: Workload, states: list[Tensor]) -> list[Tensor]:
-    """The features among the states after every layer."""
-    if features.measure == "cka_biased":
-        return [states[-1].flatten(0, 1).to(features.dtype)]
-    return [state[:, 0].to(features.dtype) for state in states]
-
-
-class Student(Finetuning):
-    """A student near its frozen teacher, trained in full."""
-
-    def __init__(self, profile: Profile, device: torch.device) -> None:
-        torch.manual_seed(0)
-        with device:
-            self._teacher = ViT(profile).requires_grad_(False)
-        # Already finetuned a little: where student and teacher agree, the loss has no gradient.
-        student = copy.deepcopy(self._teacher)
-        for parameter in student.parameters():
-            parameter.add_(0.1 * parameter.std() * torch.randn_like(parameter))
-        super().__init__(student.requires_grad_(), profile, device)
-
-    @torch.no_grad()
-    def teachers(self, features: Workload | None) -> list[Tensor]:
-        """The teacher's features: a forward pass that leaves nothing else in memory."""
-        with self.autocast():
-            states = self._teacher(self.images)
-            # A slice would keep all tokens.
-            return [x.contiguous() for x in pick(features, states)] if features else []
-
-    def gradient_error(self, provider: Provider, features: Workload) -> float:
-        """The error of a loss's gradient at the student's features, relative, against float64."""
-        with self.autocast():
-            with torch.no_grad():
-                students = pick(features, self.model(self.images))
-            students = [x.clone().requires_grad_() for x in students]
-            inputs = Inputs(students, self.teachers(features))
-            task = measure.Task(provider, features.measure, inputs)
-            values = task.forward()
-        return Oracle(features, inputs).errors(values, task.backward(values))[1]
-
-
-@dataclass
-class Step:
-    """A step in the two phases that are timed: what computes a loss, if any, of which features."""
-
-    student: Student
-    provider: Provider | None = None
-    features: Workload | None = None
-    teacher_runs: bool = False
-
-    def __post_init__(self) -> None:
-        self.backward = self.student.backward
-        self._cached = [] if self.teacher_runs else self.student.teachers(self.features)
-
-    def forward(self) -> Tensor:
-        """The passes of the teacher, if it runs, and of the student; the mean of 1 - CKA."""
-        student, features = self.student, self.features
-        teachers = student.teachers(features) if self.teacher_runs else self._cached
-        with student.autocast():
-            states = student.model(student.images)
-            loss = cross_entropy(student.model.head(states[-1][:, 0]), student.labels)
-            if self.provider and features:
-                inputs = Inputs(pick(features, states), teachers)
-                values = measure.Task(self.provider, features.measure, inputs).forward()
-                loss = loss + (1 - values).mean()
-        return loss
-
-
-def plan(student: Student, device: torch.device) -> tuple[list[Step], list[LeftOut]]:
-    """All steps, and the losses that are left out, with the reasons."""
     candidates = {p.name: p for p in providers(device, compiled=())}
-    naive, wide, autocast = candidates[NAIVE], candidates[WIDE], student.profile.autocast
+    naive, wide, autocast = candidates[NAIVE], candidates[WIDE], profile.autocast
     if autocast:
         # It multiplies float32 features in bfloat16, unless it is kept out.
-        naive = replace(naive, products_in=torch.bfloat16)
+        naive = replace(naive, products_in=BFLOAT16)
         wide = replace(wide, settings=partial(torch.autocast, device.type, enabled=False))
     ours = [candidates[OURS + backend] for backend in availability.BACKENDS]
-    steps = [Step(student), Step(student, teacher_runs=True)]
-    for w in features_of(student.profile):
-        losses = [naive, wide] if autocast and w.dtype == torch.float32 else [naive]
-        losses += [provider for provider in ours if provider.can_do(w)]
-        steps += [Step(student, provider, w, runs) for provider in losses for runs in (False, True)]
-    return steps, [LeftOut(p.name, None, p.reason) for p in ours if p.reason]
+    tokens = Workload("cka_biased", profile.batch * profile.tokens, profile.width)
+    class_tokens = Workload("cka_debiased", profile.batch, profile.width, layers=profile.depth)
+    features = [("cls", class_tokens), ("tokens", tokens)]
+    # Autocast leaves the states in float32; code that casts them first reads and multiplies less.
+    features += [("tokens", replace(tokens, dtype=BFLOAT16))] if autocast else []
+    compared = []
+    for pooling, workload in features:
+        every = [naive, *([wide] if autocast and workload.dtype == torch.float32 else [])]
+        every += [provider for provider in ours if provider.can_do(workload)]
+        compared += [Loss(provider, pooling, workload) for provider in every]
+    return compared, [provider for provider in ours if provider.reason]
 
 
-def predict(step: Step, count: tuple[int, int], peaks: Mapping[str, float]) -> StepWay:
-    """A step that is yet to be measured: all its products, each at the peak of its dtype."""
-    peak = peaks["bfloat16" if step.student.profile.autocast else "float32"]
-    seconds = (count[1] + count[0] * step.teacher_runs) / peak
-    loss = features = None
-    if step.provider and step.features:
-        rows = "tokens" if step.features.measure == "cka_biased" else "class tokens"
-        loss, features = step.provider.name, f"{rows}, {step.features.shape}"
-        seconds += step.provider.predicted(step.features, peaks) or 0.0
-    return StepWay(
-        loss=loss,
-        features=features,
-        teacher_runs=step.teacher_runs,
-        predicted_seconds=seconds,
+@dataclass(eq=False)
+class Step:
+    """A step in the two phases that are timed: plain, with a teacher's pass, or with a loss."""
+
+    finetuning: Finetuning
+    teacher: str | None = None
+    loss: Loss | None = None
+
+    def __post_init__(self) -> None:
+        self.backward = self.finetuning.backward
+        self.student, depth = self.finetuning.student(), self.finetuning.profile.depth
+        self._models = [self.student]
+        if self.teacher:
+            frozen = self.finetuning.frozen_copy() if self.teacher == COPY else None
+            self._models += [frozen] if frozen else []
+            pooling = self.loss.pooling if self.loss else "tokens"
+            first = 0 if pooling == "cls" else depth - 1
+            layers = [f"*layer*.{i}" for i in range(first, depth)]
+            self.rift = rk.RIFTRegularizer(self.student, frozen, layers=layers, pooling=pooling)
+        if self.loss:
+            self.rift.loss.distances = partial(_distances, self.loss)  # type: ignore[method-assign]
+
+    def __str__(self) -> str:
+        return str(self.loss or ("teacher" if self.teacher else "plain"))
+
+    @property
+    def weights(self) -> int:
+        """Bytes of all models."""
+        tensors = {id(p): p.nbytes for model in self._models for p in model.parameters()}
+        return sum(tensors.values())
+
+    def forward(self) -> Tensor:
+        with self.finetuning.autocast():
+            loss = self.finetuning.task_loss(self.student)
+            if self.loss:
+                loss = loss + self.rift(pixel_values=self.finetuning.images)
+            elif self.teacher:
+                self.teacher_pass()
+                self.rift._student.clear()
+        return loss
+
+    def teacher_pass(self) -> Any:
+        """The teacher's features: what the regularizer does before it compares."""
+        with self.finetuning.autocast():
+            return self.rift._teachers((), {"pixel_values": self.finetuning.images}, None)
+
+    def features(self) -> tuple[list[Tensor], list[Tensor]]:
+        """The features that the loss compares; the student's require gradients."""
+        with torch.no_grad(), self.finetuning.autocast():
+            self.student(pixel_values=self.finetuning.images)
+            students = self.rift._student.features().values()
+        leaves = [x.clone().requires_grad_() for x in students]
+        self.rift._student.clear()
+        return leaves, self.teacher_pass()
+
+
+def _distances(loss: Loss, students: Any, teachers: Any, _mask: None) -> Tensor:
+    return 1 - loss.task(students, teachers).forward()
+
+
+def plan(finetuning: Finetuning, compared: Sequence[Loss]) -> tuple[list[Step], list[Step]]:
+    """The steps to be timed, and others, whose cost is their memory."""
+    teacher = ADAPTERS_OFF if finetuning.profile.rank else COPY
+    timed = [Step(finetuning), Step(finetuning, teacher)]
+    timed += [Step(finetuning, teacher, loss) for loss in compared]
+    return timed, [Step(finetuning, COPY, compared[0])] if teacher == ADAPTERS_OFF else []
+
+
+def described(step: Step, device: torch.device) -> StepWay:
+    """What a step costs but for its time, or why it fails."""
+    way = StepWay(teacher=step.teacher, loss=step.loss and str(step.loss), weights=step.weights)
+    try:
+        step.backward(step.forward())
+        way.memory = peak_memory(step, device)
+    except Exception as error:
+        if step.loss is None:
+            raise
+        # A loss that fails is no reason to lose the others.
+        way.reason = sentence(error)
+    return way
+
+
+def loss_alone(step: Step, loss: Loss, way: StepWay, device: torch.device) -> Call:
+    """The loss on features that a step caught, to be timed; its error and its memory are noted."""
+    task = loss.task(*step.features())
+
+    def forward() -> Tensor:
+        with step.finetuning.autocast():
+            return task.forward()
+
+    call = Call(forward, task.backward)
+    values = forward()
+    _, error = Oracle(loss.features, task.inputs).errors(values, task.backward(values))
+    del values
+    way.gradient_error, way.wrong = finite(error), wrong(0.0, error)
+    way.alone = LossAlone(peak_memory(call, device), kept_memory(forward, device))
+    return call
+
+
+def measured(
+    profile: Profile, peaks: Mapping[str, float], device: torch.device, seconds: float
+) -> schema.Finetuning:
+    """All steps of one finetuning. The plain step is timed twice: the noise."""
+    end, finetuning = time.monotonic() + seconds, Finetuning(profile, device)
+    compared, unable = losses(profile, device)
+    timed, others = plan(finetuning, compared)
+    plain, base, *_ = timed
+    ways = [described(step, device) for step in (*timed, *others)]
+    tasks: dict[str, measure.Timed] = {"again": plain}
+    for step, way in zip(timed, ways, strict=False):
+        if way.reason is None:
+            tasks[str(step)] = step
+            if step.loss:
+                tasks[f"{step} alone"] = loss_alone(step, step.loss, way, device)
+    samples = measure.time_rounds(tasks, device, end, max_rounds=100)
+    whole, clock = samples[str(plain)], CPU_TIME if device.type == "cpu" else "both"
+    forward, both = operations(plain)
+    predicted = both / peaks["bfloat16" if profile.autocast else "float32"]
+    for step, way in zip(timed, ways, strict=False):
+        if step.loss:
+            seconds_alone = step.loss.provider.predicted(step.loss.features, peaks)
+            way.predicted_share = (seconds_alone or 0.0) / predicted
+        if step.teacher and way.reason is None:
+            rounds = samples[str(step)]
+            way.adds = added(rounds, whole, whole, clock)
+        if way.alone:
+            alone = samples[f"{step} alone"]
+            way.loss_adds = added(rounds, samples[str(base)], whole, clock)
+            way.alone.seconds, way.alone.share = quantiles(alone), added(alone, None, whole, clock)
+        way.seconds = quantiles(samples.get(str(step), []))
+    ways[1].predicted_share = forward / both
+    return schema.Finetuning(
+        model=finetuning.description(),
+        predicted_seconds=predicted,
+        rounds=len(whole),
+        clock=clock,
+        noise={c: measure.noise(whole, samples["again"], c) for c in measure.CLOCKS},
+        teacher_memory=peak_memory(Call(base.teacher_pass), device)["both"],
+        ways=ways,
+        unable=[schema.Provider(p.name, p.reason) for p in unable],
     )
 
 
-def run(job: Job[Profile]) -> schema.Step:
-    """Measure all steps in about the budget. The plain step is timed twice: the noise."""
-    end = time.monotonic() + job.budget
-    profile, device = job.profile, job.device
-    student = Student(profile, device)
-    steps, left_out = plan(student, device)
-    count = operations(steps[0])
-    dtypes = (torch.float32, torch.bfloat16)[: 1 + profile.autocast]
-    peaks = {dtype_name(d): measure.matmul_peak(d, profile.probe, device) for d in dtypes}
-    ways = [predict(step, count, peaks) for step in steps]
-    tasks: dict[str, measure.Timed] = {"again": steps[0]}
-    for step, way in zip(steps, ways, strict=True):
-        try:
-            step.backward(step.forward())
-            way.memory = measure.peak_memory(step, device)
-            if step.provider and step.features:
-                error = student.gradient_error(step.provider, step.features)
-                way.gradient_error, way.wrong = finite(error), wrong(0.0, error)
-            tasks[step_table.title(way)] = step
-        except Exception as error:
-            # A loss that fails is no reason to lose the others.
-            way.reason = sentence(error)
-    samples = measure.time_rounds(tasks, device, end, max_rounds=100)
-    plain, again = samples["plain step"], samples["again"]
-    for way in (way for way in ways if way.reason is None):
-        way.seconds = measure.quantiles(samples[step_table.title(way)])
-    return schema.Step(
+def run(job: Job[Suite]) -> schema.Step:
+    """Measure the finetunings in about the budget, divided among them as their profiles ask."""
+    suite, device = job.profile, job.device
+    dtypes = (torch.float32, BFLOAT16)[: 1 + suite.profiles[0].autocast]
+    peaks = {dtype_name(d): measure.matmul_peak(d, suite.probe, device) for d in dtypes}
+    scale = job.budget / (suite.budget or 1.0)
+    result = schema.Step(
         profile=job.name,
         environment=environment.describe(device),
         peaks={"matmul_flops": peaks},
-        model=profile.model(student.weights),
-        rounds=len(plain),
-        noise={c: measure.noise(plain, again, c) for c in measure.CLOCKS},
-        ways=ways,
-        left_out=left_out,
+        finetunings=[
+            measured(profile, peaks, device, scale * profile.budget)
+            for profile in command.progress(suite.profiles)
+        ],
     )
+    result.environment.versions |= {name: metadata.version(name) for name in PACKAGES}
+    return result
 
 
-def failures(result: schema.Step) -> list[str]:
+def failures(result: schema.Step) -> Iterator[str]:
     """The steps in which ours failed or was wrong."""
-    ours = [way for way in result.ways if str(way.loss).startswith(OURS)]
-    failed = [way for way in ours if way.reason or way.wrong]
-    return [f"{way.loss}: {way.features}: {way.reason or 'wrong'}" for way in failed]
+    for way in (way for finetuning in result.finetunings for way in finetuning.ways):
+        if str(way.loss).startswith(OURS) and (way.reason or way.wrong):
+            yield f"{way.loss}: {way.reason or 'wrong'}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

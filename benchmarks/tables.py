@@ -52,9 +52,11 @@ def best_and_worst(result: Benchmark) -> str:
     if not ratios:
         return f"{where}, no workload was measured."
     best, worst = max(ratios, key=ratios.__getitem__), min(ratios, key=ratios.__getitem__)
+    last = f"takes **{_ratio(1 / ratios[worst])}** as long"
+    last = last if ratios[worst] < 1 else f"is **{_ratio(ratios[worst])}** as fast"
     return (
         f"{where}, the best of {len(ratios)} workloads is {best}: **{_ratio(ratios[best])}** as "
-        f"fast as naive code. The worst is {worst}: **{_ratio(ratios[worst])}**."
+        f"fast as naive code. The worst is {worst}, which {last}."
     )
 
 

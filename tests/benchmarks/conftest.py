@@ -17,7 +17,7 @@ from benchmarks.schema import Result
 def _measured(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Result]:
     @cache
     def measured(command: str) -> Result:
-        for package in ("peft", "transformers") if command == "lora" else ():
+        for package in ("peft", "transformers") if command == "step" else ():
             pytest.importorskip(package, reason=f"needs {package}")
         folder = tmp_path_factory.mktemp(command)
         main = importlib.import_module(f"benchmarks.{command}").main

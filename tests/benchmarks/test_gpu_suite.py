@@ -171,8 +171,10 @@ def test_all_that_gpu_check_measures(tmp_path) -> None:
     assert {type(r) for r in results} == {schema.Benchmark, schema.Step, schema.Frontier}
     assert [r.environment.gpu for r in results] == [stand_in_gpu.NAME] * 4
     (step,) = (r for r in results if isinstance(r, schema.Step))
-    assert all(set(way.seconds) == set(CLOCKS) for way in step.ways if not way.reason)
-    assert any(not way.reason for way in step.ways)
+    for part in step.finetunings:
+        ways = [way for way in part.ways if way.seconds]
+        assert all(set(way.seconds) == set(CLOCKS) for way in ways)
+        assert any(way.loss for way in ways)
 
 
 @pytest.mark.parametrize("few", [False, True])

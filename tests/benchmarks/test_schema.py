@@ -12,7 +12,7 @@ import torch
 from benchmarks import environment, files, schema
 
 
-@pytest.mark.parametrize("command", ["run", "scaling", "frontier", "step", "lora"])
+@pytest.mark.parametrize("command", ["run", "scaling", "frontier", "step"])
 def test_what_is_written_is_read(command, smoke) -> None:
     result = smoke(command)
     assert type(result) is schema.KINDS[result.schema]
