@@ -5,7 +5,7 @@ from __future__ import annotations
 from .measure import CPU_TIME
 from .providers import OURS
 from .schema import Bounds, Finetuning, Step, StepWay
-from .tables import WRONG, caption, error_text, markdown, milliseconds, not_measured
+from .tables import WRONG, caption, error_text, milliseconds, not_measured, table
 
 ADAPTERS_OFF, COPY = "adapters off", "a copy"
 
@@ -16,9 +16,9 @@ def summary(result: Step) -> str:
     missing = []
     for finetuning in result.finetunings:
         timed = [way for way in finetuning.ways if way.seconds]
-        parts += [_model(finetuning), _table([_times(finetuning, way) for way in timed])]
+        parts += [_model(finetuning), table([_times(finetuning, way) for way in timed])]
         done = [way for way in finetuning.ways if way.reason is None]
-        parts += [_table([_teacher_alone(finetuning), *(_memory(finetuning, w) for w in done)])]
+        parts += [table([_teacher_alone(finetuning), *(_memory(finetuning, w) for w in done)])]
         missing += [f"{provider.name}: {provider.reason}" for provider in finetuning.unable]
         missing += [f"{way.loss}: {way.reason}" for way in finetuning.ways if way.reason]
     return "\n\n".join([*parts, WRONG, *not_measured(missing)])
@@ -59,10 +59,6 @@ def _model(finetuning: Finetuning) -> str:
     )
 
 
-def _table(rows: list[dict[str, str]]) -> str:
-    return markdown(list(rows[0]), [list(row.values()) for row in rows])
-
-
 def _times(finetuning: Finetuning, way: StepWay) -> dict[str, str]:
     alone, on_cpu = way.alone, finetuning.clock == CPU_TIME
     share = _bounds(alone.share if alone else None)
@@ -74,10 +70,10 @@ def _times(finetuning: Finetuning, way: StepWay) -> dict[str, str]:
         "wall time" if on_cpu else "time": milliseconds(way.seconds["both"].q50),
         "adds to the plain step": _bounds(way.adds, "+"),
         "of which the loss": _bounds(way.loss_adds, "+"),
-        "the loss alone": milliseconds(alone.seconds[finetuning.clock].q50) if alone else "-",
+        "the loss alone": milliseconds(alone.seconds[finetuning.clock].q50) if alone else "",
         "share of the plain step": f"**{share}**" if praised else share,
-        "predicted": "-" if way.predicted_share is None else f"{way.predicted_share:.2%}",
-        "gradient error": error if alone else "-",
+        "predicted": "" if way.predicted_share is None else f"{way.predicted_share:.2%}",
+        "gradient error": error if alone else "",
     }
 
 
@@ -96,7 +92,7 @@ def _memory(finetuning: Finetuning, way: StepWay) -> dict[str, str]:
 
 
 def _teacher_alone(finetuning: Finetuning) -> dict[str, str]:
-    row = dict.fromkeys(_memory(finetuning, finetuning.ways[0]), "-")
+    row = dict.fromkeys(_memory(finetuning, finetuning.ways[0]), "")
     peak = _mebibytes(finetuning.teacher_memory)
     return row | {"step": "the teacher's pass by itself", "peak": peak}
 
@@ -109,10 +105,10 @@ def _title(way: StepWay) -> str:
 
 def _bounds(share: Bounds | None, sign: str = "") -> str:
     if share is None:
-        return "-"
+        return ""
     low, middle, high = (f"{x:{sign}.2%}" for x in vars(share).values())
     return f"{middle} ({low} to {high})"
 
 
 def _mebibytes(count: int | None) -> str:
-    return "-" if count is None else f"{count / 2**20:,.2f} MiB"
+    return "" if count is None else f"{count / 2**20:,.2f} MiB"

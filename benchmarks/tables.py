@@ -28,10 +28,10 @@ def summary(result: Benchmark) -> str:
     parts = [caption(result)]
     for title, workloads in (("Linear CKA:", cka), ("Other measures:", others)):
         backends = [n for n in names_of(w.results for w in workloads) if n.startswith(OURS)]
-        parts += [title, _table([_cells(w, backends) for w in workloads])] if workloads else []
+        parts += [title, table([_cells(w, backends) for w in workloads])] if workloads else []
     if in_graphs:
         parts += ["The device alone, in CUDA graphs, and what a call costs the host:"]
-        parts += [_table(list(map(_fixed_costs, in_graphs))), FIXED_COSTS]
+        parts += [table(list(map(_fixed_costs, in_graphs))), FIXED_COSTS]
     missing = [f"{p.name}: {p.reason}" for p in result.providers if p.reason]
     for w in result.workloads:
         missing += [f"{_label(w)}: {w.reason}"] if w.reason else []
@@ -79,8 +79,8 @@ def caption(result: Result) -> str:
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table whose columns line up in plain text, too."""
-    table = [header, *rows]
-    first, *others = (max(3, *(len(row[i]) for row in table)) for i in range(len(header)))
+    lines = [header, *rows]
+    first, *others = (max(3, *(len(row[i]) for row in lines)) for i in range(len(header)))
 
     def line(row: Sequence[str]) -> str:
         cells = [row[0].ljust(first), *map(str.rjust, row[1:], others)]
@@ -90,7 +90,7 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([line(header), rule, *map(line, rows)])
 
 
-def _table(rows: Sequence[Mapping[str, str]]) -> str:
+def table(rows: Sequence[Mapping[str, str]]) -> str:
     """A column only for what one of the rows has."""
     titles = [title for title in rows[0] if any(row[title] for row in rows)]
     return markdown(titles, [[row[title] or "-" for title in titles] for row in rows])
