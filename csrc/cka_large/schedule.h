@@ -14,7 +14,7 @@
 #pragma once
 
 #include "common/host_device.h"
-#include "common/triangle.h"
+#include "common/symmetric_tiles.h"
 
 namespace rift {
 

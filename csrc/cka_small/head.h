@@ -10,7 +10,7 @@
 
 #include <cmath>
 
-#include "common/triangle.h"
+#include "common/symmetric_tiles.h"
 
 namespace rift {
 

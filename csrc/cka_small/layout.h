@@ -1,7 +1,7 @@
 // Arguments and shared memory layout of cka_small, for the kernel and its launcher.
 #pragma once
 
-#include "common/triangle.h"
+#include "common/symmetric_tiles.h"
 
 namespace rift {
 

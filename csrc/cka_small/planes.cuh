@@ -3,7 +3,7 @@
 
 #include "common/elements.cuh"
 #include "common/reduce.cuh"
-#include "common/triangle.h"
+#include "common/symmetric_tiles.h"
 
 namespace rift {
 
