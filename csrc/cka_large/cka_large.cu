@@ -4,7 +4,7 @@
 #include "cka_large/backward_sm90.cuh"
 #include "cka_large/head.cuh"
 #include "cka_large/moments.h"
-#include "cka_large/rows.cuh"
+#include "cka_large/row_terms.cuh"
 #include "common/launch.h"
 
 namespace rift {
@@ -23,9 +23,9 @@ void cka_large_forward(const CkaLargeArguments& arguments, cudaStream_t stream) 
   if (arguments.debiased) {
     launch({"longest", arguments.row_blocks, STATISTICS_THREADS, longest_shared(arguments.width)},
            stream, longest_kernel, arguments);
-    launch({"rows", arguments.row_blocks + arguments.patch_blocks(), STATISTICS_THREADS,
-            rows_shared(arguments.width)},
-           stream, rows_kernel, arguments);
+    launch({"row_terms", arguments.row_blocks + arguments.patch_blocks(), STATISTICS_THREADS,
+            row_terms_shared(arguments.width)},
+           stream, row_terms_kernel, arguments);
   }
   const MomentsArguments moments{arguments.schedule,  arguments.tiles,   arguments.spill,
                                  arguments.long_rows, arguments.patches, arguments.width};

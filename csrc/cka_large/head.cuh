@@ -2,9 +2,9 @@
 //
 // A block owns a strip of 32 rows of a tile of A, B or C. It sums the parts of the tile in order,
 // centers them and scales them to features of unit norm. It stores sums of squares and the
-// operands of the backward pass, as two bfloat16 each: A above F = C^T - t A, and B above F = C - t
-// B. The last blocks of the grid sum the weighted columns of `rows`. The last block to finish
-// computes the value.
+// operands of the backward pass, as two bfloat16 each: A above F = C^T - t A, and B above
+// F = C - t B. The last blocks of the grid sum the weighted columns of `row_terms`. The last block
+// to finish computes the value.
 //
 // Memory traffic: the tiles once, those of A and B twice because of F; 4 bytes for each element of
 // A and F.

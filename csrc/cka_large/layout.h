@@ -1,6 +1,6 @@
 // Arguments of the launches that compute linear CKA of many rows, in covariance form:
 //
-//   statistics, [longest, rows], moments_sm80 or _sm90, cka_large_head, backward_sm80 or _sm90
+//   statistics, [longest, row_terms], moments_sm80 or _sm90, cka_large_head, backward_sm80 or _sm90
 #pragma once
 
 #include "cka_large/moments_layout.h"
@@ -35,8 +35,8 @@ enum Statistic {
 };
 // Sums of squares that blocks of `cka_large_head` leave to the last one; see head.h.
 enum HeadSum { SQUARE_A, SQUARE_B, SQUARE_C, SQUARE_FX, SQUARE_FY, HEAD_SUMS };
-// Sums that blocks of `rows` leave to `cka_large_head`. For each row, k and l are the sums of its
-// products with all other rows; r and q are its energies in X and Y.
+// Sums that blocks of `row_terms` leave to `cka_large_head`. For each row, k and l are the sums of
+// its products with all other rows; r and q are its energies in X and Y.
 enum RowSum {
   SUM_K,
   SUM_L,
@@ -52,7 +52,7 @@ enum RowSum {
   MEAN_Y,
   ROW_SUMS
 };
-// What `rows` stores for each row. Entries are pairs, X before Y.
+// What `row_terms` stores for each row. Entries are pairs, X before Y.
 enum RowTerm {
   ENERGY,            // r, q
   ROW_SUM = 2,       // k, l
@@ -109,7 +109,7 @@ struct CkaLargeArguments {
     return width / STATISTICS_COLUMNS * segments;
   }
   RIFT_HOST_DEVICE constexpr int strip_blocks() const { return schedule.tiles() * STRIPS; }
-  // The last blocks of `rows` make patches, 128 columns each.
+  // The last blocks of `row_terms` make patches, 128 columns each.
   RIFT_HOST_DEVICE constexpr int patch_blocks() const {
     return 2 * MAX_LONG_ROWS * (width / MOMENT_BLOCK);
   }

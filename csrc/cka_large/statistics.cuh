@@ -134,7 +134,7 @@ __device__ inline double column_sum(const CkaLargeArguments& arguments, bool is_
   return total;
 }
 
-// The rows that a block of `longest` or `rows` owns.
+// The rows that a block of `longest` or `row_terms` owns.
 struct RowRun {
   int begin, end;
 };

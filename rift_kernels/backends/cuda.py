@@ -7,7 +7,7 @@ Few rows (Gram form), all layers in one launch; no features are kept:
 
 Many bfloat16 rows (covariance form), one layer after another, with separate kernels for Hopper:
 
-    cka_fwd      statistics, longest and rows (debiased), moments_sm80 or _sm90, cka_large_head
+    cka_fwd      statistics, longest and row_terms (debiased), moments_sm80 or _sm90, cka_large_head
     cka_bwd      backward_sm80 or _sm90
 """
 
@@ -37,7 +37,8 @@ _SHARED_BYTES = {
     **dict.fromkeys(((9, 0), (10, 0), (10, 3)), 227 * 1024),
 }
 _LEAST_SHARED_BYTES = 99 * 1024
-# As in csrc/cka_large/rows.cuh: the bytes of a block's sums. Widths are rounded to whole steps.
+# As in csrc/cka_large/row_terms.cuh: the bytes of a block's sums.
+# Widths are rounded to whole steps.
 _ROW_SUM_BYTES, _COLUMN_STEP = 768, 256
 _TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 

@@ -19,8 +19,8 @@ pytestmark = pytest.mark.eager_only
 
 SOURCE = [
     ("triton", "", {"small": {"small_gram": 3}, "gram": {"gram": 1, "moments": 2}}),
-    ("cuda", "sm80", {"covariance": {"moments_sm80": 5, "rows": 5}}),
-    ("cuda", "sm90", {"covariance": {"moments_sm90": 7, "rows": 7}}),
+    ("cuda", "sm80", {"covariance": {"moments_sm80": 5, "row_terms": 5}}),
+    ("cuda", "sm90", {"covariance": {"moments_sm90": 7, "row_terms": 7}}),
 ]
 CONTENT = {
     "source": [
@@ -92,15 +92,15 @@ def test_runs_of_compiled_code_are_read(tmp_path: Path) -> None:
     }
     section = written(tmp_path, compiled=[*runs, runs[0] | {"target": "sm80", "kernels": {}}])
     assert row(section, "cka_small") == [kernels.NEVER, kernels.NEVER, "4", kernels.NEVER]
-    assert row(section, "rows") == ["12", *[kernels.NEVER] * 3]
+    assert row(section, "row_terms") == ["12", *[kernels.NEVER] * 3]
     assert "Missed: cuda sm90 exact-late, small 5 rows: value 1.0 > 2e-06." in section
 
 
 @pytest.mark.parametrize(
     ("gpu", "expected"),
     [
-        ("NVIDIA H200", {"small_gram", "moments_sm90", "rows"}),
-        ("NVIDIA A100-SXM4-80GB", {"small_gram", "moments_sm80", "rows"}),
+        ("NVIDIA H200", {"small_gram", "moments_sm90", "row_terms"}),
+        ("NVIDIA A100-SXM4-80GB", {"small_gram", "moments_sm80", "row_terms"}),
         (None, set()),
     ],
 )

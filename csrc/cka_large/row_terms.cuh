@@ -14,7 +14,7 @@ namespace rift {
 constexpr int ROWS_AT_ONCE = 4;
 
 // Shared memory: scratch for sums over the block, and the means of both sides.
-RIFT_HOST_DEVICE constexpr int rows_shared(int width) {
+RIFT_HOST_DEVICE constexpr int row_terms_shared(int width) {
   return ROW_SUMS * STATISTICS_THREADS / 32 * 8 + 2 * width * 4;
 }
 
@@ -124,7 +124,7 @@ __device__ inline void make_patch(const CkaLargeArguments& arguments, const Long
 
 // A block owns a run of rows, or some columns of a patch.
 __global__ void __launch_bounds__(STATISTICS_THREADS)
-    rows_kernel(const __grid_constant__ CkaLargeArguments arguments) {
+    row_terms_kernel(const __grid_constant__ CkaLargeArguments arguments) {
   constexpr int WARPS = STATISTICS_THREADS / 32;
   const LongRows long_rows = read_long_rows(arguments);
   if (static_cast<int>(blockIdx.x) >= arguments.row_blocks) {
