@@ -19,10 +19,10 @@ constexpr int STATISTICS_COLUMNS = 64;
 // Rows of a tile that a block of `cka_large_head` owns.
 constexpr int STRIP = 32;
 constexpr int STRIPS = MOMENT_BLOCK / STRIP;
-// Debiased, a row with more than LONG_SHARE times the mean energy is long. With fewer than FEW_ROWS
-// rows, any row may be; see longest.cuh.
+// Debiased, a row with more than LONG_SHARE times the mean energy is long. Below ALWAYS_LONG_BELOW
+// rows, the MAX_LONG_ROWS longest are long, whatever their energy; see longest.cuh.
 constexpr float LONG_SHARE = 4;
-constexpr int FEW_ROWS = 64;
+constexpr int ALWAYS_LONG_BELOW = 64;
 
 // Sums over all elements, computed by `statistics`.
 enum Statistic {

@@ -172,9 +172,9 @@ __global__ void __launch_bounds__(STATISTICS_THREADS)
   find_longest(
       0, arguments.row_blocks * MAX_LONG_ROWS, [&](int i) { return candidates[i]; },
       [&](int s, LengthKey key) {
-        // With few rows, all of them may be long and R empty.
+        // With MAX_LONG_ROWS rows or fewer, R may be empty.
         const float ratio = key_share(key) * static_cast<float>(arguments.rows);
-        const bool is_long = arguments.rows < FEW_ROWS || ratio > LONG_SHARE;
+        const bool is_long = arguments.rows < ALWAYS_LONG_BELOW || ratio > LONG_SHARE;
         arguments.long_rows[s] = is_long ? key_row(key) : -1;
       },
       scratch.keys);
