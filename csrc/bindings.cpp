@@ -168,8 +168,8 @@ void moments(const Features& x, const Features& y, int rows, int processors, boo
 }
 
 rift::CkaLargeCall cka_large_call(const Features& x, const Features& y, int rows, bool student,
-                                  bool teacher, bool debiased, bool distance, bool high,
-                                  int processors, bool hopper) {
+                                  bool teacher, bool debiased, bool distance,
+                                  bool may_use_low_halves, int processors, bool hopper) {
   return {make_side("x", x),
           make_side("y", y),
           check_range("rows", rows, 1 << 30),
@@ -177,7 +177,7 @@ rift::CkaLargeCall cka_large_call(const Features& x, const Features& y, int rows
           teacher,
           debiased,
           distance,
-          high,
+          may_use_low_halves,
           check_range("processors", processors, 1 << 16),
           hopper};
 }

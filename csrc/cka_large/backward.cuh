@@ -39,7 +39,7 @@ struct BackwardArguments {
   }
 
   __device__ float scalar(Scalar which) const { return forward.scalars[side * SCALARS + which]; }
-  __device__ bool uses_low_halves() const { return scalar(LOW_HALVES) != 0; }
+  __device__ bool uses_low_halves() const { return scalar(USES_LOW_HALVES) != 0; }
   // The offset of a row in U-centering of alpha K + beta L, from its row sums in both.
   __device__ float row_offset(float own_sum, float other_sum) const {
     return (scalar(ROW_OWN) * own_sum + scalar(ROW_OTHER) * other_sum) /
@@ -77,9 +77,10 @@ struct BackwardSteps {
 };
 
 __device__ inline BackwardSteps backward_steps(const BackwardArguments& arguments, int size) {
-  const bool low_halves = arguments.uses_low_halves();
+  const bool uses_low_halves = arguments.uses_low_halves();
   return {size, ceil_div(arguments.own_side().width, size),
-          ceil_div(arguments.other_side().width, size), low_halves ? 3 : 1, low_halves ? 2 : 1};
+          ceil_div(arguments.other_side().width, size), uses_low_halves ? 3 : 1,
+          uses_low_halves ? 2 : 1};
 }
 
 // What store_gradient needs of a column: the contribution of the means, m, and the long rows.

@@ -142,7 +142,7 @@ __device__ inline void write_value(const CkaLargeArguments& arguments, const Uni
   if (threadIdx.x == 0) {
     *arguments.value =
         cka_large_head(sums, arguments.rows, scales.x, scales.y, scales.t, arguments.debiased,
-                       arguments.distance, arguments.high, arguments.scalars);
+                       arguments.distance, arguments.may_use_low_halves, arguments.scalars);
   }
 }
 

@@ -42,7 +42,7 @@ RIFT_HOST_DEVICE inline double debiased_hsic(double square, double pairs, double
 // Writes `scalars`, [2][SCALARS], and returns the value. `t` is 0 if the widths differ.
 RIFT_HOST_DEVICE inline float cka_large_head(const CkaLargeSums& sums, double n, float inverse_x,
                                              float inverse_y, float t, bool debiased, bool distance,
-                                             bool high, float* scalars) {
+                                             bool may_use_low_halves, float* scalars) {
   double square_a = sums.elements[SQUARE_A], square_b = sums.elements[SQUARE_B];
   double square_c = sums.elements[SQUARE_C];
   bool degenerate = sums.pivot_energy_x == 0 || sums.pivot_energy_y == 0;
@@ -78,8 +78,8 @@ RIFT_HOST_DEVICE inline float cka_large_head(const CkaLargeSums& sums, double n,
   beta += value - value;
   // The low halves matter unless F is small, as it is where the student is near its teacher.
   const double gap = (1 - value) * (h > square_c ? h : square_c);
-  const bool low_halves[2] = {sums.elements[SQUARE_FX] > gap && high,
-                              sums.elements[SQUARE_FY] > gap && high};
+  const bool uses_low_halves[2] = {sums.elements[SQUARE_FX] > gap && may_use_low_halves,
+                                   sums.elements[SQUARE_FY] > gap && may_use_low_halves};
   if (distance) {
     value = 1 - value;
     beta = -beta;
@@ -93,7 +93,7 @@ RIFT_HOST_DEVICE inline float cka_large_head(const CkaLargeSums& sums, double n,
     out[SCALE] = static_cast<float>(beta);
     out[W_OWN] = static_cast<float>(-u[side] * inverse[side] / inverse[1 - side]);
     out[W_OTHER] = t;
-    out[LOW_HALVES] = low_halves[side] ? 1 : 0;
+    out[USES_LOW_HALVES] = uses_low_halves[side] ? 1 : 0;
     out[ROW_TOTAL] = static_cast<float>(b * (alpha * row_sums[side] + beta * row_sums[1 - side]));
     out[ROW_OWN] = static_cast<float>(alpha);
     out[ROW_OTHER] = static_cast<float>(beta);

@@ -61,14 +61,14 @@ enum RowTerm {
 };
 // A side's scalars for the backward pass; see backward.cuh.
 enum Scalar {
-  SCALE,        // factor of the products
-  W_OWN,        // c_own
-  W_OTHER,      // c_other
-  LOW_HALVES,   // 1 if low halves are multiplied as well
-  ROW_TOTAL,    // what U-centering adds back to every element of alpha K + beta L
-  ROW_OWN,      // alpha
-  ROW_OTHER,    // beta
-  INVERSE_OWN,  // 1 / norm of the features
+  SCALE,            // factor of the products
+  W_OWN,            // c_own
+  W_OTHER,          // c_other
+  USES_LOW_HALVES,  // 1 if low halves are multiplied as well, else 0
+  ROW_TOTAL,        // what U-centering adds back to every element of alpha K + beta L
+  ROW_OWN,          // alpha
+  ROW_OTHER,        // beta
+  INVERSE_OWN,      // 1 / norm of the features
   INVERSE_OTHER,
   SCALARS = 16
 };
@@ -79,8 +79,9 @@ struct CkaLargeArguments {
   int width;     // of both sides in memory: the wider side's, rounded up to whole tiles
   int segments;  // of rows in `statistics`
   int row_blocks;
-  bool debiased, distance, high;
-  bool hopper;  // use the kernels for Hopper
+  bool debiased, distance;
+  bool may_use_low_halves;  // where they matter; see head.h
+  bool hopper;              // use the kernels for Hopper
   Schedule schedule;
   float* pivots;      // [2][width]
   float* sums;        // [2][segments][width], of columns minus their pivots
@@ -123,7 +124,7 @@ struct CkaLargeArguments {
 struct CkaLargeCall {
   CkaLargeSide x, y;
   int rows;
-  bool student, teacher, debiased, distance, high;
+  bool student, teacher, debiased, distance, may_use_low_halves;
   int processors;
   bool hopper;
 };
@@ -166,7 +167,7 @@ RIFT_HOST_DEVICE constexpr CkaLargeArguments cka_large_arguments(const CkaLargeC
   arguments.row_blocks = call.processors < row_limit ? call.processors : row_limit;
   arguments.debiased = call.debiased;
   arguments.distance = call.distance;
-  arguments.high = call.high;
+  arguments.may_use_low_halves = call.may_use_low_halves;
   arguments.hopper = call.hopper;
   arguments.schedule =
       moments_schedule(call.rows, call.x.width, call.y.width, call.processors, call.hopper);

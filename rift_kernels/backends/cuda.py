@@ -137,7 +137,8 @@ def cka_fwd(
     wanted = (student_grad, teacher_grad)
     if all(gram):
         return _small_fwd(students, teachers, masks, wanted, debiased, distance)
-    return _large_fwd(students, teachers, (*wanted, debiased, distance, precision != "medium"))
+    may_use_low_halves = precision != "medium"
+    return _large_fwd(students, teachers, (*wanted, debiased, distance, may_use_low_halves))
 
 
 def cka_bwd(
@@ -287,7 +288,7 @@ def _sides(x: Tensor, y: Tensor) -> list[Side]:
 
 
 def _large_call(sides: list[Side], x: Tensor, flags: tuple[bool, ...]) -> Any:
-    """``flags``: student_grad, teacher_grad, debiased, distance, high."""
+    """``flags``: student_grad, teacher_grad, debiased, distance, may_use_low_halves."""
     machine = _processors(x.device), _is_hopper(x.device)
     return extension().CkaLargeCall(*sides, int(x.shape[0]), *flags, *machine)
 
