@@ -85,7 +85,7 @@ __device__ inline BackwardSteps backward_steps(const BackwardArguments& argument
 
 // What store_gradient needs of a column: the contribution of the means, m, and the long rows.
 struct BackwardColumn {
-  float shift, weighted_sum;
+  float shift, offset_weighted_sum;
   uint16_t long_rows[MAX_LONG_ROWS];
 };
 
@@ -103,8 +103,8 @@ __device__ inline BackwardColumn backward_column(const BackwardArguments& argume
     if (arguments.uses_low_halves()) result.shift += shift[low + part * width];
   }
   if (!forward.debiased) return result;
-  const float* sums = forward.weights + 2 * arguments.side * width + column;
-  result.weighted_sum = arguments.row_offset(sums[0], sums[width]);
+  const float* sums = forward.weighted_sums + 2 * arguments.side * width + column;
+  result.offset_weighted_sum = arguments.row_offset(sums[0], sums[width]);
   const CkaLargeSide& side = arguments.own_side();
   const auto* features = static_cast<const Bf16*>(side.features);
   for (int s = 0; s < MAX_LONG_ROWS; ++s) {
@@ -161,7 +161,7 @@ __device__ inline void store_gradient(const BackwardArguments& arguments, float 
     const auto* features = static_cast<const Bf16*>(side.features);
     const float mean = arguments.own_means()[column];
     const float x = to_float(features[row * side.stride + column]) - mean;
-    float debiasing = of_row.weight * (inverse * x) - of_column.weighted_sum * inverse;
+    float debiasing = of_row.weight * (inverse * x) - of_column.offset_weighted_sum * inverse;
     if (long_count > 0) {
 #pragma unroll
       for (int s = 0; s < MAX_LONG_ROWS; ++s) {

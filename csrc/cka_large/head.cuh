@@ -171,9 +171,10 @@ __global__ void __launch_bounds__(HEAD_THREADS)
     const int index = (blockIdx.x - arguments.strip_blocks()) * HEAD_THREADS + threadIdx.x;
     float total = 0;
     for (int block = 0; block < arguments.row_blocks; ++block) {
-      total += arguments.weighted[static_cast<long long>(block) * 4 * arguments.width + index];
+      total +=
+          arguments.weighted_parts[static_cast<long long>(block) * 4 * arguments.width + index];
     }
-    arguments.weights[index] = total;
+    arguments.weighted_sums[index] = total;
   }
   // The last block to arrive must see the writes of all blocks. The fence of thread 0 covers writes
   // by the other threads of its block only after a barrier.

@@ -95,10 +95,12 @@ struct CkaLargeArguments {
   unsigned short* patches;         // see MomentsArguments
   float* row_terms;                // [ROW_TERMS][rows], of scaled, centered rows
   double* row_sums;                // [row_blocks][ROW_SUMS]
-  float* weighted;                 // [row_blocks][4][width]: X by k, X by l, Y by l, Y by k
-  float* weights;                  // [4][width]: their sums
-  double* head_sums;               // [strip_blocks()][HEAD_SUMS]
-  unsigned* counters;              // [2]
+  // [row_blocks][4][width]: sums over the rows of a block, of X weighted with k, X with l, Y with l
+  // and Y with k.
+  float* weighted_parts;
+  float* weighted_sums;  // [4][width]: of all parts
+  double* head_sums;     // [strip_blocks()][HEAD_SUMS]
+  unsigned* counters;    // [2]
   // [2 halves][2 width][width]: A above F = C^T - t A for X, B above F = C - t B for Y; null if no
   // gradient is wanted.
   unsigned short *planes_x, *planes_y;
@@ -114,7 +116,7 @@ struct CkaLargeArguments {
   RIFT_HOST_DEVICE constexpr int patch_blocks() const {
     return 2 * MAX_LONG_ROWS * (width / MOMENT_BLOCK);
   }
-  // The last blocks of `cka_large_head` sum `weighted`.
+  // The last blocks of `cka_large_head` sum `weighted_parts`.
   RIFT_HOST_DEVICE constexpr int head_blocks() const {
     return strip_blocks() + (debiased ? 4 * width / 256 : 0);
   }
@@ -183,7 +185,7 @@ RIFT_HOST_DEVICE constexpr CkaLargeArguments cka_large_arguments(const CkaLargeC
   arguments.tiles = scratch.take<float>(1LL * arguments.schedule.tiles() * MOMENT_TILE);
   arguments.spill = scratch.take<float>(spill_floats(arguments.schedule));
   arguments.row_sums = scratch.take<double>(row_blocks * ROW_SUMS);
-  arguments.weighted = scratch.take<float>(row_blocks * 4 * width);
+  arguments.weighted_parts = scratch.take<float>(row_blocks * 4 * width);
   arguments.head_sums = scratch.take<double>(1LL * arguments.strip_blocks() * HEAD_SUMS);
   arguments.counters = scratch.take<unsigned>(2);
   arguments.shares = scratch.take<float>(debiased * call.rows);
@@ -196,7 +198,7 @@ RIFT_HOST_DEVICE constexpr CkaLargeArguments cka_large_arguments(const CkaLargeC
   arguments.means = saved.take<float>(2LL * width);
   arguments.long_rows = saved.take<int>(debiased * MAX_LONG_ROWS);
   arguments.row_terms = saved.take<float>(debiased * ROW_TERMS * call.rows);
-  arguments.weights = saved.take<float>(debiased * 4 * width);
+  arguments.weighted_sums = saved.take<float>(debiased * 4 * width);
   arguments.scalars = saved.take<float>(2LL * SCALARS);
   return arguments;
 }

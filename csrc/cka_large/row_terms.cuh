@@ -171,7 +171,7 @@ __global__ void __launch_bounds__(STATISTICS_THREADS)
     }
   }
   // The barrier in block_sums has made the stored terms visible to all threads.
-  float* weighted = arguments.weighted + static_cast<long long>(blockIdx.x) * 4 * width;
+  float* parts = arguments.weighted_parts + static_cast<long long>(blockIdx.x) * 4 * width;
   const CkaLargeSide sides[2] = {arguments.x, arguments.y};
 #pragma unroll
   for (int side = 0; side < 2; ++side) {
@@ -188,8 +188,8 @@ __global__ void __launch_bounds__(STATISTICS_THREADS)
         total_own += own_sums[row] * x;
         total_other += other_sums[row] * x;
       }
-      weighted[2 * side * width + column] = total_own;
-      weighted[(2 * side + 1) * width + column] = total_other;
+      parts[2 * side * width + column] = total_own;
+      parts[(2 * side + 1) * width + column] = total_other;
     }
   }
 }
