@@ -137,8 +137,8 @@ __device__ inline void write_value(const CkaLargeArguments& arguments, const Uni
       sums.long_y += energies[arguments.rows + long_rows.rows[s]];
     }
   }
-  sums.pivot_energy_x = statistics[PIVOT_X];
-  sums.pivot_energy_y = statistics[PIVOT_Y];
+  sums.pivot_energy_x = statistics[PIVOT_ENERGY_X];
+  sums.pivot_energy_y = statistics[PIVOT_ENERGY_Y];
   if (threadIdx.x == 0) {
     *arguments.value =
         cka_large_head(sums, arguments.rows, scales.x, scales.y, scales.t, arguments.debiased,
@@ -151,8 +151,8 @@ __global__ void __launch_bounds__(HEAD_THREADS)
   auto& scratch = *reinterpret_cast<HeadScratch*>(shared_memory());
   double statistics[STATISTICS];
   read_statistics(arguments, statistics, scratch.sums);
-  UnitScales scales{inverse_scale(statistics[ENERGY_X], statistics[PIVOT_X]),
-                    inverse_scale(statistics[ENERGY_Y], statistics[PIVOT_Y]), 0};
+  UnitScales scales{inverse_scale(statistics[ENERGY_X], statistics[PIVOT_ENERGY_X]),
+                    inverse_scale(statistics[ENERGY_Y], statistics[PIVOT_ENERGY_Y]), 0};
   if (arguments.x.width == arguments.y.width) {
     // With features of unit norm, X on Y and Y on X have the same regression coefficient.
     scales.t = static_cast<float>(statistics[ENERGY_XY] * scales.x * scales.y);

@@ -29,7 +29,7 @@ namespace rift {
 struct CkaLargeSums {
   double elements[HEAD_SUMS];
   double rows[ROW_SUMS];
-  double pivot_energy_x, pivot_energy_y;  // energies about the pivots
+  double pivot_energy_x, pivot_energy_y;  // exactly 0 if no column varies; see layout.h
   double long_x, long_y;                  // energies of S
 };
 
@@ -45,6 +45,7 @@ RIFT_HOST_DEVICE inline float cka_large_head(const CkaLargeSums& sums, double n,
                                              bool may_use_low_halves, float* scalars) {
   double square_a = sums.elements[SQUARE_A], square_b = sums.elements[SQUARE_B];
   double square_c = sums.elements[SQUARE_C];
+  // If a side does not vary, the similarity and its gradient are 0.
   bool degenerate = sums.pivot_energy_x == 0 || sums.pivot_energy_y == 0;
   const double* rows = sums.rows;
   const double row_sums[2] = {rows[SUM_K], rows[SUM_L]};

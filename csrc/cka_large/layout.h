@@ -24,13 +24,14 @@ constexpr int STRIPS = MOMENT_BLOCK / STRIP;
 constexpr float LONG_SHARE = 4;
 constexpr int ALWAYS_LONG_BELOW = 64;
 
-// Sums over all elements, computed by `statistics`.
+// Sums over all elements, computed by `statistics`. An energy is a sum of squares.
 enum Statistic {
-  PIVOT_X,  // energy about the pivots; see statistics.cuh
-  PIVOT_Y,
-  ENERGY_X,  // energy about the means
+  // Of differences from the pivots of columns (statistics.cuh): exactly 0 if no column varies.
+  PIVOT_ENERGY_X,
+  PIVOT_ENERGY_Y,
+  ENERGY_X,  // of differences from the means of columns in a segment of rows
   ENERGY_Y,
-  ENERGY_XY,  // inner product of X and Y about the means
+  ENERGY_XY,  // the inner product of these differences of X and Y
   STATISTICS
 };
 // Sums of squares that blocks of `cka_large_head` leave to the last one; see head.h.

@@ -137,8 +137,8 @@ __global__ void __launch_bounds__(STATISTICS_THREADS)
   }
   double statistics[STATISTICS];
   read_statistics(arguments, statistics, scratch.sums);
-  const float inverse[2] = {inverse_scale(statistics[ENERGY_X], statistics[PIVOT_X]),
-                            inverse_scale(statistics[ENERGY_Y], statistics[PIVOT_Y])};
+  const float inverse[2] = {inverse_scale(statistics[ENERGY_X], statistics[PIVOT_ENERGY_X]),
+                            inverse_scale(statistics[ENERGY_Y], statistics[PIVOT_ENERGY_Y])};
   const CkaLargeSide sides[2] = {arguments.x, arguments.y};
   for (int row = run.begin + warp; row < run.end; row += LONGEST_WARPS) {
     float share = 0;

@@ -141,8 +141,8 @@ __global__ void __launch_bounds__(STATISTICS_THREADS)
   }
   double statistics[STATISTICS];
   read_statistics(arguments, statistics, scratch);
-  const float inverse[2] = {inverse_scale(statistics[ENERGY_X], statistics[PIVOT_X]),
-                            inverse_scale(statistics[ENERGY_Y], statistics[PIVOT_Y])};
+  const float inverse[2] = {inverse_scale(statistics[ENERGY_X], statistics[PIVOT_ENERGY_X]),
+                            inverse_scale(statistics[ENERGY_Y], statistics[PIVOT_ENERGY_Y])};
   double totals[ROW_SUMS] = {};
   for (int first = run.begin + ROWS_AT_ONCE * warp; first < run.end;
        first += ROWS_AT_ONCE * WARPS) {

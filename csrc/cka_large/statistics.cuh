@@ -2,7 +2,7 @@
 //
 // They are computed about a pivot: for each column, the median of its elements in three rows. It is
 // near the mean, however far that is from 0, unless two of the three elements are far from it. If
-// all rows are equal, it is the mean itself.
+// all rows are equal, it is the mean itself, and the energy about it is exactly 0.
 //
 // Memory traffic: the features once.
 #pragma once
@@ -82,8 +82,8 @@ __global__ void __launch_bounds__(STATISTICS_THREADS)
     sums[0] = kinds[0];
     sums[arguments.segments * arguments.width] = kinds[1];
     const float inverse_count = end > begin ? 1 / static_cast<float>(end - begin) : 0;
-    totals[PIVOT_X] = kinds[2];
-    totals[PIVOT_Y] = kinds[3];
+    totals[PIVOT_ENERGY_X] = kinds[2];
+    totals[PIVOT_ENERGY_Y] = kinds[3];
     totals[ENERGY_X] = kinds[2] - kinds[0] * kinds[0] * inverse_count;
     totals[ENERGY_Y] = kinds[3] - kinds[1] * kinds[1] * inverse_count;
     totals[ENERGY_XY] = kinds[4] - kinds[0] * kinds[1] * inverse_count;
@@ -115,8 +115,8 @@ __device__ inline void read_statistics(const CkaLargeArguments& arguments,
 
 // About 1 / the norm of the centered features, which scales the elements of A, B and C to the order
 // of 1.
-__device__ inline float inverse_scale(double energy, double pivot) {
-  const double e = energy > 0 ? energy : pivot;
+__device__ inline float inverse_scale(double energy, double pivot_energy) {
+  const double e = energy > 0 ? energy : pivot_energy;
   return e == 0 ? 1 : static_cast<float>(1 / sqrt(e));
 }
 

@@ -15,9 +15,10 @@
 namespace rift {
 
 struct CkaSums {
-  double xx, yy, xy;                     // inner products
-  float peak_x, peak_y;                  // the largest diagonal element before U-centering
-  float pivot_energy_x, pivot_energy_y;  // energies of the features about their first valid row
+  double xx, yy, xy;     // inner products
+  float peak_x, peak_y;  // the largest diagonal element before U-centering
+  // Energies of the features about their first valid row: exactly 0 if no column varies.
+  float pivot_energy_x, pivot_energy_y;
 };
 
 struct CkaResult {
@@ -32,6 +33,7 @@ RIFT_HOST_DEVICE inline float u_center_offset(float row_sum, float total, float 
 
 RIFT_HOST_DEVICE inline CkaResult cka_head(const CkaSums& sums, int n, bool debiased,
                                            bool distance) {
+  // If a side does not vary, the similarity and its gradient are 0.
   bool degenerate = sums.pivot_energy_x == 0 || sums.pivot_energy_y == 0;
   if (debiased) {
     // A norm below this fraction of the longest row's energy consists of rounding errors.

@@ -68,7 +68,7 @@ struct Planes {
   }
 
   // Centers every column and stores it as a sum of two bfloat16. A constant column becomes exactly
-  // 0. Returns this thread's part of the columns' energy about their first valid row.
+  // 0. Returns this thread's part of the energy of the columns about their first valid row.
   //
   // Half a warp owns two columns at a time; each lane holds every 16th row of them in registers.
   __device__ float center(const unsigned char* valid, int first, int count) const {
