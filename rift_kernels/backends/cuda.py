@@ -37,9 +37,8 @@ _SHARED_BYTES = {
     **dict.fromkeys(((9, 0), (10, 0), (10, 3)), 227 * 1024),
 }
 _LEAST_SHARED_BYTES = 99 * 1024
-# As in csrc/cka_large/row_terms.cuh: the bytes of a block's sums.
-# Widths are rounded to whole steps.
-_ROW_SUM_BYTES, _COLUMN_STEP = 768, 256
+# As in csrc/cka_large: the scratch of row_terms.cuh for sums, and the columns of a tile.
+_ROW_SUM_BYTES, _TILE_COLUMNS = 768, 128
 _TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 
 
@@ -85,7 +84,7 @@ def fits(device: torch.device, rows: int, width: int) -> bool:
 def most_columns(device: torch.device) -> int:
     """The largest width of many rows: a block's shared memory holds the means of both sides."""
     limit = _SHARED_BYTES.get(torch.cuda.get_device_capability(device), _LEAST_SHARED_BYTES)
-    return (limit - _ROW_SUM_BYTES) // 8 // _COLUMN_STEP * _COLUMN_STEP
+    return (limit - _ROW_SUM_BYTES) // 8 // _TILE_COLUMNS * _TILE_COLUMNS
 
 
 def shared_bytes(rows: int, width: int, blocks: int) -> int:
