@@ -105,9 +105,9 @@ def executed(path: Path) -> str:
         rows.append([f"`{name}` ({backend})", *cells, on_gpus or NEVER])
     header = ["kernel", "from source", *(f"compiled, {target}" for target in targets), "on a GPU"]
     counted = ", ".join(f"{count} of {name}" for name, count in cases.items())
-    ways = ", ".join(sorted({run["how"] for run in compiled}))
+    modes = ", ".join(sorted({run["mode"] for run in compiled}))
     missed = "".join(
-        f" Missed: {run['backend']} {run['target']} {run.get('how', 'from source')}, {case}."
+        f" Missed: {run['backend']} {run['target']} {run.get('mode', 'from source')}, {case}."
         for run in (*source, *compiled)
         for case in run["missed"]
     )
@@ -118,7 +118,7 @@ def executed(path: Path) -> str:
         "known answers that `auto` asks for, by Triton's interpreter and by "
         "`tests/support/emulator`. Compiled: what the launchers launch, by an emulator of compiled "
         f"code that looks for races; a case counts once a run, of which there were {counted} "
-        f"({ways}: how tensor cores add, and when asynchronous operations complete).{missed} On a "
+        f"({modes}: how tensor cores add, and when asynchronous operations complete).{missed} On a "
         "GPU: `python -m rift_kernels check`, all dtypes of a family that launches the kernel. "
         f"With {versions}."
     )

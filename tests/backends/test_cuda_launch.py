@@ -1,4 +1,4 @@
-"""Launches of the CUDA C++ backend on a CPU: devices of threads, and calls of CUDA that fail."""
+"""Launches of the CUDA kernels, emulated: the device of each thread, and CUDA calls that fail."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from tests.support.emulated import GPUS
 
 @pytest.fixture
 def runtime(emulated_extension) -> ctypes.CDLL:
-    """What the emulator's CUDA knows of the calling thread."""
+    """The emulated CUDA runtime, which can be asked for the state of the calling thread."""
     return ctypes.CDLL(emulated_extension.__file__)
 
 
 def in_a_new_thread(function: Callable[[], None]) -> None:
-    """One that has made no call of CUDA yet, as autograd's first."""
+    """Call it in a thread that has made no CUDA call yet, as an autograd thread at first."""
     errors = []
 
     def run() -> None:
@@ -44,7 +44,7 @@ FORMS = {"gram": (70, 24, 24), "covariance": (60, 16, 16)}
 
 @pytest.fixture(params=[(form, gpu) for form in FORMS for gpu in GPUS], ids=str)
 def features(request, emulate) -> tuple[torch.Tensor, torch.Tensor]:
-    """For the kernels of few rows and of many, on Hopper and on other GPUs."""
+    """Features for the kernels of few and of many rows, on Hopper and on other GPUs."""
     form, gpu = request.param
     x, y, _ = cases.Case("", *FORMS[form]).features(torch.bfloat16)
     emulate(gpu, form=form)
@@ -73,7 +73,7 @@ def test_a_thread_without_a_device(features, runtime) -> None:
     assert student.grad is not None
 
 
-def test_the_device_of_the_features_whatever_the_thread_has(features, runtime, monkeypatch) -> None:
+def test_launches_are_on_the_device_of_the_features(features, runtime, monkeypatch) -> None:
     student = features[0].clone().requires_grad_()
 
     def run() -> None:
@@ -109,11 +109,11 @@ def test_no_such_device(features, runtime, monkeypatch) -> None:
         ("cudaLaunchKernelEx", "cudaErrorLaunchOutOfResources"),
     ],
 )
-def test_an_error_is_told_once_by_the_call_that_failed(
+def test_an_error_is_raised_once_by_the_call_that_failed(
     function, error, features, runtime, monkeypatch
 ) -> None:
-    """With the kernel's name and the reason; nobody finds it afterwards."""
-    # An explicit choice: `auto` would go on with another backend.
+    """It names the kernel and the reason, and is no longer CUDA's last error."""
+    # With `auto`, another backend would take over.
     cka = partial(rk.linear_cka, backend="cuda")
     expected = cases.value_and_gradients(cka, *features)
     student = features[0].clone().requires_grad_()
@@ -123,7 +123,7 @@ def test_an_error_is_told_once_by_the_call_that_failed(
     with pytest.raises(RuntimeError, match=text):
         cka(*features)
     assert runtime.emulated_last_error() == 0
-    # After few rows, the backward needs but little shared memory.
+    # The backward of few rows has no need to ask for more shared memory.
     if function == "cudaLaunchKernelEx" or len(student) < 70:
         with pytest.raises(RuntimeError, match=text):
             value.backward(retain_graph=True)
@@ -133,7 +133,7 @@ def test_an_error_is_told_once_by_the_call_that_failed(
     assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
 
 
-def test_a_plan_that_cannot_be_made(emulate, emulated_extension, runtime, monkeypatch) -> None:
+def test_a_plan_that_fails(emulate, emulated_extension, runtime, monkeypatch) -> None:
     emulate()
     monkeypatch.setenv("RIFT_EMULATED_FAILS", "cudaFuncGetAttributes")
     with pytest.raises(RuntimeError, match=r"^cka_small: cudaFuncGetAttributes: .*Invalid"):
@@ -141,8 +141,8 @@ def test_a_plan_that_cannot_be_made(emulate, emulated_extension, runtime, monkey
     assert runtime.emulated_last_error() == 0
 
 
-def test_the_drivers_error_is_named(emulated_extension) -> None:
-    """That of a thread without a device, where nobody names one."""
+def test_an_error_of_the_driver_is_named(emulated_extension) -> None:
+    """Here, that of a thread without a device, in a call that selects none."""
     call = emulated_extension.CkaLargeCall(
         (4096, 8, 8), (4096, 8, 8), 60, True, True, True, False, True, 4, True
     )
@@ -159,10 +159,10 @@ def test_the_drivers_error_is_named(emulated_extension) -> None:
     ("major", "architectures"),
     [("9", "80;90"), ("9", "80"), ("8", "80;90a"), ("10", "80;90a;100a")],
 )
-def test_hopper_kernels_that_are_empty_are_not_launched(
+def test_empty_hopper_kernels_are_not_launched(
     major, architectures, emulated_extension, monkeypatch
 ) -> None:
-    """They would leave memory as it is, and say nothing."""
+    """They would leave memory unchanged, without an error."""
     monkeypatch.setenv("RIFT_EMULATED_MAJOR", major)
     monkeypatch.setenv("RIFT_EMULATED_ARCHS", architectures)
     side = (4096, 8, 8)
@@ -178,19 +178,19 @@ def test_hopper_kernels_that_are_empty_are_not_launched(
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_what_was_launched_has_a_name(dtype, emulate, emulated_extension) -> None:
-    """Which kernels known answers execute is told by these."""
+def test_launches_are_recorded_by_name(dtype, emulate, emulated_extension) -> None:
+    """tests/support/executed.py learns from these names which kernels ran."""
     emulate()
-    launches = executed.emulator_launches(emulated_extension)
-    launches()
+    new_launches = executed.emulator_launches(emulated_extension)
+    new_launches()
     features = cases.Case("", 20, 12, 12).features(dtype)
     cases.value_and_gradients(rk.linear_cka, *features[:2])
-    assert executed.short(launches()) == {"cka_small", "scale"}
-    assert launches() == []
+    assert executed.kernel_names(new_launches()) == {"cka_small", "scale"}
+    assert new_launches() == []
 
 
-def test_captured_launches_may_need_more_than_the_last_one(features, runtime) -> None:
-    """A kernel that asks for shared memory asks for all that there is."""
+def test_kernels_opt_in_to_all_shared_memory(features, runtime) -> None:
+    """A launch replayed from a CUDA graph may need more than the latest one."""
     runtime.emulated_least_allowed()
     cases.value_and_gradients(rk.linear_cka, *features)
     assert runtime.emulated_least_allowed() >= 163 * 1024

@@ -77,15 +77,15 @@ def test_runs_of_compiled_code_are_read(tmp_path: Path) -> None:
     }
     missed = {"case": "small 5 rows", "kernels": {"scale_kernel": {}}, "error": "value 1.0 > 2e-06"}
     runs = []
-    for way in ("exact-late", "truncated-mixed-2"):
+    for mode in ("exact-late", "truncated-mixed-2"):
         (tmp_path / "runs").mkdir(exist_ok=True)
-        path = tmp_path / "runs" / f"cuda-sm90-{way}.json"
+        path = tmp_path / "runs" / f"cuda-sm90-{mode}.json"
         path.write_text(json.dumps([good, missed, good]), encoding="utf-8")
-        runs.append(recorder.compiled(path))
+        runs.append(recorder.compiled_run(path))
     assert runs[0] == {
         "backend": "cuda",
         "target": "sm90",
-        "how": "exact-late",
+        "mode": "exact-late",
         "cases": 2,
         "missed": ["small 5 rows: value 1.0 > 2e-06"],
         "kernels": {"cka_small": 2, "scale": 2},

@@ -355,7 +355,7 @@ def compiled() -> cuda_resources.Resources:
     if cuda_resources.cuobjdump() is None or shutil.which("c++filt") is None:
         pytest.skip("needs cuobjdump and c++filt")
     origin = importlib.util.find_spec("rift_kernels._C").origin
-    return cuda_resources.measured(Path(origin))
+    return cuda_resources.kernel_resources(Path(origin))
 
 
 def test_what_the_kernels_compile_to(compiled) -> None:

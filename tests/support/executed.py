@@ -1,14 +1,14 @@
-"""Write down how the kernels were executed: benchmarks/results/executed.json.
+"""Record in benchmarks/results/executed.json which kernels were executed, and how.
 
 TRITON_INTERPRET=1 python -m tests.support.executed source
-    known answers, by Triton's interpreter and by tests/support/emulator
+    runs the known answers in Triton's interpreter and in tests/support/emulator
 python -m tests.support.executed compiled FILE...
-    what an emulator of compiled code has left, all of it: replaces what was there
+    reads all results of an emulator of compiled code, and replaces the earlier ones
 
-A FILE's name is BACKEND-TARGET-HOW.json, as cuda-sm90-truncated-mixed.json, or has a number after
-that, where there are several. It is a list of cases: ``case``, its name; ``kernels``, whose keys
-are the kernels that it launched; and ``error``, if it missed. ``python -m benchmarks.predict`` then
-writes the table.
+A FILE is named BACKEND-TARGET-MODE.json, such as cuda-sm90-truncated-mixed.json; a number may
+follow where a mode has several files. It is a list of cases: ``case`` is the name, the keys of
+``kernels`` are the kernels that were launched, and ``error`` is there if the case missed. ``python
+-m benchmarks.predict`` then writes the table.
 """
 
 from __future__ import annotations
@@ -38,16 +38,16 @@ RESULT = Path(__file__).parents[2] / "benchmarks" / "results" / "executed.json"
 Run = dict[str, Any]
 
 
-def short(names: Iterable[str]) -> set[str]:
-    """Of ``cka_small_kernel<float, float, 64, true>`` and the like: ``cka_small``."""
-    found = (re.search(r"(\w+)_kernel\b", name) for name in names)
-    return {match[1] for match in found if match}
+def kernel_names(functions: Iterable[str]) -> set[str]:
+    """``cka_small`` for ``cka_small_kernel<float, float, 64, true>``, and the like."""
+    matches = (re.search(r"(\w+)_kernel\b", function) for function in functions)
+    return {match[1] for match in matches if match}
 
 
-def answered(backend: str, target: str, launched: Callable[[], Iterable[str]]) -> Run:
-    """The known answers that ``auto`` asks for: how many are right, by family and kernel.
+def run_known_answers(backend: str, target: str, new_launches: Callable[[], Iterable[str]]) -> Run:
+    """How many of the known answers that ``auto`` asks for are right, by family and kernel.
 
-    ``launched``: the kernels that were launched since it was last asked.
+    ``new_launches`` returns the functions launched since its last call.
     """
     families: dict[str, Counter[str]] = {}
     missed = []
@@ -55,79 +55,79 @@ def answered(backend: str, target: str, launched: Callable[[], Iterable[str]]) -
         if kernels.backend != backend:
             continue
         for case in known_answers.cases_of(kernels, thorough=False):
-            # Once: what runs here runs in the same order each time.
+            # Once, because interpreter and emulator run everything in the same order each time.
             with mock.patch.object(trial, "REPEATS", 1):
                 outcome = trial.judge(kernels, case, torch.device("cpu"))
-            names = short(launched())
+            names = kernel_names(new_launches())
             if outcome.good:
                 families.setdefault(kernels.family, Counter()).update(names)
             else:
                 missed.append(f"{kernels}: {outcome.seen}")
-    counts = {family: dict(sorted(found.items())) for family, found in families.items()}
+    counts = {family: dict(sorted(counter.items())) for family, counter in families.items()}
     return {"backend": backend, "target": target, "families": counts, "missed": missed}
 
 
-def interpreted() -> Run:
-    """By Triton's interpreter."""
+def run_interpreted() -> Run:
+    """The known answers in Triton's interpreter."""
     from triton.runtime.interpreter import InterpretedFunction
 
-    names: list[str] = []
+    functions: list[str] = []
     run = InterpretedFunction.run
 
-    def launched() -> list[str]:
-        found = names.copy()
-        names.clear()
-        return found
+    def new_launches() -> list[str]:
+        launches = functions.copy()
+        functions.clear()
+        return launches
 
     def record(self: Any, *arguments: Any, **options: Any) -> Any:
-        names.append(self.fn.__name__)
+        functions.append(self.fn.__name__)
         return run(self, *arguments, **options)
 
     with mock.patch.object(InterpretedFunction, "run", record):
-        return answered("triton", "", launched)
+        return run_known_answers("triton", "", new_launches)
 
 
 def emulator_launches(extension: ModuleType) -> Callable[[], list[str]]:
-    """What asks tests/support/emulator which kernels were launched since it was last asked."""
+    """A function that returns the kernels tests/support/emulator launched since its last call."""
     library = ctypes.CDLL(extension.__file__)
     library.emulated_launches.restype = ctypes.c_char_p
     command = ["nm", "--demangle", str(extension.__file__)]
     text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     symbols = re.findall(r"^([0-9a-f]+) \w (.+)$", text, re.MULTILINE)
-    names = {int(place, 16): name for place, name in symbols if "_kernel" in name}
-    return lambda: [names[int(place)] for place in library.emulated_launches().split()]
+    functions = {int(address, 16): name for address, name in symbols if "_kernel" in name}
+    return lambda: [functions[int(address)] for address in library.emulated_launches().split()]
 
 
-def emulated_on(name: str, gpu: str, extension: ModuleType) -> Run:
-    """By tests/support/emulator."""
+def run_emulated(target: str, gpu: str, extension: ModuleType) -> Run:
+    """The known answers in tests/support/emulator."""
     major, shared = emulated.GPUS[gpu]
     settings = {"RIFT_EMULATED_MAJOR": major, "RIFT_EMULATED_SHARED": shared}
-    with mock.patch.dict(os.environ, settings), as_gpu.cuda(name, extension, 5):
-        return answered("cuda", name, emulator_launches(extension))
+    with mock.patch.dict(os.environ, settings), as_gpu.cuda(target, extension, 5):
+        return run_known_answers("cuda", target, emulator_launches(extension))
 
 
-def source() -> list[Run]:
-    """By both."""
+def source_runs() -> list[Run]:
+    """The known answers in the interpreter and in the emulator."""
     if os.environ.get("TRITON_INTERPRET") != "1":
         raise SystemExit("source needs TRITON_INTERPRET=1 in its environment")
-    runs = [interpreted()]
+    runs = [run_interpreted()]
     with tempfile.TemporaryDirectory() as folder:
         extension = emulated.build(Path(folder))
-        for name, gpu in (("sm80", "global memory"), ("sm90", "clusters")):
-            runs.append(emulated_on(name, gpu, extension))
+        for target, gpu in (("sm80", "global memory"), ("sm90", "clusters")):
+            runs.append(run_emulated(target, gpu, extension))
     return runs
 
 
-def compiled(path: Path) -> Run:
-    """A summary of one file."""
-    backend, target, how = re.sub(r"-\d+$", "", path.stem).split("-", 2)
+def compiled_run(path: Path) -> Run:
+    """The summary of a file."""
+    backend, target, mode = re.sub(r"-\d+$", "", path.stem).split("-", 2)
     cases = json.loads(path.read_text(encoding="utf-8"))
     good = [case for case in cases if "error" not in case]
-    counts = Counter(name for case in good for name in short(case["kernels"]))
+    counts = Counter(name for case in good for name in kernel_names(case["kernels"]))
     return {
         "backend": backend,
         "target": target,
-        "how": how,
+        "mode": mode,
         "cases": len(good),
         "missed": [f"{case['case']}: {case['error']}" for case in cases if "error" in case],
         "kernels": dict(sorted(counts.items())),
@@ -142,9 +142,9 @@ def main(words: Sequence[str]) -> None:
         content = json.loads(RESULT.read_text(encoding="utf-8"))
     match list(words):
         case ["source"]:
-            content["source"] = source()
+            content["source"] = source_runs()
         case ["compiled", *names] if names:
-            content["compiled"] = [compiled(Path(name)) for name in sorted(names)]
+            content["compiled"] = [compiled_run(Path(name)) for name in sorted(names)]
         case _:
             raise SystemExit(__doc__)
     content["versions"] = {"triton": triton.__version__, "nvcc": cuda_resources.release()}
