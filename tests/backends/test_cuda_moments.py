@@ -1,4 +1,4 @@
-"""Second moments of many rows on a CPU: the schedule of tiles, and the products."""
+"""CUDA kernels for second moments, executed on a CPU: the schedule of tiles, and the products."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rift_kernels.backends import cuda
 from tests.support import cases
 
 BLOCK, CHUNK = 128, 64
-# As csrc/cka_large/schedule.h has it.
+# As in csrc/cka_large/schedule.h.
 PIECE_COST = 4
 
 
@@ -26,15 +26,15 @@ def _first_device(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def pieces(schedule) -> list[tuple[int, int, int, int, int]]:
-    """(program, square, part, first, last) of everything that is done."""
-    found = []
+    """All pieces of work: program, square, part, first chunk, and the end of its chunks."""
+    all_pieces = []
     for program in range(schedule.programs):
         for index in itertools.count():
-            square, part, first, last = schedule.piece(program, index)
-            if first == last:
+            square, part, begin, end = schedule.piece(program, index)
+            if begin == end:
                 break
-            found.append((program, square, part, first, last))
-    return found
+            all_pieces.append((program, square, part, begin, end))
+    return all_pieces
 
 
 SCHEDULES = {
@@ -51,18 +51,18 @@ SCHEDULES = {
 def test_every_square_and_chunk_is_covered_once(
     emulated_extension, rows, width_x, width_y, processors, hopper
 ):
-    """By parts in their order, and no two parts in one place."""
+    """By consecutive parts, no two of which share a place in spill memory."""
     schedule = emulated_extension.moments_schedule(rows, width_x, width_y, processors, hopper)
     parts = collections.defaultdict(dict)
-    for _, square, part, first, last in pieces(schedule):
-        assert 0 <= first < last <= schedule.chunks
+    for _, square, part, begin, end in pieces(schedule):
+        assert 0 <= begin < end <= schedule.chunks
         assert part not in parts[square]
-        parts[square][part] = first, last
+        parts[square][part] = begin, end
     assert set(parts) == set(range(schedule.squares))
     places = set()
-    for square, found in parts.items():
-        assert sorted(found) == list(range(schedule.parts(square)))
-        ordered = [found[part] for part in sorted(found)]
+    for square, chunks_of_parts in parts.items():
+        assert sorted(chunks_of_parts) == list(range(schedule.parts(square)))
+        ordered = [chunks_of_parts[part] for part in sorted(chunks_of_parts)]
         assert ordered[0][0] == 0
         assert ordered[-1][1] == schedule.chunks == -(-rows // CHUNK)
         assert all(a[1] == b[0] for a, b in itertools.pairwise(ordered))
@@ -75,28 +75,26 @@ def test_every_square_and_chunk_is_covered_once(
 
 @settings(deadline=None)
 @given(**SCHEDULES)
-def test_no_program_has_much_more_to_do_than_its_share(
-    emulated_extension, rows, width_x, width_y, processors, hopper
-):
-    """Whole squares to whole programs cost at most what short pieces would have cost."""
+def test_work_is_shared_evenly(emulated_extension, rows, width_x, width_y, processors, hopper):
+    """No program has more than its share, but for what shorter pieces would have cost in all."""
     schedule = emulated_extension.moments_schedule(rows, width_x, width_y, processors, hopper)
-    work = collections.Counter()
-    for program, _, _, first, last in pieces(schedule):
-        work[program] += last - first
-    fair = -(-schedule.squares * schedule.chunks // schedule.programs)
-    whole, rest = divmod(schedule.squares, schedule.programs)
-    allowed = fair
-    if rest:
-        even = -(-rest * schedule.chunks // schedule.programs)
-        segments = schedule.programs // rest
-        end = schedule.chunks - segments * even
+    chunks = collections.Counter()
+    for program, _, _, begin, end in pieces(schedule):
+        chunks[program] += end - begin
+    share = -(-schedule.squares * schedule.chunks // schedule.programs)
+    whole_squares, shared_squares = divmod(schedule.squares, schedule.programs)
+    limit = share
+    if shared_squares:
+        even = -(-shared_squares * schedule.chunks // schedule.programs)
+        segments = schedule.programs // shared_squares
+        tail = schedule.chunks - segments * even
         uneven = -(-schedule.chunks // segments)
-        allowed = whole * schedule.chunks + min(
-            uneven, even + (PIECE_COST * (even // end + 1) if end > 0 else uneven)
+        limit = whole_squares * schedule.chunks + min(
+            uneven, even + (PIECE_COST * (even // tail + 1) if tail > 0 else uneven)
         )
-    assert max(work.values()) <= allowed
-    if hopper and processors == 132 and rows > 2000 and rest:
-        assert max(work.values()) <= 1.25 * fair + 8
+    assert max(chunks.values()) <= limit
+    if hopper and processors == 132 and rows > 2000 and shared_squares:
+        assert max(chunks.values()) <= 1.25 * share + 8
 
 
 @given(width_x=st.integers(1, 3000), width_y=st.integers(1, 3000))
@@ -114,7 +112,7 @@ def test_tiles_are_those_on_and_above_the_diagonal(emulated_extension, width_x, 
 @pytest.mark.parametrize("hopper", [True, False])
 @pytest.mark.parametrize(
     ("rows", "width_x", "width_y", "processors"),
-    # One cluster for all; several for one square; odd blocks; rows left at their ends.
+    # One program for all squares, several for one, odd numbers of blocks, shared tails.
     [
         (150, 128, 128, 1),
         (130, 8, 200, 8),
@@ -127,13 +125,13 @@ def test_tiles_are_those_on_and_above_the_diagonal(emulated_extension, width_x, 
 def test_moments(
     emulated_extension, monkeypatch, rows, width_x, width_y, processors, hopper
 ) -> None:
-    """The parts of every tile, added up in order, are X^T X, Y^T Y and X^T Y."""
+    """The parts of every tile, added up in order, make X^T X, Y^T Y and X^T Y."""
     monkeypatch.setattr(cuda, "extension", lambda: emulated_extension)
     generator = torch.Generator().manual_seed(0)
     x, y = (
         torch.randn(rows, width, generator=generator).bfloat16() for width in (width_x, width_y)
     )
-    # Rows that do not follow one another.
+    # Rows with a gap between them.
     y = torch.cat([y, torch.full_like(y, float("nan"))], 1)[:, :width_y]
     launch = moments.Moments(x, y, processors, hopper)
     launch.tiles.fill_(float("nan"))
@@ -151,7 +149,7 @@ def test_moments(
 @pytest.mark.parametrize("hopper", [True, False])
 @pytest.mark.parametrize(("mean", "tolerance"), [(0.0, 3e-6), (3.0, 1e-5)])
 def test_long_sums(emulated_extension, monkeypatch, mean, tolerance, hopper) -> None:
-    """What tensor cores cut off grows with the accumulator, and with the mean that is taken off."""
+    """Truncation errors grow with the accumulator, and with the mean that is subtracted later."""
     monkeypatch.setattr(cuda, "extension", lambda: emulated_extension)
     generator = torch.Generator().manual_seed(0)
     x = (torch.randn(4096, 8, generator=generator, dtype=torch.float64) + mean).bfloat16()

@@ -1,5 +1,7 @@
-"""``rift_kernels._C`` for a CPU: csrc's own bindings and kernels, compiled by g++, with the GPU of
-``tests/support/emulator`` in place of CUDA's launches."""
+"""``rift_kernels._C`` for a CPU: csrc's own bindings and kernels, compiled by g++.
+
+``tests/support/emulator`` takes the place of CUDA's runtime and of the GPU.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,8 @@ import torch
 from tests.support import cases
 
 TESTS = Path(__file__).parents[1]
-# Before sm_90, blocks have no clusters to meet in, and less memory.
+# Major compute capability and bytes of shared memory of a block, by where blocks exchange data:
+# GPUs before sm_90 have no clusters.
 GPUS = {"clusters": ("9", str(227 * 1024)), "global memory": ("8", str(163 * 1024))}
 SOURCES = (
     TESTS.parent / "csrc" / "bindings.cpp",
@@ -26,7 +29,7 @@ SOURCES = (
 
 
 def build(folder: Path) -> ModuleType:
-    """Compiles and imports it."""
+    """The extension, compiled into ``folder`` and imported."""
     if shutil.which("g++") is None:
         pytest.skip("needs g++")
     pybind11 = pytest.importorskip("pybind11", reason="needs pybind11")
@@ -35,9 +38,9 @@ def build(folder: Path) -> ModuleType:
         *("g++", "-std=c++17", "-O2", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"),
         *("-fPIC", "-shared", "-fvisibility=hidden"),
         *("-DRIFT_EMULATOR", "-DRIFT_ARCHS=emulated_architectures()"),
-        # It would take a jump from one fiber's stack to another's for an error.
+        # A fortified longjmp rejects jumps from one fiber's stack to another's.
         "-U_FORTIFY_SOURCE",
-        # Its runtime and driver, not CUDA's.
+        # The emulator's headers of the runtime and the driver replace CUDA's.
         *("-I", str(TESTS / "support" / "emulator"), "-I", str(TESTS.parent / "csrc")),
         *("-isystem", pybind11.get_include(), "-isystem", sysconfig.get_path("include")),
         *(*map(str, SOURCES), "-o", str(target)),
@@ -52,10 +55,10 @@ def build(folder: Path) -> ModuleType:
     return module
 
 
-def close(
+def assert_matches_oracle(
     measure, x, y, mask=None, *, dtype: torch.dtype | None = None, scale: float = 1.0
 ) -> None:
-    """Values and gradients are the oracle's, to what its dtype allows."""
+    """Values and gradients are the oracle's, as closely as the dtype allows."""
     exact = (x.double(), y.double())
     expected = cases.value_and_gradients(measure.reference, *exact, mask=mask, scale=scale)
     actual = cases.value_and_gradients(measure, x, y, mask=mask, scale=scale)
@@ -63,12 +66,14 @@ def close(
     assert actual[0].shape == expected[0].shape
     tolerance = cases.VALUE_TOLERANCE[dtype or x.dtype]
     assert float((actual[0] - expected[0]).abs().max()) <= tolerance
-    for got, wanted, features in zip(actual[1:], expected[1:], (x, y), strict=True):
-        assert got.dtype == features.dtype
-        assert got.shape == features.shape
-        if float(wanted.norm()) * float(features.double().norm()) < 1e-9:
-            assert float(got.double().norm() * features.double().norm()) < 1e-4
+    for grad, expected_grad, features in zip(actual[1:], expected[1:], (x, y), strict=True):
+        assert grad.dtype == features.dtype
+        assert grad.shape == features.shape
+        if float(expected_grad.norm()) * float(features.double().norm()) < 1e-9:
+            # The gradient is 0, up to rounding.
+            assert float(grad.double().norm() * features.double().norm()) < 1e-4
         else:
-            assert cases.relative_error(got, wanted) <= cases.GRADIENT_TOLERANCE[features.dtype]
+            tolerance = cases.GRADIENT_TOLERANCE[features.dtype]
+            assert cases.relative_error(grad, expected_grad) <= tolerance
         if mask is not None:
-            assert not got[~mask].any()
+            assert not grad[~mask].any()

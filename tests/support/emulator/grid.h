@@ -42,8 +42,8 @@ struct SharedMemory {
   size_t size = 0;
 
   // Fills the memory with NaN, which shows reads before writes, and appends a guard.
-  void allocate(size_t wanted_size) {
-    size = wanted_size;
+  void allocate(size_t byte_count) {
+    size = byte_count;
     bytes.reset(static_cast<unsigned char*>(::operator new[](size + GUARD, ALIGNMENT)));
     std::fill_n(bytes.get(), size, static_cast<unsigned char>(0xFF));
     std::fill_n(bytes.get() + size, GUARD, GUARD_BYTE);

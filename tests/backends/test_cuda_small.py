@@ -1,6 +1,6 @@
-"""The CUDA C++ backend on a CPU: its kernels' own source, every thread of them a fiber.
+"""CUDA kernels for few rows (csrc/cka_small), executed on a CPU by tests/support/emulator.
 
-See tests/support/emulator. What a GPU adds is tested by the whole suite on one.
+On a GPU, the whole suite tests them.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 import rift_kernels as rk
 from rift_kernels.backends import cuda
 from tests.support import cases, memory
-from tests.support.emulated import GPUS, close
+from tests.support.emulated import GPUS, assert_matches_oracle
 
 MEASURES = (cases.CKA, cases.CKA_BIASED)
 PAIRS = [
@@ -34,21 +34,23 @@ every_gpu = pytest.mark.parametrize("gpu", GPUS)
 @pytest.mark.parametrize(("measure", "case"), PAIRS)
 def test_value_and_gradients(measure, case, dtype, gpu, emulate) -> None:
     emulate(gpu)
-    close(measure, *case.features(dtype), scale=256.0 if dtype == torch.float16 else 1.0)
+    assert_matches_oracle(
+        measure, *case.features(dtype), scale=256.0 if dtype == torch.float16 else 1.0
+    )
 
 
 @every_gpu
-def test_gradient_close_to_the_teacher(gpu, emulate) -> None:
-    """Where it is a difference of near-equal terms, rotated or not."""
+def test_gradient_near_the_teacher(gpu, emulate) -> None:
+    """There it is a difference of nearly equal terms, whether the student is rotated or not."""
     kinds = ((1e-1, False), (1e-5, False), (1e-5, True))
-    # Found in float64, which the kernels do not take.
+    # Before the kernels take over: finding the students takes float64.
     pairs = [cases.near_pair(48, 96, gap, rotated) for gap, rotated in kinds]
     emulate(gpu)
     for x, y in pairs:
-        close(cases.CKA, x.bfloat16(), y.bfloat16())
+        assert_matches_oracle(cases.CKA, x.bfloat16(), y.bfloat16())
 
 
-def test_a_long_row_costs_no_digits(emulate) -> None:
+def test_a_long_row_costs_no_precision(emulate) -> None:
     emulate()
     x, y, _ = cases.Case("", 24, 32, 32).features(torch.float32)
     x[3] *= 1000
@@ -58,7 +60,7 @@ def test_a_long_row_costs_no_digits(emulate) -> None:
 
 @every_gpu
 def test_layers_of_different_shapes(gpu, emulate) -> None:
-    """More than one launch takes, too."""
+    """There are more layers than one launch takes."""
     emulate(gpu)
     shapes = [(20, 24, 8), (7, 3, 40), (16, 16, 16), (33, 10, 12), *[(5, 4, 4)] * 22]
     pairs = [
@@ -75,8 +77,8 @@ def test_layers_of_different_shapes(gpu, emulate) -> None:
         expected = cases.CKA.reference(*exact)
         expected.backward(factor.double())
         assert abs(float(value.detach()) - float(expected.detach())) <= 1e-5
-        for got, wanted in zip((x, y), exact, strict=True):
-            assert cases.relative_error(got.grad, wanted.grad) <= 1e-4
+        for features, exact_features in zip((x, y), exact, strict=True):
+            assert cases.relative_error(features.grad, exact_features.grad) <= 1e-4
 
 
 def test_one_mask_for_all_layers_or_one_each(emulate) -> None:
@@ -91,7 +93,7 @@ def test_one_mask_for_all_layers_or_one_each(emulate) -> None:
 
 @every_gpu
 def test_the_order_of_threads_changes_nothing(gpu, emulate) -> None:
-    """A barrier that is missing would show; and results repeat to the last bit."""
+    """Results repeat to the last bit; a missing barrier would show."""
     x, y, _ = cases.Case("", 40, 70, 50).features(torch.float32)
     results = []
     for seed in range(9):
@@ -105,23 +107,23 @@ def test_the_order_of_threads_changes_nothing(gpu, emulate) -> None:
 def test_any_number_of_threads(threads, emulate) -> None:
     emulate(threads=threads)
     for rows in (9, 40, 70):
-        close(cases.CKA, *cases.Case("", rows, 40, 24).features(torch.float32))
+        assert_matches_oracle(cases.CKA, *cases.Case("", rows, 40, 24).features(torch.float32))
 
 
-@pytest.mark.parametrize("grads", [(False, False), (True, False), (False, True)], ids=str)
-def test_only_wanted_gradients_are_computed(grads, emulate) -> None:
+@pytest.mark.parametrize("required", [(False, False), (True, False), (False, True)], ids=str)
+def test_only_required_gradients_are_computed(required, emulate) -> None:
     emulate()
     x, y, _ = cases.Case("", 20, 12, 12).features(torch.bfloat16)
     both = cases.value_and_gradients(rk.linear_cka, x, y)
-    x.requires_grad_(grads[0])
-    y.requires_grad_(grads[1])
+    x.requires_grad_(required[0])
+    y.requires_grad_(required[1])
     value = rk.linear_cka(x, y)
     assert torch.equal(value.detach(), both[0])
-    if any(grads):
+    if any(required):
         incoming = torch.rand((), generator=torch.Generator().manual_seed(1)).double() + 0.5
         value.backward(incoming.float())
-    for tensor, wanted, grad in zip((x, y), grads, both[1:], strict=True):
-        assert torch.equal(tensor.grad, grad) if wanted else tensor.grad is None
+    for features, is_required, grad in zip((x, y), required, both[1:], strict=True):
+        assert torch.equal(features.grad, grad) if is_required else features.grad is None
 
 
 def test_distance_and_retained_graph(emulate) -> None:
@@ -135,26 +137,26 @@ def test_distance_and_retained_graph(emulate) -> None:
     loss.backward(retain_graph=True)
     once = x.grad.clone()
     loss.backward()
-    # The features are not needed for that: they may change.
+    # The gradient was saved with the value, so the second backward needs no features.
     assert torch.equal(x.grad, once + once)
 
 
 def test_dtypes_may_differ(emulate) -> None:
     emulate()
     x, y, _ = cases.Case("", 20, 12, 12).features(torch.float32)
-    close(cases.CKA, x.bfloat16(), y, dtype=torch.bfloat16)
-    close(cases.CKA, x, y.half(), dtype=torch.float16)
+    assert_matches_oracle(cases.CKA, x.bfloat16(), y, dtype=torch.bfloat16)
+    assert_matches_oracle(cases.CKA, x, y.half(), dtype=torch.float16)
 
 
 def test_the_default_dtype_changes_nothing(emulate, monkeypatch) -> None:
-    """In one of 16 bits, the workspace would be half of what the kernel writes."""
+    """A workspace of 16-bit elements would be half as large as what the kernel writes."""
     x, y, _ = cases.Case("", 20, 40, 40).features(torch.float32)
     emulate("global memory")
-    made, empty = [], torch.empty
+    tensors, empty = [], torch.empty
 
-    def recorded(*size, **how):
-        made.append(empty(*size, **how))
-        return made[-1]
+    def recorded(*size, **options):
+        tensors.append(empty(*size, **options))
+        return tensors[-1]
 
     monkeypatch.setattr(torch, "empty", recorded)
     torch.set_default_dtype(torch.bfloat16)
@@ -162,11 +164,11 @@ def test_the_default_dtype_changes_nothing(emulate, monkeypatch) -> None:
         rk.linear_cka(x, y)
     finally:
         torch.set_default_dtype(torch.float32)
-    assert [t.dtype for t in made] == [torch.float32] * 2
+    assert [t.dtype for t in tensors] == [torch.float32] * 2
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_what_is_not_finite_makes_only_its_own_layer_nan(bad, emulate) -> None:
+def test_nan_and_inf_make_only_their_own_entry_nan(bad, emulate) -> None:
     emulate()
     x, y, _ = cases.Case("", 20, 12, 12, batch=(3,)).features(torch.float32)
     x[1, 4, 5] = bad
@@ -194,7 +196,7 @@ def test_no_variance_and_too_few_rows(emulate) -> None:
 
 @pytest.mark.parametrize("size", [1e-6, 1.0, 1e6])
 def test_one_row_that_differs(size, emulate) -> None:
-    """Debiased, that is no variance, on either side, wherever the row lies and however long."""
+    """Debiased, one such row on a side is no variance, wherever it lies and however long it is."""
     emulate()
     x, y, _ = cases.Case("", 20, 12, 12).features(torch.float32)
     for row in (0, 17):
@@ -206,22 +208,21 @@ def test_one_row_that_differs(size, emulate) -> None:
             assert not any(grad.any() for grad in grads)
 
 
-def test_the_first_rows_masked(emulate) -> None:
-    """What is constant, or has an offset, is so about the first valid row."""
+def test_masked_first_rows(emulate) -> None:
+    """The pivot is the first valid row, which is not row 0."""
     emulate()
     x, y, _ = cases.Case("", 20, 12, 12, offset=30.0).features(torch.float32)
     mask = torch.arange(20) > 2
     masked = torch.where(mask[:, None], x, float("nan"))
     for features in ((masked, y), (y, masked)):
-        close(cases.CKA, *features, mask=mask)
+        assert_matches_oracle(cases.CKA, *features, mask=mask)
     for constant in ((torch.full_like(x, 0.1), y), (y, torch.full_like(x, 0.1))):
         value, *grads = cases.value_and_gradients(rk.linear_cka, *constant, mask=mask)
         assert value == 0
         assert not any(grad.any() for grad in grads)
 
 
-def test_one_entry_for_a_batch(emulate) -> None:
-    """A teacher that is expanded, and not copied."""
+def test_a_teacher_expanded_over_a_batch(emulate) -> None:
     emulate()
     x, y, _ = cases.Case("", 12, 20, 33, batch=(3,)).features(torch.float32)
     expanded = y[:1].expand(3, 12, 33)
@@ -235,9 +236,9 @@ def test_one_entry_for_a_batch(emulate) -> None:
 def test_rows_that_overlap(kind, gpu, emulate) -> None:
     emulate(gpu)
     x, y, _ = cases.Case("", 12, 24, 24, batch=(3,)).features(torch.bfloat16)
-    close(cases.CKA, cases.overlapping(kind, 12, 24, torch.bfloat16), y[0])
+    assert_matches_oracle(cases.CKA, cases.overlapping(kind, 12, 24, torch.bfloat16), y[0])
     windows = cases.overlapping("windows", 24, 24, torch.bfloat16)
-    close(cases.CKA, x, windows.as_strided((3, 12, 24), (40, 8, 1)))
+    assert_matches_oracle(cases.CKA, x, windows.as_strided((3, 12, 24), (40, 8, 1)))
 
 
 @every_gpu
@@ -248,7 +249,7 @@ def test_an_empty_batch(measure, batch, masked, gpu, emulate) -> None:
     cases.assert_empty(measure, batch, masked, torch.float32)
 
 
-def test_compiles_whole(emulate) -> None:
+def test_compiles_without_graph_breaks(emulate) -> None:
     emulate()
     x, y, _ = cases.Case("", 20, 12, 12).features(torch.float32)
     expected = cases.value_and_gradients(rk.linear_cka, x, y)
@@ -265,24 +266,27 @@ def test_no_memory_outlives_a_call(gpu, emulate) -> None:
 
 @pytest.mark.parametrize("processors", [5, 9, 14])
 def test_few_processors(processors, emulate, monkeypatch) -> None:
-    """Of a layer, as many blocks as run at once; of a batch, as many entries, then the others."""
+    """Blocks of a launch run at once: a layer has fewer of them, a batch takes more launches."""
     monkeypatch.setenv("RIFT_EMULATED_PROCESSORS", str(processors))
     emulate("global memory")
     case = cases.Case("", 12, 70, 33, batch=(5,), masked=True)
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        close(cases.CKA, *case.features(dtype), scale=256.0 if dtype == torch.float16 else 1.0)
+        assert_matches_oracle(
+            cases.CKA, *case.features(dtype), scale=256.0 if dtype == torch.float16 else 1.0
+        )
 
 
 @pytest.mark.parametrize("processors", [4, 14, 132])
 @pytest.mark.parametrize("gpu", GPUS)
-def test_python_foresees_the_plan(
+def test_python_predicts_the_plan(
     gpu, processors, emulate, emulated_extension, monkeypatch
 ) -> None:
+    """``fits`` and ``shared_bytes`` agree with csrc/cka_small/layout.h."""
     monkeypatch.setenv("RIFT_EMULATED_PROCESSORS", str(processors))
     emulate(gpu)
-    gpu_is = SimpleNamespace(multi_processor_count=processors)
+    properties = SimpleNamespace(multi_processor_count=processors)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (int(GPUS[gpu][0]), 0))
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: gpu_is)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
     for rows in (2, 16, 17, 64, 65, 128):
         for width in (1, 16, 17, 300, 768, 1024, 3000, 20000):
             plan = emulated_extension.cka_small_plan(0, rows, width)
@@ -342,21 +346,24 @@ def test_wrong_arguments(emulate, emulated_extension) -> None:
     ids=str,
 )
 def test_scale(unit, out, emulated_extension) -> None:
-    """Aligned, misaligned, entries that share a vector, nothing at all."""
-    jobs, expected, tensors = [], [], []
+    """Tensors that are aligned, misaligned or empty, and entries that share a vector."""
+    arguments, expected, tensors = [], [], []
     for offset, count, entries in ((0, 64, 3), (1, 64, 2), (0, 5, 4), (0, 1, 1), (0, 0, 3)):
-        from_ = torch.randn(offset + count * entries).to(unit)[offset:]
-        to = torch.full((offset + count * entries,), float("nan"), dtype=out)[offset:]
+        source = torch.randn(offset + count * entries).to(unit)[offset:]
+        target = torch.full((offset + count * entries,), float("nan"), dtype=out)[offset:]
         incoming = torch.randn(entries)
-        tensors.append((from_, to, incoming))
-        jobs.append((from_.data_ptr(), to.data_ptr(), count, entries, incoming.data_ptr()))
-        expected.append((from_.float().view(entries, count) * incoming[:, None]).flatten().to(out))
-    emulated_extension.scale(jobs, cuda._TYPES[unit], cuda._TYPES[out], 0, 0)
-    for (_, got, _), wanted in zip(tensors, expected, strict=True):
-        assert torch.equal(got, wanted)
+        tensors.append((source, target, incoming))
+        arguments.append(
+            (source.data_ptr(), target.data_ptr(), count, entries, incoming.data_ptr())
+        )
+        product = source.float().view(entries, count) * incoming[:, None]
+        expected.append(product.flatten().to(out))
+    emulated_extension.scale(arguments, cuda._TYPES[unit], cuda._TYPES[out], 0, 0)
+    for (_, target, _), product in zip(tensors, expected, strict=True):
+        assert torch.equal(target, product)
 
 
-def test_a_masked_row_has_no_gradient_whatever_happens(emulate) -> None:
+def test_a_masked_row_has_no_gradient_beside_nan_and_inf(emulate) -> None:
     emulate()
     x, y, _ = cases.Case("", 20, 12, 12).features(torch.float32)
     mask = torch.arange(20) != 5
@@ -371,7 +378,7 @@ def test_a_masked_row_has_no_gradient_whatever_happens(emulate) -> None:
     assert not x.grad[3].isfinite().any()
 
 
-def test_what_was_compiled_is_known_under_compile(emulate) -> None:
+def test_compiled_for_is_constant_under_torch_compile(emulate) -> None:
     emulate()
 
     def function(x: torch.Tensor) -> torch.Tensor:
