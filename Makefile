@@ -61,7 +61,7 @@ gpu-check:
 		"another with PYTHON="; exit 2; }
 	@$(PYTHON) -c "import torch" || { echo "gpu-check needs a GPU and torch, and $(PYTHON) cannot" \
 		"import torch: name another interpreter with PYTHON="; exit 2; }
-	$(PYTHON) -m benchmarks.gpu_check $(ARGS)
+	$(PYTHON) -m tests.gpu.check $(ARGS)
 
 clean:
 	rm -rf $(VENV) $(OLDEST_VENV) build rift_kernels/_C*.so *.egg-info demo ablations continual \

@@ -163,6 +163,18 @@ def _one_writer() -> Iterator[None]:
 
 
 @pytest.fixture
+def _stand_in(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A stand-in for a GPU, in this process."""
+    from benchmarks import run, workloads
+    from tests.support import stand_in_gpu
+
+    stand_in_gpu.install(monkeypatch.setattr)
+    monkeypatch.setattr(run, "PROFILES", workloads.PROFILES)
+    with stand_in_gpu.OnCPU():
+        yield
+
+
+@pytest.fixture
 def force_form(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     """Make every call take the "gram" or the "covariance" form, regardless of cost."""
 

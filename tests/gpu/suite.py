@@ -1,6 +1,6 @@
-"""A pytest plugin, ``-p benchmarks.gpu_tests``: the tests that a GPU can change, restartable.
+"""A pytest plugin, ``-p tests.gpu.suite``: the tests that a GPU can change, restartable.
 
-Chosen are the tests that take the ``device`` fixture and those of tests/backends/test_gpu.py; those
+Chosen are the tests that take the ``device`` fixture and those of tests/gpu/test_gpu.py; those
 that concern no kernel run last. RIFT_KERNELS_OUTCOMES names the file, a line of JSON a test:
 whatever ends the run leaves what was found until then, and a test that has passed is not run again.
 With several processes (``-n``), one in which a kernel has failed for good is replaced.

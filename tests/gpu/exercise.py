@@ -1,4 +1,4 @@
-"""``python -m benchmarks.exercise``: every Triton and CUDA kernel once on small features.
+"""``python -m tests.gpu.exercise``: every Triton and CUDA kernel once on small features.
 
 compute-sanitizer watches it, and a first look at a new GPU runs it. Values and gradients are
 compared with the eager backend's in float64.
@@ -84,7 +84,7 @@ def compare(device: torch.device, few: bool = False) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.exercise", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m tests.gpu.exercise", description=__doc__)
     parser.add_argument("--few", action="store_true", help="a kernel of each kind")
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():

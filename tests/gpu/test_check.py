@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import textwrap
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,8 +15,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import carried, environment, gpu_check, gpu_tests
-from benchmarks.gpu_check import Step
+from benchmarks import environment
+from tests.gpu import carried, check
+from tests.gpu.check import Step
 
 
 def python(code: str) -> str:
@@ -33,9 +33,9 @@ def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "a GPU")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
     monkeypatch.setattr(environment, "describe", lambda _: SimpleNamespace())
-    monkeypatch.setattr(gpu_check, "fingerprint", lambda: "these")
-    monkeypatch.setattr(gpu_check, "WORK", tmp_path / "work")
-    monkeypatch.setattr(gpu_check, "SPARE", ())
+    monkeypatch.setattr(check, "fingerprint", lambda: "these")
+    monkeypatch.setattr(check, "WORK", tmp_path / "work")
+    monkeypatch.setattr(check, "SPARE", ())
     monkeypatch.setattr(carried, "ARCHIVE", tmp_path / "no-archive")
     return tmp_path / "work"
 
@@ -46,7 +46,7 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
     def put(most: float = 60, **codes: str) -> None:
         made = tuple(Step(name, python(code), most) for name, code in codes.items())
-        monkeypatch.setattr(gpu_check, "STEPS", made)
+        monkeypatch.setattr(check, "STEPS", made)
 
     return put
 
@@ -59,13 +59,13 @@ def test_gpu_check_says_that_it_needs_a_gpu(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert gpu_check.main([]) == 2
+    assert check.main([]) == 2
     assert "needs a GPU" in capsys.readouterr().out
 
 
 def test_a_step_that_fails_stops_no_other(work, steps, capsys) -> None:
     steps(first="print('one')", second="raise(SystemExit(3))", third="print('three')")
-    assert gpu_check.main([]) == 1
+    assert check.main([]) == 1
     found = summary(work)
     assert [found[name]["ok"] for name in found] == [True, False, True]
     assert found["second"]["note"] == "exit status 3"
@@ -76,42 +76,42 @@ def test_a_step_that_fails_stops_no_other(work, steps, capsys) -> None:
 
 def test_what_is_done_is_not_done_again(work, steps, capsys) -> None:
     steps(first="print('one')", second="raise(SystemExit(3))")
-    assert gpu_check.main([]) == 1
+    assert check.main([]) == 1
     capsys.readouterr()
-    assert gpu_check.main([]) == 1
+    assert check.main([]) == 1
     text = capsys.readouterr().out
     assert "first               done before: ok" in text
     assert "second              done before: FAILED: exit status 3" in text
     assert (work / "gpu-check.log").read_text().count("== first") == 1
-    assert gpu_check.main(["--again", "--only", "fir"]) == 0
+    assert check.main(["--again", "--only", "fir"]) == 0
     log = (work / "gpu-check.log").read_text()
     assert (log.count("== first"), log.count("== second")) == (2, 1)
 
 
 def test_other_sources_are_checked_anew(work, steps, monkeypatch) -> None:
     steps(first="print('one')")
-    assert gpu_check.main([]) == 0
+    assert check.main([]) == 0
     (work / "tests.jsonl").write_text("")
-    monkeypatch.setattr(gpu_check, "fingerprint", lambda: "those")
+    monkeypatch.setattr(check, "fingerprint", lambda: "those")
     steps(first="raise(SystemExit(3))")
-    assert gpu_check.main([]) == 1
+    assert check.main([]) == 1
     assert not (work / "tests.jsonl").exists()
 
 
 def test_the_fingerprint_is_of_the_sources(monkeypatch, tmp_path) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "a GPU")
-    monkeypatch.setattr(gpu_check, "ROOT", tmp_path)
-    seen = {gpu_check.fingerprint()}
+    monkeypatch.setattr(check, "ROOT", tmp_path)
+    seen = {check.fingerprint()}
     for name in ("rift_kernels/a/b.py", "csrc/a.cuh", "tests/test_a.py"):
         path = tmp_path / name
         path.parent.mkdir(parents=True)
         path.write_text("")
-        seen.add(gpu_check.fingerprint())
+        seen.add(check.fingerprint())
         path.write_text("changed")
-        seen.add(gpu_check.fingerprint())
-        assert gpu_check.fingerprint() in seen
+        seen.add(check.fingerprint())
+        assert check.fingerprint() in seen
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "another")
-    assert len(seen | {gpu_check.fingerprint()}) == 8
+    assert len(seen | {check.fingerprint()}) == 8
 
 
 def test_a_step_has_a_limit(work, steps, capsys) -> None:
@@ -122,56 +122,57 @@ def test_a_step_has_a_limit(work, steps, capsys) -> None:
         most=5,
         first=f"__import__('subprocess').run([__import__('sys').executable,'-c',\"{child}\"])",
     )
-    made = gpu_check.STEPS[0]._replace(most=0.5, least=0.1)
-    gpu_check.STEPS = (made, *gpu_check.STEPS[1:])
-    assert gpu_check.main([]) == 1
+    made = check.STEPS[0]._replace(most=0.5, least=0.1)
+    check.STEPS = (made, *check.STEPS[1:])
+    assert check.main([]) == 1
     assert summary(work)["first"]["note"] == "stopped after 0 s"
     time.sleep(2.5)
     assert not marker.exists()
     steps(first="print('one')")
-    assert gpu_check.main([]) == 0
+    assert check.main([]) == 0
     assert "done before" not in capsys.readouterr().out
 
 
 def test_nothing_is_begun_without_time_for_it(work, steps) -> None:
     steps(first="print('one')", second="print('two')")
-    assert gpu_check.main(["--minutes", "0.01"]) == 1
+    assert check.main(["--minutes", "0.01"]) == 1
     assert summary(work)["first"]["note"] == "not begun: it needs 5 s, and 1 s are left"
     assert not (work / "gpu-check.log").exists()
-    assert gpu_check.main([]) == 0
+    assert check.main([]) == 0
 
 
 def test_there_may_be_no_time_to_spare(work, steps, monkeypatch) -> None:
     steps(first="print('one')")
-    monkeypatch.setattr(gpu_check, "SPARE", (Step("more", python("print('two')"), 60, 1e9),))
-    assert gpu_check.main([]) == 0
+    monkeypatch.setattr(check, "SPARE", (Step("more", python("print('two')"), 60, 1e9),))
+    assert check.main([]) == 0
     assert summary(work)["more"]["note"].startswith("not begun: it needs")
-    monkeypatch.setattr(gpu_check, "SPARE", (Step("more", python("raise(SystemExit(1))"), 60),))
-    assert gpu_check.main([]) == 1
+    monkeypatch.setattr(check, "SPARE", (Step("more", python("raise(SystemExit(1))"), 60),))
+    assert check.main([]) == 1
 
 
 def test_its_steps_take_nine_minutes_at_most() -> None:
     """Those that are not for spare time; the checks of numbers come first, in two of them."""
-    assert sum(step.most for step in gpu_check.STEPS) <= 60 * gpu_check.MINUTES
-    assert [step.name for step in gpu_check.STEPS][:3] == ["build", "check", "bench headline"]
-    assert gpu_check.STEPS[1].most <= 120
-    for step in (*gpu_check.STEPS, *gpu_check.SPARE):
+    assert sum(step.most for step in check.STEPS) <= 60 * check.MINUTES
+    assert [step.name for step in check.STEPS][:3] == ["build", "check", "bench headline"]
+    assert check.STEPS[1].most <= 120
+    for step in (*check.STEPS, *check.SPARE):
         assert step.least < step.most
 
 
 KILLED = """
 import os, sys, torch
 from types import SimpleNamespace
-from benchmarks import environment, gpu_check
+from benchmarks import environment
+from tests.gpu import check
 torch.cuda.is_available = lambda: True
 torch.cuda.get_device_name = lambda *_: "a GPU"
 torch.cuda.get_device_capability = lambda *_: (9, 0)
 environment.describe = lambda _: SimpleNamespace()
-gpu_check.WORK = gpu_check.Path(sys.argv[1])
-gpu_check.SPARE = ()
+check.WORK = check.Path(sys.argv[1])
+check.SPARE = ()
 first, second = sys.argv[2:4]
-gpu_check.STEPS = tuple(gpu_check.Step(n, c, 60) for n, c in zip(("a", "b"), sys.argv[2:4]))
-sys.exit(gpu_check.main(sys.argv[4:]))
+check.STEPS = tuple(check.Step(n, c, 60) for n, c in zip(("a", "b"), sys.argv[2:4]))
+sys.exit(check.main(sys.argv[4:]))
 """
 
 
@@ -203,135 +204,28 @@ def test_a_run_that_is_killed_leaves_what_was_found(number, tmp_path: Path) -> N
 def test_a_wrong_step_is_told(steps, capsys) -> None:
     steps(first="print('one')")
     with pytest.raises(SystemExit):
-        gpu_check.main(["--only", "nothing"])
+        check.main(["--only", "nothing"])
     assert "--only must be of first; got nothing" in capsys.readouterr().err
 
 
 def test_a_machine_without_a_sanitizer(work, monkeypatch) -> None:
-    steps = [step for step in gpu_check.STEPS if step.name.startswith("sanitize")]
-    monkeypatch.setattr(gpu_check.shutil, "which", lambda _: None)
-    assert gpu_check.main(["--only", "sanitize"]) == 0
+    steps = [step for step in check.STEPS if step.name.startswith("sanitize")]
+    monkeypatch.setattr(check.shutil, "which", lambda _: None)
+    assert check.main(["--only", "sanitize"]) == 0
     assert all("there is no compute-sanitizer" in summary(work)[s.name]["note"] for s in steps)
-    monkeypatch.setattr(gpu_check.shutil, "which", lambda name: name)
+    monkeypatch.setattr(check.shutil, "which", lambda name: name)
     refusing = work.parent / "compute-sanitizer"
     refusing.write_text("#!/bin/sh\necho Error: Device not supported; exit 9\n")
     refusing.chmod(0o755)
     monkeypatch.setenv("PATH", str(work.parent), prepend=os.pathsep)
-    assert gpu_check.main(["--only", "sanitize", "--again"]) == 0
+    assert check.main(["--only", "sanitize", "--again"]) == 0
     assert "refuses this machine" in summary(work)["sanitize memcheck"]["note"]
     refusing.write_text("#!/bin/sh\necho Error: out of bounds; exit 9\n")
-    assert gpu_check.main(["--only", "sanitize", "--again"]) == 1
+    assert check.main(["--only", "sanitize", "--again"]) == 1
 
 
 def test_the_extension_is_not_built_twice(work, monkeypatch) -> None:
     monkeypatch.setattr(carried, "is_built", lambda architecture: architecture == "90a")
-    monkeypatch.setattr(gpu_check, "find_spec", lambda _: object())
-    assert gpu_check.main(["--only", "build"]) == 0
+    monkeypatch.setattr(check, "find_spec", lambda _: object())
+    assert check.main(["--only", "build"]) == 0
     assert summary(work)["build"]["note"] == "built before, of the same sources"
-
-
-SUITE = """
-import pytest
-
-@pytest.fixture
-def device(): return "cuda"
-
-def test_good(device): pass
-def test_bad(device): assert FIXED, "wrong"
-def test_no(device): pytest.skip("needs luck")
-@pytest.mark.eager_only
-def test_last(device): pass
-def test_of_no_gpu(): raise AssertionError
-"""
-
-
-class Suite:
-    """A suite of a few tests, run as gpu-check does."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.path = folder, folder / "tests.jsonl"
-        (folder / "pytest.ini").write_text("[pytest]\nmarkers = eager_only: x\n")
-
-    def run(self, text: str, *options: str, **variables: str) -> subprocess.CompletedProcess[str]:
-        (self.folder / "test_few.py").write_text(text)
-        line = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q", *options]
-        paths = os.pathsep.join([str(environment.ROOT), os.environ.get("PYTHONPATH", "")])
-        known = {"PYTHONPATH": paths, gpu_tests.VARIABLE: str(self.path)}
-        return subprocess.run(
-            [*line, "-p", "benchmarks.gpu_tests", "test_few.py"],
-            cwd=self.folder,
-            env={**os.environ, **known, **variables},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-
-
-def test_what_of_the_suite_runs_on_a_gpu(tmp_path: Path) -> None:
-    """Each outcome is written as it comes; what has passed is not run again."""
-    suite = Suite(tmp_path)
-    suite.run(SUITE.replace("FIXED", "False"))
-    outcomes = gpu_tests.read(suite.path)
-    names = [test.split("::")[1] for test in outcomes]
-    assert names == ["test_good", "test_bad", "test_no", "test_last"]
-    bad = outcomes["test_few.py::test_bad"]
-    assert bad["outcome"] == "failed"
-    assert "wrong" in bad["reason"]
-    counted = gpu_tests.counts(outcomes)
-    assert (counted["passed"], counted["failed"], counted["skipped"]) == (2, 1, 1)
-    assert counted["skip_reasons"] == {"needs luck": 1}
-
-    again = suite.run(SUITE.replace("FIXED", "True"))
-    assert "1 passed" in again.stdout
-    assert gpu_tests.counts(gpu_tests.read(suite.path))["failures"] == []
-
-
-def test_a_line_that_was_cut_off_does_not_count(tmp_path: Path) -> None:
-    path = tmp_path / "tests.jsonl"
-    path.write_text('{"test": "a", "outcome": "passed"}\n{"test": "b", "outc')
-    assert list(gpu_tests.read(path)) == ["a"]
-    assert gpu_tests.read(tmp_path / "nothing") == {}
-
-
-BROKEN = textwrap.dedent(
-    """
-    import pytest, torch
-    torch.cuda.is_available = lambda: True
-    torch.cuda.synchronize = lambda: None
-
-    def broken():
-        raise RuntimeError("an illegal memory access was encountered")
-
-    @pytest.fixture
-    def device(): return "cuda"
-
-    @pytest.mark.parametrize("i", range(4))
-    def test_good(device, i): torch.cuda.synchronize()
-
-    def test_breaks(device):
-        torch.cuda.synchronize = broken
-        torch.cuda.synchronize()
-
-    @pytest.mark.parametrize("i", range(4))
-    def test_later(device, i): torch.cuda.synchronize()
-    """
-)
-
-
-def test_a_broken_gpu_takes_one_test_with_it(tmp_path: Path) -> None:
-    """Every test after it in this process would fail, too."""
-    pytest.importorskip("xdist", reason="needs pytest-xdist")
-    suite = Suite(tmp_path)
-    done = suite.run(BROKEN, "-n", "1")
-    counted = gpu_tests.counts(gpu_tests.read(suite.path))
-    assert counted["failures"] == ["test_few.py::test_breaks"], done.stdout
-    assert counted["passed"] == 8
-    assert "illegal memory access" in done.stdout + done.stderr
-
-
-def test_a_broken_gpu_ends_a_run_in_one_process(tmp_path: Path) -> None:
-    suite = Suite(tmp_path)
-    done = suite.run(BROKEN)
-    assert done.returncode != 0
-    assert "the GPU has failed" in done.stdout + done.stderr
-    assert gpu_tests.counts(gpu_tests.read(suite.path))["passed"] == 4

@@ -13,7 +13,7 @@ import sysconfig
 import tarfile
 from pathlib import Path
 
-from . import environment
+from benchmarks import environment
 
 ROOT = environment.ROOT
 CACHE = ROOT / "build" / "triton-cache"

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import carried, environment, precompile
+from benchmarks import environment
+from tests.gpu import carried, precompile
 
 
 @pytest.fixture
@@ -83,7 +84,7 @@ def test_the_extension_is_carried_with_what_it_is_of(tmp_path: Path, monkeypatch
 
 
 COMPILED = """
-from benchmarks import precompile
+from tests.gpu import precompile
 from tests.support.triton_compile import CASES
 
 with precompile.compiling("sm90") as launched:
@@ -93,7 +94,7 @@ with precompile.compiling("sm90") as launched:
 
 
 LAUNCHED = """
-from benchmarks import precompile
+from tests.gpu import precompile
 from tests.support.triton_compile import CASES
 
 with precompile._driver_to_link_with(), precompile.compiling("sm90") as launched:

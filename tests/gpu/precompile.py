@@ -1,10 +1,10 @@
-"""``python -m benchmarks.precompile``: compile ahead, without a GPU, what gpu-check runs on one.
+"""``python -m tests.gpu.precompile``: compile ahead, without a GPU, what gpu-check runs on one.
 
-    PYTHON -m benchmarks.precompile                for sm90, with PYTHON's torch and triton
-    PYTHON -m benchmarks.precompile --only bench   a part of it
+    PYTHON -m tests.gpu.precompile                for sm90, with PYTHON's torch and triton
+    PYTHON -m tests.gpu.precompile --only bench   a part of it
 
 Run it with the Python, torch and triton of the machine with the GPU, from the same sources, and
-take ``build/precompiled.tar.xz`` there: ``python -m benchmarks.gpu_check`` unpacks it. Kernels are
+take ``build/precompiled.tar.xz`` there: ``python -m tests.gpu.check`` unpacks it. Kernels are
 compiled as they are launched, by the tests and the benchmarks themselves, on CPU tensors and with
 nothing run. It may be stopped and goes on later: what is compiled lies in ``build/triton-cache``.
 """
@@ -27,7 +27,9 @@ from unittest import mock
 
 import torch
 
-from . import carried, environment, exercise, gpu_tests, providers, workloads
+from benchmarks import environment, providers, workloads
+
+from . import carried, exercise, suite
 
 # This variable names the target to the tests' processes, which have this module as a plugin.
 VARIABLE = "RIFT_KERNELS_PRECOMPILE"
@@ -114,11 +116,11 @@ def _tests(target: str, jobs: int) -> None:
     workers = f"-n {jobs}" if find_spec("xdist") and jobs > 1 else ""
     # test_gpu.py has features for a GPU, and kernels that other tests have, too.
     options = (
-        "-p no:cacheprovider -p benchmarks.gpu_tests -p benchmarks.precompile -q --tb=no "
-        f"--no-summary --ignore=tests/backends/test_gpu.py {workers} tests"
+        "-p no:cacheprovider -p tests.gpu.suite -p tests.gpu.precompile -q --tb=no "
+        f"--no-summary --ignore=tests/gpu/test_gpu.py {workers} tests"
     )
     with tempfile.TemporaryDirectory() as folder:
-        variables = {VARIABLE: target, gpu_tests.VARIABLE: str(Path(folder) / "outcomes.jsonl")}
+        variables = {VARIABLE: target, suite.VARIABLE: str(Path(folder) / "outcomes.jsonl")}
         subprocess.run(
             [sys.executable, "-m", "pytest", *options.split()],
             cwd=environment.ROOT,
@@ -158,7 +160,7 @@ def _extension(target: str) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.precompile",
+        prog="python -m tests.gpu.precompile",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

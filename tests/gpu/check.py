@@ -1,4 +1,4 @@
-"""``python -m benchmarks.gpu_check``: what needs a GPU, the most telling first, and offline.
+"""``python -m tests.gpu.check``: what needs a GPU, the most telling first, and offline.
 
 Installs nothing: this interpreter and what it has. One step after another, each a process with a
 time limit: build the extension for this GPU, known answers, the benchmark of a few shapes, the
@@ -6,7 +6,7 @@ tests side by side, a few kernels under compute-sanitizer; then, if there is tim
 benchmarks. All results lie in ``build/gpu-check``, written as they come, and so does
 ``gpu-check.json``, which says what is done: a further run goes on from there, as long as sources,
 versions and the GPU are the same. ``--out FOLDER`` (or the variable OUT) keeps copies of all files
-there while it runs. ``python -m benchmarks.precompile`` compiles beforehand.
+there while it runs. ``python -m tests.gpu.precompile`` compiles beforehand.
 
 Exits with 0 if all is well, 1 if something failed or was not done, 2 without a GPU.
 """
@@ -30,7 +30,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from . import carried, command, environment, gpu_tests
+from benchmarks import command, environment
+
+from . import carried, suite
 
 ROOT = environment.ROOT
 WORK = ROOT / "build" / "gpu-check"
@@ -58,7 +60,7 @@ def _benchmark(name: str, options: str, most: float, least: float) -> Step:
 
 
 def _sanitizer(tool: str) -> Step:
-    options = f"--tool {tool} --error-exitcode 9 {{python}} -m benchmarks.exercise --few"
+    options = f"--tool {tool} --error-exitcode 9 {{python}} -m tests.gpu.exercise --few"
     return Step(f"sanitize {tool}", f"compute-sanitizer {options}", 30)
 
 
@@ -75,7 +77,7 @@ STEPS = (
     Step("bench moments", "{python} -m benchmarks.moments", 25),
     Step(
         "tests",
-        "{python} -m pytest -p no:cacheprovider -p benchmarks.gpu_tests -q {workers} "
+        "{python} -m pytest -p no:cacheprovider -p tests.gpu.suite -q {workers} "
         "-o faulthandler_timeout=60 tests",
         165,
         15,
@@ -166,7 +168,7 @@ class Check:
         print(f"{step.name} ...", flush=True)
         outcome = self._process(step, seconds)
         if step.name == "tests":
-            outcome |= gpu_tests.counts(gpu_tests.read(self.outcomes))
+            outcome |= suite.counts(suite.read(self.outcomes))
             if outcome["ok"] and not outcome["passed"]:
                 outcome |= {"ok": False, "note": "no test ran"}
         if "Device not supported" in outcome["tail"] and not outcome["ok"]:
@@ -207,7 +209,7 @@ class Check:
             # Processes side by side have a processor each.
             "OMP_NUM_THREADS": "1",
             "TRITON_CACHE_DIR": os.environ.get("TRITON_CACHE_DIR", str(carried.CACHE)),
-            gpu_tests.VARIABLE: str(self.outcomes),
+            suite.VARIABLE: str(self.outcomes),
         }
         words, start = self.words(step, seconds), time.monotonic()
         with self.log.open("ab") as log:
@@ -283,7 +285,7 @@ def _lines(name: str, outcome: Outcome) -> list[str]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_check", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m tests.gpu.check", description=__doc__)
     parser.add_argument(
         "--minutes", type=command.positive, default=MINUTES, help="for all of it (%(default)s)"
     )

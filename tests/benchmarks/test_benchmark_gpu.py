@@ -1,0 +1,83 @@
+"""What ``benchmarks.run`` measures on a GPU alone, on a stand-in: only the hardware is missing."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import files, measure, providers, run, schema, tables, workloads
+from benchmarks.measure import CLOCKS
+from benchmarks.providers import NAIVE, TF32
+from tests.support import stand_in_gpu
+
+GPU = torch.device("cuda")
+
+
+@pytest.fixture
+def result(_stand_in: None, tmp_path: Path) -> schema.Benchmark:
+    assert run.main(["--out", str(tmp_path), "--budget", "20"]) == 0
+    (path,) = tmp_path.iterdir()
+    assert path.name.startswith("stand-in-gpu-")
+    return files.read(path)
+
+
+def test_a_result_of_a_gpu(result) -> None:
+    where = result.environment
+    assert where.device == where.gpu == stand_in_gpu.NAME
+    assert where.driver == "570.1"
+    assert "1980 MHz" in where.clocks
+    assert result.profile == "gpu"
+    names = {p.name: p.reason for p in result.providers}
+    assert names[TF32] is None
+    assert names["rift_kernels triton"] == "a stand-in has no kernels"
+    for workload in result.workloads:
+        assert workload.reason is None
+        for name, outcome in workload.results.items():
+            assert outcome.reason is None, (name, outcome)
+            assert set(outcome.seconds) == set(CLOCKS)
+            assert outcome.seconds["wall"].q50 >= outcome.seconds["host"].q50 > 0
+            # What is captured runs, and is replayed.
+            assert outcome.graph.q50 >= 0, (name, outcome.graph_reason)
+            assert outcome.launches == 2
+            assert outcome.memory == {"forward": 4000, "backward": 4000, "both": 4000}
+    text = tables.summary(result)
+    assert "The device alone, in CUDA graphs" in text
+    assert f"**{stand_in_gpu.NAME} (driver 570.1)" in text
+    assert re.search(r"\| +TF32 +\|", text)
+
+
+@pytest.mark.usefixtures("_stand_in")
+def test_a_provider_that_cannot_be_captured_says_why(monkeypatch, tmp_path) -> None:
+    def refuse(_: Any) -> None:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(torch.cuda, "graph", refuse)
+    assert run.main(["--out", str(tmp_path), "--budget", "20"]) == 0
+    (path,) = tmp_path.iterdir()
+    outcome = files.read(path).workloads[0].results[NAIVE]
+    assert outcome.graph is None
+    assert "not permitted when stream is capturing" in outcome.graph_reason
+
+
+@pytest.mark.usefixtures("_stand_in")
+def test_inputs_are_larger_than_the_cache(monkeypatch) -> None:
+    """As many copies as twice the L2 cache holds, each of them in a graph once."""
+    calls = []
+    naive = providers.providers(GPU, ())[0]
+    workload = workloads.Workload("cka_biased", 16, 8)
+    task = measure.Task(naive, "cka_biased", workloads.features(workload, GPU))
+    forward = measure.Task.forward
+
+    def counted(self: measure.Task) -> torch.Tensor:
+        calls.append(self.inputs.students[0].data_ptr())
+        return forward(self)
+
+    monkeypatch.setattr(measure.Task, "forward", counted)
+    assert measure.graph_seconds(task, GPU).q50 >= 0
+    # 2 x 4 KiB of 1 KiB each; once to warm up and once to be captured.
+    assert len(set(calls)) == 8
+    assert len(calls) == 16
