@@ -1,13 +1,14 @@
-"""A pytest plugin, ``-p tests.gpu.suite``: the tests that a GPU can change, restartable.
+"""A pytest plugin, ``-p tests.gpu.suite``: chooses the tests that a GPU can change.
 
-Chosen are the tests that take the ``device`` fixture and those of tests/gpu/test_gpu.py; those
-that concern no kernel run last. RIFT_KERNELS_OUTCOMES names the file, a line of JSON a test:
-whatever ends the run leaves what was found until then, and a test that has passed is not run again.
-With several processes (``-n``), one in which a kernel has failed for good is replaced.
+These take the ``device`` fixture or lie in tests/gpu/test_gpu.py. Tests of no kernel run last.
+RIFT_KERNELS_OUTCOMES names a file that gets a line of JSON after each test. Whatever ends a run,
+the next one leaves out the tests that have passed or were skipped. With several processes (``-n``),
+one whose GPU has failed for good is replaced.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -20,19 +21,19 @@ import pytest
 import torch
 
 VARIABLE = "RIFT_KERNELS_OUTCOMES"
-# These run first: what only a GPU can show, and what is nearest to the kernels.
+# These modules run first: what only a GPU can show, and what is nearest to the kernels.
 FIRST = ("test_gpu", "test_triton", "test_measures")
+# The tests that were done before this run: the same for processes that begin later.
+DONE = pytest.StashKey[set[str]]()
 
 
 def read(path: Path) -> dict[str, dict[str, Any]]:
     """Test -> its last outcome; a last line that was cut off does not count."""
     outcomes = {}
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-        try:
+        with contextlib.suppress(json.JSONDecodeError):
             outcome = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        outcomes[outcome["test"]] = outcome
+            outcomes[outcome["test"]] = outcome
     return outcomes
 
 
@@ -43,35 +44,26 @@ def counts(outcomes: dict[str, dict[str, Any]]) -> dict[str, Any]:
     return {
         **{kind: kinds[kind] for kind in ("passed", "failed", "skipped")},
         "failures": [test for test, o in outcomes.items() if o["outcome"] == "failed"],
-        "skip_reasons": dict(Counter(skipped)),
+        "skip_reasons": Counter(skipped),
     }
 
 
-def _concerns_a_gpu(item: pytest.Item) -> bool:
+def _needs_a_gpu(item: pytest.Item) -> bool:
     return "device" in getattr(item, "fixturenames", ()) or item.path.stem == "test_gpu"
 
 
 def _turn(item: pytest.Item) -> tuple[bool, bool, int]:
-    """The place of a test: what Triton's interpreter has time for is before the rest."""
+    """The place of a test: what Triton's interpreter has time for comes before the rest."""
     module, conftest = item.path.stem, sys.modules.get("tests.conftest")
     chosen = module == "test_gpu" or (conftest is not None and conftest.is_interpreted(item))
     place = FIRST.index(module) if module in FIRST else len(FIRST)
     return item.get_closest_marker("eager_only") is not None, not chosen, place
 
 
-def _path() -> Path:
-    return Path(os.environ[VARIABLE])
-
-
-def _before() -> Path:
-    """The outcomes when this run began: processes that begin later must find the same tests."""
-    return _path().with_suffix(".before")
-
-
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    done = {test for test, o in read(_before()).items() if o["outcome"] != "failed"}
-    chosen = [item for item in items if _concerns_a_gpu(item) and item.nodeid not in done]
+    done = config.stash[DONE]
+    chosen = [item for item in items if _needs_a_gpu(item) and item.nodeid not in done]
     config.hook.pytest_deselected(items=[*{*items} - {*chosen}])
     items[:] = sorted(chosen, key=_turn)
 
@@ -88,14 +80,21 @@ class Writer:
             outcome["reason"] = str(report.longrepr[-1]).removeprefix("Skipped: ")  # type: ignore[index]
         elif report.failed:
             outcome["reason"] = report.longreprtext[-2000:]
-        with _path().open("a", encoding="utf-8") as file:
+        with Path(os.environ[VARIABLE]).open("a", encoding="utf-8") as file:
             file.write(json.dumps(outcome) + "\n")
+
+    @pytest.hookimpl(optionalhook=True)  # of pytest-xdist
+    def pytest_configure_node(self, node: Any) -> None:
+        node.workerinput["done"] = node.config.stash[DONE]
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if not hasattr(config, "workerinput"):
-        _before().write_text(_path().read_text() if _path().exists() else "", encoding="utf-8")
-        config.pluginmanager.register(Writer())
+    if hasattr(config, "workerinput"):
+        config.stash[DONE] = config.workerinput["done"]
+        return
+    outcomes = read(Path(os.environ[VARIABLE]))
+    config.stash[DONE] = {test for test, o in outcomes.items() if o["outcome"] != "failed"}
+    config.pluginmanager.register(Writer())
 
 
 @pytest.hookimpl(wrapper=True)
