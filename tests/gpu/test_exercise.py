@@ -12,22 +12,23 @@ from tests.gpu import exercise
 @pytest.mark.parametrize("few", [False, True])
 @pytest.mark.usefixtures("_stand_in")
 def test_what_the_sanitizer_watches(few, monkeypatch) -> None:
-    """Kernels of each kind, against the eager backend; here by the eager backend itself."""
+    """Each backend computes each measure of each shape, and a disagreement makes it fail."""
     seen = []
 
-    def value_and_gradient(name, x, _, mask, backend):
-        seen.append((name, tuple(x.shape), x.dtype, mask is not None, backend))
+    def value_and_gradient(measure, x, _, mask, backend):
+        seen.append((measure.name, tuple(x.shape), x.dtype, mask is not None, backend))
         return torch.zeros(2)
 
-    monkeypatch.setattr(exercise, "_value_and_gradient", value_and_gradient)
+    monkeypatch.setattr(exercise, "value_and_gradient", value_and_gradient)
     monkeypatch.setattr(availability, "reason_against", lambda _: None)
     assert exercise.main(["--few"] if few else []) == 0
     names, shapes, _, masked, backends = (set(column) for column in zip(*seen, strict=True))
     assert backends == {"eager", "triton", "cuda"}
-    assert names == set(exercise.FEW_MEASURES if few else exercise.MEASURES)
+    measures = exercise.FEW_MEASURES if few else exercise.MEASURES
+    assert names == {measure.name for measure in measures}
     assert shapes == set(exercise.FEW_SHAPES if few else exercise.SHAPES)
     assert len(seen) <= 20 if few else masked == {False, True}
     monkeypatch.setattr(
-        exercise, "_value_and_gradient", lambda *a: torch.ones(2) * (a[-1] == "triton")
+        exercise, "value_and_gradient", lambda *a: torch.ones(2) * (a[-1] == "triton")
     )
     assert exercise.main(["--few"]) == 1
