@@ -1,8 +1,7 @@
-"""What was compiled elsewhere for this machine's GPU: packed into one file there, unpacked here.
+"""What is compiled on one machine for the GPU of another, carried there in one archive.
 
-The file has the machine code of triton's cache, with the files that triton reads beside it, and the
-extension ``rift_kernels._C``. It helps where Python, torch, triton and the sources are the same.
-Elsewhere, triton finds nothing in it and compiles as ever.
+The archive holds what Triton reads of its cache, and the extension ``rift_kernels._C``. It helps
+where Python, torch, triton and the sources are the same. Elsewhere, Triton compiles as ever.
 """
 
 from __future__ import annotations
@@ -13,69 +12,55 @@ import sysconfig
 import tarfile
 from pathlib import Path
 
-from benchmarks import environment
-
-ROOT = environment.ROOT
-CACHE = ROOT / "build" / "triton-cache"
-ARCHIVE = ROOT / "build" / "precompiled.tar.xz"
-EXTENSION = "rift_kernels/_C" + str(sysconfig.get_config_var("EXT_SUFFIX"))
+# Paths below the root of a repository.
+CACHE = "build/triton-cache"
+ARCHIVE = "build/precompiled.tar.xz"
+EXTENSION = f"rift_kernels/_C{sysconfig.get_config_var('EXT_SUFFIX')}"
 STAMP = "build/extension.sha256"
-# Triton reads these files of an entry; the rest, most of the bytes, is for people.
+# Triton reads these files of an entry; the rest, most of the bytes, is for people to read.
 _KEPT = (".json", ".cubin", ".so")
 
 
-def digest(architecture: str) -> str:
-    """A digest of what the extension is made of."""
-    sha = hashlib.sha256(f"{architecture} {EXTENSION}".encode())
-    for path in [ROOT / "setup.py", *sorted(filter(Path.is_file, (ROOT / "csrc").rglob("*")))]:
-        sha.update(path.name.encode() + path.read_bytes())
+def digest(root: Path, patterns: tuple[str, ...], *values: object) -> str:
+    """A digest of the files that match, with their names, and of other values."""
+    sha = hashlib.sha256(repr(values).encode())
+    for path in (path for pattern in patterns for path in sorted(root.glob(pattern))):
+        if path.is_file():
+            sha.update(f"{path.relative_to(root)}\n".encode() + path.read_bytes())
     return sha.hexdigest()
 
 
-def stamp(architecture: str) -> None:
-    """Note that the extension that lies here is of these sources."""
-    (ROOT / STAMP).parent.mkdir(parents=True, exist_ok=True)
-    (ROOT / STAMP).write_text(digest(architecture), encoding="utf-8")
+def stamp(root: Path, architecture: str) -> str:
+    """What the file ``STAMP`` holds if the extension here was built of the sources here."""
+    return digest(root, ("setup.py", "csrc/**/*", EXTENSION), architecture)
 
 
-def is_built(architecture: str) -> bool:
-    """Whether the extension that lies here was built of these sources."""
-    paths = (ROOT / EXTENSION, ROOT / STAMP)
-    return all(path.exists() for path in paths) and paths[1].read_text() == digest(architecture)
+def is_built(root: Path, architecture: str) -> bool:
+    path = root / STAMP
+    return path.exists() and path.read_text(encoding="utf-8") == stamp(root, architecture)
 
 
-def pack(cache: Path, archive: Path) -> int:
+def pack(root: Path) -> int:
     """Write the archive; returns how many kernels it holds."""
-    archive.parent.mkdir(parents=True, exist_ok=True)
-    entries = [path for path in sorted(cache.glob("*/*")) if path.name.endswith(_KEPT)]
-    with tarfile.open(archive, "w:xz") as file:
-        for path in entries:
-            file.add(path, f"cache/{path.relative_to(cache)}")
-        for name in filter(lambda name: (ROOT / name).exists(), (EXTENSION, STAMP)):
-            file.add(ROOT / name, name)
+    entries = [path for path in sorted((root / CACHE).glob("*/*")) if path.name.endswith(_KEPT)]
+    extension = [root / name for name in (EXTENSION, STAMP) if (root / name).exists()]
+    (root / ARCHIVE).parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(root / ARCHIVE, "w:xz") as archive:
+        for path in (*entries, *extension):
+            archive.add(path, path.relative_to(root))
     return sum(path.suffix == ".cubin" for path in entries)
 
 
-def unpack(archive: Path, cache: Path) -> int:
-    """Unpack what is not here yet; returns how many kernels were new."""
-    if not archive.exists():
-        return 0
-    # An extension that is here may be of other sources, whatever the file says of its own.
-    kernels, has_extension = 0, (ROOT / EXTENSION).exists()
-    with tarfile.open(archive) as file:
-        for member in filter(tarfile.TarInfo.isfile, file):
-            of_cache = member.name.startswith("cache/")
-            path = cache / member.name.removeprefix("cache/") if of_cache else ROOT / member.name
-            if path.exists() if of_cache else has_extension:
-                continue
-            reader = file.extractfile(member)
-            content = reader.read() if reader else b""
-            if path.name.startswith("__grp__"):
-                # An entry's list of its files names their folder, which is another one here.
-                names = json.loads(content)["child_paths"]
-                paths = {n: str(path.parent / n) for n in names if n.endswith(_KEPT)}
-                content = json.dumps({"child_paths": paths}).encode()
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(content)
-            kernels += path.suffix == ".cubin"
-    return kernels
+def unpack(root: Path) -> None:
+    """Unpack what is not here yet, if there is an archive."""
+    if not (root / ARCHIVE).exists():
+        return
+    with tarfile.open(root / ARCHIVE) as archive:
+        new = [member for member in archive if not (root / member.name).exists()]
+        archive.extractall(root, new, filter="data")
+    for path in (root / member.name for member in new):
+        if path.name.startswith("__grp__"):
+            # An entry's list of its files names their folder on the other machine.
+            names = json.loads(path.read_text(encoding="utf-8"))["child_paths"]
+            paths = {n: str(path.with_name(n)) for n in names if path.with_name(n).exists()}
+            path.write_text(json.dumps({"child_paths": paths}), encoding="utf-8")

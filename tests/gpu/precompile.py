@@ -3,17 +3,16 @@
     PYTHON -m tests.gpu.precompile                for sm90, with PYTHON's torch and triton
     PYTHON -m tests.gpu.precompile --only bench   a part of it
 
-Run it with the Python, torch and triton of the machine with the GPU, from the same sources, and
-take ``build/precompiled.tar.xz`` there: ``python -m tests.gpu.check`` unpacks it. Kernels are
-compiled as they are launched, by the tests and the benchmarks themselves, on CPU tensors and with
-nothing run. It may be stopped and goes on later: what is compiled lies in ``build/triton-cache``.
+Python, torch, triton and the sources must be those of the machine with the GPU. Take
+``build/precompiled.tar.xz`` there, and ``python -m tests.gpu.check`` unpacks it. The tests and
+the benchmarks launch their kernels on CPU tensors. Each launch compiles, and nothing runs. A run
+that was stopped goes on later: what is compiled lies in ``build/triton-cache``.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib
 import os
 import subprocess
 import sys
@@ -21,23 +20,30 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import pytest
 import torch
 
 from benchmarks import environment, providers, workloads
+from rift_kernels.commands import trial
+from rift_kernels.dispatch import availability, plan
+from rift_kernels.trust import known_answers
 
 from . import carried, exercise, suite
 
-# This variable names the target to the tests' processes, which have this module as a plugin.
+ROOT = environment.ROOT
+# Names the target to the processes of the tests, which have this module as a plugin.
 VARIABLE = "RIFT_KERNELS_PRECOMPILE"
 # Targets in tests/support/triton_compile.py, and what nvcc calls them.
 TARGETS = {"sm80": "80", "sm90": "90a", "sm100": "100a"}
 PARTS = ("extension", "check", "bench", "exercise", "tests")
+# Read before the stand-in for a GPU makes the profiles small.
 HEADLINE = workloads.PROFILES["headline"].workloads
 CPU = torch.device("cpu")
+# What the process of a test has launched.
+LAUNCHED = pytest.StashKey[list[Any]]()
 
 
 @contextlib.contextmanager
@@ -46,42 +52,39 @@ def compiling(target: str) -> Iterator[list[Any]]:
 
     Yields the list of launched kernels, which a caller empties.
     """
-    import pytest
+    from tests.support import stand_in_gpu, triton_compile  # needs triton
 
-    from rift_kernels.dispatch import availability, plan
-
-    stand_in = importlib.import_module("tests.support.stand_in_gpu")
-    recorder = importlib.import_module("tests.support.triton_compile")
     choose_backend, reason_against = plan.choose_backend, availability.reason_against
 
     def reason_against_triton(_: object, dtypes: Sequence[torch.dtype]) -> str | None:
         return "float64" if torch.float64 in dtypes else None
 
-    with pytest.MonkeyPatch.context() as patch, recorder.recording(target) as launched:
-        stand_in.install(patch.setattr)
+    with pytest.MonkeyPatch.context() as patch, triton_compile.recording(target) as launched:
+        stand_in_gpu.install(patch.setattr)
+        # The backend is chosen as on a GPU.
         patch.setattr(plan, "choose_backend", choose_backend)
         patch.setattr(availability, "reason_against", reason_against)
         patch.setattr(plan, "_has_kernels", lambda _: True)
         patch.setattr(availability, "_reason_against_triton", reason_against_triton)
-        with stand_in.OnCPU():
+        with stand_in_gpu.OnCPU():
             yield launched
 
 
-def launchers(launched: list[Any]) -> None:
+def compile_launchers(launched: list[Any]) -> None:
     """Compile the C code that hands kernels their arguments, as triton does at a first launch."""
     from triton.backends.nvidia.driver import CudaLauncher
 
     for kernel in {kernel.hash: kernel for kernel in launched}.values():
-        # The code is then in the cache, but cannot be loaded: there is no driver. Triton 3.7 has no
-        # such code, and asks the driver at once.
+        # The code lands in the cache, and cannot be loaded without a driver. Triton 3.7 has no such
+        # code, and asks the driver at once.
         with contextlib.suppress(ImportError, AttributeError):
             CudaLauncher(kernel.src, kernel.metadata)
     launched.clear()
 
 
 @contextlib.contextmanager
-def _driver_to_link_with() -> Iterator[None]:
-    """A library by the driver's name, empty, which is enough for a linker."""
+def driver_to_link_with() -> Iterator[None]:
+    """An empty library with the driver's name, which is enough for a linker."""
     with tempfile.TemporaryDirectory() as folder:
         line = ["gcc", "-shared", "-x", "c", os.devnull, "-Wl,-soname,libcuda.so.1"]
         subprocess.run([*line, "-o", f"{folder}/libcuda.so.1"], check=True)
@@ -89,14 +92,13 @@ def _driver_to_link_with() -> Iterator[None]:
             yield
 
 
-def _here(part: str, target: str) -> None:
-    """Compile a part in this process."""
-    from rift_kernels.commands import trial
-    from rift_kernels.trust import known_answers
-
+def _compile_here(part: str, target: str) -> None:
+    """Compile what a part launches, in this process."""
     with compiling(target) as launched:
-        if part == "exercise":
-            exercise.compare(CPU)
+        if part == "check":
+            for kernels in (k for k in known_answers.ALL if k.backend == "triton"):
+                for case in known_answers.cases_of(kernels, True):
+                    trial.attempt(kernels, case, CPU)
         elif part == "bench":
             (ours,) = (p for p in providers.providers(CPU, ()) if p.name.endswith("triton"))
             for workload in HEADLINE:
@@ -105,57 +107,48 @@ def _here(part: str, target: str) -> None:
                 inputs = workloads.Inputs(students, [x] * workload.layers)
                 ours.measures[workload.measure](inputs).sum().backward()
         else:
-            for kernels in (k for k in known_answers.ALL if k.backend == "triton"):
-                for case in known_answers.cases_of(kernels, True):
-                    trial.attempt(kernels, case, CPU)
-        launchers(launched)
+            exercise.compare(CPU)
+        compile_launchers(launched)
 
 
-def _tests(target: str, jobs: int) -> None:
+def _python(command: str, **variables: str) -> bool:
+    """Run this Python with these arguments and environment variables; whether it succeeds."""
+    line, env = [sys.executable, *command.split()], {**os.environ, **variables}
+    return subprocess.run(line, cwd=ROOT, env=env, check=False).returncode == 0
+
+
+def _compile_extension(target: str) -> None:
+    architecture = TARGETS[target]
+    if not carried.is_built(ROOT, architecture):
+        variables = {"RIFT_KERNELS_CUDA": "1", "RIFT_KERNELS_CUDA_ARCHS": architecture}
+        if _python("setup.py build_ext --inplace", **variables):
+            (ROOT / carried.STAMP).write_text(carried.stamp(ROOT, architecture), encoding="utf-8")
+
+
+def _compile_tests(target: str, jobs: int) -> None:
     """Run the tests as gpu-check does. Whether they pass says nothing: nothing is computed."""
-    workers = f"-n {jobs}" if find_spec("xdist") and jobs > 1 else ""
-    # test_gpu.py has features for a GPU, and kernels that other tests have, too.
-    options = (
-        "-p no:cacheprovider -p tests.gpu.suite -p tests.gpu.precompile -q --tb=no "
+    workers = f"-n {jobs}" if find_spec("xdist") else ""
+    # The tests of test_gpu.py need a GPU's memory, and launch what other tests launch, too.
+    command = (
+        "-m pytest -p no:cacheprovider -p tests.gpu.suite -p tests.gpu.precompile -q --tb=no "
         f"--no-summary --ignore=tests/gpu/test_gpu.py {workers} tests"
     )
     with tempfile.TemporaryDirectory() as folder:
-        variables = {VARIABLE: target, suite.VARIABLE: str(Path(folder) / "outcomes.jsonl")}
-        subprocess.run(
-            [sys.executable, "-m", "pytest", *options.split()],
-            cwd=environment.ROOT,
-            env={**os.environ, **variables, "RIFT_TEST_DEVICE": "cuda"},
-            check=False,
-        )
+        outcomes = f"{folder}/outcomes.jsonl"
+        variables = {VARIABLE: target, suite.VARIABLE: outcomes, "RIFT_TEST_DEVICE": "cuda"}
+        _python(command, **variables)
 
 
-def pytest_configure(config: Any) -> None:
-    """In the processes of the tests."""
-    target = os.environ.get(VARIABLE)
-    if target:
-        stack = contextlib.ExitStack()
-        config.rift_launched = stack.enter_context(compiling(target))
-        config.add_cleanup(stack.close)
+def pytest_configure(config: pytest.Config) -> None:
+    """Compile in the processes of the tests."""
+    stack = contextlib.ExitStack()
+    config.stash[LAUNCHED] = stack.enter_context(compiling(os.environ[VARIABLE]))
+    config.add_cleanup(stack.close)
 
 
-def pytest_runtest_teardown(item: Any) -> None:
+def pytest_runtest_teardown(item: pytest.Item) -> None:
     """Compile launchers after each test, which keeps the list of launches short."""
-    if os.environ.get(VARIABLE):
-        launchers(item.config.rift_launched)
-
-
-def _extension(target: str) -> None:
-    architecture = TARGETS[target]
-    if carried.is_built(architecture):
-        return
-    done = subprocess.run(
-        [sys.executable, "setup.py", "build_ext", "--inplace"],
-        cwd=environment.ROOT,
-        env={**os.environ, "RIFT_KERNELS_CUDA_ARCHS": architecture},
-        check=False,
-    )
-    if done.returncode == 0 and (environment.ROOT / carried.EXTENSION).exists():
-        carried.stamp(architecture)
+    compile_launchers(item.config.stash[LAUNCHED])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -168,21 +161,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     options = parser.parse_args(arguments)
-    os.environ["TRITON_CACHE_DIR"] = str(carried.CACHE)
+    os.environ["TRITON_CACHE_DIR"] = str(ROOT / carried.CACHE)
     os.environ["RIFT_KERNELS_SELF_TEST"] = "0"  # nothing runs that could be tested
-    with _driver_to_link_with():
+    with driver_to_link_with():
         for part in options.only:
             start = time.monotonic()
             if part == "extension":
-                _extension(options.target)
+                _compile_extension(options.target)
             elif part == "tests":
-                _tests(options.target, options.jobs)
+                _compile_tests(options.target, options.jobs)
             else:
-                _here(part, options.target)
+                _compile_here(part, options.target)
             print(f"{part}: {time.monotonic() - start:.0f} s", flush=True)
-    kernels = carried.pack(carried.CACHE, carried.ARCHIVE)
-    size = carried.ARCHIVE.stat().st_size / 2**20
-    print(f"wrote {carried.ARCHIVE}: {kernels} kernels, {size:.1f} MiB")
+    kernels, archive = carried.pack(ROOT), ROOT / carried.ARCHIVE
+    print(f"wrote {archive}: {kernels} kernels, {archive.stat().st_size / 2**20:.1f} MiB")
     return 0
 
 

@@ -1,9 +1,10 @@
-"""``make gpu-check``: what it does in which order, what is left of a run that is killed."""
+"""``make gpu-check``: the order and limits of its steps, and what a run that is killed leaves."""
 
 from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -21,13 +22,13 @@ from tests.gpu.check import Step
 
 
 def python(code: str) -> str:
-    """A step's command; braces and blanks have a meaning there."""
-    return "{python} -S -c " + code
+    """A step's command, where braces have a meaning."""
+    return "{python} -S -c " + shlex.quote(code).replace("{", "{{").replace("}", "}}")
 
 
 @pytest.fixture
 def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A GPU, as far as this file's subject asks one, and a folder of its own."""
+    """A GPU, as far as gpu-check asks for one, and a folder of its own."""
     monkeypatch.delenv("OUT", raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "a GPU")
@@ -35,18 +36,17 @@ def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(environment, "describe", lambda _: SimpleNamespace())
     monkeypatch.setattr(check, "fingerprint", lambda: "these")
     monkeypatch.setattr(check, "WORK", tmp_path / "work")
-    monkeypatch.setattr(check, "SPARE", ())
     monkeypatch.setattr(carried, "ARCHIVE", tmp_path / "no-archive")
     return tmp_path / "work"
 
 
 @pytest.fixture
 def steps(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Make these the steps: name -> code, 60 seconds at most."""
+    """Make these the steps: name -> code, 60 seconds at most; "more" is spare."""
 
-    def put(most: float = 60, **codes: str) -> None:
-        made = tuple(Step(name, python(code), most) for name, code in codes.items())
-        monkeypatch.setattr(check, "STEPS", made)
+    def put(most: float = 60, least: float = 5, **codes: str) -> None:
+        made = (Step(n, python(code), most, least, n == "more") for n, code in codes.items())
+        monkeypatch.setattr(check, "STEPS", tuple(made))
 
     return put
 
@@ -64,7 +64,7 @@ def test_gpu_check_says_that_it_needs_a_gpu(
 
 
 def test_a_step_that_fails_stops_no_other(work, steps, capsys) -> None:
-    steps(first="print('one')", second="raise(SystemExit(3))", third="print('three')")
+    steps(first="print('one')", second="raise SystemExit(3)", third="print('three')")
     assert check.main([]) == 1
     found = summary(work)
     assert [found[name]["ok"] for name in found] == [True, False, True]
@@ -75,7 +75,7 @@ def test_a_step_that_fails_stops_no_other(work, steps, capsys) -> None:
 
 
 def test_what_is_done_is_not_done_again(work, steps, capsys) -> None:
-    steps(first="print('one')", second="raise(SystemExit(3))")
+    steps(first="print('one')", second="raise SystemExit(3)")
     assert check.main([]) == 1
     capsys.readouterr()
     assert check.main([]) == 1
@@ -88,12 +88,24 @@ def test_what_is_done_is_not_done_again(work, steps, capsys) -> None:
     assert (log.count("== first"), log.count("== second")) == (2, 1)
 
 
+def test_tests_go_on_or_begin_anew(work, steps) -> None:
+    line = json.dumps({"test": "a", "outcome": "passed"})
+    steps(tests=f"print({line!r}, file=open({str(work / 'tests.jsonl')!r}, 'a'))")
+    state, outcomes = work / "gpu-check.json", work / "tests.jsonl"
+    assert check.main([]) == 0
+    assert check.main(["--again"]) == 0
+    assert outcomes.read_text() == f"{line}\n"
+    state.write_text(state.read_text().replace('"finished": true', '"finished": false'))
+    assert check.main([]) == 0
+    assert outcomes.read_text() == f"{line}\n" * 2
+
+
 def test_other_sources_are_checked_anew(work, steps, monkeypatch) -> None:
     steps(first="print('one')")
     assert check.main([]) == 0
     (work / "tests.jsonl").write_text("")
     monkeypatch.setattr(check, "fingerprint", lambda: "those")
-    steps(first="raise(SystemExit(3))")
+    steps(first="raise SystemExit(3)")
     assert check.main([]) == 1
     assert not (work / "tests.jsonl").exists()
 
@@ -102,8 +114,8 @@ def test_the_fingerprint_is_of_the_sources(monkeypatch, tmp_path) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "a GPU")
     monkeypatch.setattr(check, "ROOT", tmp_path)
     seen = {check.fingerprint()}
-    for name in ("rift_kernels/a/b.py", "csrc/a.cuh", "tests/test_a.py"):
-        path = tmp_path / name
+    names = ("rift_kernels/a/b.py", "csrc/a.cuh", "tests/gpu/a.py", "benchmarks/a.py")
+    for path in (tmp_path / name for name in names):
         path.parent.mkdir(parents=True)
         path.write_text("")
         seen.add(check.fingerprint())
@@ -111,19 +123,15 @@ def test_the_fingerprint_is_of_the_sources(monkeypatch, tmp_path) -> None:
         seen.add(check.fingerprint())
         assert check.fingerprint() in seen
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "another")
-    assert len(seen | {check.fingerprint()}) == 8
+    assert len(seen | {check.fingerprint()}) == 10
 
 
 def test_a_step_has_a_limit(work, steps, capsys) -> None:
-    """And so have those that it started; unfinished, it is begun again in the next run."""
+    """It ends with all that it started, and begins anew in the next run."""
     marker = work.parent / "alive"
-    child = f"__import__('time').sleep(2);open('{marker}','w')"
-    steps(
-        most=5,
-        first=f"__import__('subprocess').run([__import__('sys').executable,'-c',\"{child}\"])",
-    )
-    made = check.STEPS[0]._replace(most=0.5, least=0.1)
-    check.STEPS = (made, *check.STEPS[1:])
+    child = f"import time; time.sleep(2); open({str(marker)!r}, 'w')"
+    code = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
+    steps(most=0.5, least=0.1, first=code)
     assert check.main([]) == 1
     assert summary(work)["first"]["note"] == "stopped after 0 s"
     time.sleep(2.5)
@@ -141,21 +149,21 @@ def test_nothing_is_begun_without_time_for_it(work, steps) -> None:
     assert check.main([]) == 0
 
 
-def test_there_may_be_no_time_to_spare(work, steps, monkeypatch) -> None:
-    steps(first="print('one')")
-    monkeypatch.setattr(check, "SPARE", (Step("more", python("print('two')"), 60, 1e9),))
+def test_there_may_be_no_time_to_spare(work, steps) -> None:
+    steps(least=1e9, more="print('two')")
     assert check.main([]) == 0
     assert summary(work)["more"]["note"].startswith("not begun: it needs")
-    monkeypatch.setattr(check, "SPARE", (Step("more", python("raise(SystemExit(1))"), 60),))
+    steps(first="print('one')", more="raise SystemExit(1)")
     assert check.main([]) == 1
+    assert summary(work)["first"]["ok"]
 
 
 def test_its_steps_take_nine_minutes_at_most() -> None:
-    """Those that are not for spare time; the checks of numbers come first, in two of them."""
-    assert sum(step.most for step in check.STEPS) <= 60 * check.MINUTES
+    """Without the spare ones. The checks of numbers come first, and take two at most."""
+    assert sum(step.most for step in check.STEPS if not step.spare) <= 60 * check.MINUTES
     assert [step.name for step in check.STEPS][:3] == ["build", "check", "bench headline"]
     assert check.STEPS[1].most <= 120
-    for step in (*check.STEPS, *check.SPARE):
+    for step in check.STEPS:
         assert step.least < step.most
 
 
@@ -169,8 +177,6 @@ torch.cuda.get_device_name = lambda *_: "a GPU"
 torch.cuda.get_device_capability = lambda *_: (9, 0)
 environment.describe = lambda _: SimpleNamespace()
 check.WORK = check.Path(sys.argv[1])
-check.SPARE = ()
-first, second = sys.argv[2:4]
 check.STEPS = tuple(check.Step(n, c, 60) for n, c in zip(("a", "b"), sys.argv[2:4]))
 sys.exit(check.main(sys.argv[4:]))
 """
@@ -180,11 +186,11 @@ sys.exit(check.main(sys.argv[4:]))
 def test_a_run_that_is_killed_leaves_what_was_found(number, tmp_path: Path) -> None:
     """Here and in the folder for copies; the next one goes on from there."""
     work, copies = tmp_path / "work", tmp_path / "copies"
-    kill = f"print('begun',flush=True);__import__('os').kill(__import__('os').getppid(),{number:d})"
+    kill = f"import os, time; print('begun', flush=True); os.kill(os.getppid(), {number:d})"
     line = [sys.executable, "-c", KILLED, str(work), python("print('one')")]
     paths = os.pathsep.join([str(environment.ROOT), os.environ.get("PYTHONPATH", "")])
     variables = {**os.environ, "PYTHONPATH": paths, "OUT": str(copies)}
-    slow = python(f"{kill};__import__('time').sleep(3)")
+    slow = python(f"{kill}; time.sleep(3)")
     done = subprocess.run([*line, slow], env=variables, check=False)
     assert done.returncode != 0
     for folder in (work, copies):
@@ -201,7 +207,7 @@ def test_a_run_that_is_killed_leaves_what_was_found(number, tmp_path: Path) -> N
 
 
 @pytest.mark.usefixtures("work")
-def test_a_wrong_step_is_told(steps, capsys) -> None:
+def test_an_unknown_step_is_refused(steps, capsys) -> None:
     steps(first="print('one')")
     with pytest.raises(SystemExit):
         check.main(["--only", "nothing"])
@@ -225,7 +231,6 @@ def test_a_machine_without_a_sanitizer(work, monkeypatch) -> None:
 
 
 def test_the_extension_is_not_built_twice(work, monkeypatch) -> None:
-    monkeypatch.setattr(carried, "is_built", lambda architecture: architecture == "90a")
-    monkeypatch.setattr(check, "find_spec", lambda _: object())
+    monkeypatch.setattr(carried, "is_built", lambda _, architecture: architecture == "90a")
     assert check.main(["--only", "build"]) == 0
     assert summary(work)["build"]["note"] == "built before, of the same sources"

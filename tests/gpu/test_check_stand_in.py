@@ -20,12 +20,12 @@ from tests.support import stand_in_gpu
 
 @pytest.fixture
 def work(_stand_in: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """The folder of gpu-check's results, whose processes have this GPU, too."""
+    """The folder of gpu-check's results; its processes have this GPU, too."""
     monkeypatch.delenv("OUT", raising=False)
     for name, value in stand_in_gpu.environment(tmp_path).items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(check, "WORK", tmp_path / "work")
-    # A machine that does much else has all the time that it takes.
+    # On a busy machine, steps take longer.
     patient = tuple(step._replace(most=1200.0) for step in check.STEPS)
     monkeypatch.setattr(check, "STEPS", patient)
     return tmp_path / "work"
@@ -47,11 +47,10 @@ def test_gpu_check_measures_in_processes(work: Path, monkeypatch, tmp_path) -> N
 
 
 def test_gpu_check_tests_the_stand_in(work: Path, monkeypatch) -> None:
-    """As the tests do on a GPU; some of them, on tensors of the CPU."""
+    """A few tests run as on a GPU, on tensors of the CPU."""
     tests = next(step for step in check.STEPS if step.name == "tests")
     few = tests._replace(command=tests.command + "/measures/test_golden.py -k values")
     monkeypatch.setattr(check, "STEPS", (few,))
-    monkeypatch.setattr(check, "SPARE", ())
     status = check.main(["--minutes", "60", "--jobs", "1"])
     outcome = json.loads((work / "gpu-check.json").read_text())["steps"]["tests"]
     assert outcome["finished"], outcome
@@ -67,7 +66,7 @@ def test_all_that_gpu_check_measures(tmp_path) -> None:
     """The commands, with their arguments."""
     made = check.Check(tmp_path, None, 0.0, 2)
     kinds = []
-    for step in (*check.STEPS, *check.SPARE):
+    for step in check.STEPS:
         python, flag, module, *arguments = made.words(step, 60.0)
         if not step.name.startswith("bench"):
             continue
