@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rift_kernels.measures import self_hsic
-from rift_kernels.measures.centered import compute_dtype
+from rift_kernels.measures.centering import compute_dtype
 from rift_kernels.measures.coefficients import Coefficients
 
 from . import operators

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from rift_kernels.measures.centering import center
 from rift_kernels.measures.matrix_functions import eigenvalues
+from rift_kernels.measures.row_means import subtract_own_mean
 
 from . import autograd, checks, plan, second_moments, shared_batch
 from .availability import Problem
@@ -288,7 +288,7 @@ def _distances_of_spectra(
 def _spectrum(rows: Tensor, masks: list[Tensor]) -> Tensor:
     """Eigenvalues (..., D) of the covariance, ascending, from whichever Gram matrix is smaller."""
     with torch.autocast(rows.device.type, enabled=False):
-        centered, _, count = center(rows, masks[0] if masks else None, torch.float64)
+        centered, _, count = subtract_own_mean(rows, masks[0] if masks else None, torch.float64)
         missing = centered.shape[-1] - centered.shape[-2]
         matrix = centered.mT @ centered if missing <= 0 else centered @ centered.mT
         values = eigenvalues(matrix / _degrees(count, torch.float64))

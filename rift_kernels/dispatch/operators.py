@@ -22,12 +22,12 @@ from torch import Tensor
 from rift_kernels.backends import eager
 from rift_kernels.measures import gradient, self_hsic
 from rift_kernels.measures.bures import bures
-from rift_kernels.measures.centered import Centered, center, compute_dtype
-from rift_kernels.measures.centering import Alone
+from rift_kernels.measures.centering import CenteredFeatures, center, compute_dtype
 from rift_kernels.measures.cka import cka
 from rift_kernels.measures.coefficients import Coefficients, ValueAndCoefficients, Wanted
 from rift_kernels.measures.covariance import covariance
 from rift_kernels.measures.procrustes import procrustes
+from rift_kernels.measures.row_means import Alone
 from rift_kernels.trust import refusals
 
 from .precision import full_precision
@@ -37,7 +37,7 @@ _LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 _TENSORS_PER_LAYER = 2 + len(Coefficients._fields)
 
 Forward = tuple[Tensor, list[Tensor]]  # values, and what the backward needs
-Measure = Callable[[Centered, ModuleType, bool, Wanted], ValueAndCoefficients]
+Measure = Callable[[CenteredFeatures, ModuleType, bool, Wanted], ValueAndCoefficients]
 
 
 def _module(backend: str) -> ModuleType:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, distributed, nn
 
 from rift_kernels.dispatch import checks
-from rift_kernels.measures.centering import center
+from rift_kernels.measures.row_means import subtract_own_mean
 
 from . import statistics_files
 from .statistics_files import State, StrPath
@@ -90,7 +90,7 @@ class TeacherStatistics(nn.Module):
         checks.rows("features", features, mask, self.width, self.mean.device)
         rows = features.reshape(-1, self.width)
         mask = None if mask is None else mask.reshape(-1)
-        centered, mean, n = center(rows, mask, torch.float64)
+        centered, mean, n = subtract_own_mean(rows, mask, torch.float64)
         # torch.compile (2.13) loses updates of a 0-dimensional float64 tensor on a CPU.
         count = self.count.view(1)
         if self.decay != 1:

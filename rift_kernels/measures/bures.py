@@ -7,8 +7,7 @@ from types import ModuleType
 import torch
 
 from . import duals
-from .centered import Centered
-from .centering import row_energy
+from .centering import CenteredFeatures
 from .coefficients import (
     Coefficients,
     ValueAndCoefficients,
@@ -20,10 +19,11 @@ from .coefficients import (
     scale_,
     times,
 )
+from .row_means import row_energy
 
 
 def bures(
-    features: Centered,
+    features: CenteredFeatures,
     backend: ModuleType,
     gram: bool,
     wanted: Wanted,

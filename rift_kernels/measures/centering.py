@@ -1,86 +1,55 @@
-"""Rows minus their mean, on one process or many; any leading axes, in float32 or float64."""
+"""Both sides of a layer about their means: what every measure begins with."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-
-class Alone:
-    """Stands in for ``dispatch.ranks.Ranks`` where one process has all rows."""
-
-    @staticmethod
-    def total(*sums: Tensor | None) -> Callable[[], tuple[Any, ...]]:
-        """Begin to sum over ranks; the result waits for the sums."""
-        return lambda: sums
-
-    blocks = total  # sums second moments
+from . import long_rows, row_means
+from .long_rows import LongRows
+from .row_means import Alone
 
 
-def center(x: Tensor, mask: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """The valid rows minus their mean, that mean (..., D), and their count (...).
+class CenteredFeatures(NamedTuple):
+    """The centered features of one layer; leading axes are a batch."""
 
-    Masked rows become exact zeros, whatever they held. The mean is subtracted twice: the second
-    pass removes the rounding error of the first and makes a constant column exactly 0. So no
-    variance differs from little variance without a threshold.
-    """
-    x = x.to(dtype)
-    if mask is None:
-        count = torch.full(x.shape[:-2], x.shape[-2], dtype=torch.float64, device=x.device)
-        mean = x.mean(-2, keepdim=True)
-        centered = x - mean
-        residual = centered.mean(-2, keepdim=True)
-        centered -= residual
-    else:
-        masked = ~mask.unsqueeze(-1)
-        count = mask.sum(-1, dtype=torch.float64)
-        divisor = count.to(dtype)[..., None, None]
-        x = x.masked_fill(masked, 0.0)
-        mean = x.sum(-2, keepdim=True) / divisor
-        centered = (x - mean).masked_fill_(masked, 0.0)
-        residual = centered.sum(-2, keepdim=True) / divisor
-        centered = centered.sub_(residual).masked_fill_(masked, 0.0)
-    return centered, (mean + residual).squeeze(-2), count
+    x: Tensor  # (..., N, D1), centered, masked rows zero
+    y: Tensor  # (..., N, D2)
+    mean_x: Tensor  # (..., D1)
+    mean_y: Tensor  # (..., D2)
+    count: Tensor  # type: ignore[assignment]  # (...), float64: the number of valid rows
+    mask: Tensor | None  # (..., N), True = valid
+    ranks: Any = Alone  # the processes that have the other rows
+    # Rows so long that debiasing would cancel: x and y are 0 there, minus the mean of the others.
+    long: LongRows | None = None
 
 
-def mean_over_ranks(
-    sides: list[Tensor],
+def compute_dtype(*tensors: Tensor) -> torch.dtype:
+    """float64 where an input is float64, else float32."""
+    return torch.float64 if torch.float64 in {t.dtype for t in tensors} else torch.float32
+
+
+def center(
+    student: Tensor,
+    teacher: Tensor,
     mask: Tensor | None,
-    total: Callable[..., Callable[[], tuple[Any, ...]]],
-    *extra: Tensor,
-) -> tuple[list[Tensor], Tensor, list[Tensor]]:
-    """Float64 means (..., D) of the rows on all ranks; this rank may have none.
-
-    Args:
-        total: sums over ranks.
-        extra: tensors to sum in the same message.
-
-    Returns:
-        One mean per side, the count over all ranks, and the sums of ``extra``.
-    """
-    if mask is None:
-        shape, device = sides[0].shape[:-1], sides[0].device
-        count = torch.full(shape[:-1], shape[-1], dtype=torch.float64, device=device)
-    else:
-        count = mask.sum(-1, dtype=torch.float64)
-        sides = [side.masked_fill(~mask.unsqueeze(-1), 0.0) for side in sides]
-    count, *sums = total(count, *(side.sum(-2, dtype=torch.float64) for side in sides), *extra)()
-    means = [side_sum / count.unsqueeze(-1) for side_sum in sums[: len(sides)]]
-    return means, count, sums[len(sides) :]
-
-
-def subtract(side: Tensor, mean: Tensor, mask: Tensor | None) -> Tensor:
-    """Valid rows minus a float64 mean, 0 elsewhere; a constant column becomes exactly 0."""
-    # In two parts, because a mean far from 0 needs more digits than the dtype has.
-    high = mean.to(side.dtype)
-    low = (mean - high).to(side.dtype)
-    centered = side - high.unsqueeze(-2) - low.unsqueeze(-2)
-    return centered if mask is None else centered.masked_fill_(~mask.unsqueeze(-1), 0.0)
-
-
-def row_energy(centered: Tensor) -> Tensor:
-    """``||x_i||^2`` of every row, (..., N), summed in float64."""
-    return torch.linalg.vector_norm(centered, dim=-1, dtype=torch.float64).square_()
+    ranks: Any = Alone,
+    exclude_long_rows: bool = False,
+) -> CenteredFeatures:
+    """Both sides minus the mean of all rows on all ranks, or of all but the longest rows."""
+    dtype = compute_dtype(student, teacher)
+    if exclude_long_rows:
+        sides = [student, teacher]
+        (x, y), (mean_x, mean_y), count, long = long_rows.separate(sides, mask, dtype, ranks)
+        return CenteredFeatures(x, y, mean_x, mean_y, count, mask, ranks, long)
+    if ranks is not Alone:
+        sides = [student.to(dtype), teacher.to(dtype)]
+        means, count, _ = row_means.means_over_ranks(sides, mask, ranks.total)
+        x, y = (row_means.subtract_mean(*side, mask) for side in zip(sides, means, strict=True))
+        mean_x, mean_y = (mean.to(dtype) for mean in means)
+        return CenteredFeatures(x, y, mean_x, mean_y, count, mask, ranks)
+    x, mean_x, count = row_means.subtract_own_mean(student, mask, dtype)
+    y, mean_y, _ = row_means.subtract_own_mean(teacher, mask, dtype)
+    return CenteredFeatures(x, y, mean_x, mean_y, count, mask)

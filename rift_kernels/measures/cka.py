@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import hsic
-from .centered import Centered
+from .centering import CenteredFeatures
 from .coefficients import (
     Coefficients,
     ValueAndCoefficients,
@@ -27,11 +27,11 @@ from .coefficients import (
 # Up to so many rows, Gram matrices are float64. Centered rows have inner products of about -D / n,
 # which U-centering removes; of independent rows sqrt(D) is left, and float32 would lose sqrt(D) / n
 # times its rounding.
-_FEW_ROWS = 16
+FLOAT64_GRAM_ROWS = 16
 
 
 def cka(
-    features: Centered,
+    features: CenteredFeatures,
     backend: ModuleType,
     gram: bool,
     wanted: Wanted,
@@ -43,11 +43,11 @@ def cka(
 
 
 def _cka_gram(
-    features: Centered, backend: ModuleType, wanted: Wanted, debiased: bool, distance: bool
+    features: CenteredFeatures, backend: ModuleType, wanted: Wanted, debiased: bool, distance: bool
 ) -> ValueAndCoefficients:
     """``<Kx, Ky>`` of Gram matrices of unit norm; debiased, of U-centered ones."""
     x, y = features.x, features.y
-    if debiased and x.shape[-2] <= _FEW_ROWS:
+    if debiased and x.shape[-2] <= FLOAT64_GRAM_ROWS:
         x, y = x.double(), y.double()
     # Stacked, because the number of operations decides what a small call costs.
     k = torch.stack(backend.moments(x, y, True, "xx yy")[::2], -3)
@@ -62,7 +62,7 @@ def _cka_gram(
     )
 
 
-def _u_center_(k: Tensor, features: Centered) -> Tensor:
+def _u_center_(k: Tensor, features: CenteredFeatures) -> Tensor:
     """U-center Gram matrices (..., 2, N, N) in place: diagonals and row sums become 0.
 
     ``<Kx, Ky> / (n (n-3))`` of such matrices is the unbiased estimator of HSIC (Szekely & Rizzo
@@ -90,7 +90,7 @@ def _u_center_(k: Tensor, features: Centered) -> Tensor:
 
 
 def _cka_covariance(
-    features: Centered, backend: ModuleType, wanted: Wanted, debiased: bool, distance: bool
+    features: CenteredFeatures, backend: ModuleType, wanted: Wanted, debiased: bool, distance: bool
 ) -> ValueAndCoefficients:
     """``||C||^2`` of unit-norm A and B; debiased, the unbiased HSIC of :mod:`.hsic`."""
     pending = features.ranks.blocks(*backend.moments(features.x, features.y, False, "xx xy yy"))
@@ -109,7 +109,10 @@ def _cka_covariance(
 
 
 def _cka_debiased(
-    features: Centered, blocks: Callable[[], tuple[Any, ...]], wanted: Wanted, distance: bool
+    features: CenteredFeatures,
+    blocks: Callable[[], tuple[Any, ...]],
+    wanted: Wanted,
+    distance: bool,
 ) -> ValueAndCoefficients:
     """Debiased CKA from second moments without the long rows."""
     long = features.long

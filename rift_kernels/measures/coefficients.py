@@ -13,7 +13,7 @@ are combined in float64, from blocks scaled to unit norm if the measure is relat
 blocks themselves can overflow or underflow, and no absolute epsilon is needed.
 
 In covariance form the rows may be spread over ranks, so each sum over rows passes through
-``Centered.ranks``. In Gram form every rank has all rows.
+``CenteredFeatures.ranks``. In Gram form every rank has all rows.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .centered import Centered
+from .centering import CenteredFeatures
 
 
 class Coefficients(NamedTuple):
@@ -105,7 +105,9 @@ def similarity(value: Tensor, distance: bool) -> tuple[Tensor, int]:
     return (1 - value, -1) if distance else (value, 1)
 
 
-def mean_term(features: Centered, mean_weight: float) -> tuple[Tensor | float, Tensor | None]:
+def mean_term(
+    features: CenteredFeatures, mean_weight: float
+) -> tuple[Tensor | float, Tensor | None]:
     """``mean_weight * ||mean_x - mean_y||^2`` and its gradient with respect to each row of X."""
     if mean_weight == 0:
         return 0.0, None

@@ -6,7 +6,7 @@ from types import ModuleType
 
 import torch
 
-from .centered import Centered
+from .centering import CenteredFeatures
 from .coefficients import (
     Coefficients,
     ValueAndCoefficients,
@@ -21,7 +21,7 @@ from .coefficients import (
 
 
 def covariance(
-    features: Centered,
+    features: CenteredFeatures,
     backend: ModuleType,
     gram: bool,
     wanted: Wanted,

@@ -7,11 +7,11 @@ from types import ModuleType
 from torch import Tensor
 
 from . import matrix_functions
-from .centered import Centered
+from .centering import CenteredFeatures
 
 
 def polar(
-    features: Centered, backend: ModuleType, gram: bool, exact: bool
+    features: CenteredFeatures, backend: ModuleType, gram: bool, exact: bool
 ) -> tuple[Tensor, Tensor]:
     """Polar factor and nuclear norm of the cross block."""
     _, xy, _ = features.ranks.blocks(*backend.moments(features.x, features.y, gram, "xy"))()
@@ -21,7 +21,7 @@ def polar(
 
 
 def transport(
-    features: Centered, backend: ModuleType, gram: bool, exact: bool
+    features: CenteredFeatures, backend: ModuleType, gram: bool, exact: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Transport maps between the blocks of X and of Y, and their fidelity.
 

@@ -30,8 +30,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .centering import row_energy
 from .long_rows import LongRows
+from .row_means import row_energy
 
 
 class Pairs(NamedTuple):

@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .centering import Alone, mean_over_ranks, row_energy, subtract
+from .row_means import Alone, means_over_ranks, row_energy, subtract_mean
 
 # At most half of all rows, or the mean of the others would be far from most rows.
-MOST = 8
+MAX_LONG_ROWS = 8
 
 
 class LongRows(NamedTuple):
@@ -62,7 +62,7 @@ def _longest(energies: Tensor, energy: Tensor, mask: Tensor | None) -> tuple[Ten
     if mask is not None:
         # Below valid rows without energy.
         share = share.masked_fill(~mask, -1.0)
-    largest = share.topk(min(MOST, share.shape[-1]), dim=-1)
+    largest = share.topk(min(MAX_LONG_ROWS, share.shape[-1]), dim=-1)
     return largest.values, largest.indices
 
 
@@ -71,7 +71,7 @@ def _filled(count: Tensor, slots: int) -> Tensor:
     return torch.arange(slots, device=count.device) < (count / 2).floor().unsqueeze(-1)
 
 
-def center(
+def separate(
     sides: list[Tensor], mask: Tensor | None, dtype: torch.dtype, ranks: Any = Alone
 ) -> tuple[list[Tensor], list[Tensor], Tensor, LongRows]:
     """Sides minus the mean of the rows that are not long, those means, count, and the long rows.
@@ -79,14 +79,14 @@ def center(
     Masked rows and long rows become exact zeros. The rows may be spread over ranks.
     """
     if ranks is Alone:
-        return _center(sides, mask, dtype)
-    return _center_over_ranks(sides, mask, dtype, ranks)
+        return _separate(sides, mask, dtype)
+    return _separate_over_ranks(sides, mask, dtype, ranks)
 
 
-def _center(
+def _separate(
     sides: list[Tensor], mask: Tensor | None, dtype: torch.dtype
 ) -> tuple[list[Tensor], list[Tensor], Tensor, LongRows]:
-    """All rows on this process. Means are subtracted twice, as ``centering.center`` explains."""
+    """All rows on this process. :func:`.row_means.subtract_own_mean` explains the second pass."""
     sides = [side.to(dtype) for side in sides]
     shape, device = sides[0].shape[:-1], sides[0].device
     if mask is None:
@@ -107,9 +107,9 @@ def _center(
     energy = energies.sum(-1)
     _, index = _longest(energies, energy, mask)
     place = None
-    other_count: Tensor | int = shape[-1] - MOST
+    other_count: Tensor | int = shape[-1] - MAX_LONG_ROWS
     # Without a mask, enough rows fill all slots.
-    if mask is not None or shape[-1] < 2 * MOST:
+    if mask is not None or shape[-1] < 2 * MAX_LONG_ROWS:
         place = torch.diag_embed(_filled(count, index.shape[-1]).double())
         other_count = (count - place.sum((-2, -1))).clamp_(min=1)[..., None, None]
     long, middles = [], []
@@ -127,13 +127,13 @@ def _center(
     return centered, middles, count, LongRows(long, index, place, energy)
 
 
-def _center_over_ranks(
+def _separate_over_ranks(
     sides: list[Tensor], mask: Tensor | None, dtype: torch.dtype, ranks: Any
 ) -> tuple[list[Tensor], list[Tensor], Tensor, LongRows]:
     """Rows spread over ranks; this rank may have none."""
     sides = [side.to(dtype) for side in sides]
-    means, count, _ = mean_over_ranks(sides, mask, ranks.total)
-    centered = [subtract(side, mean, mask) for side, mean in zip(sides, means, strict=True)]
+    means, count, _ = means_over_ranks(sides, mask, ranks.total)
+    centered = [subtract_mean(side, mean, mask) for side, mean in zip(sides, means, strict=True)]
     energies = torch.stack([row_energy(side) for side in centered], -2)
     (energy,) = ranks.total(energies.sum(-1))()
     share, index = _longest(energies, energy, mask)
@@ -143,9 +143,9 @@ def _center_over_ranks(
     rows = [place.mT @ _gather(side, index).double() for side in sides]
     short = torch.ones_like(energies[..., 0, :], dtype=torch.bool) if mask is None else mask.clone()
     short.scatter_(-1, index, short.gather(-1, index) & (place.sum(-1) == 0))
-    means, _, rows = mean_over_ranks(sides, short, ranks.total, *rows)
-    centered = [subtract(side, mean, short) for side, mean in zip(sides, means, strict=True)]
-    filled = _filled(count, MOST).unsqueeze(-1)
+    means, _, rows = means_over_ranks(sides, short, ranks.total, *rows)
+    centered = [subtract_mean(side, mean, short) for side, mean in zip(sides, means, strict=True)]
+    filled = _filled(count, MAX_LONG_ROWS).unsqueeze(-1)
     long = [
         (side_rows - mean.unsqueeze(-2)).masked_fill(~filled, 0.0)
         for side_rows, mean in zip(rows, means, strict=True)
@@ -158,11 +158,10 @@ def _places(share: Tensor, count: Tensor, ranks: Any) -> Tensor:
     """The slots of those candidates of this rank that are among the longest of all ranks."""
     count_here = share.shape[-1]
     # A rank with few rows sends as much as all others.
-    padded = torch.nn.functional.pad(share, (0, MOST - count_here), value=-2.0)
+    padded = torch.nn.functional.pad(share, (0, MAX_LONG_ROWS - count_here), value=-2.0)
     shares = ranks.exchange(padded.contiguous()).movedim(0, -2).flatten(-2)
-    longest = shares.sort(dim=-1, descending=True, stable=True).indices[..., :MOST]
-    candidates = ranks.rank * MOST + torch.arange(count_here, device=share.device)
-    in_slot = (longest.unsqueeze(-2) == candidates.unsqueeze(-1)) & _filled(count, MOST).unsqueeze(
-        -2
-    )
+    longest = shares.sort(dim=-1, descending=True, stable=True).indices[..., :MAX_LONG_ROWS]
+    candidates = ranks.rank * MAX_LONG_ROWS + torch.arange(count_here, device=share.device)
+    filled = _filled(count, MAX_LONG_ROWS).unsqueeze(-2)
+    in_slot = (longest.unsqueeze(-2) == candidates.unsqueeze(-1)) & filled
     return in_slot.double()

@@ -5,8 +5,7 @@ from __future__ import annotations
 from types import ModuleType
 
 from . import duals
-from .centered import Centered
-from .centering import row_energy
+from .centering import CenteredFeatures
 from .coefficients import (
     Coefficients,
     ValueAndCoefficients,
@@ -18,10 +17,16 @@ from .coefficients import (
     similarity,
     times,
 )
+from .row_means import row_energy
 
 
 def procrustes(
-    features: Centered, backend: ModuleType, gram: bool, wanted: Wanted, method: str, distance: bool
+    features: CenteredFeatures,
+    backend: ModuleType,
+    gram: bool,
+    wanted: Wanted,
+    method: str,
+    distance: bool,
 ) -> ValueAndCoefficients:
     """The nuclear norm of the cross-covariance, divided by the norms of the features.
 

@@ -37,7 +37,7 @@ def forward(
     student: Tensor, mask: Tensor | None, dtype: torch.dtype, backend: ModuleType, ranks: Any
 ) -> tuple[Moments, Saved]:
     """The moments of a side whose rows may be spread over ranks."""
-    (x,), (mean,), count, long = long_rows.center([student], mask, dtype, ranks)
+    (x,), (mean,), count, long = long_rows.separate([student], mask, dtype, ranks)
     pending = ranks.total(backend.moments(x, x, False, "xx")[0])
     inverse = safe_inverse(long.energy)
     pairs = hsic.pairs([x], long, inverse)

@@ -18,7 +18,7 @@ from torch import nn
 import rift_kernels as rk
 from rift_kernels.dispatch import checks, shared_batch
 from rift_kernels.dispatch.ranks import Ranks
-from rift_kernels.measures import centering
+from rift_kernels.measures import row_means
 from tests.support import cases, ranks
 
 ROOT = Path(__file__).parents[2]
@@ -234,8 +234,8 @@ def test_a_mean_far_from_0_is_subtracted_exactly(masked) -> None:
     x = (1e6 + torch.randn(40, 6, generator=torch.Generator().manual_seed(0))).float()
     mask = torch.arange(40) < 30 if masked else None
     rows = x.double()[:30] if masked else x.double()
-    (mean,), count, _ = centering.mean_over_ranks([x], mask, centering.Alone.total)
-    centered = centering.subtract(x, mean, mask)
+    (mean,), count, _ = row_means.means_over_ranks([x], mask, row_means.Alone.total)
+    centered = row_means.subtract_mean(x, mean, mask)
     expected = rows - rows.mean(0)
     torch.testing.assert_close(centered[: len(rows)].double(), expected, atol=1e-6, rtol=0)
     assert not centered[len(rows) :].any()

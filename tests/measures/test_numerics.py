@@ -8,8 +8,8 @@ import torch
 import rift_kernels as rk
 from rift_kernels import reference
 from rift_kernels.dispatch import checks
-from rift_kernels.measures import centering, cka, coefficients
-from rift_kernels.measures.centered import Centered
+from rift_kernels.measures import cka, coefficients, row_means
+from rift_kernels.measures.centering import CenteredFeatures
 from tests.support import cases
 
 INVARIANT = [cases.CKA, cases.CKA_BIASED, cases.PROCRUSTES, cases.PROCRUSTES_SVD]
@@ -315,15 +315,15 @@ def test_too_few_rows_in_an_unreadable_mask(
 
 
 @pytest.mark.parametrize("value", [0.1, 0.7, 1e5 / 3])
-def test_center(value, device) -> None:
+def test_subtract_own_mean(value, device) -> None:
     """A constant column becomes exactly 0, masked rows stay 0, and the mean is accurate."""
     mask = (torch.arange(60) % 3 != 0).to(device)
     constant = torch.full((60, 3), value, device=device)
-    assert not centering.center(constant, mask, torch.float32)[0].any()
+    assert not row_means.subtract_own_mean(constant, mask, torch.float32)[0].any()
     generator = torch.Generator().manual_seed(1)
     x = (1e4 + torch.randn(9999, 16, generator=generator)).to(device)
-    assert not centering.center(x[:60], mask, torch.float32)[0][~mask].any()
-    _, mean, _ = centering.center(x, None, torch.float32)
+    assert not row_means.subtract_own_mean(x[:60], mask, torch.float32)[0][~mask].any()
+    _, mean, _ = row_means.subtract_own_mean(x, None, torch.float32)
     half_a_digit = 0.51 * 2**-10
     assert float((mean.double() - x.double().mean(0)).abs().max()) <= half_a_digit
 
@@ -488,7 +488,7 @@ def test_u_centering_an_overflow_is_nan() -> None:
     k = torch.rand(2, 6, 6)
     k[0, 0, 0] = math.inf
     count = torch.tensor(6.0, dtype=torch.float64)
-    norm = cka._u_center_(k, Centered(k, k, k, k, count, None))
+    norm = cka._u_center_(k, CenteredFeatures(k, k, k, k, count, None))
     assert norm.isnan().tolist() == [True, False]
 
 
