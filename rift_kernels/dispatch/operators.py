@@ -27,10 +27,11 @@ from rift_kernels.measures.cka import cka
 from rift_kernels.measures.coefficients import Coefficients, ValueAndCoefficients, Wanted
 from rift_kernels.measures.covariance import covariance
 from rift_kernels.measures.procrustes import procrustes
-from rift_kernels.measures.row_means import Alone
+from rift_kernels.measures.sums_over_ranks import sum_blocks_over_ranks
 from rift_kernels.trust import refusals
 
 from .precision import full_precision
+from .ranks import Ranks
 
 NAMESPACE = "rift_kernels"
 _LIBRARY = torch.library.Library(NAMESPACE, "DEF")
@@ -71,7 +72,7 @@ def cka_fwd(
     fused: bool,
     debiased: bool,
     distance: bool,
-    ranks: Any = Alone,
+    ranks: Ranks | None = None,
 ) -> Forward:
     """Linear CKA."""
     layers = (students, teachers, masks, gram)
@@ -94,7 +95,7 @@ def procrustes_fwd(
     backend: str,
     method: str,
     distance: bool,
-    ranks: Any = Alone,
+    ranks: Ranks | None = None,
 ) -> Forward:
     """Procrustes similarity."""
     layers = (students, teachers, masks, gram)
@@ -115,7 +116,7 @@ def covariance_fwd(
     fused: bool,
     scale: str,
     mean_weight: float,
-    ranks: Any = Alone,
+    ranks: Ranks | None = None,
 ) -> Forward:
     """Covariance distance."""
     layers = (students, teachers, masks, gram)
@@ -139,7 +140,7 @@ def bures_fwd(
     squared: bool,
     mean_weight: float,
     method: str,
-    ranks: Any = Alone,
+    ranks: Ranks | None = None,
 ) -> Forward:
     """Bures distance."""
     layers = (students, teachers, masks, gram)
@@ -157,7 +158,7 @@ def _measure_fwd(
     wanted: Wanted,
     precision: str,
     backend: str,
-    ranks: Any,
+    ranks: Ranks | None,
     exclude_long_rows: bool = False,
 ) -> Forward:
     """Values, and for each layer its centered features and coefficients, empty where absent."""
@@ -273,19 +274,21 @@ def moments_fwd(
     wanted: str,
     precision: str,
     backend: str,
-    ranks: Any = Alone,
+    ranks: Ranks | None = None,
 ) -> list[Tensor]:
     """Centered features, means, count, and the wanted blocks (empty where not wanted)."""
     with full_precision(student.device, precision):
         x, y, mean_x, mean_y, count, *_ = center(
             student, teacher, masks[0] if masks else None, ranks
         )
-        blocks = ranks.blocks(*_primitives(backend, student).moments(x, y, False, wanted))()
+        blocks = sum_blocks_over_ranks(
+            ranks, *_primitives(backend, student).moments(x, y, False, wanted)
+        )()
     return [x, y, mean_x, mean_y, count, *tensors_of(blocks, x)]
 
 
 def self_hsic_fwd(
-    student: Tensor, masks: list[Tensor], precision: str, backend: str, ranks: Any = Alone
+    student: Tensor, masks: list[Tensor], precision: str, backend: str, ranks: Ranks | None = None
 ) -> list[Tensor]:
     """:class:`.self_hsic.Moments` of one side, then :class:`.self_hsic.Saved`."""
     mask = masks[0] if masks else None

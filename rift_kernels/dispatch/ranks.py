@@ -18,7 +18,7 @@ Group = Union["ProcessGroup", str, None]
 
 
 class Ranks:
-    """The processes of a group; :class:`rift_kernels.measures.row_means.Alone` stands for one."""
+    """The processes of a group. Where one process has all rows, there is None instead."""
 
     def __init__(self, group: ProcessGroup) -> None:
         self.group = group

@@ -20,6 +20,7 @@ from .coefficients import (
     times,
 )
 from .row_means import row_energy
+from .sums_over_ranks import sum_over_ranks
 
 
 def bures(
@@ -38,8 +39,8 @@ def bures(
     """
     exact = method == "eigh"
     inverse_n = 1 / (features.count - 1)
-    (traces,) = features.ranks.total(
-        row_energy(features.x).sum(-1) + row_energy(features.y).sum(-1)
+    (traces,) = sum_over_ranks(
+        features.ranks, row_energy(features.x).sum(-1) + row_energy(features.y).sum(-1)
     )()
     # Both terms in float64: close to the teacher the distance is a small difference of them.
     if gram:

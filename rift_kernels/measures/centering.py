@@ -9,7 +9,6 @@ from torch import Tensor
 
 from . import long_rows, row_means
 from .long_rows import LongRows
-from .row_means import Alone
 
 
 class CenteredFeatures(NamedTuple):
@@ -21,7 +20,7 @@ class CenteredFeatures(NamedTuple):
     mean_y: Tensor  # (..., D2)
     count: Tensor  # type: ignore[assignment]  # (...), float64: the number of valid rows
     mask: Tensor | None  # (..., N), True = valid
-    ranks: Any = Alone  # the processes that have the other rows
+    ranks: Any = None  # the processes that have the other rows, a dispatch.ranks.Ranks
     # Rows so long that debiasing would cancel: x and y are 0 there, minus the mean of the others.
     long: LongRows | None = None
 
@@ -35,7 +34,7 @@ def center(
     student: Tensor,
     teacher: Tensor,
     mask: Tensor | None,
-    ranks: Any = Alone,
+    ranks: Any = None,
     exclude_long_rows: bool = False,
 ) -> CenteredFeatures:
     """Both sides minus the mean of all rows on all ranks, or of all but the longest rows."""
@@ -44,9 +43,9 @@ def center(
         sides = [student, teacher]
         (x, y), (mean_x, mean_y), count, long = long_rows.separate(sides, mask, dtype, ranks)
         return CenteredFeatures(x, y, mean_x, mean_y, count, mask, ranks, long)
-    if ranks is not Alone:
+    if ranks is not None:
         sides = [student.to(dtype), teacher.to(dtype)]
-        means, count, _ = row_means.means_over_ranks(sides, mask, ranks.total)
+        means, count, _ = row_means.means_over_ranks(sides, mask, ranks)
         x, y = (row_means.subtract_mean(*side, mask) for side in zip(sides, means, strict=True))
         mean_x, mean_y = (mean.to(dtype) for mean in means)
         return CenteredFeatures(x, y, mean_x, mean_y, count, mask, ranks)

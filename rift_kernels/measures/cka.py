@@ -23,6 +23,7 @@ from .coefficients import (
     similarity,
     times,
 )
+from .sums_over_ranks import sum_blocks_over_ranks
 
 # Up to so many rows, Gram matrices are float64. Centered rows have inner products of about -D / n,
 # which U-centering removes; of independent rows sqrt(D) is left, and float32 would lose sqrt(D) / n
@@ -93,7 +94,9 @@ def _cka_covariance(
     features: CenteredFeatures, backend: ModuleType, wanted: Wanted, debiased: bool, distance: bool
 ) -> ValueAndCoefficients:
     """``||C||^2`` of unit-norm A and B; debiased, the unbiased HSIC of :mod:`.hsic`."""
-    pending = features.ranks.blocks(*backend.moments(features.x, features.y, False, "xx xy yy"))
+    pending = sum_blocks_over_ranks(
+        features.ranks, *backend.moments(features.x, features.y, False, "xx xy yy")
+    )
     if debiased:
         return _cka_debiased(features, pending, wanted, distance)
     xx, xy, yy = pending()

@@ -18,6 +18,7 @@ from .coefficients import (
     safe_inverse,
     times,
 )
+from .sums_over_ranks import sum_blocks_over_ranks
 
 
 def covariance(
@@ -47,7 +48,9 @@ def covariance(
         )
         norm_y = norm(yy).masked_fill(is_constant_y, 0.0)
     else:
-        xx, _, yy = features.ranks.blocks(*backend.moments(features.x, features.y, gram, "xx yy"))()
+        xx, _, yy = sum_blocks_over_ranks(
+            features.ranks, *backend.moments(features.x, features.y, gram, "xx yy")
+        )()
         difference = xx - yy
         norm_y = norm(yy)
     if scale == "relative":

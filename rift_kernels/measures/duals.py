@@ -8,13 +8,16 @@ from torch import Tensor
 
 from . import matrix_functions
 from .centering import CenteredFeatures
+from .sums_over_ranks import sum_blocks_over_ranks
 
 
 def polar(
     features: CenteredFeatures, backend: ModuleType, gram: bool, exact: bool
 ) -> tuple[Tensor, Tensor]:
     """Polar factor and nuclear norm of the cross block."""
-    _, xy, _ = features.ranks.blocks(*backend.moments(features.x, features.y, gram, "xy"))()
+    _, xy, _ = sum_blocks_over_ranks(
+        features.ranks, *backend.moments(features.x, features.y, gram, "xy")
+    )()
     if exact:
         return matrix_functions.polar_svd(xy.double())
     return matrix_functions.polar(xy.double(), backend)
@@ -28,8 +31,8 @@ def transport(
     The blocks are summed in float64: the map inverts one of them, and if that is singular, it would
     invert the rounding of a float32 sum.
     """
-    xx, _, yy = features.ranks.blocks(
-        *backend.moments(features.x.double(), features.y.double(), gram, "xx yy")
+    xx, _, yy = sum_blocks_over_ranks(
+        features.ranks, *backend.moments(features.x.double(), features.y.double(), gram, "xx yy")
     )()
     if exact:
         return matrix_functions.transport_eigh(xx, yy)

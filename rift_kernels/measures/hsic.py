@@ -32,6 +32,7 @@ from torch import Tensor
 
 from .long_rows import LongRows
 from .row_means import row_energy
+from .sums_over_ranks import sum_over_ranks
 
 
 class Pairs(NamedTuple):
@@ -71,8 +72,8 @@ def estimate(p: Pairs, squares: Tensor, count: Tensor, ranks: Any) -> tuple[Tens
         H (..., sides, sides); the size (..., sides) for each side with itself; t2 (..., sides).
     """
     near, far = p.near.flatten(-2), p.far.flatten(-2)
-    total, diagonal, cross, mixed = ranks.total(
-        p.sums.sum(-1), p.energies @ p.energies.mT, near @ near.mT, p.sums @ p.sums.mT
+    total, diagonal, cross, mixed = sum_over_ranks(
+        ranks, p.sums.sum(-1), p.energies @ p.energies.mT, near @ near.mT, p.sums @ p.sums.mT
     )()
     total = total + p.far_sums.sum(-1)
     mixed = mixed + p.far_sums @ p.far_sums.mT
@@ -129,7 +130,7 @@ def slope(
     far.diagonal(dim1=-2, dim2=-1).copy_(2 * far_average - offset)
     columns = torch.stack([far_average, torch.ones_like(far_average)], -1)
     long.put_(table, torch.nn.functional.pad(torch.cat([far, columns], -1), (0, 1)))
-    (weighted,) = ranks.total(_weighted_sum(average.to(side.dtype), side))()
+    (weighted,) = sum_over_ranks(ranks, _weighted_sum(average.to(side.dtype), side))()
     constant = weighted + _weighted_sum(far_average - offset, long_side)
     right = torch.cat([long_side, -torch.stack([long_side.sum(-2), constant], -2)], -2)
     return Slope(

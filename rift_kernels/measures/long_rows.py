@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .row_means import Alone, means_over_ranks, row_energy, subtract_mean
+from .row_means import means_over_ranks, row_energy, subtract_mean
+from .sums_over_ranks import sum_over_ranks
 
 # At most half of all rows, or the mean of the others would be far from most rows.
 MAX_LONG_ROWS = 8
@@ -72,13 +73,13 @@ def _filled(count: Tensor, slots: int) -> Tensor:
 
 
 def separate(
-    sides: list[Tensor], mask: Tensor | None, dtype: torch.dtype, ranks: Any = Alone
+    sides: list[Tensor], mask: Tensor | None, dtype: torch.dtype, ranks: Any = None
 ) -> tuple[list[Tensor], list[Tensor], Tensor, LongRows]:
     """Sides minus the mean of the rows that are not long, those means, count, and the long rows.
 
     Masked rows and long rows become exact zeros. The rows may be spread over ranks.
     """
-    if ranks is Alone:
+    if ranks is None:
         return _separate(sides, mask, dtype)
     return _separate_over_ranks(sides, mask, dtype, ranks)
 
@@ -132,10 +133,10 @@ def _separate_over_ranks(
 ) -> tuple[list[Tensor], list[Tensor], Tensor, LongRows]:
     """Rows spread over ranks; this rank may have none."""
     sides = [side.to(dtype) for side in sides]
-    means, count, _ = means_over_ranks(sides, mask, ranks.total)
+    means, count, _ = means_over_ranks(sides, mask, ranks)
     centered = [subtract_mean(side, mean, mask) for side, mean in zip(sides, means, strict=True)]
     energies = torch.stack([row_energy(side) for side in centered], -2)
-    (energy,) = ranks.total(energies.sum(-1))()
+    (energy,) = sum_over_ranks(ranks, energies.sum(-1))()
     share, index = _longest(energies, energy, mask)
     place = _places(share, count, ranks)
     if mask is not None:
@@ -143,7 +144,7 @@ def _separate_over_ranks(
     rows = [place.mT @ _gather(side, index).double() for side in sides]
     short = torch.ones_like(energies[..., 0, :], dtype=torch.bool) if mask is None else mask.clone()
     short.scatter_(-1, index, short.gather(-1, index) & (place.sum(-1) == 0))
-    means, _, rows = means_over_ranks(sides, short, ranks.total, *rows)
+    means, _, rows = means_over_ranks(sides, short, ranks, *rows)
     centered = [subtract_mean(side, mean, short) for side, mean in zip(sides, means, strict=True)]
     filled = _filled(count, MAX_LONG_ROWS).unsqueeze(-1)
     long = [

@@ -18,6 +18,7 @@ from .coefficients import (
     times,
 )
 from .row_means import row_energy
+from .sums_over_ranks import sum_over_ranks
 
 
 def procrustes(
@@ -33,8 +34,8 @@ def procrustes(
     The nuclear norm is ``<C, polar(C)>``; in Gram form it is the fidelity of Kx and Ky.
     """
     exact = method == "svd"
-    energy_x, energy_y = features.ranks.total(
-        row_energy(features.x).sum(-1), row_energy(features.y).sum(-1)
+    energy_x, energy_y = sum_over_ranks(
+        features.ranks, row_energy(features.x).sum(-1), row_energy(features.y).sum(-1)
     )()
     inverse_x, inverse_y = safe_inverse(energy_x), safe_inverse(energy_y)
     scale = inverse_x.sqrt() * inverse_y.sqrt()

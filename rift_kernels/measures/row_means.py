@@ -2,22 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-
-class Alone:
-    """Stands in for ``dispatch.ranks.Ranks`` where one process has all rows."""
-
-    @staticmethod
-    def total(*sums: Tensor | None) -> Callable[[], tuple[Any, ...]]:
-        """Begin to sum over ranks; the result waits for the sums."""
-        return lambda: sums
-
-    blocks = total  # sums second moments
+from .sums_over_ranks import sum_over_ranks
 
 
 def subtract_own_mean(
@@ -51,13 +41,12 @@ def subtract_own_mean(
 def means_over_ranks(
     sides: list[Tensor],
     mask: Tensor | None,
-    total: Callable[..., Callable[[], tuple[Any, ...]]],
+    ranks: Any,
     *extra: Tensor,
 ) -> tuple[list[Tensor], Tensor, list[Tensor]]:
     """Float64 means (..., D) of the rows on all ranks; this rank may have none.
 
     Args:
-        total: sums over ranks.
         extra: tensors to sum in the same message.
 
     Returns:
@@ -69,7 +58,9 @@ def means_over_ranks(
     else:
         count = mask.sum(-1, dtype=torch.float64)
         sides = [side.masked_fill(~mask.unsqueeze(-1), 0.0) for side in sides]
-    count, *sums = total(count, *(side.sum(-2, dtype=torch.float64) for side in sides), *extra)()
+    count, *sums = sum_over_ranks(
+        ranks, count, *(side.sum(-2, dtype=torch.float64) for side in sides), *extra
+    )()
     means = [side_sum / count.unsqueeze(-1) for side_sum in sums[: len(sides)]]
     return means, count, sums[len(sides) :]
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from . import hsic, long_rows
 from .coefficients import Coefficients, norm, safe_inverse, times
+from .sums_over_ranks import sum_over_ranks
 
 
 class Moments(NamedTuple):
@@ -38,7 +39,7 @@ def forward(
 ) -> tuple[Moments, Saved]:
     """The moments of a side whose rows may be spread over ranks."""
     (x,), (mean,), count, long = long_rows.separate([student], mask, dtype, ranks)
-    pending = ranks.total(backend.moments(x, x, False, "xx")[0])
+    pending = sum_over_ranks(ranks, backend.moments(x, x, False, "xx")[0])
     inverse = safe_inverse(long.energy)
     pairs = hsic.pairs([x], long, inverse)
     (scatter,) = pending()
