@@ -122,12 +122,12 @@ def _cka_debiased(
     assert long is not None
     sides = [features.x, features.y]
     inverse = safe_inverse(long.energy)
-    pairs = hsic.pairs(sides, long, inverse)
+    products = hsic.row_products(sides, long, inverse)
     root = inverse.sqrt()
     xx, xy, yy = blocks()
     norms = torch.stack([norm(block) for block in (xx, xy, xy, yy)], -1).unflatten(-1, (2, 2))
     squares = (norms * (root.unsqueeze(-1) * root.unsqueeze(-2))).square()
-    h, size, total = hsic.estimate(pairs, squares, features.count, features.ranks)
+    h, size, total = hsic.estimate(products, squares, features.count, features.ranks)
     h_same = h.diagonal(dim1=-2, dim2=-1)
     # Less than this is rounding, and counts as no variance.
     rounding = 16 * torch.finfo(xx.dtype).eps * size
@@ -142,7 +142,7 @@ def _cka_debiased(
     factors = torch.stack([alpha_x, beta, beta, alpha_y], -1).unflatten(-1, (2, 2))
     count, ranks = features.count, features.ranks
     slopes = [
-        hsic.slope(pairs, total, count, factors[..., i, :], i, sides[i], long, root, ranks)
+        hsic.slope(products, total, count, factors[..., i, :], i, sides[i], long, root, ranks)
         if is_wanted
         else hsic.NO_SLOPE
         for i, is_wanted in enumerate(wanted)

@@ -35,32 +35,38 @@ from .row_means import row_energy
 from .sums_over_ranks import sum_over_ranks
 
 
-class Pairs(NamedTuple):
+class RowProducts(NamedTuple):
     """Inner products of rows of each side, stacked: float64, in units of the side's energy."""
 
     energies: Tensor  # (..., sides, N): of R with themselves, 0 in S
-    near: Tensor  # (..., sides, N, k): of R with S
-    far: Tensor  # (..., sides, k, k): of S with S, 0 on the diagonal
-    sums: Tensor  # (..., sides, N): of R, each with all other rows
-    far_sums: Tensor  # (..., sides, k): of S, each with all other rows
+    short_long: Tensor  # (..., sides, N, k): of R with S
+    long_long: Tensor  # (..., sides, k, k): of S with S, 0 on the diagonal
+    short_sums: Tensor  # (..., sides, N): of R, each with all other rows
+    long_sums: Tensor  # (..., sides, k): of S, each with all other rows
 
 
-def pairs(sides: list[Tensor], long: LongRows, inverse: Tensor) -> Pairs:
+def row_products(sides: list[Tensor], long: LongRows, inverse: Tensor) -> RowProducts:
     """The products of sides minus the mean of R; ``inverse`` (..., sides) is one over energies."""
     energies = torch.stack([row_energy(side) for side in sides], -2) * inverse.unsqueeze(-1)
     scaled = [
         rows * factor[..., None, None]
         for rows, factor in zip(long.sides, inverse.unbind(-1), strict=True)
     ]
-    near = torch.stack(
+    short_long = torch.stack(
         [side @ rows.to(side.dtype).mT for side, rows in zip(sides, scaled, strict=True)], -3
     ).double()
-    far = torch.stack([rows @ other.mT for rows, other in zip(long.sides, scaled, strict=True)], -3)
-    far.diagonal(dim1=-2, dim2=-1).zero_()
-    return Pairs(energies, near, far, near.sum(-1) - energies, far.sum(-1))
+    long_long = torch.stack(
+        [rows @ other.mT for rows, other in zip(long.sides, scaled, strict=True)], -3
+    )
+    long_long.diagonal(dim1=-2, dim2=-1).zero_()
+    return RowProducts(
+        energies, short_long, long_long, short_long.sum(-1) - energies, long_long.sum(-1)
+    )
 
 
-def estimate(p: Pairs, squares: Tensor, count: Tensor, ranks: Any) -> tuple[Tensor, Tensor, Tensor]:
+def estimate(
+    products: RowProducts, squares: Tensor, count: Tensor, ranks: Any
+) -> tuple[Tensor, Tensor, Tensor]:
     """H of all pairs of sides, the size of the terms that sum to it, and t2.
 
     Args:
@@ -71,13 +77,17 @@ def estimate(p: Pairs, squares: Tensor, count: Tensor, ranks: Any) -> tuple[Tens
     Returns:
         H (..., sides, sides); the size (..., sides) for each side with itself; t2 (..., sides).
     """
-    near, far = p.near.flatten(-2), p.far.flatten(-2)
+    short_long, long_long = products.short_long.flatten(-2), products.long_long.flatten(-2)
     total, diagonal, cross, mixed = sum_over_ranks(
-        ranks, p.sums.sum(-1), p.energies @ p.energies.mT, near @ near.mT, p.sums @ p.sums.mT
+        ranks,
+        products.short_sums.sum(-1),
+        products.energies @ products.energies.mT,
+        short_long @ short_long.mT,
+        products.short_sums @ products.short_sums.mT,
     )()
-    total = total + p.far_sums.sum(-1)
-    mixed = mixed + p.far_sums @ p.far_sums.mT
-    size = squares + 2 * cross + far @ far.mT
+    total = total + products.long_sums.sum(-1)
+    mixed = mixed + products.long_sums @ products.long_sums.mT
+    size = squares + 2 * cross + long_long @ long_long.mT
     n = count[..., None, None]
     outer = total.unsqueeze(-1) * total.unsqueeze(-2)
     h = size - diagonal + outer / ((n - 1) * (n - 2)) - 2 * mixed / (n - 2)
@@ -96,7 +106,7 @@ NO_SLOPE = Slope(None, None, None)
 
 
 def slope(
-    p: Pairs,
+    products: RowProducts,
     total: Tensor,
     count: Tensor,
     factors: Tensor,
@@ -109,7 +119,7 @@ def slope(
     """The gradient of ``1/2 sum_Q factors_Q H(P, Q)`` with respect to P, side ``index``.
 
     Args:
-        p, total: of all sides Q.
+        products, total: of all sides Q.
         factors: (..., sides), in units of energies.
         side: P, 0 in long rows.
         root: (..., sides), the root of one over the energies: one for the left factor and one for
@@ -118,20 +128,24 @@ def slope(
     long_side, root = long.sides[index], root[..., index]
     n = count.unsqueeze(-1)
     mix = (factors * root.unsqueeze(-1)).unsqueeze(-2)
-    average = (mix @ p.sums).squeeze(-2) / (n - 2)
-    far_average = (mix @ p.far_sums).squeeze(-2) / (n - 2)
+    average = (mix @ products.short_sums).squeeze(-2) / (n - 2)
+    long_average = (mix @ products.long_sums).squeeze(-2) / (n - 2)
     offset = (mix @ total.unsqueeze(-1)).squeeze(-1) / ((n - 1) * (n - 2))
-    weight = 2 * average - offset - (mix @ p.energies).squeeze(-2)
-    near = (mix @ p.near.flatten(-2)).view(*average.shape, p.near.shape[-1])
+    weight = 2 * average - offset - (mix @ products.energies).squeeze(-2)
+    short_long = (mix @ products.short_long.flatten(-2)).view(
+        *average.shape, products.short_long.shape[-1]
+    )
     ones = torch.ones_like(average)
-    table = torch.cat([near, torch.stack([average, ones, weight], -1)], -1)
+    table = torch.cat([short_long, torch.stack([average, ones, weight], -1)], -1)
     # A long row has no product with itself, and no weight.
-    far = (mix @ p.far.flatten(-2)).view(*far_average.shape, p.far.shape[-1])
-    far.diagonal(dim1=-2, dim2=-1).copy_(2 * far_average - offset)
-    columns = torch.stack([far_average, torch.ones_like(far_average)], -1)
-    long.put_(table, torch.nn.functional.pad(torch.cat([far, columns], -1), (0, 1)))
+    long_long = (mix @ products.long_long.flatten(-2)).view(
+        *long_average.shape, products.long_long.shape[-1]
+    )
+    long_long.diagonal(dim1=-2, dim2=-1).copy_(2 * long_average - offset)
+    columns = torch.stack([long_average, torch.ones_like(long_average)], -1)
+    long.put_(table, torch.nn.functional.pad(torch.cat([long_long, columns], -1), (0, 1)))
     (weighted,) = sum_over_ranks(ranks, _weighted_sum(average.to(side.dtype), side))()
-    constant = weighted + _weighted_sum(far_average - offset, long_side)
+    constant = weighted + _weighted_sum(long_average - offset, long_side)
     right = torch.cat([long_side, -torch.stack([long_side.sum(-2), constant], -2)], -2)
     return Slope(
         (table[..., -1] * root.unsqueeze(-1)).to(side.dtype, copy=True),

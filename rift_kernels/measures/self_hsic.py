@@ -41,12 +41,12 @@ def forward(
     (x,), (mean,), count, long = long_rows.separate([student], mask, dtype, ranks)
     pending = sum_over_ranks(ranks, backend.moments(x, x, False, "xx")[0])
     inverse = safe_inverse(long.energy)
-    pairs = hsic.pairs([x], long, inverse)
+    products = hsic.row_products([x], long, inverse)
     (scatter,) = pending()
     square = (norm(scatter) * inverse[..., 0]).square()[..., None, None]
-    h, _, total = hsic.estimate(pairs, square, count, ranks)
+    h, _, total = hsic.estimate(products, square, count, ranks)
     ones = torch.ones_like(inverse)
-    slope = hsic.slope(pairs, total, count, ones, 0, x, long, inverse.sqrt(), ranks)
+    slope = hsic.slope(products, total, count, ones, 0, x, long, inverse.sqrt(), ranks)
     (rows,) = long.sides
     long.put_(x, rows)
     shift = rows.sum(-2) / count.unsqueeze(-1)
