@@ -56,7 +56,7 @@ def _module(backend: str) -> ModuleType:
 
 
 def _primitives(backend: str, rows: Tensor) -> ModuleType:
-    """The backend's module for a layer; eager for a rank without rows, as it takes empty input."""
+    """The module that computes a layer: eager for a rank without rows, as it takes empty input."""
     return _module(backend) if rows.shape[-2] else eager
 
 

@@ -25,7 +25,7 @@ from .sums_over_ranks import sum_over_ranks
 
 def bures(
     features: CenteredFeatures,
-    backend: ModuleType,
+    primitives: ModuleType,
     gram: bool,
     wanted: Wanted,
     squared: bool,
@@ -45,9 +45,9 @@ def bures(
     # Both terms in float64: close to the teacher the distance is a small difference of them.
     if gram:
         features64 = features._replace(x=features.x.double(), y=features.y.double())
-        factor, cross = duals.polar(features64, backend, gram, exact)
+        factor, cross = duals.polar(features64, primitives, gram, exact)
     else:
-        forth, back, cross = duals.transport(features, backend, gram, exact)
+        forth, back, cross = duals.transport(features, primitives, gram, exact)
     # Rounding can make a distance of 0 slightly negative; clamp keeps NaN.
     value = ((traces - 2 * cross) * inverse_n).clamp(min=0)
     mean_value, bias = mean_term(features, mean_weight)

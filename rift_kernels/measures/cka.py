@@ -33,25 +33,31 @@ FLOAT64_GRAM_ROWS = 16
 
 def cka(
     features: CenteredFeatures,
-    backend: ModuleType,
+    primitives: ModuleType,
     gram: bool,
     wanted: Wanted,
     debiased: bool,
     distance: bool,
 ) -> ValueAndCoefficients:
     """Linear CKA: ``H(X, Y) / sqrt(H(X, X) H(Y, Y))``; biased, ``H(X, Y) = <Kx, Ky> = ||C||^2``."""
-    return (_cka_gram if gram else _cka_covariance)(features, backend, wanted, debiased, distance)
+    return (_cka_gram if gram else _cka_covariance)(
+        features, primitives, wanted, debiased, distance
+    )
 
 
 def _cka_gram(
-    features: CenteredFeatures, backend: ModuleType, wanted: Wanted, debiased: bool, distance: bool
+    features: CenteredFeatures,
+    primitives: ModuleType,
+    wanted: Wanted,
+    debiased: bool,
+    distance: bool,
 ) -> ValueAndCoefficients:
     """``<Kx, Ky>`` of Gram matrices of unit norm; debiased, of U-centered ones."""
     x, y = features.x, features.y
     if debiased and x.shape[-2] <= FLOAT64_GRAM_ROWS:
         x, y = x.double(), y.double()
     # Stacked, because the number of operations decides what a small call costs.
-    k = torch.stack(backend.moments(x, y, True, "xx yy")[::2], -3)
+    k = torch.stack(primitives.moments(x, y, True, "xx yy")[::2], -3)
     inverse = safe_inverse(_u_center_(k, features) if debiased else norm(k))
     xx, yy = scale_(k, inverse).unbind(-3)
     value = nan_below(inner(xx, yy), features.count, 4 if debiased else 2)
@@ -91,11 +97,15 @@ def _u_center_(k: Tensor, features: CenteredFeatures) -> Tensor:
 
 
 def _cka_covariance(
-    features: CenteredFeatures, backend: ModuleType, wanted: Wanted, debiased: bool, distance: bool
+    features: CenteredFeatures,
+    primitives: ModuleType,
+    wanted: Wanted,
+    debiased: bool,
+    distance: bool,
 ) -> ValueAndCoefficients:
     """``||C||^2`` of unit-norm A and B; debiased, the unbiased HSIC of :mod:`.hsic`."""
     pending = sum_blocks_over_ranks(
-        features.ranks, *backend.moments(features.x, features.y, False, "xx xy yy")
+        features.ranks, *primitives.moments(features.x, features.y, False, "xx xy yy")
     )
     if debiased:
         return _cka_debiased(features, pending, wanted, distance)

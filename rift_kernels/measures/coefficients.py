@@ -7,10 +7,11 @@ With ``n`` valid rows and centered ``Xc`` and ``Yc``::
     Gram form         grad_X = xx Xc + xy   Yc + wx * Xc + bx
                       grad_Y = yy Yc + xy^T Xc + wy * Yc + by
 
-A measure is one function, ``features, backend, gram, wanted, settings -> value, coefficients``. It
-gets the blocks of second moments that it needs from the backend, and names the coefficients. Values
-are combined in float64, from blocks scaled to unit norm if the measure is relative. So only the
-blocks themselves can overflow or underflow, and no absolute epsilon is needed.
+A measure is one function, ``features, primitives, gram, wanted, settings -> value, coefficients``.
+``primitives`` is a backend's module, such as ``backends.eager``, which computes the blocks of
+second moments that the measure asks for. Values are combined in float64, from blocks scaled to unit
+norm if the measure is relative. So only the blocks themselves can overflow or underflow, and no
+absolute epsilon is needed.
 
 In covariance form the rows may be spread over ranks, so each sum over rows passes through
 ``CenteredFeatures.ranks``. In Gram form every rank has all rows.

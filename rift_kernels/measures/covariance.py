@@ -23,7 +23,7 @@ from .sums_over_ranks import sum_blocks_over_ranks
 
 def covariance(
     features: CenteredFeatures,
-    backend: ModuleType,
+    primitives: ModuleType,
     gram: bool,
     wanted: Wanted,
     scale: str,
@@ -37,7 +37,7 @@ def covariance(
     """
     inverse_n = 1 / (features.count - 1)
     if gram:
-        uu, uv, vv = backend.moments(
+        uu, uv, vv = primitives.moments(
             features.x - features.y, features.x + features.y, gram, "xx xy yy"
         )
         crossed = uv + uv.mT
@@ -49,7 +49,7 @@ def covariance(
         norm_y = norm(yy).masked_fill(is_constant_y, 0.0)
     else:
         xx, _, yy = sum_blocks_over_ranks(
-            features.ranks, *backend.moments(features.x, features.y, gram, "xx yy")
+            features.ranks, *primitives.moments(features.x, features.y, gram, "xx yy")
         )()
         difference = xx - yy
         norm_y = norm(yy)

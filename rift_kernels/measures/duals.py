@@ -12,19 +12,19 @@ from .sums_over_ranks import sum_blocks_over_ranks
 
 
 def polar(
-    features: CenteredFeatures, backend: ModuleType, gram: bool, exact: bool
+    features: CenteredFeatures, primitives: ModuleType, gram: bool, exact: bool
 ) -> tuple[Tensor, Tensor]:
     """Polar factor and nuclear norm of the cross block."""
     _, xy, _ = sum_blocks_over_ranks(
-        features.ranks, *backend.moments(features.x, features.y, gram, "xy")
+        features.ranks, *primitives.moments(features.x, features.y, gram, "xy")
     )()
     if exact:
         return matrix_functions.polar_svd(xy.double())
-    return matrix_functions.polar(xy.double(), backend)
+    return matrix_functions.polar(xy.double(), primitives)
 
 
 def transport(
-    features: CenteredFeatures, backend: ModuleType, gram: bool, exact: bool
+    features: CenteredFeatures, primitives: ModuleType, gram: bool, exact: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Transport maps between the blocks of X and of Y, and their fidelity.
 
@@ -32,8 +32,8 @@ def transport(
     invert the rounding of a float32 sum.
     """
     xx, _, yy = sum_blocks_over_ranks(
-        features.ranks, *backend.moments(features.x.double(), features.y.double(), gram, "xx yy")
+        features.ranks, *primitives.moments(features.x.double(), features.y.double(), gram, "xx yy")
     )()
     if exact:
         return matrix_functions.transport_eigh(xx, yy)
-    return matrix_functions.transport(xx, yy, backend)
+    return matrix_functions.transport(xx, yy, primitives)

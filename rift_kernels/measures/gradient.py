@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def features_bwd(
-    backend: ModuleType,
+    primitives: ModuleType,
     scale: Tensor,
     x: Tensor,
     y: Tensor,
@@ -30,7 +30,7 @@ def features_bwd(
     contain all that shifts the rows together.
 
     Args:
-        backend: computes the products.
+        primitives: a module with the products, such as ``backends.eager``.
         scale: the incoming gradient, (...).
         x, y: centered features of this side and of the other side, (..., N, D).
         block: P (D, D), or in Gram form M (N, N).
@@ -52,9 +52,9 @@ def features_bwd(
             continue
         factor = factor * scale_blocks
         product = (
-            backend.product(factor, features)
+            primitives.product(factor, features)
             if gram
-            else backend.product_transposed(features, factor)
+            else primitives.product_transposed(features, factor)
         )
         grad = product if grad is None else grad.add_(product)
     if grad is None:

@@ -59,7 +59,7 @@ def _divide(matrix: Tensor, divisor: Tensor) -> Tensor:
     return (matrix / divisor).masked_fill_(divisor == 0, 0.0)
 
 
-def polar(matrix: Tensor, backend: ModuleType) -> tuple[Tensor, Tensor]:
+def polar(matrix: Tensor, primitives: ModuleType) -> tuple[Tensor, Tensor]:
     """The polar factor ``U V^T`` of ``matrix = U S V^T``, and the nuclear norm ``sum(S)``.
 
     Newton-Schulz: odd quintic steps, three products each. Singular values under 1.4e-8 of the
@@ -68,7 +68,7 @@ def polar(matrix: Tensor, backend: ModuleType) -> tuple[Tensor, Tensor]:
 
     Args:
         matrix: (..., M, N), float64.
-        backend: computes the products.
+        primitives: a module with the products, such as ``backends.eager``.
 
     Returns:
         The factor (..., M, N) and the nuclear norm (...).
@@ -77,8 +77,8 @@ def polar(matrix: Tensor, backend: ModuleType) -> tuple[Tensor, Tensor]:
     x = matrix.mT if is_wide else matrix
     x = _divide(x, _frobenius_norm(x))
     for a, b, c in POLAR_STEPS:
-        gram = backend.symmetric(x.mT, x)
-        x = a * x + backend.product(x, b * gram + c * backend.symmetric(gram, gram))
+        gram = primitives.symmetric(x.mT, x)
+        x = a * x + primitives.product(x, b * gram + c * primitives.symmetric(gram, gram))
     factor = x.mT if is_wide else x
     return factor, (factor * matrix).sum((-2, -1))
 
@@ -91,7 +91,7 @@ def polar_svd(matrix: Tensor) -> tuple[Tensor, Tensor]:
     return (u * is_nonzero.unsqueeze(-2)) @ vh + poison, s.sum(-1) + poison[..., 0, 0]
 
 
-def transport(a: Tensor, b: Tensor, backend: ModuleType) -> tuple[Tensor, Tensor, Tensor]:
+def transport(a: Tensor, b: Tensor, primitives: ModuleType) -> tuple[Tensor, Tensor, Tensor]:
     """The optimal-transport maps between N(0, a) and N(0, b), and the fidelity of a and b.
 
     ``forth = a^-1/2 (a^1/2 b a^1/2)^1/2 a^-1/2`` solves ``forth a forth = b``; ``back`` is its
@@ -103,7 +103,7 @@ def transport(a: Tensor, b: Tensor, backend: ModuleType) -> tuple[Tensor, Tensor
 
     Args:
         a, b: (..., N, N), symmetric positive semidefinite, float64.
-        backend: computes the products.
+        primitives: a module with the products, such as ``backends.eager``.
 
     Returns:
         forth (..., N, N), back (..., N, N), fidelity (...).
@@ -112,10 +112,10 @@ def transport(a: Tensor, b: Tensor, backend: ModuleType) -> tuple[Tensor, Tensor
     y, z = _divide(b, norm_b), _divide(a, norm_a)
     eye = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
     for c1, c3, c5 in TRANSPORT_STEPS:
-        product = backend.product(z, y)
-        step = c1 * eye + c3 * product + c5 * backend.product(product, product)
+        product = primitives.product(z, y)
+        step = c1 * eye + c3 * product + c5 * primitives.product(product, product)
         # Symmetric, because the step is a polynomial in z y.
-        y, z = backend.symmetric(y, step), backend.symmetric(step, z)
+        y, z = primitives.symmetric(y, step), primitives.symmetric(step, z)
     # Symmetric in exact arithmetic, and made so here because the gradient relies on it.
     forth = _divide(0.5 * (y + y.mT) * norm_b.sqrt(), norm_a.sqrt())
     back = _divide(0.5 * (z + z.mT) * norm_a.sqrt(), norm_b.sqrt())

@@ -23,7 +23,7 @@ from .sums_over_ranks import sum_over_ranks
 
 def procrustes(
     features: CenteredFeatures,
-    backend: ModuleType,
+    primitives: ModuleType,
     gram: bool,
     wanted: Wanted,
     method: str,
@@ -40,9 +40,9 @@ def procrustes(
     inverse_x, inverse_y = safe_inverse(energy_x), safe_inverse(energy_y)
     scale = inverse_x.sqrt() * inverse_y.sqrt()
     if gram:
-        forth, back, nuclear = duals.transport(features, backend, gram, exact)
+        forth, back, nuclear = duals.transport(features, primitives, gram, exact)
     else:
-        factor, nuclear = duals.polar(features, backend, gram, exact)
+        factor, nuclear = duals.polar(features, primitives, gram, exact)
     value = nan_below(nuclear * scale, features.count, 2)
     result, sign = similarity(value, distance)
     scale = sign * scale

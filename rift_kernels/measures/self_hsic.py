@@ -35,11 +35,11 @@ class Saved(NamedTuple):
 
 
 def forward(
-    student: Tensor, mask: Tensor | None, dtype: torch.dtype, backend: ModuleType, ranks: Any
+    student: Tensor, mask: Tensor | None, dtype: torch.dtype, primitives: ModuleType, ranks: Any
 ) -> tuple[Moments, Saved]:
     """The moments of a side whose rows may be spread over ranks."""
     (x,), (mean,), count, long = long_rows.separate([student], mask, dtype, ranks)
-    pending = sum_over_ranks(ranks, backend.moments(x, x, False, "xx")[0])
+    pending = sum_over_ranks(ranks, primitives.moments(x, x, False, "xx")[0])
     inverse = safe_inverse(long.energy)
     products = hsic.row_products([x], long, inverse)
     (scatter,) = pending()

@@ -12,8 +12,8 @@ from rift_kernels.backends import eager
 from rift_kernels.measures import matrix_functions
 from tests.support import cases
 
-POLAR = partial(matrix_functions.polar, backend=eager)
-TRANSPORT = partial(matrix_functions.transport, backend=eager)
+POLAR = partial(matrix_functions.polar, primitives=eager)
+TRANSPORT = partial(matrix_functions.transport, primitives=eager)
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:

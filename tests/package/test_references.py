@@ -36,7 +36,7 @@ FOREIGN = {"cuda_runtime.h", "cuda.h"}
 VARIABLES = {
     *("self", "model", "module", "rift", "regularizer", "statistics", "accelerator", "loader"),
     *("trainer", "capture", "mask", "args", "batch", "student", "teacher", "layer", "mesh"),
-    *("base_model", "backend", "environment", "peaks"),
+    *("base_model", "primitives", "environment", "peaks"),
 }
 ALIASES = {"rk": "rift_kernels", "nn": "torch.nn", "tl": "triton.language"}
 DATA = (".csv", ".json", ".safetensors", ".pt")
