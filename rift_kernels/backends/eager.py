@@ -21,8 +21,8 @@ PANEL = 128
 ONEDNN_PRODUCT = 2**24
 
 
-def moments(x: Tensor, y: Tensor, gram: bool, wanted: str) -> tuple[Tensor | None, ...]:
-    """The blocks named in ``wanted`` ("xx", "xy", "yy") of second moments of centered features.
+def moments(x: Tensor, y: Tensor, gram: bool, block_names: str) -> tuple[Tensor | None, ...]:
+    """The blocks in ``block_names`` ("xx", "xy", "yy") of second moments of centered features.
 
     Covariance form: ``x^T x (D1, D1)``, ``x^T y (D1, D2)``, ``y^T y (D2, D2)``.
     Gram form: ``x x^T``, ``x y^T``, ``y y^T``, all (N, N).
@@ -30,9 +30,9 @@ def moments(x: Tensor, y: Tensor, gram: bool, wanted: str) -> tuple[Tensor | Non
     if gram:
         x, y = x.mT, y.mT
     return (
-        symmetric_product(x) if "xx" in wanted else None,
-        x.mT @ y if "xy" in wanted else None,
-        symmetric_product(y) if "yy" in wanted else None,
+        symmetric_product(x) if "xx" in block_names else None,
+        x.mT @ y if "xy" in block_names else None,
+        symmetric_product(y) if "yy" in block_names else None,
     )
 
 

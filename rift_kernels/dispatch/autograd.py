@@ -10,14 +10,13 @@ from torch import Tensor
 
 from rift_kernels.measures import self_hsic
 from rift_kernels.measures.centering import compute_dtype
-from rift_kernels.measures.coefficients import Coefficients
+from rift_kernels.measures.coefficients import Coefficients, NeedsGrad
 
 from . import operators
 from .plan import Plan, withdraw_if_refused
 from .ranks import Ranks
 
 _OPERATORS = torch.ops.rift_kernels
-Sides = tuple[bool, bool]  # student, teacher
 Dtypes = tuple[torch.dtype, torch.dtype]
 
 
@@ -60,16 +59,16 @@ def _forward_functions(ranks: Ranks | None) -> tuple[Any, tuple[Ranks, ...]]:
 
 class _Measure(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, call: Call, sides: Sides, *tensors: Tensor) -> Tensor:
+    def forward(ctx: Any, call: Call, needs_grad: NeedsGrad, *tensors: Tensor) -> Tensor:
         layers = len(call.plan.gram)
         students, teachers = list(tensors[:layers]), list(tensors[layers : 2 * layers])
         masks = list(tensors[2 * layers :])
-        values, saved = _forward(call, sides, students, teachers, masks)
-        keeps_students, keeps_teachers = call.plan.kept_sides(sides)
+        values, saved = _forward(call, needs_grad, students, teachers, masks)
+        keeps_students, keeps_teachers = call.plan.kept_sides(needs_grad)
         kept_students = students if keeps_students else []
         kept_teachers = teachers if keeps_teachers else []
         ctx.save_for_backward(*map(_savable, (*masks, *kept_students, *kept_teachers)), *saved)
-        ctx.call, ctx.sides = call, sides
+        ctx.call, ctx.needs_grad = call, needs_grad
         ctx.counts = len(masks), len(kept_students), len(kept_teachers)
         ctx.dtypes = students[0].dtype, teachers[0].dtype
         return values
@@ -77,7 +76,7 @@ class _Measure(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_values: Tensor) -> tuple[Tensor | None, ...]:
         _refuse_double_backward()
-        call, sides = ctx.call, ctx.sides
+        call, needs_grad = ctx.call, ctx.needs_grad
         layers = len(call.plan.gram)
         if call.ranks is not None:
             # Data-parallel training divides by the number of ranks when it averages gradients.
@@ -85,10 +84,12 @@ class _Measure(torch.autograd.Function):
         # Read once: activation checkpointing recomputes on the first read and forbids a second.
         tensors = list(ctx.saved_tensors)
         masks, students, teachers, saved = _split(tensors, ctx.counts)
-        grads = _gradients(call, sides, ctx.dtypes, grad_values, students, teachers, saved, masks)
+        grads = _gradients(
+            call, needs_grad, ctx.dtypes, grad_values, students, teachers, saved, masks
+        )
         missing = [None] * layers
-        grad_students = grads[:layers] if sides[0] else missing
-        grad_teachers = grads[-layers:] if sides[1] else missing
+        grad_students = grads[:layers] if needs_grad.student else missing
+        grad_teachers = grads[-layers:] if needs_grad.teacher else missing
         return (None, None, *grad_students, *grad_teachers, *([None] * len(masks)))
 
 
@@ -102,11 +103,16 @@ def _split(tensors: list[Tensor], counts: tuple[int, ...]) -> list[list[Tensor]]
 
 
 def _forward(
-    call: Call, sides: Sides, students: list[Tensor], teachers: list[Tensor], masks: list[Tensor]
+    call: Call,
+    needs_grad: NeedsGrad,
+    students: list[Tensor],
+    teachers: list[Tensor],
+    masks: list[Tensor],
 ) -> operators.Forward:
     """Values, and what the backward needs."""
     plan, measure, settings = call.plan, call.measure, call.settings
-    arguments = (students, teachers, masks, list(plan.gram), *sides, call.precision, plan.backend)
+    gram = list(plan.gram)
+    arguments = (students, teachers, masks, gram, *needs_grad, call.precision, plan.backend)
     functions, ranks = _forward_functions(call.ranks)
     if measure == "cka":
         return functions.cka_fwd(*arguments, plan.fused, *settings, *ranks)
@@ -121,7 +127,7 @@ def _forward(
 
 def _backward(
     call: Call,
-    sides: Sides,
+    needs_grad: NeedsGrad,
     dtypes: Dtypes,
     grad_values: Tensor,
     students: list[Tensor],
@@ -129,19 +135,21 @@ def _backward(
     saved: list[Tensor],
     masks: list[Tensor],
 ) -> list[Tensor]:
-    """The wanted gradients, all students first."""
+    """The gradients that are needed, all students first."""
     backend, gram, fused, *_ = call.plan
     if not fused:
         return _OPERATORS.features_bwd(
-            grad_values, saved, masks, gram, *sides, call.precision, backend, *dtypes
+            grad_values, saved, masks, gram, *needs_grad, call.precision, backend, *dtypes
         )
     operator = _OPERATORS.cka_bwd if call.measure == "cka" else _OPERATORS.covariance_bwd
-    return operator(grad_values, students, teachers, saved, masks, gram, *sides, backend, *dtypes)
+    return operator(
+        grad_values, students, teachers, saved, masks, gram, *needs_grad, backend, *dtypes
+    )
 
 
 def _gradients(
     call: Call,
-    sides: Sides,
+    needs_grad: NeedsGrad,
     dtypes: Dtypes,
     grad_values: Tensor,
     students: list[Tensor],
@@ -149,12 +157,12 @@ def _gradients(
     saved: list[Tensor],
     masks: list[Tensor],
 ) -> list[Tensor]:
-    """The wanted gradients; eager ones if a GPU refuses a launch that `auto` chose."""
+    """The gradients that are needed; eager ones if a GPU refuses a launch that `auto` chose."""
     features = (students, teachers)
     if call.plan.kind is None:
-        return _backward(call, sides, dtypes, grad_values, *features, saved, masks)
+        return _backward(call, needs_grad, dtypes, grad_values, *features, saved, masks)
     try:
-        return _backward(call, sides, dtypes, grad_values, *features, saved, masks)
+        return _backward(call, needs_grad, dtypes, grad_values, *features, saved, masks)
     except Exception as error:
         # A fused measure is computed again, for which the features of one side are not enough.
         is_complete = not call.plan.fused or all(features)
@@ -162,8 +170,8 @@ def _gradients(
             raise
     eager = call._replace(plan=call.plan.on_eager())
     if call.plan.fused:
-        _, saved = _forward(eager, sides, *features, masks)
-    return _backward(eager, sides, dtypes, grad_values, [], [], saved, masks)
+        _, saved = _forward(eager, needs_grad, *features, masks)
+    return _backward(eager, needs_grad, dtypes, grad_values, [], [], saved, masks)
 
 
 def measure(
@@ -171,7 +179,7 @@ def measure(
 ) -> Tensor:
     """The values of a measure, differentiable once with respect to students and teachers."""
     grad_enabled = torch.is_grad_enabled()
-    sides = (
+    needs_grad = NeedsGrad(
         grad_enabled and any(t.requires_grad for t in students),
         grad_enabled and any(t.requires_grad for t in teachers),
     )
@@ -181,14 +189,14 @@ def measure(
         for i, tensor in enumerate(tensors):
             if any(tensor is earlier for earlier in tensors[:i]):
                 tensors[i] = tensor.view_as(tensor)
-    return _Measure.apply(call, sides, *tensors)
+    return _Measure.apply(call, needs_grad, *tensors)
 
 
 class _Moments(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        wanted: str,
+        block_names: str,
         precision: str,
         plan: Plan,
         ranks: Ranks | None,
@@ -198,10 +206,10 @@ class _Moments(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         functions, group = _forward_functions(ranks)
         centered_x, centered_y, mean_x, mean_y, count, *blocks = functions.moments_fwd(
-            x, y, list(masks), wanted, precision, plan.backend, *group
+            x, y, list(masks), block_names, precision, plan.backend, *group
         )
         ctx.save_for_backward(centered_x, centered_y, count, *map(_savable, masks))
-        ctx.sides, ctx.dtypes = ctx.needs_input_grad[4:6], (x.dtype, y.dtype)
+        ctx.needs_grad, ctx.dtypes = NeedsGrad(*ctx.needs_input_grad[4:6]), (x.dtype, y.dtype)
         ctx.call = Call("moments", (), plan, precision)
         ctx.size = 1 if ranks is None else ranks.size
         ctx.set_materialize_grads(False)
@@ -213,7 +221,7 @@ class _Moments(torch.autograd.Function):
         _refuse_double_backward()
         centered_x, centered_y, count, *masks = ctx.saved_tensors
         grad_mean_x, grad_mean_y, _, *blocks = grads
-        # torch.compile passes a zero for a block that was not wanted.
+        # torch.compile passes a zero for a block that was not computed.
         grad_xx, grad_xy, grad_yy = (None if g is None or g.dim() < 2 else g for g in blocks)
         per_row = (1 / count).to(centered_x.dtype).unsqueeze(-1)
         # <G, Xc^T Xc> has the gradient Xc (G + G^T).
@@ -226,10 +234,10 @@ class _Moments(torch.autograd.Function):
         )
         saved = [centered_x, centered_y, *operators.tensors_of(coefficients, centered_x)]
         incoming = torch.full_like(count, ctx.size)
-        sides = ctx.sides
-        gradients = _gradients(ctx.call, sides, ctx.dtypes, incoming, [], [], saved, masks)
-        grad_x = gradients[0] if sides[0] else None
-        grad_y = gradients[-1] if sides[1] else None
+        needs_grad = ctx.needs_grad
+        gradients = _gradients(ctx.call, needs_grad, ctx.dtypes, incoming, [], [], saved, masks)
+        grad_x = gradients[0] if needs_grad.student else None
+        grad_y = gradients[-1] if needs_grad.teacher else None
         return (None, None, None, None, grad_x, grad_y, *([None] * len(masks)))
 
 
@@ -237,13 +245,13 @@ def moments(
     student: Tensor,
     teacher: Tensor,
     masks: list[Tensor],
-    wanted: str,
+    block_names: str,
     precision: str,
     plan: Plan,
     ranks: Ranks | None,
 ) -> tuple[Tensor, ...]:
-    """``mean_x, mean_y, count, xx, xy, yy``, differentiable once; blocks not wanted are empty."""
-    return _Moments.apply(wanted, precision, plan, ranks, student, teacher, *masks)
+    """``mean_x, mean_y, count, xx, xy, yy``, differentiable once; other blocks are empty."""
+    return _Moments.apply(block_names, precision, plan, ranks, student, teacher, *masks)
 
 
 class _SelfHsic(torch.autograd.Function):
@@ -272,7 +280,9 @@ class _SelfHsic(torch.autograd.Function):
         coefficients = self_hsic.coefficients(saved, count, grad_mean, grad_scatter, grad_square)
         tensors = [saved.rows, *operators.tensors_of((None, *coefficients), saved.rows)]
         incoming = torch.full_like(count, ctx.size)
-        (grad,) = _gradients(ctx.call, (True, False), ctx.dtypes, incoming, [], [], tensors, masks)
+        (grad,) = _gradients(
+            ctx.call, NeedsGrad(True, False), ctx.dtypes, incoming, [], [], tensors, masks
+        )
         return None, None, None, grad, *([None] * len(masks))
 
 

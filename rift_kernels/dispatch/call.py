@@ -90,15 +90,15 @@ def moments(
     min_rows: int,
     group: Group,
     shared_settings: tuple[Any, ...],
-    wanted: str,
+    block_names: str,
     precision: str,
     backend: str,
 ) -> list[SecondMoments]:
-    """The wanted second moments of each layer."""
+    """The second moments of each layer, with the blocks of these names."""
     checks.option("precision", precision, checks.PRECISIONS)
 
     def check() -> Layers:
         return checks.layers(student, teacher, mask, equal_widths=False)
 
     layers, ranks = shared_batch.share(group, check, min_rows, shared_settings)
-    return second_moments.of_layers(layers, ranks, wanted, precision, backend)
+    return second_moments.of_layers(layers, ranks, block_names, precision, backend)

@@ -266,8 +266,8 @@ def _distances_of_spectra(
     sides = 1 if statistics else 2
     moments: list[SecondMoments] = []
     if ranks is not None:
-        wanted = "xx" if statistics else "xx yy"
-        moments = second_moments.of_layers(layers, ranks, wanted, precision, backend)
+        block_names = "xx" if statistics else "xx yy"
+        moments = second_moments.of_layers(layers, ranks, block_names, precision, backend)
     values = []
     for i, pair in enumerate(layers.pairs):
         if moments:

@@ -24,7 +24,7 @@ from rift_kernels.measures import gradient, self_hsic
 from rift_kernels.measures.bures import bures
 from rift_kernels.measures.centering import CenteredFeatures, center, compute_dtype
 from rift_kernels.measures.cka import cka
-from rift_kernels.measures.coefficients import Coefficients, ValueAndCoefficients, Wanted
+from rift_kernels.measures.coefficients import Coefficients, NeedsGrad, ValueAndCoefficients
 from rift_kernels.measures.covariance import covariance
 from rift_kernels.measures.procrustes import procrustes
 from rift_kernels.measures.sums_over_ranks import sum_blocks_over_ranks
@@ -38,7 +38,7 @@ _LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 _TENSORS_PER_LAYER = 2 + len(Coefficients._fields)
 
 Forward = tuple[Tensor, list[Tensor]]  # values, and what the backward needs
-Measure = Callable[[CenteredFeatures, ModuleType, bool, Wanted], ValueAndCoefficients]
+Measure = Callable[[CenteredFeatures, ModuleType, bool, NeedsGrad], ValueAndCoefficients]
 
 
 def _module(backend: str) -> ModuleType:
@@ -80,8 +80,8 @@ def cka_fwd(
         settings = (student_grad, teacher_grad, precision, debiased, distance)
         return _module(backend).cka_fwd(*layers, *settings)
     measure = partial(cka, debiased=debiased, distance=distance)
-    wanted = Wanted(student_grad, teacher_grad)
-    return _measure_fwd(measure, *layers, wanted, precision, backend, ranks, debiased)
+    needs_grad = NeedsGrad(student_grad, teacher_grad)
+    return _measure_fwd(measure, *layers, needs_grad, precision, backend, ranks, debiased)
 
 
 def procrustes_fwd(
@@ -100,8 +100,8 @@ def procrustes_fwd(
     """Procrustes similarity."""
     layers = (students, teachers, masks, gram)
     measure = partial(procrustes, method=method, distance=distance)
-    wanted = Wanted(student_grad, teacher_grad)
-    return _measure_fwd(measure, *layers, wanted, precision, backend, ranks)
+    needs_grad = NeedsGrad(student_grad, teacher_grad)
+    return _measure_fwd(measure, *layers, needs_grad, precision, backend, ranks)
 
 
 def covariance_fwd(
@@ -124,8 +124,8 @@ def covariance_fwd(
         settings = (student_grad, teacher_grad, precision, scale, mean_weight)
         return _module(backend).covariance_fwd(*layers, *settings)
     measure = partial(covariance, scale=scale, mean_weight=mean_weight)
-    wanted = Wanted(student_grad, teacher_grad)
-    return _measure_fwd(measure, *layers, wanted, precision, backend, ranks)
+    needs_grad = NeedsGrad(student_grad, teacher_grad)
+    return _measure_fwd(measure, *layers, needs_grad, precision, backend, ranks)
 
 
 def bures_fwd(
@@ -145,8 +145,8 @@ def bures_fwd(
     """Bures distance."""
     layers = (students, teachers, masks, gram)
     measure = partial(bures, squared=squared, mean_weight=mean_weight, method=method)
-    wanted = Wanted(student_grad, teacher_grad)
-    return _measure_fwd(measure, *layers, wanted, precision, backend, ranks)
+    needs_grad = NeedsGrad(student_grad, teacher_grad)
+    return _measure_fwd(measure, *layers, needs_grad, precision, backend, ranks)
 
 
 def _measure_fwd(
@@ -155,7 +155,7 @@ def _measure_fwd(
     teachers: list[Tensor],
     masks: list[Tensor],
     gram: list[bool],
-    wanted: Wanted,
+    needs_grad: NeedsGrad,
     precision: str,
     backend: str,
     ranks: Ranks | None,
@@ -167,12 +167,12 @@ def _measure_fwd(
         layers = zip(students, teachers, _mask_per_layer(masks, len(gram)), gram, strict=True)
         for x, y, mask, use_gram in layers:
             features = center(x, y, mask, ranks, exclude_long_rows and not use_gram)
-            value, coefficients = measure(features, _primitives(backend, x), use_gram, wanted)
+            value, coefficients = measure(features, _primitives(backend, x), use_gram, needs_grad)
             values.append(value.to(features.x.dtype))
-            if any(wanted):
+            if any(needs_grad):
                 crossed = coefficients.xy is not None
-                saved_x = features.x if crossed or wanted.student else None
-                saved_y = features.y if crossed or wanted.teacher else None
+                saved_x = features.x if crossed or needs_grad.student else None
+                saved_y = features.y if crossed or needs_grad.teacher else None
                 saved += tensors_of((saved_x, saved_y, *coefficients), features.x)
     return values[0] if len(values) == 1 else torch.stack(values), saved
 
@@ -200,7 +200,7 @@ def _features_bwd(
     student_dtype: torch.dtype,
     teacher_dtype: torch.dtype,
 ) -> list[Tensor]:
-    """The wanted gradients, all students first, from what an unfused forward saved."""
+    """The gradients that are needed, all students first, from what an unfused forward saved."""
     layers = len(gram)
     grad_students, grad_teachers = [], []
     with full_precision(grad_values.device, precision):
@@ -240,10 +240,10 @@ def _cka_bwd(
     student_dtype: torch.dtype,
     teacher_dtype: torch.dtype,
 ) -> list[Tensor]:
-    """The wanted gradients of fused CKA, all students first."""
-    wanted, dtypes = (student_grad, teacher_grad), (student_dtype, teacher_dtype)
+    """The needed gradients of fused CKA, all students first."""
+    needs_grad, dtypes = (student_grad, teacher_grad), (student_dtype, teacher_dtype)
     return _module(backend).cka_bwd(
-        grad_values, students, teachers, saved, masks, gram, wanted, dtypes
+        grad_values, students, teachers, saved, masks, gram, needs_grad, dtypes
     )
 
 
@@ -260,10 +260,10 @@ def _covariance_bwd(
     student_dtype: torch.dtype,
     teacher_dtype: torch.dtype,
 ) -> list[Tensor]:
-    """The wanted gradients of the fused covariance distance, all students first."""
-    wanted, dtypes = (student_grad, teacher_grad), (student_dtype, teacher_dtype)
+    """The needed gradients of the fused covariance distance, all students first."""
+    needs_grad, dtypes = (student_grad, teacher_grad), (student_dtype, teacher_dtype)
     return _module(backend).covariance_bwd(
-        grad_values, students, teachers, saved, masks, gram, wanted, dtypes
+        grad_values, students, teachers, saved, masks, gram, needs_grad, dtypes
     )
 
 
@@ -271,18 +271,18 @@ def moments_fwd(
     student: Tensor,
     teacher: Tensor,
     masks: list[Tensor],
-    wanted: str,
+    block_names: str,
     precision: str,
     backend: str,
     ranks: Ranks | None = None,
 ) -> list[Tensor]:
-    """Centered features, means, count, and the wanted blocks (empty where not wanted)."""
+    """Centered features, means, count, and the blocks with these names; others are empty."""
     with full_precision(student.device, precision):
         x, y, mean_x, mean_y, count, *_ = center(
             student, teacher, masks[0] if masks else None, ranks
         )
         blocks = sum_blocks_over_ranks(
-            ranks, *_primitives(backend, student).moments(x, y, False, wanted)
+            ranks, *_primitives(backend, student).moments(x, y, False, block_names)
         )()
     return [x, y, mean_x, mean_y, count, *tensors_of(blocks, x)]
 
@@ -349,7 +349,7 @@ _register(
     _features_bwd,
 )
 _register(
-    "moments_fwd(Tensor student, Tensor teacher, Tensor[] masks, str wanted, str precision,"
+    "moments_fwd(Tensor student, Tensor teacher, Tensor[] masks, str block_names, str precision,"
     " str backend) -> Tensor[]",
     moments_fwd,
 )

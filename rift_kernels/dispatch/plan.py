@@ -40,17 +40,17 @@ class Plan(NamedTuple):
     gram: tuple[bool, ...]  # each layer's form: True for Gram (N x N), False for covariance (D x D)
     # The backend computes values and gradients directly from features.
     fused: bool = False
-    # The features that the backward reads: of "both" sides, of the "wanted" ones, which get a
-    # gradient, or "none", where the forward saves all that the backward needs.
+    # The sides whose features the backward reads: "both", those of "needs_grad", or "none", where
+    # the forward saves all that the backward needs.
     keeps: str = "none"
     # The kernels that `auto` chose, and replaces if a GPU refuses their launch; else None.
     kind: Kind | None = None
 
-    def kept_sides(self, wanted: tuple[bool, bool]) -> tuple[bool, bool]:
-        """The sides whose features are kept, if ``wanted`` ones get a gradient."""
+    def kept_sides(self, needs_grad: tuple[bool, bool]) -> tuple[bool, bool]:
+        """Whether the features of student and teacher are kept, by whether they need a gradient."""
         if self.keeps == "none":
             return False, False
-        return (any(wanted), any(wanted)) if self.keeps == "both" else wanted
+        return (any(needs_grad), any(needs_grad)) if self.keeps == "both" else needs_grad
 
     def on_eager(self) -> Plan:
         """The same forms on the eager backend, which computes all that the kernels do."""
@@ -86,7 +86,7 @@ def with_backend(backend: str, dtypes: Sequence[torch.dtype], problem: Problem) 
     crossed = measure == "cka" and not all(gram)
     # One side alone does not tell the backward that the forward computed in another dtype.
     needs_both = crossed or len(set(dtypes)) > 1
-    return Plan(backend, gram, fused, "both" if needs_both else "wanted")
+    return Plan(backend, gram, fused, "both" if needs_both else "needs_grad")
 
 
 def is_automatic(requested: str) -> bool:

@@ -30,9 +30,9 @@ class SecondMoments(NamedTuple):
 
 
 def of_layers(
-    layers: Layers, ranks: Ranks | None, wanted: str, precision: str, backend: str
+    layers: Layers, ranks: Ranks | None, block_names: str, precision: str, backend: str
 ) -> list[SecondMoments]:
-    """The moments of checked layers; blocks that are not ``wanted`` are empty."""
+    """The moments of checked layers; blocks that are not in ``block_names`` are empty."""
     problem = Problem("moments", (False,), *layers.students[0].shape[-2:])
 
     def compute(plan: Plan) -> list[SecondMoments]:
@@ -40,7 +40,7 @@ def of_layers(
         for i, (x, y) in enumerate(layers.pairs):
             masks = layers.mask(i)
             mean_x, mean_y, count, *blocks = autograd.moments(
-                x, y, masks, wanted, precision, plan, ranks
+                x, y, masks, block_names, precision, plan, ranks
             )
             results.append(SecondMoments(count, mean_x, mean_y, *blocks))
         return results

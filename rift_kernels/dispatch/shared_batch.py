@@ -248,8 +248,8 @@ class _Gather(torch.autograd.Function):
         # The first row and the number of rows of this rank, in each layer.
         ctx.ranges = list(zip(starts, rows[ranks.rank], strict=True))
         # Else a frozen teacher's gradient would be computed and thrown away.
-        wanted = ctx.needs_input_grad[3:]
-        constants = [t for t, needed in zip(results, wanted, strict=True) if not needed]
+        needs_grad = ctx.needs_input_grad[3:]
+        constants = [t for t, needed in zip(results, needs_grad, strict=True) if not needed]
         ctx.mark_non_differentiable(*constants)
         ctx.set_materialize_grads(False)
         return tuple(results)

@@ -10,8 +10,8 @@ from . import duals
 from .centering import CenteredFeatures
 from .coefficients import (
     Coefficients,
+    NeedsGrad,
     ValueAndCoefficients,
-    Wanted,
     mean_term,
     nan_below,
     plus_diagonal_,
@@ -27,7 +27,7 @@ def bures(
     features: CenteredFeatures,
     primitives: ModuleType,
     gram: bool,
-    wanted: Wanted,
+    needs_grad: NeedsGrad,
     squared: bool,
     mean_weight: float,
     method: str,
@@ -65,7 +65,7 @@ def bures(
         blocks = Coefficients(xy=times(factor, -scale).to(dtype), wx=weight, wy=weight.clone())
     else:
         blocks = Coefficients(
-            xx=scale_(plus_diagonal_(forth, -1.0), -scale) if wanted.student else None,
-            yy=scale_(plus_diagonal_(back, -1.0), -scale) if wanted.teacher else None,
+            xx=scale_(plus_diagonal_(forth, -1.0), -scale) if needs_grad.student else None,
+            yy=scale_(plus_diagonal_(back, -1.0), -scale) if needs_grad.teacher else None,
         )
     return value, blocks._replace(bx=bias, by=None if bias is None else -bias)

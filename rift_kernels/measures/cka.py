@@ -13,8 +13,8 @@ from . import hsic
 from .centering import CenteredFeatures
 from .coefficients import (
     Coefficients,
+    NeedsGrad,
     ValueAndCoefficients,
-    Wanted,
     inner,
     nan_below,
     norm,
@@ -35,25 +35,25 @@ def cka(
     features: CenteredFeatures,
     primitives: ModuleType,
     gram: bool,
-    wanted: Wanted,
+    needs_grad: NeedsGrad,
     debiased: bool,
     distance: bool,
 ) -> ValueAndCoefficients:
     """Linear CKA: ``H(X, Y) / sqrt(H(X, X) H(Y, Y))``; biased, ``H(X, Y) = <Kx, Ky> = ||C||^2``."""
     return (_cka_gram if gram else _cka_covariance)(
-        features, primitives, wanted, debiased, distance
+        features, primitives, needs_grad, debiased, distance
     )
 
 
 def _cka_gram(
     features: CenteredFeatures,
     primitives: ModuleType,
-    wanted: Wanted,
+    needs_grad: NeedsGrad,
     debiased: bool,
     distance: bool,
 ) -> ValueAndCoefficients:
     """``<Kx, Ky>`` of Gram matrices of unit norm; debiased, of U-centered ones."""
-    x, y = features.x, features.y
+    x, y, dtype = features.x, features.y, features.x.dtype
     if debiased and x.shape[-2] <= FLOAT64_GRAM_ROWS:
         x, y = x.double(), y.double()
     # Stacked, because the number of operations decides what a small call costs.
@@ -64,8 +64,8 @@ def _cka_gram(
     result, sign = similarity(value, distance)
     slope_x, slope_y = (2 * sign * inverse).unbind(-1)
     return result, Coefficients(
-        xx=scale_(yy - times(xx, value), slope_x).to(features.x.dtype) if wanted.student else None,
-        yy=scale_(xx - times(yy, value), slope_y).to(features.x.dtype) if wanted.teacher else None,
+        xx=scale_(yy - times(xx, value), slope_x).to(dtype) if needs_grad.student else None,
+        yy=scale_(xx - times(yy, value), slope_y).to(dtype) if needs_grad.teacher else None,
     )
 
 
@@ -99,7 +99,7 @@ def _u_center_(k: Tensor, features: CenteredFeatures) -> Tensor:
 def _cka_covariance(
     features: CenteredFeatures,
     primitives: ModuleType,
-    wanted: Wanted,
+    needs_grad: NeedsGrad,
     debiased: bool,
     distance: bool,
 ) -> ValueAndCoefficients:
@@ -108,7 +108,7 @@ def _cka_covariance(
         features.ranks, *primitives.moments(features.x, features.y, False, "xx xy yy")
     )
     if debiased:
-        return _cka_debiased(features, pending, wanted, distance)
+        return _cka_debiased(features, pending, needs_grad, distance)
     xx, xy, yy = pending()
     norms = torch.stack([norm(xx), norm(yy)], -1)
     inverse = safe_inverse(norms)
@@ -118,13 +118,13 @@ def _cka_covariance(
     value = nan_below(cross * h.prod(-1), features.count, 2)
     result, sign = similarity(value, distance)
     alpha, beta = -2 * sign * value.unsqueeze(-1) * h, 2 * sign * h.prod(-1)
-    return result, _cka_blocks(xx, xy, yy, inverse, alpha, beta, wanted)
+    return result, _cka_blocks(xx, xy, yy, inverse, alpha, beta, needs_grad)
 
 
 def _cka_debiased(
     features: CenteredFeatures,
     blocks: Callable[[], tuple[Any, ...]],
-    wanted: Wanted,
+    needs_grad: NeedsGrad,
     distance: bool,
 ) -> ValueAndCoefficients:
     """Debiased CKA from second moments without the long rows."""
@@ -145,7 +145,7 @@ def _cka_debiased(
     inverse_root = inverse_h.prod(-1).sqrt()
     value = nan_below(h[..., 0, 1] * inverse_root, features.count, 4)
     result, sign = similarity(value, distance)
-    if not any(wanted):
+    if not any(needs_grad):
         return result, Coefficients()
     alpha, beta = -2 * sign * value.unsqueeze(-1) * inverse_h, 2 * sign * inverse_root
     alpha_x, alpha_y = alpha.unbind(-1)
@@ -153,15 +153,15 @@ def _cka_debiased(
     count, ranks = features.count, features.ranks
     slopes = [
         hsic.slope(products, total, count, factors[..., i, :], i, sides[i], long, root, ranks)
-        if is_wanted
+        if needed
         else hsic.NO_SLOPE
-        for i, is_wanted in enumerate(wanted)
+        for i, needed in enumerate(needs_grad)
     ]
     # The backward multiplies the blocks by all rows, so the long ones return to their places.
     for side, rows in zip(sides, long.sides, strict=True):
         long.put_(side, rows)
     student, teacher = slopes
-    return result, _cka_blocks(xx, xy, yy, inverse, alpha, beta, wanted)._replace(
+    return result, _cka_blocks(xx, xy, yy, inverse, alpha, beta, needs_grad)._replace(
         wx=student.weight,
         wy=teacher.weight,
         left_x=student.left,
@@ -178,7 +178,7 @@ def _cka_blocks(
     inverse: Tensor,
     alpha: Tensor,
     beta: Tensor,
-    wanted: Wanted,
+    needs_grad: NeedsGrad,
 ) -> Coefficients:
     """Coefficients of A, C and B in units of the sides; ``inverse`` (..., 2) is one over those."""
     inverse_x, inverse_y = inverse.unbind(-1)
@@ -186,7 +186,7 @@ def _cka_blocks(
     cross_scale = inverse.sqrt().prod(-1)
     return Coefficients(
         # Two factors, because their product may exceed float32.
-        xx=scale_(xx, inverse_x, alpha_x * inverse_x) if wanted.student else None,
+        xx=scale_(xx, inverse_x, alpha_x * inverse_x) if needs_grad.student else None,
         xy=scale_(xy, cross_scale, beta * cross_scale),
-        yy=scale_(yy, inverse_y, alpha_y * inverse_y) if wanted.teacher else None,
+        yy=scale_(yy, inverse_y, alpha_y * inverse_y) if needs_grad.teacher else None,
     )

@@ -7,11 +7,11 @@ With ``n`` valid rows and centered ``Xc`` and ``Yc``::
     Gram form         grad_X = xx Xc + xy   Yc + wx * Xc + bx
                       grad_Y = yy Yc + xy^T Xc + wy * Yc + by
 
-A measure is one function, ``features, primitives, gram, wanted, settings -> value, coefficients``.
-``primitives`` is a backend's module, such as ``backends.eager``, which computes the blocks of
-second moments that the measure asks for. Values are combined in float64, from blocks scaled to unit
-norm if the measure is relative. So only the blocks themselves can overflow or underflow, and no
-absolute epsilon is needed.
+A measure is a function of ``features, primitives, gram, needs_grad, settings`` that returns its
+value and coefficients. ``primitives`` is a backend's module, such as ``backends.eager``, which
+computes the blocks of second moments that the measure asks for. Values are combined in float64,
+from blocks scaled to unit norm if the measure is relative. So only the blocks themselves can
+overflow or underflow, and no absolute epsilon is needed.
 
 In covariance form the rows may be spread over ranks, so each sum over rows passes through
 ``CenteredFeatures.ranks``. In Gram form every rank has all rows.
@@ -28,7 +28,7 @@ from .centering import CenteredFeatures
 
 
 class Coefficients(NamedTuple):
-    """The gradient's coefficients; None if a term is absent or its gradient is not wanted."""
+    """The gradient's coefficients; None if a term is absent or no gradient needs it."""
 
     xx: Tensor | None = None
     xy: Tensor | None = None
@@ -43,8 +43,8 @@ class Coefficients(NamedTuple):
     right_y: Tensor | None = None
 
 
-class Wanted(NamedTuple):
-    """The sides whose gradient is wanted."""
+class NeedsGrad(NamedTuple):
+    """Whether each side needs a gradient."""
 
     student: bool
     teacher: bool

@@ -9,8 +9,8 @@ import torch
 from .centering import CenteredFeatures
 from .coefficients import (
     Coefficients,
+    NeedsGrad,
     ValueAndCoefficients,
-    Wanted,
     inner,
     mean_term,
     nan_below,
@@ -25,7 +25,7 @@ def covariance(
     features: CenteredFeatures,
     primitives: ModuleType,
     gram: bool,
-    wanted: Wanted,
+    needs_grad: NeedsGrad,
     scale: str,
     mean_weight: float,
 ) -> ValueAndCoefficients:
@@ -73,16 +73,16 @@ def covariance(
     if gram:
         crossed = uv + uv.mT
         coefficients = Coefficients(
-            xx=times((uu + vv + crossed) / 4, outer) if wanted.student else None,
+            xx=times((uu + vv + crossed) / 4, outer) if needs_grad.student else None,
             # The block -Xc Yc^T.
             xy=times((uu - vv - uv + uv.mT) / 4, outer).masked_fill(
                 (is_constant_x | is_constant_y)[..., None, None], 0.0
             ),
-            yy=times(yy, outer * (1 - denominator)) if wanted.teacher else None,
+            yy=times(yy, outer * (1 - denominator)) if needs_grad.teacher else None,
         )
     else:
         coefficients = Coefficients(
-            xx=times(difference, outer) if wanted.student else None,
-            yy=-times(difference + times(yy, denominator), outer) if wanted.teacher else None,
+            xx=times(difference, outer) if needs_grad.student else None,
+            yy=-times(difference + times(yy, denominator), outer) if needs_grad.teacher else None,
         )
     return value, coefficients._replace(bx=bias, by=None if bias is None else -bias)

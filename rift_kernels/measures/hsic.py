@@ -95,7 +95,7 @@ def estimate(
 
 
 class Slope(NamedTuple):
-    """The terms of a side's gradient apart from D x D products; None if it is not wanted."""
+    """The terms of a side's gradient apart from D x D products; None if it needs none."""
 
     weight: Tensor | None  # (..., N), multiplies the row itself
     left: Tensor | None  # (..., N, k + 2)

@@ -8,8 +8,8 @@ from . import duals
 from .centering import CenteredFeatures
 from .coefficients import (
     Coefficients,
+    NeedsGrad,
     ValueAndCoefficients,
-    Wanted,
     nan_below,
     plus_diagonal_,
     safe_inverse,
@@ -25,7 +25,7 @@ def procrustes(
     features: CenteredFeatures,
     primitives: ModuleType,
     gram: bool,
-    wanted: Wanted,
+    needs_grad: NeedsGrad,
     method: str,
     distance: bool,
 ) -> ValueAndCoefficients:
@@ -50,8 +50,8 @@ def procrustes(
     if gram:
         # The two terms nearly cancel, so they are added into one float64 matrix.
         return result, Coefficients(
-            xx=plus_diagonal_(scale_(forth, scale), weight_x) if wanted.student else None,
-            yy=plus_diagonal_(scale_(back, scale), weight_y) if wanted.teacher else None,
+            xx=plus_diagonal_(scale_(forth, scale), weight_x) if needs_grad.student else None,
+            yy=plus_diagonal_(scale_(back, scale), weight_y) if needs_grad.teacher else None,
         )
     return result, Coefficients(
         xy=times(factor, scale).to(features.x.dtype),
