@@ -61,9 +61,9 @@ from typing import overload
 
 from torch import Tensor
 
-from .dispatch import call, checks, moment_matching
+from .dispatch import call, checks, covariance_matching
 from .dispatch.checks import Features, Mask
-from .dispatch.moment_matching import Teacher
+from .dispatch.covariance_matching import Teacher
 from .dispatch.ranks import Group
 from .dispatch.second_moments import SecondMoments
 
@@ -218,7 +218,7 @@ def covariance_distance(
     checks.option("scale", scale, checks.SCALES)
     mean_weight = checks.number("mean_weight", mean_weight)
     if isinstance(rotation, str) or not checks.is_features(teacher):
-        return moment_matching.covariance_distance(
+        return covariance_matching.covariance_distance(
             student,
             teacher,
             mask,

@@ -13,7 +13,7 @@ from torch.nn.utils import parametrizations
 from . import functional
 from .dispatch import availability, checks
 from .dispatch.checks import Features, Mask
-from .dispatch.moment_matching import Teacher
+from .dispatch.covariance_matching import Teacher
 from .dispatch.ranks import Group
 from .weighting import AdaptiveWeight
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from . import autograd, checks, moment_matching, plan, second_moments, shared_batch
+from . import autograd, checks, covariance_matching, plan, second_moments, shared_batch
 from .autograd import Call
 from .availability import Problem
 from .checks import Features, Layers, Mask
@@ -50,7 +50,7 @@ def measure(
         if ranks is not None:
             # All ranks need the same gradient of Q, so Q is applied to the moments that they share.
             scale, mean_weight = settings
-            return moment_matching.at_rotations(
+            return covariance_matching.at_rotations(
                 layers, ranks, rotations, scale, mean_weight, precision, backend
             )
         layers = layers._replace(teachers=_rotated_teachers(layers, rotations, precision))

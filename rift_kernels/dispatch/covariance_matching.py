@@ -1,7 +1,7 @@
-"""Covariance distances from moments, by native autograd.
+"""Covariance distances that no operator computes: of covariances, by native autograd.
 
 The operators take two sets of features. This module serves the other distances: to a teacher known
-by its statistics alone, at the best of all rotations, and at a rotation of moments that ranks sum.
+by its statistics alone, at the best of all rotations, and at a rotation where ranks sum moments.
 """
 
 from __future__ import annotations
