@@ -40,20 +40,18 @@ def measure(
 
     def check() -> Layers:
         layers = checks.layers(student, teacher, mask, equal_widths=equal_widths)
-        checks.rotations(rotation, layers)
-        return layers
+        return layers._replace(rotations=checks.rotations(rotation, layers))
 
     shared_settings = (name, *settings, rotation is not None, precision)
     layers, ranks = shared_batch.share(group, check, min_rows, shared_settings)
-    rotations = checks.rotations(rotation, layers)
-    if rotations:
+    if layers.rotations:
         if ranks is not None:
             # All ranks need the same gradient of Q, so Q is applied to the moments that they share.
             scale, mean_weight = settings
             return covariance_matching.at_rotations(
-                layers, ranks, rotations, scale, mean_weight, precision, backend
+                layers, ranks, scale, mean_weight, precision, backend
             )
-        layers = layers._replace(teachers=_rotated_teachers(layers, rotations, precision))
+        layers = layers._replace(teachers=_rotated_teachers(layers, precision))
     shapes = [(*x.shape[-2:], y.shape[-1]) for x, y in layers.pairs]
     # Ranks can share moments in covariance form only.
     gram = tuple(ranks is None and plan.use_gram(name, *shape) for shape in shapes)
@@ -73,9 +71,9 @@ def measure(
     return values.unsqueeze(0) if layers.is_list and len(shapes) == 1 else values
 
 
-def _rotated_teachers(layers: Layers, rotations: list[Tensor], precision: str) -> list[Tensor]:
+def _rotated_teachers(layers: Layers, precision: str) -> list[Tensor]:
     teachers = []
-    for i, ((x, y), q) in enumerate(zip(layers.pairs, rotations, strict=True)):
+    for i, ((x, y), q) in enumerate(zip(layers.pairs, layers.rotations, strict=True)):
         for mask in layers.mask(i):
             # The rotation's gradient sums over rows, and 0 * NaN is not 0.
             y = y.masked_fill(~mask.unsqueeze(-1), 0.0)

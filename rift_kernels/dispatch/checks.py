@@ -23,13 +23,16 @@ _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 class Layers(NamedTuple):
     """Checked input, one entry per layer; a single tensor is one entry, with its leading axes.
 
-    ``masks`` holds none, one for all layers, or one per layer.
+    ``masks`` holds none, one for all layers, or one per layer; ``rotations`` none or one per layer.
+    If ``statistics`` holds any, one per layer, these stand for the teachers, which are unused.
     """
 
     students: list[Tensor]
     teachers: list[Tensor]
     masks: list[Tensor]
     is_list: bool = False
+    rotations: Sequence[Tensor] = ()
+    statistics: Sequence[Statistics] = ()
 
     @property
     def pairs(self) -> Iterator[tuple[Tensor, Tensor]]:

@@ -1,4 +1,4 @@
-"""Covariance distances that no operator computes: of covariances, by native autograd.
+"""Covariance distances that no operator computes: formed from covariances by native autograd.
 
 The operators take two sets of features. This module serves the other distances: to a teacher known
 by its statistics alone, at the best of all rotations, and at a rotation where ranks sum moments.
@@ -56,25 +56,24 @@ def covariance_distance(
         if checks.is_features(teacher):
             return checks.layers(student, teacher, mask, equal_widths=True)
         layers = checks.layers(student, _one_column(student), mask, equal_widths=False)
-        _statistics(teacher, layers, matrices)
-        return layers
+        statistics = _statistics(teacher, layers, matrices)
+        rotations = checks.rotations(matrices, layers, [stored.width for stored in statistics])
+        return layers._replace(rotations=rotations, statistics=statistics)
 
     has_features = checks.is_features(teacher)
     debiased = debiased and not optimal and not has_features
     form = (optimal, matrices is not None, has_features, debiased)
     shared_settings = ("matching", scale, mean_weight, *form, precision)
     layers, ranks = shared_batch.share(group, check, 4 if debiased else 2, shared_settings)
-    statistics = [] if has_features else _statistics(teacher, layers, matrices)
     if optimal:
-        values = _distances_of_spectra(layers, ranks, statistics, scale, precision, backend)
+        values = _distances_of_spectra(layers, ranks, scale, precision, backend)
     else:
-        rotations = checks.rotations(matrices, layers, [stored.width for stored in statistics])
         estimate = _debiased if debiased else _biased
         values = []
-        for i, stored in enumerate(statistics):
+        for i, stored in enumerate(layers.statistics):
             gaussian, unbiased = estimate(layers, i, ranks, precision, backend)
             target = _stored(stored, gaussian.covariance.dtype)
-            q = rotations[i] if rotations else None
+            q = layers.rotations[i] if layers.rotations else None
             values.append(_distance(gaussian, target, q, scale, mean_weight, precision, unbiased))
     return torch.stack(values) if layers.is_list else values[0]
 
@@ -82,17 +81,16 @@ def covariance_distance(
 def at_rotations(
     layers: Layers,
     ranks: Ranks,
-    rotations: list[Tensor],
     scale: str,
     mean_weight: float,
     precision: str,
     backend: str,
 ) -> Tensor:
-    """The distance at these rotations, from moments summed over ranks."""
+    """The distance at the layers' rotations, from moments summed over ranks."""
     moments = second_moments.of_layers(layers, ranks, "xx yy", precision, backend)
     values = [
         _distance(_student(layer), _teacher(layer), q, scale, mean_weight, precision)
-        for layer, q in zip(moments, rotations, strict=True)
+        for layer, q in zip(moments, layers.rotations, strict=True)
     ]
     return torch.stack(values) if layers.is_list else values[0]
 
@@ -150,7 +148,6 @@ def _statistics(teacher: Any, layers: Layers, rotation: Features | None) -> list
                 f"{name} must hold at least 2 rows; got {float(stored.count):g}: pass the "
                 "teacher's features to its update()"
             )
-    checks.rotations(rotation, layers, [stored.width for stored in statistics])
     return statistics
 
 
@@ -258,11 +255,11 @@ def _distance(
 def _distances_of_spectra(
     layers: Layers,
     ranks: Ranks | None,
-    statistics: list[Statistics],
     scale: str,
     precision: str,
     backend: str,
 ) -> list[Tensor]:
+    statistics = layers.statistics
     sides = 1 if statistics else 2
     moments: list[SecondMoments] = []
     if ranks is not None:
