@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any, Self
@@ -11,6 +10,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from .dispatch import user_warnings
 from .features.capture import FeatureCapture
 from .features.forward_pass import (
     evaluating,
@@ -171,10 +171,9 @@ class RIFTRegularizer(nn.Module):
         if distances.requires_grad or self._warned:
             return
         self._warned = True
-        warnings.warn(
+        user_warnings.warn(
             "the loss has no gradient: no trained parameter affects "
-            f"{', '.join(map(repr, self.layers))}, or the student ran under no_grad",
-            stacklevel=3,
+            f"{', '.join(map(repr, self.layers))}, or the student ran under no_grad"
         )
 
     def _distances(self, students: list[Tensor], teachers: Any, mask: Tensor | None) -> Tensor:

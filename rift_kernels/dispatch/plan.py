@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, TypeVar
 
@@ -16,7 +15,7 @@ import torch
 from rift_kernels.trust import decisions, refusals
 from rift_kernels.trust.decisions import Kind
 
-from . import availability
+from . import availability, user_warnings
 from .availability import BACKENDS, Problem
 from .checks import Layers
 from .ranks import Ranks
@@ -218,10 +217,7 @@ def _warn_eager_on_gpu(reason: str) -> None:
     if _warned or torch.compiler.is_compiling():
         return
     _warned = True
-    warnings.warn(
-        f"rift_kernels runs on the eager backend on this GPU: {reason}",
-        stacklevel=5,
-    )
+    user_warnings.warn(f"rift_kernels runs on the eager backend on this GPU: {reason}")
 
 
 def use_gram(measure: str, rows: int, student_width: int, teacher_width: int) -> bool:

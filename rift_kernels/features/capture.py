@@ -6,7 +6,6 @@ import difflib
 import fnmatch
 import re
 import sys
-import warnings
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from rift_kernels.dispatch import checks
+from rift_kernels.dispatch import checks, user_warnings
 
 POOLINGS = ("cls", "mean", "tokens")
 
@@ -198,11 +197,10 @@ class FeatureCapture:
         detached = [slot.name for slot in self._slots if slot.is_detached()]
         if detached and any(parameter.requires_grad for parameter in model.parameters()):
             self._warned = True
-            warnings.warn(
+            user_warnings.warn(
                 f"the features of {', '.join(map(repr, detached))} have no gradient: the layer is "
                 "inside a reentrant activation checkpoint, whose forward records no graph. Use "
-                "use_reentrant=False",
-                stacklevel=3,
+                "use_reentrant=False"
             )
 
 

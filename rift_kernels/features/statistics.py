@@ -7,14 +7,13 @@ format.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, Self
 
 import torch
 from torch import Tensor, distributed, nn
 
-from rift_kernels.dispatch import checks
+from rift_kernels.dispatch import checks, user_warnings
 from rift_kernels.measures.row_means import subtract_own_mean
 
 from . import statistics_files
@@ -273,10 +272,9 @@ def _from_states(states: Mapping[str, State]) -> dict[str, TeacherStatistics]:
 def _read(path: StrPath) -> dict[str, State]:
     states, progress = statistics_files.read(path)
     if progress is not None and not progress.get("complete"):
-        warnings.warn(
+        user_warnings.warn(
             f"{path} has statistics of the first {progress.get('batches')} batches only: "
-            "collect_teacher_statistics has not finished this file",
-            stacklevel=3,
+            "collect_teacher_statistics has not finished this file"
         )
     return states
 

@@ -147,6 +147,16 @@ def test_eager_on_a_gpu_warns_once(
     assert not recwarn.list
 
 
+@pytest.mark.parametrize("measure", [rk.linear_cka, rk.RIFTLoss()])
+def test_a_warning_points_at_the_line_of_the_user(measure, monkeypatch) -> None:
+    monkeypatch.setattr(plan, "_warned", False)
+    monkeypatch.setattr(plan, "_has_kernels", lambda _: True)
+    x = torch.randn(8, 4)
+    with pytest.warns(UserWarning, match="eager backend on this GPU") as caught:
+        measure(x, x)
+    assert [warning.filename for warning in caught] == [__file__]
+
+
 @pytest.mark.parametrize(
     ("measure", "gram", "covariance"),
     [

@@ -170,8 +170,11 @@ def test_a_loss_without_gradient_warns_once(student, teacher) -> None:
         student(inputs())
         rift(inputs())
     student(inputs())
-    with pytest.warns(UserWarning, match=r"no gradient: no trained parameter affects 'blocks.1'"):
+    with pytest.warns(
+        UserWarning, match=r"no gradient: no trained parameter affects 'blocks.1'"
+    ) as seen:
         rift(inputs())
+    assert [warning.filename for warning in seen] == [__file__]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         student(inputs())
