@@ -1,8 +1,7 @@
-"""The demo's result file as a Markdown table: a row a way of finetuning, mean and deviation."""
+"""The demo's result file as a Markdown table: a row a method of finetuning, mean and deviation."""
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections import defaultdict
 from collections.abc import Sequence
@@ -10,12 +9,6 @@ from typing import Any
 
 from .tables import markdown
 
-_TITLES = {
-    "pretrained": "pretrained, before finetuning",
-    "plain": "plain finetuning",
-    "cka": "+ RIFT, debiased CKA",
-    "covariance": "+ RIFT, covariance matching",
-}
 # Field, title and decimals.
 _COLUMNS = (
     ("new_accuracy", "new task, %", 1),
@@ -26,25 +19,20 @@ _COLUMNS = (
 
 
 def section(record: dict[str, Any]) -> str:
-    """The table and its caption."""
+    """The table, how many seeds there were, and where and with what they were run."""
+    from examples.digits.methods import Plan  # needs scikit-learn, which no benchmark needs
+
     plans = defaultdict(list)
     for run in record["runs"]:
-        plans[run["way"], run["weight"], run["rate"]].append(run)
-    highest = max(rate for way, _, rate in plans if way == "plain")
-    rows = []
-    for (way, weight, rate), runs in plans.items():
-        title = _TITLES.get(way, way) + (f", weight {weight:g}" if weight else "")
-        if way == "plain" and rate < highest:
-            title += f", learning rate / {highest / rate:g}"
-        rows.append([title, *(cell(runs, field, decimals) for field, _, decimals in _COLUMNS)])
+        plans[Plan(run["method"], run["weight"], run["rate"])].append(run)
+    rows = [
+        [str(plan), *(cell(runs, field, decimals) for field, _, decimals in _COLUMNS)]
+        for plan, runs in plans.items()
+    ]
     header = ["", *(title for _, title, _ in _COLUMNS)]
-    return f"{markdown(header, rows)}\n\n{caption(record)}"
-
-
-def caption(record: dict[str, Any]) -> str:
-    """How many seeds there were, and where and with what they were run."""
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
     return (
+        f"{markdown(header, rows)}\n\n"
         f"Mean ± standard deviation over {len({run['seed'] for run in record['runs']})} seeds; "
         f"{record['hardware']}; {versions}; commit {record['commit'][:12]}; "
         f"{record['seconds']:.0f} s in all."
@@ -54,7 +42,7 @@ def caption(record: dict[str, Any]) -> str:
 def cell(runs: Sequence[dict[str, Any]], field: str, decimals: int) -> str:
     """Mean and deviation; the mean alone of times, which do not depend on seeds."""
     values = [run[field] for run in runs]
-    if any(value is None or math.isnan(value) for value in values):
+    if None in values:
         return "-"
     mean = f"{statistics.fmean(values):.{decimals}f}"
     if field == "step_ms" or len(values) == 1:

@@ -70,9 +70,9 @@ class Factor(NamedTuple):
     rows: list[Row]
 
 
-def with_default_weight(way: str) -> Plan:
+def with_default_weight(method: str) -> Plan:
     """A measure at its default weight."""
-    return Plan(way, MEASURES[way].default_weight)
+    return Plan(method, MEASURES[method].default_weight)
 
 
 def factors() -> list[Factor]:
@@ -82,7 +82,9 @@ def factors() -> list[Factor]:
     no_loss += [Row(f"plain, learning rate / {RATE / p.rate:g}", p, BASE) for p in rates]
     no_loss.append(Row("base: debiased CKA, weight 1", BASE))
     measures = [Row(_name(plan), plan, BASE) for plan in map(with_default_weight, MEASURES)]
-    grid = [Plan(way, weight) for way, measure in MEASURES.items() for weight in measure.weights]
+    grid = [
+        Plan(method, weight) for method, measure in MEASURES.items() for weight in measure.weights
+    ]
     weights = [Row(_name(plan), plan, UNREGULARISED) for plan in grid]
     batches, debiasing = [], []
     for batch in BATCHES:
@@ -108,7 +110,7 @@ def factors() -> list[Factor]:
 
 
 def _name(plan: Plan) -> str:
-    return f"{MEASURES[plan.way].label}, weight {plan.weight:g}"
+    return f"{MEASURES[plan.method].label}, weight {plan.weight:g}"
 
 
 def plans() -> dict[Plan, str]:
@@ -183,16 +185,16 @@ def _draw_dots(
 
 def _draw_measures(axes: Axes, runs: Sequence[Run], field: str) -> None:
     styles = {}
-    for way, (label, colour, _) in MEASURES.items():
-        plan = with_default_weight(way)
+    for method, (label, colour, _) in MEASURES.items():
+        plan = with_default_weight(method)
         styles[f"{label.removeprefix('debiased ')}\n{plan.weight:g}"] = plan, colour
     _draw_dots(axes, runs, field, styles)
 
 
 def _draw_weights(axes: Axes, runs: Sequence[Run], field: str) -> None:
-    for i, (way, (label, colour, weights)) in enumerate(MEASURES.items()):
+    for i, (method, (label, colour, weights)) in enumerate(MEASURES.items()):
         x = [weight * 1.06 ** (i - 1.5) for weight in weights]  # keeps the bars apart
-        groups = [select(runs, Plan(way, weight)) for weight in weights]
+        groups = [select(runs, Plan(method, weight)) for weight in weights]
         pictures.draw_line(axes, x, groups, field, colour, label=label)
     ticks = sorted({weight for measure in MEASURES.values() for weight in measure.weights})
     axes.set_xscale("log")

@@ -4,16 +4,16 @@ A small vision transformer learns the handwritten digits 0-3 from all images. Ne
 by a quarter turn and inverted, and then 7-9, upside down, with ten images of each digit. All tasks
 train one backbone. Every task has a separate head, which is frozen when its task ends; the task of
 a test image is known. A RIFT loss compares with the frozen model after the previous task. The
-alternatives are plain finetuning, also at lower learning rates, and a frozen backbone. Every way
+alternatives are plain finetuning, also at lower learning rates, and a frozen backbone. Every method
 has the same optimiser, steps, batches and seeds, and sees no image of an earlier task.
 
     python -m examples.continual
     python -m examples.continual --seeds 2 --out /tmp/continual   # a short run
     python -m examples.continual --report                         # write tables and picture again
 
-Results for each way are the accuracy on all tasks after the last, and the average forgetting. The
-latter is the best earlier accuracy minus the final one, averaged over all tasks but the last. Both
-are measured with the tasks' own heads, and with linear classifiers refitted to the features.
+Results for each method are the accuracy on all tasks after the last, and the average forgetting.
+The latter is the best earlier accuracy minus the final one, averaged over all tasks but the last.
+Both are measured with the tasks' own heads, and with linear classifiers refitted to the features.
 Finished runs are stored in continual.jsonl, and the next start performs only missing ones. Writes
 continual.json and continual.png.
 """
@@ -35,10 +35,10 @@ from .digits.training import LOWER_RATES, RATE
 
 # With a head for each task, the best rate is lower; a frozen backbone is the limit of rate 0.
 RATES = (RATE, *LOWER_RATES, RATE / 16, RATE / 32)
-WAYS = (
+PLANS = (
     Plan(PROBE),
     *(Plan(PLAIN, 0.0, rate) for rate in RATES),
-    *(Plan(way, weight) for way in ("cka", "covariance") for weight in (1.0, 3.0, 10.0)),
+    *(Plan(method, weight) for method in ("cka", "covariance") for weight in (1.0, 3.0, 10.0)),
 )
 AVERAGE, FORGETTING = "all tasks, %", "forgetting"
 HEADS = {"accuracy": "own heads", "refitted": "refitted"}
@@ -51,11 +51,11 @@ _NOTE = (
 
 
 def label(plan: Plan) -> str:
-    return "frozen backbone" if plan.way == PROBE else str(plan)
+    return "frozen backbone" if plan.method == PROBE else str(plan)
 
 
 def jobs(seeds: int) -> list[Job]:
-    return [Job(seed, label(plan), plan._asdict()) for seed in range(seeds) for plan in WAYS]
+    return [Job(seed, label(plan), plan._asdict()) for seed in range(seeds) for plan in PLANS]
 
 
 def perform(start: Start, job: Job, steps: int) -> Run:
@@ -63,20 +63,20 @@ def perform(start: Start, job: Job, steps: int) -> Run:
 
 
 def group(runs: Sequence[Run], heads: str) -> dict[Plan, list[Run]]:
-    """The fields of tables and pictures by way; ``heads`` is a key of ``HEADS``."""
-    groups: dict[Plan, list[Run]] = {plan: [] for plan in WAYS}
+    """The fields of tables and pictures by method; ``heads`` is a key of ``HEADS``."""
+    groups: dict[Plan, list[Run]] = {plan: [] for plan in PLANS}
     for run in runs:
         accuracies = run[heads]
         fields = {f"task {j + 1}, %": value for j, value in enumerate(accuracies[-1])}
         fields |= {AVERAGE: average(accuracies), FORGETTING: forgetting(accuracies)}
-        plan = Plan(run["way"], run["weight"], run["rate"])
+        plan = Plan(run["method"], run["weight"], run["rate"])
         groups[plan].append({"seed": run["seed"], **fields})
     return groups
 
 
 def best_plain(groups: dict[Plan, list[Run]]) -> Plan:
     """Plain finetuning at the learning rate with the best accuracy on all tasks."""
-    plain = [plan for plan in groups if plan.way == PLAIN]
+    plain = [plan for plan in groups if plan.method == PLAIN]
     return max(plain, key=lambda plan: pictures.mean_and_deviation(groups[plan], AVERAGE)[0])
 
 
@@ -97,7 +97,7 @@ def sections(runs: Sequence[Run]) -> list[Section]:
 
 
 def draw(runs: Sequence[Run]) -> Figure:
-    """A panel for each result, a row for each way."""
+    """A panel for each result, a row for each method."""
     figure = Figure(figsize=(13, 5.2), facecolor="white")
     panels = iter(figure.subplots(1, 2 * len(HEADS), sharey=True))
     figure.subplots_adjust(left=0.2, right=0.985, top=0.76, bottom=0.065, wspace=0.09)
@@ -114,7 +114,7 @@ def draw(runs: Sequence[Run]) -> Figure:
         for field, title in titles.items():
             axes = next(panels)
             for y, (plan, plan_runs) in enumerate(groups.items()):
-                colour = MEASURES[plan.way].colour if plan.way in MEASURES else GREY
+                colour = MEASURES[plan.method].colour if plan.method in MEASURES else GREY
                 pictures.draw_row(axes, y, plan_runs, field, colour)
             axes.set_title(f"{title}\n{subtitle}", loc="left", fontsize=11)
             pictures.simplify_axes(axes)
@@ -135,7 +135,7 @@ EXPERIMENT = Experiment(
     sections=sections,
     draw=draw,
     note=_NOTE,
-    alt="Accuracy on all three tasks and average forgetting for each way of finetuning",
+    alt="Accuracy on all three tasks and average forgetting for each method of finetuning",
 )
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
 """Finetune a small vision transformer on a few images, with and without a RIFT loss.
 
 A transformer is pretrained on scikit-learn's handwritten digits 0-6. It is then finetuned on ten
-images each of 7, 8 and 9, rotated by a quarter turn and inverted. The ways of finetuning are plain,
-with ``RIFTLoss`` added to the task loss, and a linear probe (frozen transformer, new head). Each is
-measured by its accuracy on the new digits and its similarity to the pretrained features (debiased
-CKA). A linear classifier, fitted to the features of the old digits, measures what is kept. Every
-way has the same optimiser, steps, batches and seeds, and sees no old digit during finetuning.
+images each of 7, 8 and 9, rotated by a quarter turn and inverted. The methods are plain finetuning,
+finetuning with ``RIFTLoss`` added to the task loss, and a linear probe (frozen transformer, new
+head). Each is measured by its accuracy on the new digits and its similarity to the pretrained
+features (debiased CKA). A linear classifier, fitted to the features of the old digits, measures
+what is kept. Every method has the same optimiser, steps, batches and seeds, and sees no old digit
+during finetuning.
 
     python -m examples.finetune_digits
     python -m examples.finetune_digits --seeds 1 --weight 1                  # a short run
@@ -51,10 +52,10 @@ def finetune(
     teacher: Transformer, data: Data, plan: Plan, seed: int, tick: Tick
 ) -> tuple[Transformer, float]:
     """Finetune a copy of the teacher; return it and the time of a step in ms."""
-    way, weight, rate = plan
-    rift = rk.RIFTLoss(way, weight=weight) if way in MEASURES else None
+    method, weight, rate = plan
+    rift = rk.RIFTLoss(method, weight=weight) if method in MEASURES else None
     recipe = FINETUNING._replace(rate=rate)
-    frozen = way == PROBE
+    frozen = method == PROBE
     return training.finetune(teacher, data.shots, len(NEW), rift, seed, recipe, tick, frozen=frozen)
 
 
@@ -87,7 +88,7 @@ def run_all(plans: Sequence[Plan], seeds: int, device: torch.device, console: Co
 
 def mean_and_deviation(runs: Sequence[Run], plan: Plan, field: str) -> tuple[float, float]:
     """Mean and standard deviation over the seeds; NaN for a field that was not measured."""
-    values = [run[field] for run in runs if (run["way"], run["weight"], run["rate"]) == plan]
+    values = [run[field] for run in runs if (run["method"], run["weight"], run["rate"]) == plan]
     if None in values:
         return math.nan, math.nan
     return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
@@ -95,9 +96,9 @@ def mean_and_deviation(runs: Sequence[Run], plan: Plan, field: str) -> tuple[flo
 
 def print_table(runs: Sequence[Run], plans: Sequence[Plan], seeds: int, console: Console) -> None:
     rows = [NOT_FINETUNED, Plan(PROBE), Plan(PLAIN)]
-    for way in dict.fromkeys(plan.way for plan in plans if plan.way in MEASURES):
-        default = MEASURES[way].default_weight
-        gaps = {p: abs(math.log(p.weight / default)) for p in plans if p.way == way}
+    for method in dict.fromkeys(plan.method for plan in plans if plan.method in MEASURES):
+        default = MEASURES[method].default_weight
+        gaps = {p: abs(math.log(p.weight / default)) for p in plans if p.method == method}
         rows.append(min(gaps, key=gaps.__getitem__))
     table = Table("", box=SIMPLE_HEAD, pad_edge=False)
     for heading in ("new digits\n%", "similarity\nCKA", "old digits\n%", "step\nms"):
@@ -114,21 +115,21 @@ def print_table(runs: Sequence[Run], plans: Sequence[Plan], seeds: int, console:
 
 def draw_curve(axes: Axes, runs: Sequence[Run], plans: Sequence[Plan], field: str) -> None:
     """Join the means, each with a cross of one standard deviation in every direction."""
-    way = plans[0].way
-    is_rift = way in MEASURES
-    colour = MEASURES[way].colour if is_rift else GREY
+    method = plans[0].method
+    is_rift = method in MEASURES
+    colour = MEASURES[method].colour if is_rift else GREY
     x, sd_x = np.array([mean_and_deviation(runs, plan, "new_accuracy") for plan in plans]).T
     y, sd_y = np.array([mean_and_deviation(runs, plan, field) for plan in plans]).T
     axes.errorbar(x, y, sd_y, sd_x, fmt="none", ecolor=colour, elinewidth=1, alpha=0.3, zorder=2)
-    marker = {PLAIN: "s-", PROBE: "D-"}.get(way, "o-")
-    label = f"+ RIFT, {MEASURES[way].label}" if is_rift else "_"  # others have annotations
+    marker = {PLAIN: "s-", PROBE: "D-"}.get(method, "o-")
+    label = f"+ RIFT, {MEASURES[method].label}" if is_rift else "_"  # others have annotations
     axes.plot(x, y, marker, color=colour, lw=2, ms=7, mec="white", zorder=3, label=label)
     halo = [withStroke(linewidth=2.5, foreground="white")]
     sides = {"cka": ("right", (-7, -9)), PLAIN: ("right", (-8, -12))}
-    side, shift = sides.get(way, ("left", (7, 5)))
+    side, shift = sides.get(method, ("left", (7, 5)))
     style: dict[str, Any] = {"ha": side, "color": colour, "fontsize": 9, "path_effects": halo}
     for plan, a, b in zip(plans, x, y, strict=True):
-        note = f"rate / {RATE / plan.rate:g}" if plan.rate < RATE else way
+        note = f"rate / {RATE / plan.rate:g}" if plan.rate < RATE else method
         note = f"{plan.weight:g}" if plan.weight else note
         axes.annotate(note, (a, b), shift, textcoords="offset points", zorder=4, **style)
 
@@ -163,15 +164,15 @@ def draw(runs: Sequence[Run], plans: Sequence[Plan], seeds: int, path: Path) -> 
     for axes, (field, title) in zip(panels, titles.items(), strict=True):
         level = mean_and_deviation(runs, NOT_FINETUNED, field)[0]
         axes.axhline(level, color=GREY, lw=1, ls=":", zorder=1)
-        for way in (PLAIN, PROBE, *MEASURES):
-            if curve := [plan for plan in plans if plan.way == way]:
+        for method in (PLAIN, PROBE, *MEASURES):
+            if curve := [plan for plan in plans if plan.method == method]:
                 draw_curve(axes, runs, curve, field)
         axes.set_title(title, loc="left", fontsize=11)
         axes.set_xlabel("Accuracy on the new digits, %")
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.2)
     key = "numbers: RIFT weight"
-    if any(plan.way == PLAIN and plan.rate < RATE for plan in plans):
+    if any(plan.method == PLAIN and plan.rate < RATE for plan in plans):
         key += "\nrate / n: plain, learning rate / n"
     if seeds > 1:
         key += f"\ncrosses: ± 1 sd, {seeds} seeds"
@@ -209,9 +210,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parse(argv)
     plans = [Plan(PROBE), Plan(PLAIN)]
     plans += [] if options.weight else [Plan(PLAIN, 0.0, rate) for rate in LOWER_RATES]
-    for way in dict.fromkeys(options.measure):
-        weights = options.weight or MEASURES[way].weights
-        plans += [Plan(way, weight) for weight in sorted(set(weights))]
+    for method in dict.fromkeys(options.measure):
+        weights = options.weight or MEASURES[method].weights
+        plans += [Plan(method, weight) for weight in sorted(set(weights))]
     cuda = options.device.type == "cuda"
     hardware = torch.cuda.get_device_name(options.device) if cuda else HARDWARE
     console = Console(highlight=False)

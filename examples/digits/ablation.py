@@ -19,9 +19,9 @@ BATCHES = (8, 15, 30)  # of the 30 new images
 
 
 class Plan(NamedTuple):
-    """One way of finetuning; the defaults are the base."""
+    """A method of finetuning and its settings; the defaults are the base."""
 
-    way: str = "cka"
+    method: str = "cka"
     weight: float = 1.0
     batch: int = BATCHES[-1]
     debiased: bool = True
@@ -45,7 +45,7 @@ def prepare(seed: int, recipe: Recipe = PRETRAINING) -> Start:
 def perform(start: Start, plan: Plan, steps: int) -> Run:
     """Finetune as planned and evaluate; for ``PRETRAINED``, only evaluate the pretrained model."""
     seed, data, teacher = start
-    if plan.way == PRETRAINED:  # has no head for the new digits
+    if plan.method == PRETRAINED:  # has no head for the new digits
         return evaluate(teacher, teacher, data) | {"new_accuracy": None, "step_ms": None}
     recipe = Recipe(steps, plan.rate, plan.batch)
     model, ms = finetune(teacher, data.shots, len(NEW), rift_loss(plan), seed, recipe)
@@ -54,7 +54,7 @@ def perform(start: Start, plan: Plan, steps: int) -> Run:
 
 def rift_loss(plan: Plan) -> rk.RIFTLoss | None:
     """The loss to add, or None for plain finetuning."""
-    if plan.way not in MEASURES:
+    if plan.method not in MEASURES:
         return None
     settings: dict[str, Any] = {
         "weight": plan.weight,
@@ -63,7 +63,7 @@ def rift_loss(plan: Plan) -> rk.RIFTLoss | None:
     }
     if plan.rotation == "learned":
         settings |= {"student_width": SIZES["width"], "teacher_width": SIZES["width"]}
-    return rk.RIFTLoss(plan.way, **settings)
+    return rk.RIFTLoss(plan.method, **settings)
 
 
 def shared_settings(pretraining: Recipe, steps: int) -> Run:

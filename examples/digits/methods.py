@@ -34,14 +34,14 @@ MEASURES = {
 
 
 class Plan(NamedTuple):
-    """One way of finetuning: a key of ``MEASURES``, ``PLAIN`` or ``PROBE``."""
+    """A method of finetuning (a key of ``MEASURES``, ``PLAIN`` or ``PROBE``) and its settings."""
 
-    way: str
+    method: str
     weight: float = 0.0
     rate: float = RATE
 
     def __str__(self) -> str:
-        if self.way in MEASURES:
-            return f"+ RIFT ({MEASURES[self.way].label}), weight {self.weight:g}"
-        is_slower = self.way == PLAIN and self.rate != RATE
-        return self.way + (f", learning rate / {RATE / self.rate:g}" if is_slower else "")
+        if self.method in MEASURES:
+            return f"+ RIFT ({MEASURES[self.method].label}), weight {self.weight:g}"
+        is_slower = self.method == PLAIN and self.rate != RATE
+        return self.method + (f", learning rate / {RATE / self.rate:g}" if is_slower else "")

@@ -1,4 +1,4 @@
-"""One run of ``examples.continual``: a sequence of tasks, learned in one way."""
+"""One run of ``examples.continual``: a sequence of tasks, learned by one method."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .training import PRETRAINING, Recipe, finetune, pretrain
 
 
 class Start(NamedTuple):
-    """The tasks, and the model after the first of them, which all ways of a seed share."""
+    """The tasks, and the model after the first of them, which all methods of a seed share."""
 
     seed: int
     tasks: list[Task]
@@ -37,13 +37,13 @@ def perform(start: Start, plan: Plan, steps: int) -> Run:
     ``refitted[i][j]`` is that of a linear classifier fitted to the features after task i.
     """
     seed, tasks, model = start
-    rift = rk.RIFTLoss(plan.way, weight=plan.weight) if plan.way in MEASURES else None
+    rift = rk.RIFTLoss(plan.method, weight=plan.weight) if plan.method in MEASURES else None
     recipe = Recipe(steps, plan.rate)
     heads: list[nn.Linear] = []
     results: Run = {"accuracy": [], "refitted": []}
     for i, task in enumerate(tasks):
         if i:
-            teacher, frozen = model.requires_grad_(False), plan.way == PROBE
+            teacher, frozen = model.requires_grad_(False), plan.method == PROBE
             classes = len(TASKS[i][0])
             arguments = (teacher, task.training, classes, rift, seed, recipe)
             model, _ = finetune(*arguments, frozen=frozen)

@@ -22,7 +22,7 @@ def root(tmp_path: Path) -> Path:
     """A repository of pages with empty sections, and of the demo's results."""
     runs = [
         {
-            **{"way": "plain", "weight": 0.0, "rate": 1e-3, "seed": seed},
+            **{"method": "plain", "weight": 0.0, "rate": 1e-3, "seed": seed},
             **{"new_accuracy": 80.0 + seed, "old_accuracy": 90.0},
             **{"similarity": 0.5, "step_ms": 1.0},
         }

@@ -29,7 +29,7 @@ from examples.digits import (  # noqa: E402
 pytestmark = pytest.mark.eager_only
 EXAMPLES = Path(ablate.__file__).parent
 EXPERIMENTS = [ablate.EXPERIMENT, continual.EXPERIMENT]
-WAYS = {"ablations": [*ablate.plans()], "continual": continual.WAYS}
+PLANS = {"ablations": [*ablate.plans()], "continual": continual.PLANS}
 each_experiment = pytest.mark.parametrize("tested", EXPERIMENTS, ids=lambda tested: tested.name)
 
 
@@ -83,8 +83,9 @@ def without_times(run: dict) -> dict:
 
 @each_experiment
 def test_quick_run(tested, quick, tmp_path, capsys) -> None:
-    assert [run["way"] for run in results(quick, tested)] == [p.way for p in WAYS[tested.name]]
-    assert len(stored(quick, tested)) == len(WAYS[tested.name])
+    methods = [plan.method for plan in PLANS[tested.name]]
+    assert [run["method"] for run in results(quick, tested)] == methods
+    assert len(stored(quick, tested)) == len(PLANS[tested.name])
     record = json.loads((quick / f"{tested.name}.json").read_text())
     assert record["versions"]["torch"] == torch.__version__
     assert {"hardware", "commit", "code", "seconds", "settings"} <= set(record)
@@ -126,10 +127,10 @@ def test_resumes_after_a_kill(tested, quick, tmp_path) -> None:
 
     resumed = tested._replace(perform=perform)
     assert resumed.main(["--quick", "--out", str(tmp_path)]) == 0
-    assert [job.settings for job in performed] == [WAYS[tested.name][-1]._asdict()]
+    assert [job.settings for job in performed] == [PLANS[tested.name][-1]._asdict()]
     expected = [*map(without_times, results(quick, tested))]
     assert [*map(without_times, results(tmp_path, tested))] == expected
-    assert len(stored(tmp_path, tested)) == len(WAYS[tested.name])  # one valid line for each
+    assert len(stored(tmp_path, tested)) == len(PLANS[tested.name])  # one valid line for each
 
     assert resumed.main(["--quick", "--out", str(tmp_path)]) == 0
     assert len(performed) == 1
@@ -194,10 +195,10 @@ def test_code_version_covers_what_results_depend_on(monkeypatch) -> None:
 def test_one_factor_at_a_time() -> None:
     """Every row differs from its baseline only in the factor of its table."""
     varied = {
-        "No loss": {"way", "weight", "rate"},
-        "Measure": {"way", "weight"},
-        "Weight": {"way", "weight"},
-        "Batch size": {"way", "weight"},
+        "No loss": {"method", "weight", "rate"},
+        "Measure": {"method", "weight"},
+        "Weight": {"method", "weight"},
+        "Batch size": {"method", "weight"},
         "Debiasing": {"debiased"},
         "Rotation of the covariance": {"rotation"},
     }
@@ -212,7 +213,7 @@ def test_one_factor_at_a_time() -> None:
 def test_loss_has_the_plans_settings() -> None:
     for plan in ablate.plans():
         loss = ablation.rift_loss(plan)
-        if plan.way in ("plain", "pretrained"):
+        if plan.method in ("plain", "pretrained"):
             assert loss is None
         else:
             assert (loss.measure, loss.weight, loss.debiased) == (*plan[:2], plan.debiased)
@@ -262,9 +263,9 @@ def test_each_task_is_compared_with_the_previous_model(monkeypatch) -> None:
 
     monkeypatch.setattr(sequence, "finetune", spy)
     start = sequence.prepare(0, training.Recipe(2, 1e-3))
-    for way in ("cka", "linear probe"):
+    for method in ("cka", "linear probe"):
         calls.clear()
-        accuracies = sequence.perform(start, sequence.Plan(way, 1.0), 2)
+        accuracies = sequence.perform(start, sequence.Plan(method, 1.0), 2)
         assert calls[0][0] is start.model
         assert all(student is teacher for (_, student), (teacher, _) in pairwise(calls))
         assert [len(row) for row in accuracies["accuracy"]] == [1, 2, 3]

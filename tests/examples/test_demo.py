@@ -27,13 +27,14 @@ def demo(*options: str) -> subprocess.CompletedProcess[str]:
 def test_demo(tmp_path) -> None:
     result = demo("--seeds", "1", "--weight", "1", "--device", "cpu", "--out", str(tmp_path))
     assert result.returncode == 0, result.stderr
-    for way in ("plain", "linear probe", "CKA", "covariance"):
-        assert way in result.stdout
+    for method in ("plain", "linear probe", "CKA", "covariance"):
+        assert method in result.stdout
     picture = (tmp_path / "tradeoff.png").read_bytes()
     assert picture.startswith(b"\x89PNG")
-    runs = {run["way"]: run for run in json.loads((tmp_path / "results.json").read_text())["runs"]}
-    for way in ("cka", "covariance"):
-        assert runs[way]["similarity"] > runs["plain"]["similarity"] + 0.05
+    record = json.loads((tmp_path / "results.json").read_text())
+    runs = {run["method"]: run for run in record["runs"]}
+    for method in ("cka", "covariance"):
+        assert runs[method]["similarity"] > runs["plain"]["similarity"] + 0.05
     assert runs["linear probe"]["similarity"] == pytest.approx(1)
 
 
