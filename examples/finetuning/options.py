@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import rift_kernels as rk
-from rift_kernels.features.capture import POOLINGS
+from rift_kernels.features.pooling import POOLINGS
 from rift_kernels.losses import MEASURES
 
 AUTO = "auto:"

@@ -173,7 +173,7 @@ def enough_rows(layers: Layers, min_rows: int) -> None:
             )
     for i, mask in enumerate(layers.masks):
         # The value is NaN instead if the mask cannot be read.
-        if not mask.numel() or not _is_readable(mask):
+        if not mask.numel() or not is_readable(mask):
             continue
         fewest = int(mask.sum(-1).min())
         if fewest < min_rows:
@@ -214,43 +214,9 @@ def rotations(
     return matrices
 
 
-def token_mask(
-    mask: object, layer: str = "", output: Tensor | None = None, every_row: bool = False
-) -> None:
-    """Check that ``mask`` is boolean (batch, tokens), and that it fits a layer's output, if given.
-
-    An output (batch, D) has no tokens, so it takes any mask. With ``every_row``, each row of
-    (batch, tokens, D) must have a valid token.
-    """
-    if not isinstance(mask, Tensor):
-        raise TypeError(f"mask must be a boolean tensor or None; got {type(mask).__name__}")
-    if mask.dtype != torch.bool:
-        raise TypeError(
-            f"mask must be boolean, True = valid; got {mask.dtype} (for 0 and 1: mask.bool())"
-        )
-    if mask.dim() != 2:
-        raise ValueError(f"mask must be (batch, tokens); got {tuple(mask.shape)}")
-    if output is None or output.dim() == 2:
-        return
-    if mask.shape != output.shape[:-1]:
-        expected = tuple(output.shape[:-1]) if output.dim() == 3 else "None"
-        raise ValueError(
-            f"mask must be {expected} for layer {layer!r} with output {tuple(output.shape)}; "
-            f"got {tuple(mask.shape)}"
-        )
-    if mask.device != output.device:
-        raise ValueError(
-            f"mask and the output of layer {layer!r} must be on the same device; "
-            f"got {mask.device} and {output.device}"
-        )
-    if every_row and _is_readable(mask) and not bool(mask.any(1).all()):
-        row = int(mask.any(1).int().argmin())
-        raise ValueError(f"mask must leave at least one valid token per row; row {row} has none")
-
-
-def _is_readable(mask: Tensor) -> bool:
-    """Whether reading the mask stalls nothing, unlike on a GPU or while torch.compile traces."""
-    return mask.device.type == "cpu" and not torch.compiler.is_compiling()
+def is_readable(tensor: Tensor) -> bool:
+    """Whether reading it stalls nothing, unlike on a GPU or while torch.compile traces."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def _as_list(name: str, value: Features, is_list: bool) -> list[Tensor]:

@@ -142,8 +142,7 @@ def _statistics(teacher: Any, layers: Layers, rotation: Features | None) -> list
                 f"{name} must have the student's width, {x.shape[-1]}, without a rotation; got "
                 f"{stored.width}"
             )
-        is_readable = x.device.type == "cpu" and not torch.compiler.is_compiling()
-        if is_readable and float(stored.count) <= 1:
+        if checks.is_readable(x) and float(stored.count) <= 1:
             raise ValueError(
                 f"{name} must hold at least 2 rows; got {float(stored.count):g}: pass the "
                 "teacher's features to its update()"

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
-import fnmatch
-import re
 import sys
 import weakref
 from collections.abc import Iterator, Sequence
@@ -18,13 +15,8 @@ from torch.utils.hooks import RemovableHandle
 
 from rift_kernels.dispatch import checks, user_warnings
 
-POOLINGS = ("cls", "mean", "tokens")
-
-# Names under which wrappers keep the wrapped module. Only `module` may also be a model's own name.
-_WRAPPED = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
-_WRAPPED_IN_PATTERN = re.compile(rf"(?:^|(?<=\.))(?:module|{'|'.join(_WRAPPED)})(?:\.|$)")
-_PEFT_IN_PATTERN = re.compile(r"^base_model\.model(?:\.|$)")
-_CLOSE, _TOP = 5, 12  # numbers of names in an error message
+from .layer_names import matching_names, modules_by_name
+from .pooling import POOLINGS, check_token_mask, pool
 
 
 class FeatureCapture:
@@ -91,8 +83,8 @@ class FeatureCapture:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be an nn.Module; got {type(model).__name__}")
         checks.option("pooling", pooling, POOLINGS)
-        modules = _clean_names(model)
-        self.layers = _resolve(_patterns(layers), modules)
+        modules = modules_by_name(model)
+        self.layers = matching_names(layers, modules)
         self.pooling = pooling
         self._warned = False
         # The model's hooks refer to the slots, and slots to neither capture nor model: no cycles.
@@ -179,14 +171,14 @@ class FeatureCapture:
         features = {}
         for slot in self._slots:
             assert slot.output is not None
-            features[slot.name] = _pool(slot.name, slot.output, self.pooling, mask)
+            features[slot.name] = pool(slot.name, slot.output, self.pooling, mask)
         return features
 
     def mask(self, mask: Tensor | None) -> Tensor | None:
         """The mask of the features' rows: (batch * tokens,) for ``"tokens"``, otherwise None."""
         if mask is None:
             return None
-        checks.token_mask(mask)
+        check_token_mask(mask)
         return mask.flatten() if self.pooling == "tokens" else None
 
     def _warn_of_checkpoints(self) -> None:
@@ -276,122 +268,3 @@ def _first_tensor(name: str, output: Any) -> Tensor:
         f"the output of layer {name!r} must be a tensor, a tuple or list with one, or a "
         f"transformers ModelOutput; got {type(output).__name__}: choose a layer inside it"
     )
-
-
-def _patterns(layers: object) -> list[str]:
-    if isinstance(layers, str):
-        return [layers]
-    if not isinstance(layers, Sequence) or not all(isinstance(name, str) for name in layers):
-        raise TypeError(f"layers must be a string or a sequence of strings; got {layers!r}")
-    if not layers:
-        raise ValueError("layers must have at least one name; got an empty sequence")
-    return list(layers)
-
-
-def _clean_names(model: nn.Module) -> dict[str, nn.Module]:
-    """The modules by their names without wrappers; the outermost wrapper wins a shared name."""
-    clean_names: dict[str, str] = {}
-    modules: dict[str, nn.Module] = {}
-    by_full_name = dict(model.named_modules())
-    for name, module in by_full_name.items():
-        parent, _, last = name.rpartition(".")
-        if not name or _is_wrapped(by_full_name[parent], last):
-            clean_names[name] = clean_names.get(parent, "")
-        else:
-            clean_names[name] = f"{clean_names[parent]}.{last}".removeprefix(".")
-        modules.setdefault(clean_names[name], module)
-    return modules
-
-
-def _is_wrapped(parent: nn.Module, name: str) -> bool:
-    """Whether the parent is a wrapper and ``name`` is the module that it wraps."""
-    if name == "module":  # may also be a model's own name
-        wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel)
-        return isinstance(parent, wrappers)
-    if name == "base_model":
-        return hasattr(parent, "peft_config")
-    if name == "model":  # inside PEFT's tuner, but not inside a transformers model
-        return hasattr(parent, "peft_config") and hasattr(parent, "inject_adapter")
-    return name in _WRAPPED
-
-
-def _resolve(patterns: list[str], modules: dict[str, nn.Module]) -> list[str]:
-    """The names that the patterns match, in the order of the modules."""
-    names: set[str] = set()
-    for pattern in patterns:
-        matches = _matches(pattern, modules)
-        if not matches:
-            clean = _PEFT_IN_PATTERN.sub("", _WRAPPED_IN_PATTERN.sub("", pattern)).rstrip(".")
-            matches = _matches(clean, modules) if clean != pattern else []
-        if not matches:
-            raise ValueError(_no_match_message(pattern, list(modules)))
-        names.update(matches)
-    return [name for name in modules if name in names]
-
-
-def _matches(pattern: str, modules: dict[str, nn.Module]) -> list[str]:
-    if pattern in modules:
-        if not _is_called(modules[pattern]):
-            raise ValueError(
-                f"layers must name modules that are called; {pattern!r} is a "
-                f"{type(modules[pattern]).__name__}: use the modules in it, {pattern + '.*'!r}"
-            )
-        return [pattern]
-    matches: list[str] = []
-    covered: set[str] = set()  # matches and all modules inside them
-    for name, module in modules.items():
-        parent = name.rpartition(".")[0]
-        if parent in covered:
-            covered.add(name)
-        elif name and _is_called(module) and fnmatch.fnmatchcase(name, pattern):
-            covered.add(name)
-            matches.append(name)
-    return matches
-
-
-def _is_called(module: nn.Module) -> bool:
-    return not isinstance(module, nn.ModuleList | nn.ModuleDict)
-
-
-def _no_match_message(pattern: str, names: list[str]) -> str:
-    message = f"layers: {pattern!r} matches no module of the model"
-    close = difflib.get_close_matches(pattern, names, n=_CLOSE, cutoff=0.4)
-    if close:
-        message += f"; the closest are {', '.join(map(repr, close))}"
-    top = [name for name in names if name and "." not in name]
-    rest = f" and {len(top) - _TOP} more" if len(top) > _TOP else ""
-    return message + f"; the top level has {', '.join(map(repr, top[:_TOP])) or 'none'}{rest}"
-
-
-def _pool(name: str, x: Tensor, pooling: str, mask: Tensor | None) -> Tensor:
-    """A layer's output as rows (rows, D)."""
-    if not x.is_floating_point():
-        raise TypeError(f"the output of layer {name!r} must be floating point; got {x.dtype}")
-    if x.dim() not in (2, 3, 4):
-        raise ValueError(
-            f"the output of layer {name!r} must be (batch, tokens, D), (batch, D) or "
-            f"(batch, C, H, W); got {tuple(x.shape)}"
-        )
-    if mask is not None:
-        checks.token_mask(mask, name, x, pooling == "mean")
-    if x.dim() == 2:
-        return x
-    if x.dim() == 4:
-        if pooling == "cls":
-            raise ValueError(
-                f"pooling must be 'mean' or 'tokens' for (batch, C, H, W), which has no cls token; "
-                f"got 'cls' for layer {name!r} with output {tuple(x.shape)}"
-            )
-        x = x.flatten(2).transpose(1, 2)
-    if pooling == "tokens":
-        return x.flatten(0, 1)
-    return x[:, 0] if pooling == "cls" else _mean(x, mask)
-
-
-def _mean(x: Tensor, mask: Tensor | None) -> Tensor:
-    """Mean over the valid tokens, accumulated in at least float32, in the dtype of ``x``."""
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    if mask is None:
-        return x.mean(1, dtype=dtype).to(x.dtype)
-    total = x.masked_fill(~mask.unsqueeze(-1), 0.0).sum(1, dtype=dtype)
-    return (total / mask.sum(1, dtype=dtype).unsqueeze(-1)).to(x.dtype)

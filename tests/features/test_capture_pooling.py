@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import rift_kernels as rk
-from rift_kernels.features import capture as capture_module
+from rift_kernels.features.pooling import POOLINGS, mean_over_tokens
 from tests.support.captured import captured, net, tokens
 
 
@@ -17,7 +17,7 @@ def test_pooling(dtype) -> None:
         (x, "cls", x[:, 0]),
         (x, "mean", x.double().mean(1).to(dtype)),
         (x, "tokens", torch.cat(list(x))),
-        *((x[:, 0], pooling, x[:, 0]) for pooling in capture_module.POOLINGS),
+        *((x[:, 0], pooling, x[:, 0]) for pooling in POOLINGS),
         (images, "mean", images.double().mean((2, 3)).to(dtype)),
         (images, "tokens", rows.reshape(-1, 4)),
     ):
@@ -48,7 +48,7 @@ def test_masked_mean_selects_tokens() -> None:
 def test_mask_of_rows() -> None:
     model, x = net(), tokens()
     mask = torch.tensor([[True, True, False, False, True], [False, True, True, True, True]])
-    for pooling in capture_module.POOLINGS:
+    for pooling in POOLINGS:
         with rk.FeatureCapture(model, "embed", pooling) as capture:
             model(x)
             rows, features = capture.mask(mask), capture.features(mask)["embed"]
@@ -98,6 +98,6 @@ def test_a_row_without_tokens_is_an_error_for_means_only() -> None:
     assert captured(tokens(), "cls", ~VALID).isfinite().all()
     assert captured(tokens()[:, 0], "mean", ~VALID).isfinite().all()
     # On a GPU, masks are not read and the mean is NaN.
-    assert capture_module._mean(tokens(), ~VALID).isnan().all()
+    assert mean_over_tokens(tokens(), ~VALID).isnan().all()
     with pytest.raises(TypeError, match="mask must be boolean"):
         rk.FeatureCapture(net(), "embed").mask(VALID.long())

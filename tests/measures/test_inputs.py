@@ -108,7 +108,7 @@ def test_cross_covariance_is_unbiased_by_default(device) -> None:
 
 
 def test_cross_covariance_of_too_few_rows_in_an_unreadable_mask(monkeypatch, device) -> None:
-    monkeypatch.setattr(checks, "_is_readable", lambda _: False)
+    monkeypatch.setattr(checks, "is_readable", lambda _: False)
     x = cases.pair()[0].detach().to(device)
     mask = (torch.arange(12) < 3).to(device)
     assert rk.cross_covariance(x, x, mask=mask, correction=5).isnan().all()
