@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from rift_kernels.measures import self_hsic
-from rift_kernels.measures.centering import compute_dtype
 from rift_kernels.measures.coefficients import Coefficients, NeedsGrad
 
 from . import operators
@@ -38,7 +36,7 @@ def _refuse_double_backward() -> None:
         )
 
 
-def _savable(tensor: Tensor) -> Tensor:
+def savable(tensor: Tensor) -> Tensor:
     """A tensor made in inference mode cannot be saved for the backward; its copy can."""
     if (
         torch.compiler.is_compiling()
@@ -67,7 +65,7 @@ class _Measure(torch.autograd.Function):
         keeps_students, keeps_teachers = call.plan.kept_sides(needs_grad)
         kept_students = students if keeps_students else []
         kept_teachers = teachers if keeps_teachers else []
-        ctx.save_for_backward(*map(_savable, (*masks, *kept_students, *kept_teachers)), *saved)
+        ctx.save_for_backward(*map(savable, (*masks, *kept_students, *kept_teachers)), *saved)
         ctx.call, ctx.needs_grad = call, needs_grad
         ctx.counts = len(masks), len(kept_students), len(kept_teachers)
         ctx.dtypes = students[0].dtype, teachers[0].dtype
@@ -208,7 +206,7 @@ class _Moments(torch.autograd.Function):
         centered_x, centered_y, mean_x, mean_y, count, *blocks = functions.moments_fwd(
             x, y, list(masks), block_names, precision, plan.backend, *group
         )
-        ctx.save_for_backward(centered_x, centered_y, count, *map(_savable, masks))
+        ctx.save_for_backward(centered_x, centered_y, count, *map(savable, masks))
         ctx.needs_grad, ctx.dtypes = NeedsGrad(*ctx.needs_input_grad[4:6]), (x.dtype, y.dtype)
         ctx.call = Call("moments", (), plan, precision)
         ctx.size = 1 if ranks is None else ranks.size
@@ -263,7 +261,7 @@ class _SelfHsic(torch.autograd.Function):
         mean, count, scatter, square, *saved = functions.self_hsic_fwd(
             x, list(masks), precision, plan.backend, *group
         )
-        ctx.save_for_backward(count, *saved, *map(_savable, masks))
+        ctx.save_for_backward(count, *saved, *map(savable, masks))
         ctx.dtypes = x.dtype, x.dtype
         ctx.call = Call("moments", (), plan, precision)
         ctx.size = 1 if ranks is None else ranks.size
@@ -294,32 +292,3 @@ def self_hsic_moments(
     :func:`rift_kernels.linear_cka` defines HSIC_1.
     """
     return _SelfHsic.apply(precision, plan, ranks, student, *masks)
-
-
-class _Rotate(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, precision: str, dtype: torch.dtype, features: Tensor, rotation: Tensor
-    ) -> Tensor:
-        ctx.save_for_backward(_savable(features), _savable(rotation))
-        ctx.precision = precision
-        return _OPERATORS.matmul(features.to(dtype), rotation.to(dtype), precision)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        # In a double backward the measure refuses before this runs.
-        features, rotation = ctx.saved_tensors
-        product = partial(_OPERATORS.matmul, precision=ctx.precision)
-        grad_features = grad_rotation = None
-        if ctx.needs_input_grad[2]:
-            grad_features = product(grad, rotation.to(grad.dtype).mT).to(features.dtype)
-        if ctx.needs_input_grad[3]:
-            rows, grad_rows = features.to(grad.dtype).flatten(0, -2), grad.flatten(0, -2)
-            grad_rotation = product(rows.mT, grad_rows).to(rotation.dtype)
-        return None, None, grad_features, grad_rotation
-
-
-def rotate(student: Tensor, teacher: Tensor, rotation: Tensor, precision: str) -> Tensor:
-    """``teacher @ rotation``, to be compared with this student, differentiable in both factors."""
-    dtype = compute_dtype(student, teacher, rotation)
-    return _Rotate.apply(precision, dtype, teacher, rotation)

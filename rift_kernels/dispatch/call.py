@@ -12,6 +12,7 @@ from .availability import Problem
 from .checks import Features, Layers, Mask
 from .plan import Plan
 from .ranks import Group
+from .rotations import rotated_teachers
 from .second_moments import SecondMoments
 
 
@@ -51,7 +52,7 @@ def measure(
             return covariance_matching.at_rotations(
                 layers, ranks, scale, mean_weight, precision, backend
             )
-        layers = layers._replace(teachers=_rotated_teachers(layers, precision))
+        layers = layers._replace(teachers=rotated_teachers(layers, precision))
     shapes = [(*x.shape[-2:], y.shape[-1]) for x, y in layers.pairs]
     # Ranks can share moments in covariance form only.
     gram = tuple(ranks is None and plan.use_gram(name, *shape) for shape in shapes)
@@ -69,16 +70,6 @@ def measure(
 
     values = plan.run(compute, backend, problem, layers, ranks)
     return values.unsqueeze(0) if layers.is_list and len(shapes) == 1 else values
-
-
-def _rotated_teachers(layers: Layers, precision: str) -> list[Tensor]:
-    teachers = []
-    for i, ((x, y), q) in enumerate(zip(layers.pairs, layers.rotations, strict=True)):
-        for mask in layers.mask(i):
-            # The rotation's gradient sums over rows, and 0 * NaN is not 0.
-            y = y.masked_fill(~mask.unsqueeze(-1), 0.0)
-        teachers.append(autograd.rotate(x, y, q, precision))
-    return teachers
 
 
 def moments(

@@ -21,6 +21,7 @@ from .availability import Problem
 from .checks import Features, Layers, Mask, Statistics
 from .plan import Plan
 from .ranks import Group, Ranks
+from .rotations import rotate
 from .second_moments import SecondMoments
 
 Teacher = Features | Statistics | Sequence[Statistics]
@@ -232,10 +233,10 @@ def _distance(
     with torch.autocast(covariance.device.type, enabled=False):
         if rotation is not None:
             q = rotation.to(dtype)
-            right = autograd.rotate(covariance, covariance, q, precision)
+            right = rotate(covariance, covariance, q, precision)
             left = q.mT.expand(*covariance.shape[:-2], *q.mT.shape)
-            covariance = autograd.rotate(covariance, left, right, precision)
-            mean = autograd.rotate(mean, mean.unsqueeze(-2), q, precision).squeeze(-2)
+            covariance = rotate(covariance, left, right, precision)
+            mean = rotate(mean, mean.unsqueeze(-2), q, precision).squeeze(-2)
         unit = _unit(_square(covariance), covariance.shape[-1], scale)
         means = _square(student.mean - mean, (-1,))
         if unbiased is None:
