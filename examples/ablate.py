@@ -24,13 +24,12 @@ from typing import NamedTuple
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from benchmarks.demo import cell
-
 from .digits import ablation, data, evaluation, methods, model, pictures, training
 from .digits.ablation import BATCHES, Plan, Start
 from .digits.experiment import STOPPED, Experiment, Section, difference
 from .digits.methods import GREY, MEASURES, PLAIN, PRETRAINED
 from .digits.runs import Job, Run
+from .digits.tables import cell
 from .digits.training import LOWER_RATES, RATE
 
 BASE, UNREGULARISED, NOT_FINETUNED = Plan(), Plan(PLAIN, 0.0), Plan(PRETRAINED, 0.0, rate=0.0)

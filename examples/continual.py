@@ -24,13 +24,12 @@ from collections.abc import Sequence
 
 from matplotlib.figure import Figure
 
-from benchmarks.demo import cell
-
 from .digits import data, evaluation, methods, model, pictures, sequence, training
 from .digits.experiment import STOPPED, Experiment, Section, difference
 from .digits.methods import GREY, MEASURES, PLAIN, PROBE, Plan
 from .digits.runs import Job, Run
 from .digits.sequence import Start, average, forgetting
+from .digits.tables import cell
 from .digits.training import LOWER_RATES, RATE
 
 # With a head for each task, the best rate is lower; a frozen backbone is the limit of rate 0.

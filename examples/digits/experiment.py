@@ -18,11 +18,11 @@ from rich.console import Console
 from rich.table import Table
 from scipy.stats import ttest_1samp  # type: ignore[import-untyped]
 
-from benchmarks.demo import caption
 from benchmarks.report import updated
 from benchmarks.tables import markdown
 
 from .runs import Job, Run, Store, StoreError, code_version, commit, record, run_missing
+from .tables import caption
 from .training import FINETUNING, PRETRAINING, Recipe
 
 Record = dict[str, Any]

@@ -1,13 +1,17 @@
-"""The demo's result file as a Markdown table: a row a method of finetuning, mean and deviation."""
+"""Records of runs as Markdown tables: mean and deviation over seeds."""
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
-from .tables import markdown
+from benchmarks.tables import markdown
+
+from .methods import Plan
+from .runs import Run
 
 # Field, title and decimals.
 _COLUMNS = (
@@ -18,10 +22,8 @@ _COLUMNS = (
 )
 
 
-def section(record: dict[str, Any]) -> str:
-    """The table, how many seeds there were, and where and with what they were run."""
-    from examples.digits.methods import Plan  # needs scikit-learn, which no benchmark needs
-
+def demo(record: dict[str, Any]) -> str:
+    """The demo's table, a row a method of finetuning, and its caption."""
     plans = defaultdict(list)
     for run in record["runs"]:
         plans[Plan(run["method"], run["weight"], run["rate"])].append(run)
@@ -30,19 +32,23 @@ def section(record: dict[str, Any]) -> str:
         for plan, runs in plans.items()
     ]
     header = ["", *(title for _, title, _ in _COLUMNS)]
+    return f"{markdown(header, rows)}\n\n{caption(record)}"
+
+
+def caption(record: dict[str, Any]) -> str:
+    """How many seeds there were, and where and with what they were run."""
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
     return (
-        f"{markdown(header, rows)}\n\n"
         f"Mean ± standard deviation over {len({run['seed'] for run in record['runs']})} seeds; "
         f"{record['hardware']}; {versions}; commit {record['commit'][:12]}; "
         f"{record['seconds']:.0f} s in all."
     )
 
 
-def cell(runs: Sequence[dict[str, Any]], field: str, decimals: int) -> str:
+def cell(runs: Sequence[Run], field: str, decimals: int) -> str:
     """Mean and deviation; the mean alone of times, which do not depend on seeds."""
     values = [run[field] for run in runs]
-    if None in values:
+    if any(value is None or math.isnan(value) for value in values):
         return "-"
     mean = f"{statistics.fmean(values):.{decimals}f}"
     if field == "step_ms" or len(values) == 1:
