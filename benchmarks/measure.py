@@ -16,7 +16,7 @@ import math
 import statistics
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import Any, NamedTuple, Protocol
@@ -175,15 +175,12 @@ def noise(once: list[Seconds], again: list[Seconds], clock: str) -> float:
 def graph_seconds(task: Task, device: torch.device) -> Quantiles | None:
     """The time that a GPU alone takes for one forward and backward; None without a GPU.
 
-    Inputs in turn are together twice as large as the L2 cache, so that features come from memory,
-    as they do in training. A task that waits for the device raises: it cannot be captured.
+    A task that waits for the device raises: it cannot be captured.
     """
     if device.type != "cuda":
         return None
     cuda: Any = torch.cuda
-    nbytes = sum(t.nbytes for t in (*task.inputs.students, *task.inputs.teachers))
-    copies = -(-2 * cuda.get_device_properties(device).L2_cache_size // nbytes)
-    tasks = [task, *(_copy(task) for _ in range(min(MOST_COPIES, max(2, copies)) - 1))]
+    tasks = in_turn(task, device)
     # Capture wants a warm-up on a stream of its own.
     stream = cuda.Stream()
     stream.wait_stream(cuda.current_stream())
@@ -203,25 +200,38 @@ def graph_seconds(task: Task, device: torch.device) -> Quantiles | None:
     return quantiles_of(gaps[1:])
 
 
-def launches(task: Task, device: torch.device) -> int | None:
+def in_turn(task: Task, device: torch.device) -> list[Task]:
+    """The task, and copies of it with features of their own.
+
+    Together, these are twice as large as the L2 cache, so that features come from memory, as they
+    do in training.
+    """
+    inputs = task.inputs
+    nbytes = sum(t.nbytes for t in (*inputs.students, *inputs.teachers))
+    copies = -(-2 * torch.cuda.get_device_properties(device).L2_cache_size // nbytes)
+    tasks = [task]
+    for _ in range(min(MOST_COPIES, max(2, copies)) - 1):
+        students = [x.detach().clone().requires_grad_() for x in inputs.students]
+        teachers = [y.clone() for y in inputs.teachers]
+        other = dataclasses.replace(inputs, students=students, teachers=teachers)
+        tasks.append(dataclasses.replace(task, inputs=other))
+    return tasks
+
+
+def launches(task: Timed, device: torch.device) -> int | None:
     """The number of kernels and copies of one forward and backward; None without a GPU."""
-    if device.type != "cuda":
-        return None
+    return len(device_events([task], device)) if device.type == "cuda" else None
+
+
+def device_events(tasks: Sequence[Timed], device: torch.device) -> list[Any]:
+    """Kernels and copies of forward and backward, as torch's profiler sees them."""
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
-        _run([task])
+        _run(tasks)
         synchronize(device)
-    return sum(event.device_type.name == "CUDA" for event in profiler.events())
+    return [event for event in profiler.events() if event.device_type.name == "CUDA"]
 
 
-def _copy(task: Task) -> Task:
-    """The same in other memory."""
-    students = [x.detach().clone().requires_grad_() for x in task.inputs.students]
-    teachers = [y.clone() for y in task.inputs.teachers]
-    inputs = dataclasses.replace(task.inputs, students=students, teachers=teachers)
-    return dataclasses.replace(task, inputs=inputs)
-
-
-def _run(tasks: list[Task]) -> None:
+def _run(tasks: Sequence[Timed]) -> None:
     for task in tasks:
         task.backward(task.forward())
 

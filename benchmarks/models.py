@@ -82,14 +82,11 @@ class Finetuning:
         self._adamw.zero_grad()
 
     def description(self) -> schema.Model:
-        fields: dict[str, Any] = dataclasses.asdict(self.profile)
+        fields: dict[str, Any] = dataclasses.asdict(self.profile) | {"tokens": self.profile.tokens}
         del fields["budget"]
-        parameters, trained = (
-            sum(weight.numel() for weight in weights)
-            for weights in (self.model.parameters(), self.weights)
-        )
-        tokens = self.profile.tokens
-        return schema.Model(**fields, tokens=tokens, parameters=parameters, trained=trained)
+        parameters = sum(weight.numel() for weight in self.model.parameters())
+        trained = sum(weight.numel() for weight in self.weights)
+        return schema.Model(**fields, parameters=parameters, trained=trained)
 
 
 def _student_and_teacher(profile: Profile, device: torch.device) -> tuple[Any, Any]:

@@ -58,9 +58,8 @@ class Oracle:
         pairs = zip(gradients, self.gradients, strict=True)
         relative = [(gradient.double() - right).norm() / right.norm() for gradient, right in pairs]
         # max() of floats may step over a NaN.
-        return (values.double() - self.values).abs().max().item(), torch.stack(
-            relative
-        ).max().item()
+        gradient_error = torch.stack(relative).max().item()
+        return (values.double() - self.values).abs().max().item(), gradient_error
 
 
 def wrong(value_error: float, gradient_error: float) -> bool:

@@ -16,7 +16,7 @@ from typing import Any
 
 from . import environment, tables
 from .providers import HALF, HAND_DERIVED, NAIVE, OURS, PACKAGES, WIDE
-from .schema import ErrorCurve, Frontier, Result, Scaling
+from .schema import ErrorCurve, Frontier, Result, Scaling, Workload
 from .workloads import COMPILED
 
 ROUNDING = "rounding alone"
@@ -149,23 +149,16 @@ def summary(result: Frontier | Scaling) -> str:
     shown, *others = of(result)
     links = ", ".join(f"[{other.link.split('-')[-1][:-4]}]({other.link})" for other in others)
     caption = tables.caption(result) + (f" The same for {links}." if links else "")
-    parts: list[tuple[str, dict[str, Any]]]
-    if isinstance(result, Frontier):
-        parts = [(label(curve), {**curve.results}) for curve in result.curves]
-    else:
-        parts = [(w.shape, {"all": w, **w.results}) for w in result.workloads]
+    parts: list[Any] = result.curves if isinstance(result, Frontier) else result.workloads
     # A reason is the same for students as they are and rotated.
-    missing = tables.not_measured(
-        f"{name}, {shape}: {part.reason}"
-        for shape, results in parts
-        for name, part in results.items()
-        if part.reason
-    )
+    missing = tables.not_measured(r for part in parts for r in tables.reasons(label(part), part))
     return "\n\n".join([f"![{shown.alt}]({shown.link})", caption, *missing])
 
 
-def label(curve: ErrorCurve) -> str:
-    return f"{_kind(curve)}, {curve.rows} x {curve.width}"
+def label(part: ErrorCurve | Workload) -> str:
+    if isinstance(part, Workload):
+        return part.shape
+    return f"{_kind(part)}, {part.rows} x {part.width}"
 
 
 def _kind(curve: ErrorCurve) -> str:

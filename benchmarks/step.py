@@ -77,6 +77,9 @@ class Loss(NamedTuple):
         students, teachers = ([x.to(self.features.dtype) for x in side] for side in sides)
         return Task(self.provider, self.features.measure, Inputs(students, teachers))
 
+    def distances(self, students: Any, teachers: Any, _mask: None) -> Tensor:
+        return 1 - self.task(students, teachers).forward()
+
 
 def losses(profile: Profile, device: torch.device) -> tuple[list[Loss], list[Provider]]:
     """All losses, and those of our backends that cannot run here.
@@ -124,7 +127,8 @@ class Step:
             layers = [f"*layer*.{i}" for i in range(first, depth)]
             self.rift = rk.RIFTRegularizer(self.student, frozen, layers=layers, pooling=pooling)
         if self.loss:
-            self.rift.loss.distances = partial(_distances, self.loss)  # type: ignore[method-assign]
+            loss: Any = self.rift.loss
+            loss.distances = self.loss.distances
 
     def __str__(self) -> str:
         return str(self.loss or ("teacher" if self.teacher else "plain"))
@@ -158,10 +162,6 @@ class Step:
         leaves = [x.clone().requires_grad_() for x in students]
         self.rift._student.clear()
         return leaves, self.teacher_pass()
-
-
-def _distances(loss: Loss, students: Any, teachers: Any, _mask: None) -> Tensor:
-    return 1 - loss.task(students, teachers).forward()
 
 
 def plan(finetuning: Finetuning, compared: Sequence[Loss]) -> tuple[list[Step], list[Step]]:

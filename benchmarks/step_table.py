@@ -17,8 +17,9 @@ def summary(result: Step) -> str:
     for finetuning in result.finetunings:
         timed = [way for way in finetuning.ways if way.seconds]
         parts += [_model(finetuning), table([_times(finetuning, way) for way in timed])]
-        done = [way for way in finetuning.ways if way.reason is None]
-        parts += [table([_teacher_alone(finetuning), *(_memory(finetuning, w) for w in done)])]
+        plain, *rows = [_memory(finetuning, w) for w in finetuning.ways if w.reason is None]
+        peak = _mebibytes(finetuning.teacher_memory)
+        parts += [table([plain, {"step": "the teacher's pass by itself", "peak": peak}, *rows])]
         missing += [f"{provider.name}: {provider.reason}" for provider in finetuning.unable]
         missing += [f"{way.loss}: {way.reason}" for way in finetuning.ways if way.reason]
     return "\n\n".join([*parts, WRONG, *not_measured(missing)])
@@ -89,12 +90,6 @@ def _memory(finetuning: Finetuning, way: StepWay) -> dict[str, str]:
         "the loss alone": _mebibytes(loss),
         "of which it keeps": _mebibytes(alone.kept if alone else None),
     }
-
-
-def _teacher_alone(finetuning: Finetuning) -> dict[str, str]:
-    row = dict.fromkeys(_memory(finetuning, finetuning.ways[0]), "")
-    peak = _mebibytes(finetuning.teacher_memory)
-    return row | {"step": "the teacher's pass by itself", "peak": peak}
 
 
 def _title(way: StepWay) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from .oracle import GRADIENT_TOLERANCE, VALUE_TOLERANCE
 from .providers import HALF, HAND_DERIVED, NAIVE, OURS, PACKAGES, TF32, WIDE
-from .schema import Benchmark, Outcome, Result, Workload
+from .schema import Benchmark, ErrorCurve, Outcome, Result, Workload
 from .workloads import AUTOTUNED, CKA_MEASURES, COMPILED
 
 WRONG = (
@@ -33,9 +33,7 @@ def summary(result: Benchmark) -> str:
         parts += ["The device alone, in CUDA graphs, and what a call costs the host:"]
         parts += [table(list(map(_fixed_costs, in_graphs))), FIXED_COSTS]
     missing = [f"{p.name}: {p.reason}" for p in result.providers if p.reason]
-    for w in result.workloads:
-        missing += [f"{_label(w)}: {w.reason}"] if w.reason else []
-        missing += [f"{name}, {_label(w)}: {o.reason}" for name, o in w.results.items() if o.reason]
+    missing += [line for w in result.workloads for line in reasons(_label(w), w)]
     return "\n\n".join([*parts, WRONG, *not_measured(missing)])
 
 
@@ -58,6 +56,12 @@ def best_and_worst(result: Benchmark) -> str:
         f"{where}, the best of {len(ratios)} workloads is {best}: **{_ratio(ratios[best])}** as "
         f"fast as naive code. The worst is {worst}, which {last}."
     )
+
+
+def reasons(label: str, part: Workload | ErrorCurve) -> list[str]:
+    """Why a part of a result, or a provider in it, was not measured."""
+    own = [f"{label}: {part.reason}"] if isinstance(part, Workload) and part.reason else []
+    return own + [f"{name}, {label}: {o.reason}" for name, o in part.results.items() if o.reason]
 
 
 def not_measured(lines: Iterable[str]) -> list[str]:
@@ -92,8 +96,8 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def table(rows: Sequence[Mapping[str, str]]) -> str:
     """A column only for what one of the rows has."""
-    titles = [title for title in rows[0] if any(row[title] for row in rows)]
-    return markdown(titles, [[row[title] or "-" for title in titles] for row in rows])
+    titles = [title for title in rows[0] if any(row.get(title) for row in rows)]
+    return markdown(titles, [[row.get(title) or "-" for title in titles] for row in rows])
 
 
 def _cells(w: Workload, backends: Sequence[str]) -> dict[str, str]:

@@ -9,14 +9,59 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
-from benchmarks import moments
 from rift_kernels.backends import cuda
 from tests.support import cases
 
 BLOCK, CHUNK = 128, 64
 # As in csrc/cka_large/schedule.h.
 PIECE_COST = 4
+
+
+class Moments:
+    """A launch on some features, and its results."""
+
+    def __init__(self, x: Tensor, y: Tensor, processors: int, hopper: bool) -> None:
+        self.x, self.y, self.machine = x, y, (processors, hopper)
+        schedule = cuda.extension().moments_schedule(*x.shape, y.shape[1], *self.machine)
+        self.schedule, self._before = schedule, -(-x.shape[1] // BLOCK)
+        # The part of each tile that begins with the first rows; all others, by square and part.
+        self.tiles = torch.empty(schedule.tiles, BLOCK, BLOCK, device=x.device)
+        side = schedule.square_side
+        squares = schedule.spill_floats // (side * BLOCK) ** 2
+        self.spill = torch.empty(squares, side, side, BLOCK, BLOCK, device=x.device)
+
+    def __call__(self, stream: int) -> None:
+        sides = [(t.data_ptr(), t.stride(0), t.shape[1]) for t in (self.x, self.y)]
+        addresses = self.tiles.data_ptr(), self.spill.data_ptr()
+        place = cuda._device(self.x), stream
+        cuda.extension().moments(*sides, self.x.shape[0], *self.machine, *addresses, *place)
+
+    def totals(self) -> Tensor:
+        """Tiles of the last launch, all parts added up: (slot, row, column)."""
+        schedule, tiles = self.schedule, self.tiles.clone()
+        for slot in range(schedule.tiles):
+            tile = schedule.tile(slot)
+            # Places among the blocks of all columns, those of X before those of Y.
+            i, j = tile.i + tile.left_is_y * self._before, tile.j + tile.right_is_y * self._before
+            square = _pair_index(i // schedule.square_side, j // schedule.square_side)
+            for part in range(1, schedule.parts(square)):
+                within = i % schedule.square_side, j % schedule.square_side
+                tiles[slot] += self.spill[schedule.spill_index(square, part)][within]
+        return tiles
+
+    def cross(self) -> Tensor:
+        """X^T Y, as the last launch computed it."""
+        down, across = self._before, -(-self.y.shape[1] // BLOCK)
+        totals = self.totals()
+        slots = [[_pair_index(i, down + j) for j in range(across)] for i in range(down)]
+        whole = torch.cat([torch.cat([totals[slot] for slot in row], 1) for row in slots])
+        return whole[: self.x.shape[1], : self.y.shape[1]]
+
+
+def _pair_index(i: int, j: int) -> int:
+    return j * (j + 1) // 2 + i
 
 
 @pytest.fixture(autouse=True)
@@ -133,7 +178,7 @@ def test_moments(
     )
     # Rows with a gap between them.
     y = torch.cat([y, torch.full_like(y, float("nan"))], 1)[:, :width_y]
-    launch = moments.Moments(x, y, processors, hopper)
+    launch = Moments(x, y, processors, hopper)
     launch.tiles.fill_(float("nan"))
     launch.spill.fill_(float("nan"))
     launch(0)
@@ -153,7 +198,7 @@ def test_long_sums(emulated_extension, monkeypatch, mean, tolerance, hopper) -> 
     monkeypatch.setattr(cuda, "extension", lambda: emulated_extension)
     generator = torch.Generator().manual_seed(0)
     x = (torch.randn(4096, 8, generator=generator, dtype=torch.float64) + mean).bfloat16()
-    launch = moments.Moments(x, x, 2, hopper)
+    launch = Moments(x, x, 2, hopper)
     launch(0)
     exact = x.double()
     means = exact.mean(0)
@@ -165,7 +210,7 @@ def test_long_sums(emulated_extension, monkeypatch, mean, tolerance, hopper) -> 
 def test_the_benchmark_adds_up_the_parts(emulated_extension, monkeypatch) -> None:
     monkeypatch.setattr(cuda, "extension", lambda: emulated_extension)
     x, y = torch.randn(2, 200, 136).bfloat16()
-    launch = moments.Moments(x, y, 5, True)
+    launch = Moments(x, y, 5, True)
     launch(0)
     torch.testing.assert_close(launch.cross(), x.float().T @ y.float(), rtol=1e-5, atol=1e-4)
 

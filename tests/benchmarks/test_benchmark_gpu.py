@@ -4,12 +4,23 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from benchmarks import files, measure, providers, run, schema, tables, workloads
+from benchmarks import (
+    files,
+    kernel_times,
+    measure,
+    predict,
+    providers,
+    run,
+    schema,
+    tables,
+    workloads,
+)
 from benchmarks.measure import CLOCKS
 from benchmarks.providers import NAIVE, TF32
 from tests.support import stand_in_gpu
@@ -81,3 +92,29 @@ def test_inputs_are_larger_than_the_cache(monkeypatch) -> None:
     # 2 x 4 KiB of 1 KiB each; once to warm up and once to be captured.
     assert len(set(calls)) == 8
     assert len(calls) == 16
+
+
+@pytest.mark.usefixtures("_stand_in")
+def test_the_time_of_each_kernel(monkeypatch, capsys) -> None:
+    """By hand: two kernels of ours and a copy, in each of the tasks that take turns."""
+
+    def events(tasks, _) -> list[Any]:
+        run = ("cka_small_kernel", 4.0), ("rift::scale_kernel<Bf16>(int)", 0.5), ("Memset", 2.0)
+        for task in tasks:
+            task.backward(task.forward())
+        return [
+            SimpleNamespace(name=name, self_device_time_total=time)
+            for name, time in run * len(tasks)
+        ]
+
+    every = providers.providers(torch.device("cpu"), ())
+    (eager,) = (p for p in every if p.name == "rift_kernels eager")
+    monkeypatch.setattr(kernel_times, "candidates", lambda: [eager])
+    monkeypatch.setattr(measure, "device_events", events)
+    monkeypatch.setattr(predict, "SHAPES", [(16, 8, 2, None), (32, 8, 1, None)])
+    assert kernel_times.main() == 0
+    cells = [line.strip("| ").split("|") for line in capsys.readouterr().out.splitlines()[2:]]
+    rows = [[cell.strip() for cell in row] for row in cells]
+    by_kernel = [["cka_small", "4.0"], ["scale", "0.5"], ["others", "2.0"]]
+    assert [row[2:] for row in rows] == [*by_kernel, *by_kernel, ["", "6.5"]]
+    assert [row[1] for row in rows[-2:]] == ["rift_kernels eager", "torch.mm"]

@@ -65,7 +65,7 @@ STEPS = (
     ),
     Step("bench headline", "{bench}.run --profile headline --budget {seconds} {on_gpu}", 75, 20),
     Step("bench host", "{bench}.host", 20),
-    Step("bench moments", "{bench}.moments", 25),
+    Step("bench kernels", "{bench}.kernel_times", 25),
     Step(
         "tests",
         "{python} -m pytest -p no:cacheprovider -p tests.gpu.suite -q {workers} "

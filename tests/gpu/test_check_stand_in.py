@@ -33,14 +33,14 @@ def work(_stand_in: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Pa
 
 def test_gpu_check_measures_in_processes(work: Path, monkeypatch, tmp_path) -> None:
     monkeypatch.setenv("OUT", str(tmp_path / "copies"))
-    assert check.main(["--minutes", "60", "--only", "bench headline", "bench moments"]) == 0, (
+    assert check.main(["--minutes", "60", "--only", "bench headline", "bench kernels"]) == 0, (
         work / "gpu-check.log"
     ).read_text()
     (path,) = work.glob("stand-in-gpu-*.json")
     result = files.read(path)
     assert result.environment.gpu == stand_in_gpu.NAME
     assert result.profile == "headline"
-    assert "moments is not done" in (work / "gpu-check.log").read_text()
+    assert "kernel_times is not done" in (work / "gpu-check.log").read_text()
     summary = json.loads((tmp_path / "copies" / "gpu-check.json").read_text())
     assert summary["environment"]["device"] == stand_in_gpu.NAME
     assert files.read(tmp_path / "copies" / path.name) == result
@@ -74,7 +74,7 @@ def test_all_that_gpu_check_measures(tmp_path) -> None:
         command = importlib.import_module(module)
         assert command.main(arguments) == 0 if arguments else command.main() == 0
         kinds.append(module.removeprefix("benchmarks."))
-    assert kinds == ["run", "host", "moments", "run", "step", "frontier"]
+    assert kinds == ["run", "host", "kernel_times", "run", "step", "frontier"]
     results = [files.read(path) for path in tmp_path.glob("stand-in-gpu-*.json")]
     assert {type(r) for r in results} == {schema.Benchmark, schema.Step, schema.Frontier}
     assert [r.environment.gpu for r in results] == [stand_in_gpu.NAME] * 4
