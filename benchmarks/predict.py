@@ -61,26 +61,29 @@ def launches(n: int, d: int, layers: int) -> dict[str, tuple[float, float]]:
     gram_backward = {"gram_backward": (4 * n * n * d * layers, 2 * features + 2 * gram)}
     if n <= 128:
         # Features are split in two: each side has three products.
-        return {"small_gram": (12 * n * n * d * layers, 2 * features + 2 * gram), **gram_backward}
+        return {
+            "gram_cka_small": (12 * n * n * d * layers, 2 * features + 2 * gram),
+            **gram_backward,
+        }
     # Column programs read everything once, before the tile programs. Where it fits, it is in the
     # cache for those.
-    columns = {"moments, columns": (0, 2 * features)}
+    columns = {"raw_moments, columns": (0, 2 * features)}
     again = 0 if 2 * features < L2_BYTES else 2 * features
     if n < 2 * d:
         blocks = -(-n // BLOCK)
         tiles = blocks * (blocks + 1) * layers
         partial = 4 * tiles * BLOCK**2
-        moments = {"moments, tiles": (2 * tiles * BLOCK**2 * d, again + partial)}
-        return {**columns, **moments, "gram": (0, partial + 2 * gram), **gram_backward}
+        moments = {"raw_moments, tiles": (2 * tiles * BLOCK**2 * d, again + partial)}
+        return {**columns, **moments, "gram_cka": (0, partial + 2 * gram), **gram_backward}
     blocks = -(-d // BLOCK)
     tiles = blocks * (2 * blocks + 1) * layers
     partial, planes = 4 * tiles * BLOCK**2, 8 * (blocks * BLOCK) ** 2 * layers
     return {
         **columns,
-        "moments, tiles": (2 * tiles * BLOCK**2 * n, again + partial),
-        "cka": (0, partial + 4 * blocks**2 * BLOCK**2 * layers + planes),
+        "raw_moments, tiles": (2 * tiles * BLOCK**2 * n, again + partial),
+        "covariance_cka": (0, partial + 4 * blocks**2 * BLOCK**2 * layers + planes),
         # Near its teacher, only the high halves count.
-        "backward": (4 * n * d * d * layers, 3 * features + planes / 2),
+        "covariance_backward": (4 * n * d * d * layers, 3 * features + planes / 2),
     }
 
 

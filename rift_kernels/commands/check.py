@@ -190,7 +190,7 @@ class Check:
     def table(self) -> str:
         """One line for the kernels of each family and dtype."""
         lines = [
-            f"{'kernels':<27} {'agree':>8}  {'value off by':>12}  {'gradient':>8}  {'seconds':>7}"
+            f"{'kernels':<36} {'agree':>8}  {'value off by':>12}  {'gradient':>8}  {'seconds':>7}"
         ]
         for kernels in dict.fromkeys(report.kernels for report in self._reports):
             lines.append(self._line(kernels))
@@ -204,7 +204,7 @@ class Check:
         seconds = sum(report.seconds or 0.0 for report in reports)
         value, gradient = (f"{max(e):.0e}" if e else "-" for e in (values, gradients))
         count = f"{good}/{len(reports)}"
-        return f"{kernels!s:<27} {count:>8}  {value:>12}  {gradient:>8}  {seconds:>7.1f}"
+        return f"{kernels!s:<36} {count:>8}  {value:>12}  {gradient:>8}  {seconds:>7.1f}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -214,7 +214,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", type=torch.device, default=torch.device("cuda"))
     parser.add_argument(
         "--only", nargs="+", default=[], metavar="WORD",
-        help="only kernels whose name, such as triton/small/bfloat16, contains all these words",
+        help="only kernels whose name, such as triton/gram_cka/bfloat16, contains all these words",
     )  # fmt: skip
     parser.add_argument("--quick", action="store_true", help="only the cases that auto tests")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="for the whole check")

@@ -57,5 +57,5 @@ def _verdict_lines() -> list[str]:
         if kernels.backend in backends:
             verdict = verdicts.read(verdicts.identity(kernels.backend, device), kernels)
             state = "not yet" if verdict is None else "works" if verdict.good else verdict.seen
-            lines.append(f"  {kernels!s:<26} {state}")
+            lines.append(f"  {kernels!s:<35} {state}")
     return lines

@@ -151,10 +151,11 @@ def kind_of(
         if problem.measure == "cka":
             gram_family = ""
             if any(gram):
-                gram_family = "small" if problem.rows <= SMALL_ROWS else "gram"
+                is_small = problem.rows <= SMALL_ROWS
+                gram_family = "gram_cka_small" if is_small else "gram_cka"
             return Kind(backend, "cka", gram, gram_family, tuple(dtypes), device)
         if problem.measure == "covariance" and not any(gram):
-            return Kind(backend, "distance", (), "", tuple(dtypes), device)
+            return Kind(backend, "covariance_distance", (), "", tuple(dtypes), device)
     return Kind(backend, "products", (), "", tuple(dtypes), device)
 
 

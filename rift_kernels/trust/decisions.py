@@ -14,9 +14,10 @@ class Kind(NamedTuple):
     """Calls that run the same kernels, or nearly."""
 
     backend: str
-    measure: str  # "cka", "distance" or "products"
+    measure: str  # "cka", "covariance_distance" or "products"
     gram: tuple[bool, ...]  # the form of each layer of CKA
-    gram_family: str  # of CKA's layers in Gram form: "small" or "gram", or "" without such layers
+    # Of CKA's layers in Gram form: "gram_cka_small" or "gram_cka", or "" without such layers.
+    gram_family: str
     dtypes: tuple[torch.dtype, ...]
     device: torch.device
 
@@ -48,10 +49,10 @@ def kernels_of(kind: Kind) -> tuple[Kernels, ...]:
     """The kernels that such calls run."""
     families = [kind.measure]
     if kind.measure == "cka":
-        families = [] if all(kind.gram) else ["covariance"]
+        families = [] if all(kind.gram) else ["covariance_cka"]
         families += [kind.gram_family] if kind.gram_family else []
         # The family is that of the layer with the most rows; those in Gram form may have few.
-        families += ["small"] if families == ["covariance", "gram"] else []
+        families += ["gram_cka_small"] if families == ["covariance_cka", "gram_cka"] else []
     dtypes = dict.fromkeys(str(dtype).removeprefix("torch.") for dtype in kind.dtypes)
     return tuple(
         Kernels(kind.backend, family, dtype)

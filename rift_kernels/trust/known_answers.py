@@ -27,10 +27,12 @@ _PRIME = 2**31 - 1
 # Products are of centered features, which are float32 for all these dtypes.
 FAMILIES = {
     "triton": {
-        **dict.fromkeys(("small", "gram", "covariance", "distance"), tuple(DTYPES)),
+        **dict.fromkeys(
+            ("gram_cka_small", "gram_cka", "covariance_cka", "covariance_distance"), tuple(DTYPES)
+        ),
         "products": ("float32",),
     },
-    "cuda": {"small": tuple(DTYPES), "covariance": ("bfloat16",)},
+    "cuda": {"gram_cka_small": tuple(DTYPES), "covariance_cka": ("bfloat16",)},
 }
 ALL = [
     Kernels(backend, family, dtype)
@@ -61,38 +63,38 @@ class Case(NamedTuple):
 
 BIASED = (False, True)
 CASES = (
-    Case("masked layers", "small", ((37, 40, 24), (61, 200, 136)), masked=True, gram=True),
-    Case("batch", "small", ((128, 96, 96),), settings=BIASED, batch=2, sides=(True, False), gram=True),
-    Case("fewest rows", "small", ((4, 5, 3),), gram=True, thorough=True),
-    Case("16 rows", "small", ((16, 64, 64),), settings=BIASED, gram=True, thorough=True),
-    Case("odd, masked batch", "small", ((31, 33, 47),), batch=3, masked=True, gram=True, thorough=True),
-    Case("strided", "small", ((64, 72, 72),), strided=True, gram=True, thorough=True),
-    Case("near", "small", ((64, 128, 128),), near=True, gram=True, thorough=True),
-    Case("teacher alone", "small", ((100, 130, 70),), sides=(False, True), gram=True, thorough=True),
-    Case("two dtypes", "small", ((48, 64, 80),), mixed=True, gram=True, thorough=True),
-    Case("wide", "small", ((64, 768, 768),), gram=True, thorough=True),
-    Case("masked layers", "gram", ((150, 200, 136), (200, 72, 72)), masked=True, gram=True),
-    Case("batch", "gram", ((144, 160, 160),), settings=BIASED, batch=2, sides=(True, False), gram=True),
-    Case("odd", "gram", ((301, 257, 131),), gram=True, thorough=True),
-    Case("strided", "gram", ((200, 136, 136),), strided=True, gram=True, thorough=True),
-    Case("near", "gram", ((256, 320, 320),), near=True, gram=True, thorough=True),
-    Case("teacher alone", "gram", ((160, 96, 96),), sides=(False, True), gram=True, thorough=True),
-    Case("two dtypes", "gram", ((160, 96, 112),), mixed=True, gram=True, thorough=True),
-    Case("masked layers", "covariance", ((170, 136, 72), (300, 40, 24)), masked=True),
-    Case("long", "covariance", ((1040, 64, 64),), sides=(True, False)),
-    Case("batch", "covariance", ((330, 136, 72),), settings=BIASED, batch=2),
-    Case("massive rows", "covariance", ((210, 48, 40),), massive=True),
-    Case("odd", "covariance", ((777, 131, 67),), thorough=True),
-    Case("wide", "covariance", ((1100, 264, 264),), thorough=True),
-    Case("strided", "covariance", ((300, 72, 72),), strided=True, thorough=True),
-    Case("near", "covariance", ((600, 136, 136),), near=True, thorough=True),
-    Case("teacher alone", "covariance", ((1040, 64, 40),), sides=(False, True), thorough=True),
-    Case("two dtypes", "covariance", ((300, 64, 80),), mixed=True, thorough=True),
-    Case("masked layers", "distance", ((170, 136, 136), (300, 40, 40)), "covariance", ("relative", 0.0), masked=True),
-    Case("long", "distance", ((1040, 64, 64),), "covariance", ("coral", 0.25), sides=(True, False)),
-    Case("odd batch", "distance", ((333, 67, 67),), "covariance", ("none", 0.0), batch=2, thorough=True),
-    Case("strided", "distance", ((300, 72, 72),), "covariance", ("relative", 0.5), strided=True, thorough=True),
-    Case("two dtypes", "distance", ((300, 64, 64),), "covariance", ("relative", 0.0), mixed=True, thorough=True),
+    Case("masked layers", "gram_cka_small", ((37, 40, 24), (61, 200, 136)), masked=True, gram=True),
+    Case("batch", "gram_cka_small", ((128, 96, 96),), settings=BIASED, batch=2, sides=(True, False), gram=True),
+    Case("fewest rows", "gram_cka_small", ((4, 5, 3),), gram=True, thorough=True),
+    Case("16 rows", "gram_cka_small", ((16, 64, 64),), settings=BIASED, gram=True, thorough=True),
+    Case("odd, masked batch", "gram_cka_small", ((31, 33, 47),), batch=3, masked=True, gram=True, thorough=True),
+    Case("strided", "gram_cka_small", ((64, 72, 72),), strided=True, gram=True, thorough=True),
+    Case("near", "gram_cka_small", ((64, 128, 128),), near=True, gram=True, thorough=True),
+    Case("teacher alone", "gram_cka_small", ((100, 130, 70),), sides=(False, True), gram=True, thorough=True),
+    Case("two dtypes", "gram_cka_small", ((48, 64, 80),), mixed=True, gram=True, thorough=True),
+    Case("wide", "gram_cka_small", ((64, 768, 768),), gram=True, thorough=True),
+    Case("masked layers", "gram_cka", ((150, 200, 136), (200, 72, 72)), masked=True, gram=True),
+    Case("batch", "gram_cka", ((144, 160, 160),), settings=BIASED, batch=2, sides=(True, False), gram=True),
+    Case("odd", "gram_cka", ((301, 257, 131),), gram=True, thorough=True),
+    Case("strided", "gram_cka", ((200, 136, 136),), strided=True, gram=True, thorough=True),
+    Case("near", "gram_cka", ((256, 320, 320),), near=True, gram=True, thorough=True),
+    Case("teacher alone", "gram_cka", ((160, 96, 96),), sides=(False, True), gram=True, thorough=True),
+    Case("two dtypes", "gram_cka", ((160, 96, 112),), mixed=True, gram=True, thorough=True),
+    Case("masked layers", "covariance_cka", ((170, 136, 72), (300, 40, 24)), masked=True),
+    Case("long", "covariance_cka", ((1040, 64, 64),), sides=(True, False)),
+    Case("batch", "covariance_cka", ((330, 136, 72),), settings=BIASED, batch=2),
+    Case("massive rows", "covariance_cka", ((210, 48, 40),), massive=True),
+    Case("odd", "covariance_cka", ((777, 131, 67),), thorough=True),
+    Case("wide", "covariance_cka", ((1100, 264, 264),), thorough=True),
+    Case("strided", "covariance_cka", ((300, 72, 72),), strided=True, thorough=True),
+    Case("near", "covariance_cka", ((600, 136, 136),), near=True, thorough=True),
+    Case("teacher alone", "covariance_cka", ((1040, 64, 40),), sides=(False, True), thorough=True),
+    Case("two dtypes", "covariance_cka", ((300, 64, 80),), mixed=True, thorough=True),
+    Case("masked layers", "covariance_distance", ((170, 136, 136), (300, 40, 40)), "covariance", ("relative", 0.0), masked=True),
+    Case("long", "covariance_distance", ((1040, 64, 64),), "covariance", ("coral", 0.25), sides=(True, False)),
+    Case("odd batch", "covariance_distance", ((333, 67, 67),), "covariance", ("none", 0.0), batch=2, thorough=True),
+    Case("strided", "covariance_distance", ((300, 72, 72),), "covariance", ("relative", 0.5), strided=True, thorough=True),
+    Case("two dtypes", "covariance_distance", ((300, 64, 64),), "covariance", ("relative", 0.0), mixed=True, thorough=True),
     Case("masked Procrustes", "products", ((90, 40, 24),), "procrustes", ("newton_schulz", False), masked=True),
     Case("distance of few rows", "products", ((40, 136, 136),), "covariance", ("relative", 0.0), gram=True),
     Case("Procrustes of few rows", "products", ((30, 70, 136),), "procrustes", ("newton_schulz", True), batch=2, gram=True, thorough=True),
@@ -118,7 +120,7 @@ def cases_of(kernels: Kernels, thorough: bool) -> list[Case]:
         if case.family == kernels.family
         and (thorough or not case.thorough)
         and not (case.mixed and kernels.dtype == "float32")
-        and not (kernels == ("cuda", "covariance", "bfloat16") and (case.masked or case.mixed))
+        and not (kernels == ("cuda", "covariance_cka", "bfloat16") and (case.masked or case.mixed))
     ]
 
 

@@ -19,7 +19,7 @@ from rift_kernels.trust.verdicts import Kernels, Verdict
 
 CPU = torch.device("cpu")
 MACHINE = {"gpu": "Some GPU", "driver": "570.1", "triton": "3.7.1"}
-SMALL = Kernels("triton", "small", "bfloat16")
+SMALL = Kernels("triton", "gram_cka_small", "bfloat16")
 
 
 class Planted:
@@ -71,7 +71,7 @@ def test_all_agree(jobs, tmp_path, capsys) -> None:
 
 @pytest.mark.parametrize(
     ("name", "good"),
-    [("small: batch", False), ("small: wide", False)],
+    [("gram_cka_small: batch", False), ("gram_cka_small: wide", False)],
     ids=["tested by auto", "another case"],
 )
 def test_what_disagrees(name, good, tmp_path, capsys) -> None:
@@ -80,7 +80,7 @@ def test_what_disagrees(name, good, tmp_path, capsys) -> None:
     assert code == 1
     (wrong,) = [kernels for kernels in result["kernels"] if not kernels["good"]]
     assert wrong == {**SMALL._asdict(), "good": False, "seen": "planted"}
-    assert "triton/small/bfloat16: WRONG: planted" in capsys.readouterr().out
+    assert "triton/gram_cka_small/bfloat16: WRONG: planted" in capsys.readouterr().out
     assert verdicts.read(MACHINE, SMALL) == Verdict(good, "planted")
 
 
@@ -120,7 +120,10 @@ def test_order_and_choice() -> None:
     assert len(set(everything)) == len(everything)
     assert {kernels for kernels, _ in first} == set(known_answers.ALL)
     chosen = check.tasks(("triton", "cuda"), ["cuda", "bfloat16"], quick=True)
-    assert {str(k) for k, _ in chosen} == {"cuda/small/bfloat16", "cuda/covariance/bfloat16"}
+    assert {str(k) for k, _ in chosen} == {
+        "cuda/gram_cka_small/bfloat16",
+        "cuda/covariance_cka/bfloat16",
+    }
     assert not check.tasks(("triton",), ["cuda"], quick=False)
 
 

@@ -17,10 +17,11 @@ from tests.support import executed as recorder
 
 pytestmark = pytest.mark.eager_only
 
+TRITON = {"gram_cka_small": {"gram_cka_small": 3}, "gram_cka": {"gram_cka": 1, "raw_moments": 2}}
 SOURCE = [
-    ("triton", "", {"small": {"small_gram": 3}, "gram": {"gram": 1, "moments": 2}}),
-    ("cuda", "sm80", {"covariance": {"moments_sm80": 5, "row_terms": 5}}),
-    ("cuda", "sm90", {"covariance": {"moments_sm90": 7, "row_terms": 7}}),
+    ("triton", "", TRITON),
+    ("cuda", "sm80", {"covariance_cka": {"moments_sm80": 5, "row_terms": 5}}),
+    ("cuda", "sm90", {"covariance_cka": {"moments_sm90": 7, "row_terms": 7}}),
 ]
 CONTENT = {
     "source": [
@@ -99,15 +100,15 @@ def test_runs_of_compiled_code_are_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("gpu", "expected"),
     [
-        ("NVIDIA H200", {"small_gram", "moments_sm90", "row_terms"}),
-        ("NVIDIA A100-SXM4-80GB", {"small_gram", "moments_sm80", "row_terms"}),
+        ("NVIDIA H200", {"gram_cka_small", "moments_sm90", "row_terms"}),
+        ("NVIDIA A100-SXM4-80GB", {"gram_cka_small", "moments_sm80", "row_terms"}),
         (None, set()),
     ],
 )
 def test_only_what_agreed_was_on_a_gpu(gpu, expected, tmp_path, monkeypatch) -> None:
     """In every dtype, and of kernels for one architecture only those of this one."""
-    answers = [("triton", "small", True), ("cuda", "covariance", True)]
-    answers += [("triton", "gram", good) for good in (True, None)]
+    answers = [("triton", "gram_cka_small", True), ("cuda", "covariance_cka", True)]
+    answers += [("triton", "gram_cka", good) for good in (True, None)]
     check = SimpleNamespace(
         environment=SimpleNamespace(gpu=gpu),
         kernels=[Kernels(backend=b, family=f, dtype="", good=g, seen="") for b, f, g in answers],

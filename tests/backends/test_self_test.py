@@ -26,7 +26,7 @@ pytest.importorskip("triton", reason="needs triton")
 
 CPU = torch.device("cpu")
 BF16 = (torch.bfloat16, torch.bfloat16)
-SMALL = Kernels("triton", "small", "bfloat16")
+SMALL = Kernels("triton", "gram_cka_small", "bfloat16")
 PROBLEM = availability.Problem("cka", (True,), 16, 64)
 # Kept here, because the fixtures that emulate a GPU replace it.
 choose_backend = plan.choose_backend
@@ -85,15 +85,20 @@ def test_good_kernels_are_tested_once(answers) -> None:
     assert [choose() for _ in range(3)] == ["triton"] * 3
     decisions.forget()  # another process, which asks the disk
     assert choose() == "triton"
-    assert planted.tested == [["triton/small/bfloat16"] * 2]
+    assert planted.tested == [["triton/gram_cka_small/bfloat16"] * 2]
     assert choose(PROBLEM._replace(rows=300)) == "triton"
     assert choose(dtypes=(torch.bfloat16, torch.float32)) == "triton"
-    assert planted.tested[1:] == [["triton/gram/bfloat16"] * 2, ["triton/small/float32"] * 2]
+    assert planted.tested[1:] == [
+        ["triton/gram_cka/bfloat16"] * 2,
+        ["triton/gram_cka_small/float32"] * 2,
+    ]
 
 
 def test_bad_kernels_are_never_used_and_warned_of_once(answers, recwarn) -> None:
-    planted = answers(small=False)
-    with pytest.warns(UserWarning, match=r"triton/small/bfloat16 .*masked layers is planted.*"):
+    planted = answers(gram_cka_small=False)
+    with pytest.warns(
+        UserWarning, match=r"triton/gram_cka_small/bfloat16 .*masked layers is planted.*"
+    ):
         assert choose() == "eager"
     recwarn.clear()
     assert choose() == "eager"
@@ -114,13 +119,13 @@ def test_the_next_backend_takes_its_place(monkeypatch) -> None:
         "examine",
         lambda tasks, _: [Report(k, c, k.backend != "cuda", "planted") for k, c in tasks],
     )
-    with pytest.warns(UserWarning, match="without the kernels cuda/small/bfloat16"):
+    with pytest.warns(UserWarning, match="without the kernels cuda/gram_cka_small/bfloat16"):
         assert choose() == "triton"
 
 
 def test_untested_kernels_are_not_used_and_get_no_verdict(answers) -> None:
     """For example for lack of memory on the GPU; the next process tests again."""
-    planted = answers(small=None)
+    planted = answers(gram_cka_small=None)
     with pytest.warns(UserWarning, match=r"could not be tested .*tests them when the GPU is free"):
         assert choose() == "eager"
     assert choose() == "eager"
@@ -131,7 +136,7 @@ def test_untested_kernels_are_not_used_and_get_no_verdict(answers) -> None:
 
 
 def test_settings(answers, monkeypatch) -> None:
-    planted = answers(small=False)
+    planted = answers(gram_cka_small=False)
     monkeypatch.setenv(self_test.ENVIRONMENT_VARIABLE, "0")
     assert choose() == "triton"
     assert not planted.tested
@@ -193,13 +198,13 @@ def test_kernels_of_a_call(answers) -> None:
     choose(availability.Problem("covariance", (True,), 30, 64))
     choose(availability.Problem("procrustes", (False,), 300, 64))
     assert [sorted({name.split("/", 1)[1] for name in names}) for names in planted.tested] == [
-        ["covariance/bfloat16", "gram/bfloat16", "small/bfloat16"],
-        ["distance/bfloat16"],
+        ["covariance_cka/bfloat16", "gram_cka/bfloat16", "gram_cka_small/bfloat16"],
+        ["covariance_distance/bfloat16"],
         ["products/float32"],
     ]
-    from rift_kernels.backends.triton import gram_form
+    from rift_kernels.backends.triton import gram_cka_small
 
-    assert plan.SMALL_ROWS == gram_form.SMALL_ROWS == cuda.MAX_ROWS
+    assert plan.SMALL_ROWS == gram_cka_small.SMALL_GRAM_ROWS == cuda.MAX_ROWS
 
 
 def test_the_report_has_the_verdicts(monkeypatch) -> None:
@@ -212,10 +217,12 @@ def test_the_report_has_the_verdicts(monkeypatch) -> None:
     monkeypatch.setattr(verdicts, "identity", lambda *_: machine)
     monkeypatch.setenv(self_test.ENVIRONMENT_VARIABLE, "nonsense")  # the report never raises
     verdicts.write(machine, SMALL, Verdict(True))
-    verdicts.write(machine, SMALL._replace(family="gram"), Verdict(False, "batch: off by 1e+00"))
+    verdicts.write(
+        machine, SMALL._replace(family="gram_cka"), Verdict(False, "batch: off by 1e+00")
+    )
     lines = [" ".join(line.split()) for line in info.backend_report().splitlines()]
-    assert "triton/small/bfloat16 works" in lines
-    assert "triton/gram/bfloat16 batch: off by 1e+00" in lines
+    assert "triton/gram_cka_small/bfloat16 works" in lines
+    assert "triton/gram_cka/bfloat16 batch: off by 1e+00" in lines
     assert "triton/products/float32 not yet" in lines
     assert not any(line.startswith("cuda/") for line in lines)
 
@@ -296,19 +303,19 @@ def test_real_kernels_are_used(monkeypatch) -> None:
 def test_after_a_crash_another_process_tests_the_rest(package) -> None:
     package(GRAM_FORM, LAUNCH, "        import os\n        os.abort()\n")
     products = Kernels("triton", "products", "float32")
-    tasks = [(SMALL, "small: masked layers"), (SMALL, "small: batch")]
+    tasks = [(SMALL, "gram_cka_small: masked layers"), (SMALL, "gram_cka_small: batch")]
     tasks.append((products, "products: distance of few rows"))
     crashed, skipped, good = Examination(tasks, CPU)
     assert crashed.good is False
-    assert skipped[:3] == (SMALL, "small: batch", None)
-    assert "not tried after small: masked layers" in skipped.seen
+    assert skipped[:3] == (SMALL, "gram_cka_small: batch", None)
+    assert "not tried after gram_cka_small: masked layers" in skipped.seen
     assert good.good is True
     assert good.kernels == products
 
 
 def test_a_process_that_cannot_start_is_no_verdict(monkeypatch) -> None:
     """As on a GPU in exclusive use, or without memory for a context."""
-    task = [(SMALL, "small: batch")]
+    task = [(SMALL, "gram_cka_small: batch")]
     (report,) = Examination(task, torch.device("cuda:77"))
     assert report.good is None
     assert "the process ended with status 1" in report.seen
@@ -320,7 +327,7 @@ def test_a_process_that_cannot_start_is_no_verdict(monkeypatch) -> None:
 
 def test_out_of_time(package) -> None:
     package(GRAM_FORM, LAUNCH, "        import time\n        time.sleep(10**6)\n")
-    reports = list(Examination([(SMALL, "small: batch")] * 2, CPU, seconds=1.0))
+    reports = list(Examination([(SMALL, "gram_cka_small: batch")] * 2, CPU, seconds=1.0))
     assert [report.good for report in reports] == [None, None]
     assert {report.seen for report in reports} == {"out of time"}
 
@@ -348,7 +355,7 @@ def test_a_killed_process_is_no_verdict(package) -> None:
     """The system kills processes when memory runs out."""
     kill = "        import os, signal\n        os.kill(os.getpid(), signal.SIGKILL)\n"
     package(GRAM_FORM, LAUNCH, kill)
-    (report,) = Examination([(SMALL, "small: batch")], CPU)
+    (report,) = Examination([(SMALL, "gram_cka_small: batch")], CPU)
     assert report.good is None
     assert "killed" in report.seen
 
@@ -361,7 +368,7 @@ def test_results_that_differ_between_runs(monkeypatch) -> None:
 
     monkeypatch.setattr(trial.autograd, "measure", drift)
     case = known_answers.CASES[0]
-    outcome = trial.attempt(Kernels("eager", "small", "float32"), case, CPU)
+    outcome = trial.attempt(Kernels("eager", "gram_cka_small", "float32"), case, CPU)
     assert outcome == (False, "masked layers: results differ from one run to the next", None, None)
 
 
@@ -381,7 +388,7 @@ def test_nan_is_wrong(result, monkeypatch) -> None:
         monkeypatch.setattr(trial.autograd, "measure", lambda *a: measure(*a) * float("nan"))
     monkeypatch.setattr(trial, "REPEATS", 1)
     case = known_answers.CASES[2]
-    outcome = trial.attempt(Kernels("eager", "small", "float32"), case, CPU)
+    outcome = trial.attempt(Kernels("eager", "gram_cka_small", "float32"), case, CPU)
     assert outcome.good is False
     assert f"{result} off by nan" in outcome.seen
 
@@ -465,7 +472,7 @@ emulated.TESTS, emulated.SOURCES = folder / "tests", sources
 major, shared = emulated.GPUS["clusters"]
 os.environ.update(RIFT_EMULATED_MAJOR=major, RIFT_EMULATED_SHARED=shared, RIFT_EMULATED_SEED="0")
 trial.REPEATS = 1
-kernels = Kernels("cuda", "small", "bfloat16")
+kernels = Kernels("cuda", "gram_cka_small", "bfloat16")
 with as_gpu.cuda("sm90", emulated.build(folder), 3, "gram"):
     cases = known_answers.cases_of(kernels, False)
     reports = [(kernels, c.name, *trial.attempt(kernels, c, torch.device("cpu"))) for c in cases]
@@ -476,7 +483,7 @@ print(json.dumps(reports))
 def test_many_rows_in_emulated_cuda(emulate, monkeypatch) -> None:
     """The emulator passes a case that `auto` tests on the kernels for many rows."""
     monkeypatch.setattr(trial, "REPEATS", 1)
-    kernels = Kernels("cuda", "covariance", "bfloat16")
+    kernels = Kernels("cuda", "covariance_cka", "bfloat16")
     emulate("clusters", form="covariance")
     case = next(c for c in known_answers.cases_of(kernels, False) if c.batch)
     assert trial.attempt(kernels, case, CPU).good

@@ -27,11 +27,11 @@ PINNED = re.search(r"^triton==(.+)$", (ROOT / "constraints.txt").read_text(), re
 TENSOR_MEMORY = 512  # columns
 MATRIX = {"sm80": "mma.sync", "sm90": "wgmma", "sm100": "tcgen05", "gfx942": "mfma"}
 MATRIX_KERNELS = {
-    "moments_kernel",
-    "backward_kernel",
+    "raw_moments_kernel",
+    "covariance_backward_kernel",
     "gram_backward_kernel",
-    "small_gram_kernel",
-    "product_kernel",
+    "gram_cka_small_kernel",
+    "products_kernel",
 }
 # Tensor memory and AMD's matrix instructions have no float64, so torch multiplies there.
 NOT_COMPILED = {
@@ -120,7 +120,7 @@ def test_asynchronous_copies(case: str, kernels: list[Resources]) -> None:
         # One step covers all of few rows, so there is nothing to load ahead.
         one_step = " rows " in case and kernel.kernel == "gram_backward_kernel"
         # The copy engine does not load the few chunks with long rows.
-        has_chunks = kernel.kernel == "moments_kernel" and kernel.bulk and "debiased" in case
+        has_chunks = kernel.kernel == "raw_moments_kernel" and kernel.bulk and "debiased" in case
         if kernel.kernel in MATRIX_KERNELS and not one_step:
             assert kernel.loads <= (2 if has_chunks else 0), kernel
             assert kernel.copies or kernel.bulk, kernel
@@ -146,12 +146,12 @@ def test_the_sample_has_every_case_and_on_every_target_most_kernels() -> None:
         rows = table[target][case]
         kernels[target] |= set() if isinstance(rows, str) else {row.kernel for row in rows}
     assert {case for _, case in triton_compile.sample()} == CASES.keys()
-    rare = {"blocks_kernel", "product_kernel"}
+    rare = {"blocks_kernel", "products_kernel"}
     assert all(names >= set.union(*kernels.values()) - rare for names in kernels.values())
 
 
 def test_markdown() -> None:
     text = report.triton_resources(triton_compile.RESULT)
     assert f"triton {PINNED}" in text
-    for name in (*TARGETS, "moments", "small_gram"):
+    for name in (*TARGETS, "raw_moments", "gram_cka_small"):
         assert name in text

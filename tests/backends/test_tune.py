@@ -70,9 +70,9 @@ def test_less_memory_leaves_fewer_candidates() -> None:
 @pytest.mark.parametrize(
     ("shapes", "arch", "kernel", "measured"),
     [
-        ("covariance large bf16", "sm90", "moments_kernel", 131072),
-        ("covariance large exact", "sm90", "moments_kernel", 122880),
-        ("gram large exact", "sm90", "moments_kernel", 131840),
+        ("covariance large bf16", "sm90", "raw_moments_kernel", 131072),
+        ("covariance large exact", "sm90", "raw_moments_kernel", 122880),
+        ("gram large exact", "sm90", "raw_moments_kernel", 131840),
     ],
 )
 def test_memory_estimate(shapes: str, arch: str, kernel: str, measured: int) -> None:

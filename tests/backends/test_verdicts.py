@@ -14,7 +14,7 @@ import torch
 from rift_kernels.trust import verdicts
 from rift_kernels.trust.verdicts import Kernels, Verdict
 
-KERNELS = Kernels("triton", "small", "bfloat16")
+KERNELS = Kernels("triton", "gram_cka_small", "bfloat16")
 MACHINE = {"gpu": "Some GPU", "driver": "570.1", "torch": "2.13.0", "kernels": "abc"}
 BAD = Verdict(False, "batch: value off by 3e-01")
 
@@ -40,7 +40,7 @@ def test_what_is_written_is_read(verdict, cache) -> None:
     assert verdicts.read(MACHINE, KERNELS._replace(dtype="float32")) is None
     # No temporary file is left, and only this user can read the folders.
     assert [path.name for path in the_file(cache).parent.iterdir()] == [
-        "triton-small-bfloat16.json"
+        "triton-gram_cka_small-bfloat16.json"
     ]
     assert stat.S_IMODE(the_file(cache).stat().st_mode) == 0o600
     for folder in (the_file(cache).parent, the_file(cache).parent.parent, cache):
@@ -97,6 +97,15 @@ def test_a_file_from_another_machine_is_ignored(cache) -> None:
     verdicts.write(MACHINE, KERNELS, Verdict(True))
     text = the_file(cache).read_text()
     the_file(cache).write_text(text.replace("570.1", "999.9"))
+    assert verdicts.read(MACHINE, KERNELS) is None
+
+
+def test_a_file_on_other_kernels_is_ignored(cache) -> None:
+    """As one from before a family was renamed."""
+    verdicts.write(MACHINE, KERNELS._replace(family="small"), Verdict(True))
+    assert verdicts.read(MACHINE, KERNELS) is None
+    old = the_file(cache)
+    old.rename(old.with_name("triton-gram_cka_small-bfloat16.json"))
     assert verdicts.read(MACHINE, KERNELS) is None
 
 

@@ -1,6 +1,6 @@
 """Column statistics: sums of both sides' columns, their energies, and how much the sides share.
 
-Column programs of moments_kernel write them, later kernels read them.
+Column programs of raw_moments_kernel write them, later kernels read them.
 
 Bytes: X and Y once; a few numbers per program.
 """

@@ -42,7 +42,7 @@ class Config(NamedTuple):
     gram_backward: Block = (0, 0, 0)
     gram_backward_warps: int = 0
     gram_backward_stages: int = 0
-    small_share: int = 0  # columns per program of small_gram
+    small_share: int = 0  # columns per program of gram_cka_small
     small_k: int = 0
 
 

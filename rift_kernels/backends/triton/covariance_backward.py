@@ -27,9 +27,9 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .config import Config
 from .covariance_saved import (
-    FULL,
     INVERSE_OTHER,
     INVERSE_OWN,
+    LOW_HALVES,
     OTHER,
     OWN,
     ROW,
@@ -38,7 +38,6 @@ from .covariance_saved import (
     Saved,
     energy_programs,
 )
-from .debiasing import add_row_gradients
 from .device import (
     batch_of,
     features_of,
@@ -53,6 +52,7 @@ from .device import (
 )
 from .launch import descriptors_of, gradients, padded_width
 from .layers import Layers
+from .row_terms import add_row_gradients
 
 
 @triton.jit
@@ -84,7 +84,7 @@ def _matrix(ptr, descriptor, first_row, row, first, column, width, DESCRIPTORS: 
         *("parts", "max_rows", "row_programs"),
     ]
 )
-def backward_kernel(
+def covariance_backward_kernel(
     owns, others, masks, grads, rows, widths_own, widths_other,
     strides_own_n, strides_own_d, strides_other_n, strides_other_d,
     stride_own_b, stride_other_b, stride_mb, stride_grad_b,
@@ -129,7 +129,7 @@ def backward_kernel(
         scalars_ptr += entry * 2 * SCALARS + SIDE * SCALARS
         c_own = tl.load(scalars_ptr + OWN)
         c_other = tl.load(scalars_ptr + OTHER)
-        full = tl.load(scalars_ptr + FULL) != 0
+        low_halves = tl.load(scalars_ptr + LOW_HALVES) != 0
         row = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
         valid = valid_rows(mask_ptr, row, n, HAS_MASK)
         column = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -140,7 +140,7 @@ def backward_kernel(
         if OWN_BLOCK:
             steps = tl.cdiv(d_own, BLOCK_K)
             # High times high, high times low, low times high.
-            passes = tl.where(full, 3, 1)
+            passes = tl.where(low_halves, 3, 1)
             if EXACT:
                 passes = 3
             for step in range(passes * steps):
@@ -170,7 +170,7 @@ def backward_kernel(
             top += width
 
         steps = tl.cdiv(d_other, BLOCK_K)
-        passes = tl.where(full, 2, 1)
+        passes = tl.where(low_halves, 2, 1)
         if EXACT:
             passes = 3
         for step in range(passes * steps):
@@ -201,7 +201,7 @@ def backward_kernel(
             for step in range(tl.cdiv(d_other, SHIFT_STEP)):
                 shift += tl.load(first_ptr + step * width, mask=inside, other=0.0)
                 low = tl.load(first_ptr + half + step * width, mask=inside, other=0.0)
-                shift += tl.where(full, low, 0.0)
+                shift += tl.where(low_halves, low, 0.0)
             acc -= shift[None, :]
         inverse_own = tl.load(scalars_ptr + INVERSE_OWN)
         acc *= inverse_own * tl.load(scalars_ptr + SCALE)
@@ -255,7 +255,7 @@ def launch(
     if descriptors:
         matrix = planes.view(-1, width)
         descriptors.append(TensorDescriptor.from_tensor(matrix, [block_k, block_n]))
-    backward_kernel[grid](
+    covariance_backward_kernel[grid](
         own.addresses, cross.addresses, layers.mask_addresses, layers.padded(grads),
         layers.row_counts, own.columns, cross.columns,
         own.strides_n, own.strides_d, cross.strides_n, cross.strides_d,

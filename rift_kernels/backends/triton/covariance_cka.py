@@ -51,10 +51,9 @@ from .covariance_cka_head import (
     SQUARE_C,
     SQUARE_FX,
     SQUARE_FY,
-    cka_head,
+    covariance_cka_head,
 )
 from .covariance_saved import SCALARS, Saved, energy_programs, store_halves, store_shift
-from .debiasing import sums_of_rows, weighted_sums
 from .device import (
     LONG_COUNT,
     LONG_FIELDS,
@@ -71,6 +70,7 @@ from .device import (
 )
 from .layers import Layers
 from .raw_moments import RawMoments
+from .row_terms import sums_of_rows, weighted_sums
 from .tiles import sum_partials, tile_of, triangle_index
 
 
@@ -81,7 +81,7 @@ from .tiles import sum_partials, tile_of, triangle_index
         *("max_rows", "row_programs"),
     ]
 )
-def cka_kernel(
+def covariance_cka_kernel(
     xs, ys, masks, rows, widths_x, widths_y, strides_xn, strides_xd, strides_yn, strides_yd,
     stride_xb, stride_yb, stride_mb,
     longest_ptr, tiles_ptr, spill_ptr, sums_ptr, statistics_ptr, counters_ptr,
@@ -91,7 +91,7 @@ def cka_kernel(
     LAYERS: tl.constexpr, HAS_MASK: tl.constexpr, DTYPE: tl.constexpr, VECTOR: tl.constexpr,
     SPLIT: tl.constexpr, NEAR: tl.constexpr, SHIFT: tl.constexpr,
     DEBIASED: tl.constexpr, DISTANCE: tl.constexpr,
-    STUDENT: tl.constexpr, TEACHER: tl.constexpr, HIGH: tl.constexpr,
+    STUDENT: tl.constexpr, TEACHER: tl.constexpr, LOW_HALVES: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, SUB: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """One program owns SUB rows of one tile of A, B or C, or a run of feature rows."""
@@ -275,10 +275,10 @@ def cka_kernel(
         if SPLIT:
             narrow = tl.minimum(d1, d2).to(tl.float64)
             rounding = tl.maximum(rounding, (count * 0 + ROUNDING_OF_SPLIT) / narrow)
-        cka_head(
+        covariance_cka_head(
             values_ptr + entry, scalars_ptr, total, count + long_count, long_count,
             pivot_x, pivot_y, mean_x, mean_y, inverse_x, inverse_y, t_x, t_y, rounding,
-            DEBIASED, DISTANCE, HIGH,
+            DEBIASED, DISTANCE, LOW_HALVES,
         )  # fmt: skip
 
 
@@ -293,13 +293,13 @@ def launch(
     distance: bool,
     student: bool,
     teacher: bool,
-    high: bool,
+    low_halves: bool,
 ) -> None:
     """Values, and what the backward needs, from raw moments."""
     row_programs = energy_programs(layers, debiased)
     programs = moments.slots * (config.block // config.sub) + row_programs
     partial = layers.empty(layers.entries * programs * FIELDS.value, dtype=torch.float64)
-    cka_kernel[(programs, layers.entries)](
+    covariance_cka_kernel[(programs, layers.entries)](
         *layers.arguments, saved.longest if debiased else None,
         moments.tiles, moments.spill, moments.sums, moments.statistics, moments.counters,
         values, *saved[:-1], partial,
@@ -308,7 +308,7 @@ def launch(
         **layers.feature_options,
         SPLIT=layers.exact, NEAR=layers.x.widths == layers.y.widths,
         SHIFT=not layers.exact, DEBIASED=debiased, DISTANCE=distance,
-        STUDENT=student, TEACHER=teacher, HIGH=high,
+        STUDENT=student, TEACHER=teacher, LOW_HALVES=low_halves,
         BLOCK=config.block, BLOCK_K=config.block_k, SUB=config.sub, BLOCK_R=config.block_r,
         num_warps=config.head_warps,
     )  # fmt: skip

@@ -61,17 +61,17 @@ def _hsic(sums, square, pairs, first, second, product, n):
 
 
 @triton.jit
-def cka_head(
+def covariance_cka_head(
     value_ptr, scalars_ptr, sums, n, long_count, pivot_x, pivot_y, mean_x, mean_y,
     inverse_x, inverse_y, t_x, t_y, rounding,
-    DEBIASED: tl.constexpr, DISTANCE: tl.constexpr, HIGH: tl.constexpr,
+    DEBIASED: tl.constexpr, DISTANCE: tl.constexpr, LOW_HALVES: tl.constexpr,
 ):  # fmt: skip
     """Store a layer's value and scalars, computed in float64."""
     square_a, square_b = _field(sums, SQUARE_A), _field(sums, SQUARE_B)
     square_c = _field(sums, SQUARE_C)
     hxx, hyy, h = square_a, square_b, square_c
     # Two long rows still make a pair where all other rows are alike.
-    dead = ((pivot_x == 0) | (pivot_y == 0)) & (long_count < 2)
+    degenerate = ((pivot_x == 0) | (pivot_y == 0)) & (long_count < 2)
     fewest = 2
     a, b = n * 0, n * 0
     sum_k, sum_l = _field(sums, SUM_K), _field(sums, SUM_L)
@@ -88,10 +88,10 @@ def cka_head(
         # What long rows add is never subtracted again. If all other rows are alike, and all but one
         # of the long rows, it consists of the mean's rounding.
         share = n * MEAN_ROUNDING
-        dead = dead | (hxx <= mean_x * _field(sums, LONG_X) * share)
-        dead = dead | (hyy <= mean_y * _field(sums, LONG_Y) * share)
-        dead = dead | (hxx <= square_a * rounding) | (hyy <= square_b * rounding)
-    beta = tl.where(dead, 0.0, 2 / tl.sqrt(tl.where(dead, 1.0, hxx * hyy)))
+        degenerate = degenerate | (hxx <= mean_x * _field(sums, LONG_X) * share)
+        degenerate = degenerate | (hyy <= mean_y * _field(sums, LONG_Y) * share)
+        degenerate = degenerate | (hxx <= square_a * rounding) | (hyy <= square_b * rounding)
+    beta = tl.where(degenerate, 0.0, 2 / tl.sqrt(tl.where(degenerate, 1.0, hxx * hyy)))
     value = 0.5 * h * beta
     # NaN and Inf in features reach the value even where nothing varies.
     value += (pivot_x - pivot_x) + (pivot_y - pivot_y)
@@ -103,17 +103,17 @@ def cka_head(
         value = 1 - value
         beta = -beta
     tl.store(value_ptr, value.to(tl.float32))
-    u_x = tl.where(dead, 0.0, h / tl.where(dead, 1.0, hxx))
-    u_y = tl.where(dead, 0.0, h / tl.where(dead, 1.0, hyy))
+    u_x = tl.where(degenerate, 0.0, h / tl.where(degenerate, 1.0, hxx))
+    u_y = tl.where(degenerate, 0.0, h / tl.where(degenerate, 1.0, hyy))
     alpha_x, alpha_y = -u_x * beta, -u_y * beta
-    full_x = (_field(sums, SQUARE_FX) > bound) & HIGH
-    full_y = (_field(sums, SQUARE_FY) > bound) & HIGH
+    low_halves_x = (_field(sums, SQUARE_FX) > bound) & LOW_HALVES
+    low_halves_y = (_field(sums, SQUARE_FY) > bound) & LOW_HALVES
     # A row's weight outside the products follows from its sums; see covariance_backward.py.
     store_side(
-        scalars_ptr, 0, n, beta, -u_x * inverse_x / inverse_y, t_x, full_x,
+        scalars_ptr, 0, n, beta, -u_x * inverse_x / inverse_y, t_x, low_halves_x,
         -b * (alpha_x * sum_k + beta * sum_l), -a * alpha_x, -a * beta, inverse_x, inverse_y,
     )  # fmt: skip
     store_side(
-        scalars_ptr, 1, n, beta, -u_y * inverse_y / inverse_x, t_y, full_y,
+        scalars_ptr, 1, n, beta, -u_y * inverse_y / inverse_x, t_y, low_halves_y,
         -b * (alpha_y * sum_l + beta * sum_k), -a * alpha_y, -a * beta, inverse_y, inverse_x,
     )  # fmt: skip

@@ -63,10 +63,10 @@ def _head(
     scale_x = tl.where(pivot_x == 0, 0.0, scale) + poison
     scale_y = tl.where(pivot_y == 0, 0.0, -scale) + poison
     # The teacher's two terms partly cancel, so that their low halves matter.
-    full = one if KIND == 0 else zero
+    low_halves = one if KIND == 0 else zero
     bias = 2 * mean_weight / n
     store_side(scalars_ptr, 0, n, scale_x, zero, zero, zero, bias, zero, zero, one, one)
-    store_side(scalars_ptr, 1, n, scale_y, value, zero, full, bias, zero, zero, one, one)
+    store_side(scalars_ptr, 1, n, scale_y, value, zero, low_halves, bias, zero, zero, one, one)
 
 
 @triton.jit
@@ -96,7 +96,7 @@ def _store_shifts(
 
 
 @triton.jit(do_not_specialize=["tile_programs", "column_programs", "segments", "slots", "spills"])
-def covariance_kernel(
+def covariance_distance_kernel(
     rows, widths,
     tiles_ptr, spill_ptr, sums_ptr, statistics_ptr, counters_ptr,
     values_ptr, scalars_ptr, planes_x_ptr, planes_y_ptr, shift_x_ptr, shift_y_ptr, means_ptr,
@@ -208,7 +208,7 @@ def launch(
     """Values, and what the backward needs, from raw moments."""
     programs = moments.slots // 2 * (config.block // config.sub)
     partial = layers.empty(layers.entries * programs * FIELDS.value, dtype=torch.float64)
-    covariance_kernel[(programs, layers.entries)](
+    covariance_distance_kernel[(programs, layers.entries)](
         layers.row_counts, layers.x.columns,
         moments.tiles, moments.spill, moments.sums, moments.statistics, moments.counters,
         values, saved.scalars, saved.planes_x, saved.planes_y, saved.shift_x, saved.shift_y,

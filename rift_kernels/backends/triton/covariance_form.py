@@ -1,7 +1,7 @@
 """Launches in covariance form: linear CKA, the covariance distance, and the gradients of both.
 
-    moments, cka, backward            three launches for up to 24 layers
-    moments, covariance, backward
+    raw_moments, covariance_cka, covariance_backward        three launches for up to 24 layers
+    raw_moments, covariance_distance, covariance_backward
 
 float32 and float16 features take one launch more, because their means come first. Debiased CKA
 takes another, which finds long rows.
@@ -28,9 +28,12 @@ SAVED = len(Saved._fields)
 
 
 def cka_fwd(
-    layers: Layers, debiased: bool, distance: bool, student: bool, teacher: bool, high: bool
+    layers: Layers, debiased: bool, distance: bool, student: bool, teacher: bool, low_halves: bool
 ) -> tuple[Tensor, list[Tensor]]:
-    """Values, and what :func:`cka_bwd` needs besides the features."""
+    """Values, and what :func:`cka_bwd` needs besides the features.
+
+    ``low_halves``: the backward may multiply them, and does so where their products matter.
+    """
     config = configuration(layers, "covariance")
     values = layers.values()
     saved = covariance_saved.allocate(layers, config, (2 * student, 2 * teacher), debiased)
@@ -42,7 +45,8 @@ def cka_fwd(
         )
         covariance_cka.launch(
             layers, config, moments, values, saved,
-            debiased=debiased, distance=distance, student=student, teacher=teacher, high=high,
+            debiased=debiased, distance=distance, student=student, teacher=teacher,
+            low_halves=low_halves,
         )  # fmt: skip
     return values, list(saved)
 

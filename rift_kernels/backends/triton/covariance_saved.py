@@ -18,7 +18,7 @@ from .layers import Layers
 SCALE = tl.constexpr(0)
 OWN = tl.constexpr(1)  # c
 OTHER = tl.constexpr(2)  # c'
-FULL = tl.constexpr(3)  # whether low halves are multiplied as well
+LOW_HALVES = tl.constexpr(3)  # whether low halves are multiplied as well
 # w = ROW + ROW_OWN * own + ROW_OTHER * other, by row_sums. ROW alone is the distance's bias.
 ROW = tl.constexpr(4)
 ROW_OWN = tl.constexpr(5)
@@ -79,7 +79,7 @@ def allocate(
 
 @triton.jit
 def store_side(
-    scalars_ptr, side, n, scale, own, other, full, row, row_own, row_other, inverse_own,
+    scalars_ptr, side, n, scale, own, other, low_halves, row, row_own, row_other, inverse_own,
     inverse_other,
 ):  # fmt: skip
     """Store one side's scalars. The inverses stay separate, because their product may leave the
@@ -88,7 +88,7 @@ def store_side(
     values = tl.where(field == SCALE, scale.to(tl.float32), 0.0)
     values = tl.where(field == OWN, own.to(tl.float32), values)
     values = tl.where(field == OTHER, other.to(tl.float32), values)
-    values = tl.where(field == FULL, full.to(tl.float32), values)
+    values = tl.where(field == LOW_HALVES, low_halves.to(tl.float32), values)
     values = tl.where(field == ROW, row.to(tl.float32), values)
     values = tl.where(field == ROW_OWN, row_own.to(tl.float32), values)
     values = tl.where(field == ROW_OTHER, row_other.to(tl.float32), values)

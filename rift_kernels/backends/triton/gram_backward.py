@@ -29,7 +29,7 @@ from .device import (
     split,
     valid_rows,
 )
-from .gram_cka_small import SMALL_ROWS, rows_of
+from .gram_cka_small import SMALL_GRAM_ROWS, rows_of
 from .gram_saved import INVERSE, OTHER, OWN, SCALARS, Saved, edge_of, grams_of, stride_of
 from .launch import gradients
 from .layers import Layers
@@ -128,7 +128,7 @@ def launch(
     entries, max_width = layers.entries, max(own.widths)
     width = saved.means.numel() // (entries * 2)
     block_m, block_n, block_k = config.gram_backward
-    small = layers.max_rows <= SMALL_ROWS
+    small = layers.max_rows <= SMALL_GRAM_ROWS
     if small:
         # One block holds all rows, and gives the mean of a column.
         block_m = block_k = rows_of(layers)

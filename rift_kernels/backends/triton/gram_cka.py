@@ -31,7 +31,7 @@ from .gram_cka_head import (
     PEAK_X,
     PEAK_Y,
     center_offset,
-    gram_head,
+    gram_cka_head,
     inner_product,
     pack_sums,
 )
@@ -108,7 +108,7 @@ def _centered_tile(
         *("stride_mb", "tile_programs", "column_programs", "segments", "slots", "spills"),
     ]
 )
-def gram_kernel(
+def gram_cka_kernel(
     masks, rows, widths_x, widths_y, stride_mb,
     tiles_ptr, spill_ptr, row_sums_ptr, sums_ptr, statistics_ptr, counters_ptr,
     values_ptr, saved_ptr, means_ptr, partial_ptr,
@@ -203,7 +203,7 @@ def gram_kernel(
         total = tl.where((field == PEAK_X) | (field == PEAK_Y), peak, total)
         pivot_x = statistic(statistics_ptr, PIVOT_X, column_programs)
         pivot_y = statistic(statistics_ptr, PIVOT_Y, column_programs)
-        gram_head(
+        gram_cka_head(
             values_ptr + entry, saved_ptr + entry * SCALARS, total, count, pivot_x, pivot_y,
             inverse_x, inverse_y, DEBIASED, DISTANCE,
         )  # fmt: skip
@@ -223,7 +223,7 @@ def launch(
     """Values, and what the backward needs, from raw moments."""
     programs = moments.slots // 2 * (config.block // config.sub)
     partial = layers.empty(layers.entries * programs * FIELDS.value, dtype=torch.float64)
-    gram_kernel[(programs, layers.entries)](
+    gram_cka_kernel[(programs, layers.entries)](
         layers.mask_addresses, layers.row_counts, layers.x.columns, layers.y.columns,
         layers.stride_mb, *moments.tensors,
         values, saved.grams, saved.means, partial,

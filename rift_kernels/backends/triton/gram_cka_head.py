@@ -58,19 +58,19 @@ def center_offset(row_sum, total, n, DEBIASED: tl.constexpr):
 
 
 @triton.jit
-def gram_head(
+def gram_cka_head(
     value_ptr, scalars_ptr, sums, n, pivot_x, pivot_y, inverse_x, inverse_y,
     DEBIASED: tl.constexpr, DISTANCE: tl.constexpr,
 ):  # fmt: skip
     """Store a layer's value and scalars; K is that of features scaled by the inverses."""
     xx, yy, xy = _field(sums, SQUARE_X), _field(sums, SQUARE_Y), _field(sums, PRODUCT)
-    dead = (pivot_x == 0) | (pivot_y == 0)
+    degenerate = (pivot_x == 0) | (pivot_y == 0)
     fewest = 2
     if DEBIASED:
         fewest = 4
-        dead = dead | (tl.sqrt(xx) <= _field(sums, PEAK_X) * NOISE)
-        dead = dead | (tl.sqrt(yy) <= _field(sums, PEAK_Y) * NOISE)
-    beta = tl.where(dead, 0.0, 2 / tl.sqrt(tl.where(dead, 1.0, xx * yy)))
+        degenerate = degenerate | (tl.sqrt(xx) <= _field(sums, PEAK_X) * NOISE)
+        degenerate = degenerate | (tl.sqrt(yy) <= _field(sums, PEAK_Y) * NOISE)
+    beta = tl.where(degenerate, 0.0, 2 / tl.sqrt(tl.where(degenerate, 1.0, xx * yy)))
     value = 0.5 * xy * beta
     # NaN and Inf in features reach the value even where nothing varies.
     value += (pivot_x - pivot_x) + (pivot_y - pivot_y)
@@ -81,7 +81,7 @@ def gram_head(
         value = 1 - value
         beta, slope = -beta, -slope
     tl.store(value_ptr, value.to(tl.float32))
-    alpha_x = tl.where(dead, 0.0, slope / tl.where(dead, 1.0, xx))
-    alpha_y = tl.where(dead, 0.0, slope / tl.where(dead, 1.0, yy))
+    alpha_x = tl.where(degenerate, 0.0, slope / tl.where(degenerate, 1.0, xx))
+    alpha_y = tl.where(degenerate, 0.0, slope / tl.where(degenerate, 1.0, yy))
     store_side(scalars_ptr, n, alpha_x, beta, inverse_x)
     store_side(scalars_ptr + 4, n, alpha_y, beta, inverse_y)

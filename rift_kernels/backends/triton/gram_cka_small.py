@@ -25,12 +25,12 @@ from .device import (
     split,
     valid_rows,
 )
-from .gram_cka_head import center_offset, gram_head, inner_product, pack_sums
+from .gram_cka_head import center_offset, gram_cka_head, inner_product, pack_sums
 from .gram_saved import SCALARS, Saved, edge_of, grams_of, stride_of
 from .launch import round_up
 from .layers import Layers
 
-SMALL_ROWS = 128
+SMALL_GRAM_ROWS = 128
 
 
 @triton.jit
@@ -114,7 +114,7 @@ def _centered_rows(k_ptr, offsets, included, inverse, sums, n, DEBIASED: tl.cons
 
 
 @triton.jit(do_not_specialize=["stride_xb", "stride_yb", "stride_mb", "share"])
-def small_gram_kernel(
+def gram_cka_small_kernel(
     xs, ys, masks, rows, widths_x, widths_y, strides_xn, strides_xd, strides_yn, strides_yd,
     stride_xb, stride_yb, stride_mb,
     workspace_ptr, counters_ptr, values_ptr, saved_ptr, stride, share,
@@ -196,7 +196,7 @@ def small_gram_kernel(
         peak_x = tl.max(diagonal_x, 0) * inverse_x * inverse_x
         peak_y = tl.max(diagonal_y, 0) * inverse_y * inverse_y
         sums = pack_sums(square_x, square_y, product, peak_x, peak_y)
-        gram_head(
+        gram_cka_head(
             values_ptr + entry, saved_ptr + entry * SCALARS, sums, count.to(tl.float64),
             pivot_x, pivot_y, inverse_x, inverse_y, DEBIASED, DISTANCE,
         )  # fmt: skip
@@ -204,7 +204,7 @@ def small_gram_kernel(
 
 def rows_of(layers: Layers) -> int:
     """Rows that kernels for few rows are compiled for: two sizes, those of configurations."""
-    return 64 if layers.max_rows <= 64 else SMALL_ROWS
+    return 64 if layers.max_rows <= 64 else SMALL_GRAM_ROWS
 
 
 def launch(
@@ -217,7 +217,7 @@ def launch(
     distance: bool,
     store: bool,
 ) -> None:
-    """Values, and what the backward needs, from up to SMALL_ROWS rows of features."""
+    """Values, and what the backward needs, from up to SMALL_GRAM_ROWS rows of features."""
     programs = triton.next_power_of_2(-(-layers.widest // config.small_share))
     share = round_up(-(-layers.widest // programs), config.small_k)
     rows = rows_of(layers)
@@ -227,7 +227,7 @@ def launch(
     counters = None
     if programs > 1:
         counters = torch.zeros(layers.entries, dtype=torch.int32, device=layers.device)
-    small_gram_kernel[(programs, layers.entries)](
+    gram_cka_small_kernel[(programs, layers.entries)](
         *layers.arguments, workspace, counters, values, saved.grams, stride_of(layers), share,
         **layers.feature_options, DEBIASED=debiased, DISTANCE=distance, STORE=store,
         ROWS=rows, BLOCK_K=config.small_k, PROGRAMS=programs,

@@ -1,7 +1,7 @@
 """Launches in Gram form: linear CKA and its gradient.
 
-    small_gram, gram_backward         two launches for up to 24 layers of up to 128 rows
-    moments, gram, gram_backward      three for more rows
+    gram_cka_small, gram_backward             two launches for up to 24 layers of up to 128 rows
+    raw_moments, gram_cka, gram_backward      three for more rows
 
 float32 and float16 features of more rows take one launch more, because their means come first.
 """
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import gram_backward, gram_cka, gram_cka_small, gram_saved, raw_moments
 from .config import configuration
-from .gram_cka_small import SMALL_ROWS
+from .gram_cka_small import SMALL_GRAM_ROWS
 from .gram_saved import Saved
 from .launch import padded_width
 from .layers import Layers
@@ -27,7 +27,7 @@ def cka_fwd(
     """Values, and what :func:`cka_bwd` needs besides the features."""
     config = configuration(layers, "gram")
     values = layers.values()
-    small = layers.max_rows <= SMALL_ROWS
+    small = layers.max_rows <= SMALL_GRAM_ROWS
     saved = gram_saved.allocate(layers, 0 if small else padded_width(layers, config), store)
     settings = {"debiased": debiased, "distance": distance, "store": store}
     if layers.idle:

@@ -19,7 +19,6 @@ import triton.language as tl
 from torch import Tensor
 
 from .config import Config
-from .debiasing import row_energies
 from .device import (
     CHUNKS,
     LONG_COUNT,
@@ -38,6 +37,7 @@ from .device import (
 )
 from .launch import padded_width, processors
 from .layers import Layers
+from .row_terms import row_energies
 
 # A long row has more than this many times the mean energy of all shorter rows.
 LONG_ENERGY = tl.constexpr(4)

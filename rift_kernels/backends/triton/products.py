@@ -23,7 +23,7 @@ from .tiles import triangle
 
 
 @triton.jit
-def product_kernel(
+def products_kernel(
     a_ptr, b_ptr, out_ptr, m, n, inner,
     stride_ab, stride_am, stride_ak, stride_bb, stride_bk, stride_bn,
     SYMMETRIC: tl.constexpr, DOUBLE: tl.constexpr,
@@ -85,7 +85,7 @@ def product(a: Tensor, b: Tensor, *, symmetric: bool = False) -> Tensor:
     blocks_m, blocks_n = -(-a.shape[1] // block_m), -(-b.shape[2] // block_n)
     tiles = blocks_m * (blocks_m + 1) // 2 if symmetric else blocks_m * blocks_n
     with torch.cuda.device_of(out):
-        product_kernel[(tiles, a.shape[0])](
+        products_kernel[(tiles, a.shape[0])](
             a, b, out, a.shape[1], b.shape[2], a.shape[2], *a.stride(), *b.stride(),
             SYMMETRIC=symmetric, DOUBLE=dtype == torch.float64,
             BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, num_warps=warps, num_stages=2,

@@ -71,7 +71,7 @@ def _rows(mask_ptr, begin, end, n, HAS_MASK: tl.constexpr):
         *("spills",),
     ]
 )
-def moments_kernel(
+def raw_moments_kernel(
     xs, ys, masks, rows, widths_x, widths_y, strides_xn, strides_xd, strides_yn, strides_yd,
     stride_xb, stride_yb, stride_mb, x_descriptor, y_descriptor, longest_ptr,
     tiles_ptr, spill_ptr, row_sums_ptr, sums_ptr, statistics_ptr, counters_ptr,
@@ -272,7 +272,7 @@ def launch(
     tile = (block, config.block_k) if is_gram else (config.block_k, block)
     descriptors = descriptors_of(layers, (layers.x, layers.y), tile)
     for tile_count, column_count in launches:
-        moments_kernel[(tile_count + column_count, entries)](
+        raw_moments_kernel[(tile_count + column_count, entries)](
             *layers.arguments, *(descriptors or (None, None)), longest,
             *moments.tensors, tile_count, column_programs, column_count, segments, blocks, width,
             slots, tile_programs,
