@@ -28,7 +28,7 @@ from rift_kernels.measures.coefficients import Coefficients, NeedsGrad, ValueAnd
 from rift_kernels.measures.covariance import covariance
 from rift_kernels.measures.procrustes import procrustes
 from rift_kernels.measures.sums_over_ranks import sum_blocks_over_ranks
-from rift_kernels.trust import refusals
+from rift_kernels.trust import refused_launches
 
 from .precision import full_precision
 from .ranks import Ranks
@@ -309,7 +309,7 @@ def _register(schema: str, implementation: Callable[..., Any]) -> None:
         try:
             return implementation(*arguments)
         except Exception as error:
-            refusals.add_advice(error)
+            refused_launches.add_advice(error)
             raise
 
     name = schema.split("(")[0]

@@ -12,7 +12,7 @@ from typing import NamedTuple, TypeVar
 
 import torch
 
-from rift_kernels.trust import decisions, refusals
+from rift_kernels.trust import decisions, refused_launches
 from rift_kernels.trust.decisions import Kind
 
 from . import availability, user_warnings
@@ -199,9 +199,9 @@ def run(
 
 def withdraw_if_refused(plan: Plan, error: Exception) -> bool:
     """Whether a launch was refused that ``auto`` chose; it then stops using the plan's kernels."""
-    if plan.kind is None or not refusals.is_refusal(error):
+    if plan.kind is None or not refused_launches.is_refusal(error):
         return False
-    decisions.withdraw(plan.kind, f"a launch failed: {refusals.first_line(error)}")
+    decisions.withdraw(plan.kind, f"a launch failed: {refused_launches.first_line(error)}")
     return True
 
 

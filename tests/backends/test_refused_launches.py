@@ -10,7 +10,7 @@ import torch
 import rift_kernels as rk
 from rift_kernels.backends import eager
 from rift_kernels.dispatch import availability, operators, plan
-from rift_kernels.trust import decisions, refusals
+from rift_kernels.trust import decisions, refused_launches
 from tests.support import cases
 
 REFUSED = RuntimeError("Triton Error [CUDA]: too many resources requested for launch")
@@ -145,8 +145,8 @@ def test_a_refused_unfused_backward(function, kernels, force_form) -> None:
 def test_errors_by_name() -> None:
     """Triton's errors, which cannot be imported without triton."""
     errors = pytest.importorskip("triton.runtime.errors", reason="needs triton")
-    assert refusals.is_refusal(errors.OutOfResources(300000, 232448, "shared memory"))
-    assert not refusals.is_refusal(ValueError("too many resources requested for launch"))
-    assert not refusals.is_refusal(torch.OutOfMemoryError("CUDA out of memory"))
+    assert refused_launches.is_refusal(errors.OutOfResources(300000, 232448, "shared memory"))
+    assert not refused_launches.is_refusal(ValueError("too many resources requested for launch"))
+    assert not refused_launches.is_refusal(torch.OutOfMemoryError("CUDA out of memory"))
     text = "cka_large_forward: cudaErrorNoKernelImageForDevice: no kernel image is available"
-    assert refusals.is_refusal(RuntimeError(text))
+    assert refused_launches.is_refusal(RuntimeError(text))
