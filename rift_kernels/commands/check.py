@@ -26,8 +26,8 @@ import torch
 
 from rift_kernels._version import __version__
 from rift_kernels.dispatch import availability
-from rift_kernels.trust import known_answers, self_test, verdicts
-from rift_kernels.trust.self_test import Report
+from rift_kernels.trust import examination, known_answers, verdicts
+from rift_kernels.trust.examination import Report, Task, verdicts_of
 from rift_kernels.trust.verdicts import Kernels, Verdict
 
 SCHEMA = "rift_kernels check 1"
@@ -47,7 +47,7 @@ def reasons(device: torch.device) -> dict[str, str | None]:
     }
 
 
-def tasks(backends: Sequence[str], words: Sequence[str], quick: bool) -> list[self_test.Task]:
+def tasks(backends: Sequence[str], words: Sequence[str], quick: bool) -> list[Task]:
     """The tasks, in order: those of ``auto`` first."""
     chosen = [
         kernels
@@ -102,18 +102,17 @@ def _flat(report: Report) -> dict[str, Any]:
 
 
 def _side_by_side(
-    tasks: Sequence[self_test.Task], device: torch.device, limit: float, seconds: float, jobs: int
+    tasks: Sequence[Task], device: torch.device, limit: float, seconds: float, jobs: int
 ) -> Iterator[tuple[Report, dict[str, verdicts.Identity]]]:
     """The reports of concurrent examinations, each of different kernels, and their machine."""
     results: queue.SimpleQueue[tuple[Report, dict[str, verdicts.Identity]]] = queue.SimpleQueue()
     chosen = list(dict.fromkeys(kernels for kernels, _ in tasks))
 
     def examine(share: Sequence[Kernels]) -> None:
-        examination = self_test.Examination(
-            [task for task in tasks if task[0] in share], device, limit, seconds
-        )
-        for report in examination:
-            results.put((report, examination.identities))
+        own = [task for task in tasks if task[0] in share]
+        running = examination.Examination(own, device, limit, seconds)
+        for report in running:
+            results.put((report, running.identities))
 
     for i in range(jobs):
         threading.Thread(target=examine, args=(chosen[i::jobs],), daemon=True).start()
@@ -155,7 +154,7 @@ class Check:
         """Store a verdict for ``auto`` after all of its cases, and at once if one is wrong."""
         kernels = report.kernels
         reports = self._reports_on(kernels)
-        good, seen = self_test.verdicts_of(reports)[kernels]
+        good, seen = verdicts_of(reports)[kernels]
         is_enough = len(reports) >= len(known_answers.cases_of(kernels, False))
         if report.good is False or (good and is_enough):
             verdicts.write(self._identities[kernels.backend], kernels, Verdict(bool(good), seen))
@@ -176,7 +175,7 @@ class Check:
             ],
             "kernels": [
                 {**kernels._asdict(), "good": good, "seen": seen}
-                for kernels, (good, seen) in self_test.verdicts_of(self._reports).items()
+                for kernels, (good, seen) in verdicts_of(self._reports).items()
             ],
             "cases": [_flat(report) for report in self._reports],
         }
@@ -219,7 +218,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="only the cases that auto tests")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="for the whole check")
     parser.add_argument(
-        "--limit", type=float, default=self_test.LIMIT, help="seconds per case (%(default)s)"
+        "--limit", type=float, default=examination.LIMIT, help="seconds per case (%(default)s)"
     )
     parser.add_argument(
         "--jobs", type=int, default=1, help="processes that share the GPU (%(default)s)"

@@ -1,4 +1,4 @@
-"""``python -m rift_kernels.commands.trial``: the process in which trust/self_test.py tries kernels.
+"""``python -m rift_kernels.commands.trial``: runs kernels for trust/examination.py.
 
 Its arguments are a device and, as JSON, pairs of kernels and a case. It prints a marked line before
 each case and another with the outcome. The parent also sees all other output, and how the process
@@ -20,9 +20,9 @@ from torch import Tensor
 from rift_kernels.dispatch import autograd
 from rift_kernels.dispatch.availability import Problem
 from rift_kernels.dispatch.plan import with_backend
-from rift_kernels.trust import verdicts
+from rift_kernels.trust import self_test, verdicts
+from rift_kernels.trust.examination import MARK
 from rift_kernels.trust.known_answers import CASES, DTYPES, Case, answers, features, key, sketch
-from rift_kernels.trust.self_test import MARK
 from rift_kernels.trust.verdicts import Kernels
 
 # The exit status of a process whose GPU has stopped responding.
@@ -144,6 +144,8 @@ def _is_broken(device: torch.device) -> bool:
 
 def main(arguments: Sequence[str]) -> int:
     """Try all pairs, or those until the GPU stops responding."""
+    # Here kernels run before any test has passed.
+    os.environ[self_test.ENVIRONMENT_VARIABLE] = "0"
     device, pairs = torch.device(arguments[0]), json.loads(arguments[1])
     cases = {key(case): case for case in CASES}
     # Before any kernel: a failure here is no verdict on them.

@@ -13,8 +13,8 @@ import torch
 
 from benchmarks import schema
 from rift_kernels.commands import check
-from rift_kernels.trust import known_answers, self_test, verdicts
-from rift_kernels.trust.self_test import Report
+from rift_kernels.trust import examination, known_answers, verdicts
+from rift_kernels.trust.examination import Report
 from rift_kernels.trust.verdicts import Kernels, Verdict
 
 CPU = torch.device("cpu")
@@ -41,7 +41,7 @@ class Planted:
 @pytest.fixture(autouse=True)
 def _planted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv(verdicts.ENVIRONMENT_VARIABLE, str(tmp_path / "cache"))
-    monkeypatch.setattr(self_test, "Examination", Planted)
+    monkeypatch.setattr(examination, "Examination", Planted)
     monkeypatch.setattr(check, "reasons", lambda _: {"triton": None, "cuda": None})
     monkeypatch.setattr(Planted, "outcomes", {})
 

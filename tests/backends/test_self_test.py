@@ -17,8 +17,8 @@ import rift_kernels as rk
 from rift_kernels.backends import cuda
 from rift_kernels.commands import info, trial
 from rift_kernels.dispatch import availability, plan
-from rift_kernels.trust import decisions, known_answers, self_test, verdicts
-from rift_kernels.trust.self_test import Examination, Report
+from rift_kernels.trust import decisions, examination, known_answers, self_test, verdicts
+from rift_kernels.trust.examination import Examination, Report
 from rift_kernels.trust.verdicts import Kernels, Verdict
 from tests.support import cases
 
@@ -283,7 +283,7 @@ LAUNCH = "        gram_cka_small.launch(layers, config, values, saved, **setting
 )
 def test_planted_kernels_are_never_used(file, before, after, seen, package, monkeypatch) -> None:
     package(file, before, after)
-    monkeypatch.setattr(self_test, "LIMIT", 2.0 if "sleep" in after else self_test.LIMIT)
+    monkeypatch.setattr(examination, "LIMIT", 2.0 if "sleep" in after else examination.LIMIT)
     with pytest.warns(UserWarning, match=seen):
         assert choose() == "eager"
     assert choose() == "eager"
