@@ -27,7 +27,7 @@ from typing import NamedTuple
 
 from . import files, tables
 from .providers import NAIVE, OURS
-from .schema import Benchmark, Workload
+from .schema import Benchmark
 
 THRESHOLD = math.log(1.05)
 SIGMAS = 4.0
@@ -99,23 +99,19 @@ def _times(results: Sequence[Benchmark], clock: str) -> dict[tuple[str, str], li
             if seconds and name != NAIVE:
                 low, middle, high = vars(seconds).values()
                 time = Time(math.log(middle), (high - low) / 2 / middle)
-                times[name, _label(w)].append(time)
+                times[name, f"{w.measure} {w.shape}"].append(time)
     return times
 
 
 def right(results: Sequence[Benchmark]) -> set[str]:
     """What any of the files has a right outcome of."""
     return {
-        f"{name} {_label(w)}"
+        f"{name} {w.measure} {w.shape}"
         for result in results
         for w in result.workloads
         for name, outcome in w.results.items()
         if outcome.reason is None and not outcome.wrong
     }
-
-
-def _label(workload: Workload) -> str:
-    return f"{workload.measure} {workload.shape}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
