@@ -1,4 +1,4 @@
-"""What the commands that write a result share: options, progress, and the end."""
+"""What the commands that write a result share: options, progress, writing the result."""
 
 from __future__ import annotations
 

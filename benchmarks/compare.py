@@ -8,10 +8,10 @@ Two runs of one commit differ: processes lie differently in memory, and machines
 change therefore counts where it exceeds 5 % and four standard errors, of
 
 - the mean over all workloads, less the mean of other providers, whose code is the same;
-- one workload, by the spread between files. One file a side has none, so that a workload which is
-  slower beyond the bounds within the files is a suspect, to be measured again.
+- one workload, by the spread between files. With one file a side there is none: a workload slower
+  beyond the bounds within the files is then only a suspect, to be measured again.
 
-Exits with 1 if rift_kernels became slower, or B has no right outcome of what A has one of.
+Exits with 1 if rift_kernels became slower, or B lacks a right outcome that A has.
 """
 
 from __future__ import annotations

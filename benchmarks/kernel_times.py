@@ -20,21 +20,23 @@ import torch
 
 from rift_kernels.backends import cuda
 
-from . import kernels, measure, predict
+from . import kernel_tables, measure, predict
 from .measure import Call, Task, Timed
 from .providers import OURS, Provider, providers
 from .tables import markdown
 from .workloads import BFLOAT16, Workload, features
 
 GPU = torch.device("cuda")
-OUR_KERNELS = "|".join(name for _, name in kernels.defined())
+OUR_KERNELS = "|".join(name for _, name in kernel_tables.defined())
 
 
 def candidates() -> list[Provider]:
     """Our backends with kernels, and the CUDA kernels for any GPU, which Hopper runs, too."""
-    _, triton, hopper = (p for p in providers(GPU, compiled=()) if p.name.startswith(OURS))
+    ours = {p.name: p for p in providers(GPU, compiled=()) if p.name.startswith(OURS)}
+    del ours[f"{OURS}eager"]
+    hopper = ours[f"{OURS}cuda"]
     general: Any = partial(mock.patch.object, cuda, "_is_hopper", return_value=False)
-    return [triton, hopper, replace(hopper, name=f"{hopper.name}, any GPU's", settings=general)]
+    return [*ours.values(), replace(hopper, name=f"{hopper.name}, any GPU's", settings=general)]
 
 
 def microseconds(tasks: Sequence[Timed]) -> Counter[str]:

@@ -1,4 +1,4 @@
-"""Right or wrong: values and student gradients in float64 of the very same features."""
+"""The benchmarks' oracle: values and student gradients of the same features in float64."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""``python -m benchmarks.predict``: write the documents' tables that no benchmark measures.
+"""``python -m benchmarks.predict``: write the documents' tables that come from no benchmark.
 
 Two models: what the Triton kernels should take on an H200, by launch, and what a batch over many
-GPUs should cost. The other tables are those of :mod:`benchmarks.kernels`. ``--check`` writes
+GPUs should cost. The other tables are those of :mod:`benchmarks.kernel_tables`. ``--check`` writes
 nothing, and exits with 1 where a page differs.
 """
 
@@ -18,7 +18,7 @@ import torch
 from rift_kernels.dispatch import plan, shared_batch
 from rift_kernels.dispatch.checks import Layers
 
-from . import environment, kernels, report
+from . import environment, kernel_tables, report
 from .files import RESULTS
 from .tables import markdown
 
@@ -61,10 +61,8 @@ def launches(n: int, d: int, layers: int) -> dict[str, tuple[float, float]]:
     gram_backward = {"gram_backward": (4 * n * n * d * layers, 2 * features + 2 * gram)}
     if n <= 128:
         # Features are split in two: each side has three products.
-        return {
-            "gram_cka_small": (12 * n * n * d * layers, 2 * features + 2 * gram),
-            **gram_backward,
-        }
+        small = 12 * n * n * d * layers, 2 * features + 2 * gram
+        return {"gram_cka_small": small, **gram_backward}
     # Column programs read everything once, before the tile programs. Where it fits, it is in the
     # cache for those.
     columns = {"raw_moments, columns": (0, 2 * features)}
@@ -167,10 +165,10 @@ def main(arguments: Sequence[str] | None = None, root: Path = environment.ROOT) 
     check = parser.parse_args(arguments).check
     texts = {
         (KERNELS, "predicted"): floors(),
-        (KERNELS, "resources"): kernels.triton_resources(COMPILED),
-        (KERNELS, "cuda-resources"): kernels.cuda_resources(COMPILED_CUDA),
+        (KERNELS, "resources"): kernel_tables.triton_resources(COMPILED),
+        (KERNELS, "cuda-resources"): kernel_tables.cuda_resources(COMPILED_CUDA),
         (DISTRIBUTED, "traffic"): traffic(),
-        (STATUS, "executed"): kernels.executed(RESULTS / "executed.json"),
+        (STATUS, "executed"): kernel_tables.executed(RESULTS / "executed.json"),
     }
     return int(report.write(texts, root, check) and check)
 

@@ -95,10 +95,7 @@ def main(arguments: Sequence[str] | None = None, root: Path = environment.ROOT) 
     for section in SECTIONS:
         shown = results(section, root, check)
         drawn += [picture for result in shown.values() for picture in pictures.of(result)]
-        paragraphs = [
-            f"{section.text(result)}\n\nFrom `{FOLDER}/{path.name}`."
-            for path, result in shown.items()
-        ]
+        paragraphs = [f"{section.text(r)}\n\nFrom `{FOLDER}/{p.name}`." for p, r in shown.items()]
         texts[section.page, section.name] = "\n\n".join(paragraphs) or "Not measured yet."
     differs = write(texts, root, check)
     for picture in drawn:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 import rift_kernels as rk
 from rift_kernels.dispatch import availability
+from rift_kernels.features.pooling import pool
 
 from . import command, environment, measure, schema, step_table
 from .command import Job
@@ -125,10 +126,10 @@ class Step:
             pooling = self.loss.pooling if self.loss else "tokens"
             first = 0 if pooling == "cls" else depth - 1
             layers = [f"*layer*.{i}" for i in range(first, depth)]
-            self.rift = rk.RIFTRegularizer(self.student, frozen, layers=layers, pooling=pooling)
-        if self.loss:
-            loss: Any = self.rift.loss
-            loss.distances = self.loss.distances
+            rift: Any = rk.RIFTRegularizer(self.student, frozen, layers=layers, pooling=pooling)
+            self.rift = rift
+            if self.loss:
+                rift.loss.distances = self.loss.distances
 
     def __str__(self) -> str:
         return str(self.loss or ("teacher" if self.teacher else "plain"))
@@ -154,22 +155,14 @@ class Step:
         with self.finetuning.autocast():
             return self.rift._teachers((), {"pixel_values": self.finetuning.images}, None)
 
-    def features(self) -> tuple[list[Tensor], list[Tensor]]:
-        """The features that the loss compares; the student's require gradients."""
+    def outputs(self) -> list[Tensor]:
+        """The student's outputs of the compared layers, all tokens, as leaves."""
         with torch.no_grad(), self.finetuning.autocast():
             self.student(pixel_values=self.finetuning.images)
-            students = self.rift._student.features().values()
-        leaves = [x.clone().requires_grad_() for x in students]
+        slots = self.rift._student._slots
+        leaves = [slot.output.clone().requires_grad_() for slot in slots if slot.output is not None]
         self.rift._student.clear()
-        return leaves, self.teacher_pass()
-
-
-def plan(finetuning: Finetuning, compared: Sequence[Loss]) -> tuple[list[Step], list[Step]]:
-    """The steps to be timed, and others, whose cost is their memory."""
-    teacher = ADAPTERS_OFF if finetuning.profile.rank else COPY
-    timed = [Step(finetuning), Step(finetuning, teacher)]
-    timed += [Step(finetuning, teacher, loss) for loss in compared]
-    return timed, [Step(finetuning, COPY, compared[0])] if teacher == ADAPTERS_OFF else []
+        return leaves
 
 
 def described(step: Step, device: torch.device) -> StepWay:
@@ -187,17 +180,24 @@ def described(step: Step, device: torch.device) -> StepWay:
 
 
 def loss_alone(step: Step, loss: Loss, way: StepWay, device: torch.device) -> Call:
-    """The loss on features that a step caught, to be timed; its error and its memory are noted."""
-    task = loss.task(*step.features())
+    """The loss on outputs that a step caught, to be timed; its error and its memory are noted.
+
+    It picks its rows from all tokens, and their gradient is one of all tokens.
+    """
+    outputs, teachers = step.outputs(), step.teacher_pass()
+
+    def rows_of(tensors: Sequence[Tensor]) -> list[Tensor]:
+        return [pool("", tensor, loss.pooling, None) for tensor in tensors]
 
     def forward() -> Tensor:
         with step.finetuning.autocast():
-            return task.forward()
+            return loss.task(rows_of(outputs), teachers).forward()
 
-    call = Call(forward, task.backward)
-    values = forward()
-    _, error = Oracle(loss.features, task.inputs).errors(values, task.backward(values))
-    del values
+    call = Call(forward, lambda values: torch.autograd.grad(values.sum(), outputs))
+    values, inputs = forward(), loss.task(rows_of(outputs), teachers).inputs
+    gradients = rows_of(torch.autograd.grad(values.sum(), outputs))
+    _, error = Oracle(loss.features, inputs).errors(values, tuple(gradients))
+    del values, gradients
     way.gradient_error, way.wrong = finite(error), wrong(0.0, error)
     way.alone = LossAlone(peak_memory(call, device), kept_memory(forward, device))
     return call
@@ -209,8 +209,11 @@ def measured(
     """All steps of one finetuning. The plain step is timed twice: the noise."""
     end, finetuning = time.monotonic() + seconds, Finetuning(profile, device)
     compared, unable = losses(profile, device)
-    timed, others = plan(finetuning, compared)
-    plain, base, *_ = timed
+    teacher = ADAPTERS_OFF if profile.rank else COPY
+    plain, base = Step(finetuning), Step(finetuning, teacher)
+    timed = [plain, base, *(Step(finetuning, teacher, loss) for loss in compared)]
+    # The cost of a second copy of the weights is its memory.
+    others = [Step(finetuning, COPY, compared[0])] if profile.rank else []
     ways = [described(step, device) for step in (*timed, *others)]
     tasks: dict[str, measure.Timed] = {"again": plain}
     for step, way in zip(timed, ways, strict=False):

@@ -53,8 +53,8 @@ def best_and_worst(result: Benchmark) -> str:
     last = f"takes **{_ratio(1 / ratios[worst])}** as long"
     last = last if ratios[worst] < 1 else f"is **{_ratio(ratios[worst])}** as fast"
     return (
-        f"{where}, the best of {len(ratios)} workloads is {best}: **{_ratio(ratios[best])}** as "
-        f"fast as naive code. The worst is {worst}, which {last}."
+        f"{where}, of {len(ratios)} workloads that naive code gets right, the best is {best}: "
+        f"**{_ratio(ratios[best])}** as fast. The worst is {worst}, which {last}."
     )
 
 

@@ -1,7 +1,8 @@
 """Backends on CPU tensors as if these lay on a GPU, for callers that can execute the kernels.
 
 The caller brings what executes them: an extension for the CPU, or a driver for Triton. This file
-replaces what the package asks a GPU, so that a renamed function changes it and no emulator.
+patches the functions in which the package queries a GPU: if one is renamed, it changes, and no
+emulator does. ``tests/support/stand_in_gpu.py`` fakes torch.cuda instead, and runs no kernel.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Fixtures: the device and the form of tests, and uninitialised memory that shows."""
+"""Fixtures: the device and the form that tests run with, and torch.empty filled with NaN."""
 
 from __future__ import annotations
 

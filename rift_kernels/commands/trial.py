@@ -1,8 +1,8 @@
-"""``python -m rift_kernels.commands.trial``: runs kernels for trust/examination.py.
+"""``python -m rift_kernels.commands.trial``: the separate process in which kernels are tested.
 
-Its arguments are a device and, as JSON, pairs of kernels and a case. It prints a marked line before
-each case and another with the outcome. The parent also sees all other output, and how the process
-ends.
+trust/examination.py starts it. Its arguments are a device and, as JSON, pairs of kernels and a
+case. It prints a marked line before each case and another with the outcome. The parent also sees
+all other output, and how the process ends.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from benchmarks import files, kernels
+from benchmarks import files, kernel_tables
 from benchmarks.environment import ROOT
 from benchmarks.predict import COMPILED, COMPILED_CUDA, STATUS
 from benchmarks.schema import Kernels
@@ -50,7 +50,7 @@ def test_every_kernel_has_a_row() -> None:
         if target != "nvcc"
         for name in kernels
     }
-    found = list(kernels.defined())
+    found = list(kernel_tables.defined())
     assert len(names) > 15
     assert names <= set(found)
     text = (ROOT / STATUS).read_text(encoding="utf-8")
@@ -62,7 +62,7 @@ def written(folder: Path, **changes: object) -> str:
     """The section of a file."""
     path = folder / "executed.json"
     path.write_text(json.dumps(CONTENT | changes), encoding="utf-8")
-    return kernels.executed(path)
+    return kernel_tables.executed(path)
 
 
 def row(section: str, name: str) -> list[str]:
@@ -92,8 +92,13 @@ def test_runs_of_compiled_code_are_read(tmp_path: Path) -> None:
         "kernels": {"cka_small": 2, "scale": 2},
     }
     section = written(tmp_path, compiled=[*runs, runs[0] | {"target": "sm80", "kernels": {}}])
-    assert row(section, "cka_small") == [kernels.NEVER, kernels.NEVER, "4", kernels.NEVER]
-    assert row(section, "row_terms") == ["12", *[kernels.NEVER] * 3]
+    assert row(section, "cka_small") == [
+        kernel_tables.NEVER,
+        kernel_tables.NEVER,
+        "4",
+        kernel_tables.NEVER,
+    ]
+    assert row(section, "row_terms") == ["12", *[kernel_tables.NEVER] * 3]
     assert "Missed: cuda sm90 exact-late, small 5 rows: value 1.0 > 2e-06." in section
 
 

@@ -17,7 +17,7 @@ pytest.importorskip("triton", reason="needs triton")
 
 import triton
 
-from benchmarks import kernels as report
+from benchmarks import kernel_tables
 from tests.support import triton_compile
 from tests.support.triton_compile import CASES, TARGETS, Results
 from tests.support.triton_resources import Resources
@@ -151,7 +151,7 @@ def test_the_sample_has_every_case_and_on_every_target_most_kernels() -> None:
 
 
 def test_markdown() -> None:
-    text = report.triton_resources(triton_compile.RESULT)
+    text = kernel_tables.triton_resources(triton_compile.RESULT)
     assert f"triton {PINNED}" in text
     for name in (*TARGETS, "raw_moments", "gram_cka_small"):
         assert name in text

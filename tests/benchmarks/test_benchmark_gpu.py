@@ -1,4 +1,4 @@
-"""What ``benchmarks.run`` measures on a GPU alone, on a stand-in: only the hardware is missing."""
+"""What benchmarks measure only on a GPU, tested on the stand-in GPU."""
 
 from __future__ import annotations
 

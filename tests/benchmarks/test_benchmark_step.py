@@ -17,8 +17,8 @@ from benchmarks.measure import CPU_TIME, Call
 from benchmarks.models import Finetuning, operations
 from benchmarks.oracle import GRADIENT_TOLERANCE
 from benchmarks.providers import NAIVE, WIDE, Provider, providers
-from benchmarks.schema import Bounds
-from benchmarks.step import ADAPTERS_OFF, COPY, Step, Suite, losses
+from benchmarks.schema import Bounds, StepWay
+from benchmarks.step import ADAPTERS_OFF, COPY, Step, Suite, loss_alone, losses
 from rift_kernels.dispatch import availability
 
 pytest.importorskip("peft", reason="needs peft")
@@ -118,9 +118,13 @@ def test_the_parts_of_a_step_are_the_step(loss, finetuning, teacher) -> None:
     assert (gradient - plain).norm() > 1e-4 * plain.norm()
     torch.testing.assert_close(gradient, same, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(with_rift, with_copy)
-    students, teachers = Step(finetuning, teacher, loss).features()
-    assert [x.shape for x in students] == [(loss.features.rows, D)] * loss.features.layers
-    alone = (1 - loss.task(students, teachers).forward()).mean()
+    whole = Step(finetuning, teacher, loss)
+    assert [x.shape for x in whole.outputs()] == [(N, SMOKE.tokens, D)] * loss.features.layers
+    call = loss_alone(whole, loss, StepWay(teacher=teacher, loss=str(loss)), CPU)
+    values = call.forward()
+    alone = (1 - values).mean()
+    # Of class tokens, the gradient of a layer is one of all its tokens.
+    assert [g.shape for g in call.backward(values)] == [x.shape for x in whole.outputs()]
     assert alone > 1e-5
     torch.testing.assert_close(with_rift - value, alone, rtol=1e-2, atol=1e-6)
 
@@ -139,8 +143,8 @@ def test_the_teacher_pass_is_the_pretrained_models(finetuning, teacher) -> None:
     second = Step(finetuning, COPY, TOKENS)
     torch.testing.assert_close(features, *second.teacher_pass(), rtol=1e-5, atol=1e-6)
     # And the student is another by now.
-    (students,), _ = second.features()
-    assert (students - features).norm() > 1e-3 * features.norm()
+    (outputs,) = second.outputs()
+    assert (outputs.flatten(0, 1) - features).norm() > 1e-3 * features.norm()
 
 
 def test_who_runs_in_a_step(finetuning, teacher) -> None:

@@ -1,1 +1,4 @@
-"""What runs on a GPU alone: ``make gpu-check``, compiling for it elsewhere, and their tests."""
+"""``make gpu-check``, compiling for it on another machine, and their tests.
+
+Only test_gpu.py needs a GPU.
+"""

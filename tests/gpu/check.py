@@ -32,7 +32,7 @@ import torch
 
 from benchmarks import command, environment
 
-from . import carried, suite
+from . import archive, suite
 
 ROOT = environment.ROOT
 WORK = ROOT / "build" / "gpu-check"
@@ -89,7 +89,7 @@ SOURCES = (
 
 def fingerprint() -> str:
     """A digest of all that outcomes depend on: sources, versions, the GPU."""
-    return carried.digest(ROOT, SOURCES, environment.versions(), torch.cuda.get_device_name())
+    return archive.digest(ROOT, SOURCES, environment.versions(), torch.cuda.get_device_name())
 
 
 def architecture() -> str:
@@ -174,7 +174,7 @@ class Check:
         """Run it from the repository's root, its output at the end of the log."""
         paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
         variables = {
-            "TRITON_CACHE_DIR": str(ROOT / carried.CACHE),
+            "TRITON_CACHE_DIR": str(ROOT / archive.CACHE),
             **os.environ,
             "PYTHONPATH": os.pathsep.join(paths),
             "PYTHONUNBUFFERED": "1",
@@ -238,7 +238,7 @@ def _needless(step: Step) -> str:
         return "not done: there is no compute-sanitizer"
     if step.name == "build" and not (ROOT / "csrc").is_dir():
         return "nothing to build: there is no csrc/"
-    if step.name == "build" and carried.is_built(ROOT, architecture()):
+    if step.name == "build" and archive.is_built(ROOT, architecture()):
         return "built before, of the same sources"
     return ""
 
@@ -279,7 +279,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("gpu-check needs a GPU that torch can use, and this machine has none.")
         return 2
     check = Check(WORK, options.out, end, options.jobs)
-    carried.unpack(ROOT)
+    archive.unpack(ROOT)
     good = check.run(steps, options.again)
     print(f"results are in {WORK}" + (f" and {options.out}" if options.out else ""))
     return 0 if good else 1

@@ -1,7 +1,7 @@
 """``python -m tests.gpu.exercise``: every Triton and CUDA kernel once on small features.
 
-compute-sanitizer watches it, and a first look at a new GPU runs it. Values and gradients are
-compared with the eager backend's in float64.
+``make gpu-check`` runs it with ``--few`` under compute-sanitizer. By hand, it is a first check of a
+new GPU. Values and gradients are compared with the eager backend's in float64.
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ from rift_kernels.commands import trial
 from rift_kernels.dispatch import availability, plan
 from rift_kernels.trust import known_answers
 
-from . import carried, exercise, suite
+from . import archive, exercise, suite
 
 ROOT = environment.ROOT
 # Names the target to the processes of the tests, which have this module as a plugin.
@@ -119,10 +119,10 @@ def _python(command: str, **variables: str) -> bool:
 
 def _compile_extension(target: str) -> None:
     architecture = TARGETS[target]
-    if not carried.is_built(ROOT, architecture):
+    if not archive.is_built(ROOT, architecture):
         variables = {"RIFT_KERNELS_CUDA": "1", "RIFT_KERNELS_CUDA_ARCHS": architecture}
         if _python("setup.py build_ext --inplace", **variables):
-            (ROOT / carried.STAMP).write_text(carried.stamp(ROOT, architecture), encoding="utf-8")
+            (ROOT / archive.STAMP).write_text(archive.stamp(ROOT, architecture), encoding="utf-8")
 
 
 def _compile_tests(target: str, jobs: int) -> None:
@@ -161,7 +161,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     options = parser.parse_args(arguments)
-    os.environ["TRITON_CACHE_DIR"] = str(ROOT / carried.CACHE)
+    os.environ["TRITON_CACHE_DIR"] = str(ROOT / archive.CACHE)
     os.environ["RIFT_KERNELS_SELF_TEST"] = "0"  # nothing runs that could be tested
     with driver_to_link_with():
         for part in options.only:
@@ -173,8 +173,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             else:
                 _compile_here(part, options.target)
             print(f"{part}: {time.monotonic() - start:.0f} s", flush=True)
-    kernels, archive = carried.pack(ROOT), ROOT / carried.ARCHIVE
-    print(f"wrote {archive}: {kernels} kernels, {archive.stat().st_size / 2**20:.1f} MiB")
+    kernels, path = archive.pack(ROOT), ROOT / archive.ARCHIVE
+    print(f"wrote {path}: {kernels} kernels, {path.stat().st_size / 2**20:.1f} MiB")
     return 0
 
 

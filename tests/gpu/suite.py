@@ -1,4 +1,4 @@
-"""A pytest plugin, ``-p tests.gpu.suite``: chooses the tests that a GPU can change.
+"""A pytest plugin, ``-p tests.gpu.suite``: selects the tests whose outcome depends on a GPU.
 
 These take the ``device`` fixture or lie in tests/gpu/test_gpu.py. Tests of no kernel run last.
 RIFT_KERNELS_OUTCOMES names a file that gets a line of JSON after each test. Whatever ends a run,

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from benchmarks import environment
-from tests.gpu import carried, check
+from tests.gpu import archive, check
 from tests.gpu.check import Step
 
 
@@ -36,7 +36,7 @@ def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(environment, "describe", lambda _: SimpleNamespace())
     monkeypatch.setattr(check, "fingerprint", lambda: "these")
     monkeypatch.setattr(check, "WORK", tmp_path / "work")
-    monkeypatch.setattr(carried, "ARCHIVE", tmp_path / "no-archive")
+    monkeypatch.setattr(archive, "ARCHIVE", tmp_path / "no-archive")
     return tmp_path / "work"
 
 
@@ -231,6 +231,6 @@ def test_a_machine_without_a_sanitizer(work, monkeypatch) -> None:
 
 
 def test_the_extension_is_not_built_twice(work, monkeypatch) -> None:
-    monkeypatch.setattr(carried, "is_built", lambda _, architecture: architecture == "90a")
+    monkeypatch.setattr(archive, "is_built", lambda _, architecture: architecture == "90a")
     assert check.main(["--only", "build"]) == 0
     assert summary(work)["build"]["note"] == "built before, of the same sources"

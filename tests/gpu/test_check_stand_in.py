@@ -1,4 +1,4 @@
-"""``make gpu-check`` on a stand-in for a GPU, whose commands run: only the hardware is missing."""
+"""``make gpu-check`` on the stand-in GPU: its commands really run."""
 
 from __future__ import annotations
 

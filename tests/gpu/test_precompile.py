@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.gpu import carried, precompile
+from tests.gpu import archive, precompile
 
 LAUNCHED = """
 from tests.gpu import precompile
@@ -46,7 +46,7 @@ def test_parts_are_compiled_in_turn(monkeypatch, tmp_path, capsys) -> None:
     here = [(part, "sm80") for part in ("check", "bench", "exercise")]
     assert done == [("sm80",), *here, ("sm80", 3)]
     assert "0 kernels" in capsys.readouterr().out
-    assert (tmp_path / carried.ARCHIVE).exists()
+    assert (tmp_path / archive.ARCHIVE).exists()
     done.clear()
     assert precompile.main(["--only", "bench"]) == 0
     assert done == [("bench", "sm90")]
@@ -65,6 +65,6 @@ def test_an_extension_is_built_once(succeeds, monkeypatch, tmp_path) -> None:
     monkeypatch.setattr(precompile, "ROOT", tmp_path)
     monkeypatch.setattr(precompile, "_python", python)
     precompile._compile_extension("sm90")
-    assert carried.is_built(tmp_path, "90a") is succeeds
+    assert archive.is_built(tmp_path, "90a") is succeeds
     precompile._compile_extension("sm90")
     assert built == ["90a"] * (1 if succeeds else 2)

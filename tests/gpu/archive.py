@@ -1,4 +1,4 @@
-"""What is compiled on one machine for the GPU of another, carried there in one archive.
+"""The archive of compiled kernels: packed on one machine, unpacked on the one with the GPU.
 
 The archive holds what Triton reads of its cache, and the extension ``rift_kernels._C``. It helps
 where Python, torch, triton and the sources are the same. Elsewhere, Triton compiles as ever.

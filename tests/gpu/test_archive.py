@@ -1,4 +1,4 @@
-"""What is compiled without a GPU and carried to one: found there, wherever it lies."""
+"""What is compiled without a GPU and unpacked beside one: found there, wherever it lies."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import environment
-from tests.gpu import carried
+from tests.gpu import archive
 
 
 @pytest.fixture
@@ -28,7 +28,7 @@ def there(tmp_path: Path) -> Path:
 
 def entry(root: Path, key: str, **files: str) -> Path:
     """One of Triton's cache, as Triton writes it."""
-    folder = root / carried.CACHE / key
+    folder = root / archive.CACHE / key
     folder.mkdir(parents=True)
     paths = {}
     for name, text in files.items():
@@ -40,22 +40,22 @@ def entry(root: Path, key: str, **files: str) -> Path:
 
 
 def carry(here: Path, there: Path) -> None:
-    (there / carried.ARCHIVE).parent.mkdir(parents=True, exist_ok=True)
-    shutil.copy(here / carried.ARCHIVE, there / carried.ARCHIVE)
-    carried.unpack(there)
+    (there / archive.ARCHIVE).parent.mkdir(parents=True, exist_ok=True)
+    shutil.copy(here / archive.ARCHIVE, there / archive.ARCHIVE)
+    archive.unpack(there)
 
 
 def times(root: Path) -> dict[Path, int]:
     """When each file of Triton's cache was written."""
-    return {path: path.stat().st_mtime_ns for path in (root / carried.CACHE).glob("*/*")}
+    return {path: path.stat().st_mtime_ns for path in (root / archive.CACHE).glob("*/*")}
 
 
 def test_what_is_carried(here: Path, there: Path) -> None:
     """Machine code and what describes it; an entry's list of its files names where they lie now."""
     entry(here, "one", k_json="{}", k_cubin="code", k_ptx="text")
     entry(here, "two", k_json="{}", k_cubin="other")
-    assert carried.pack(here) == 2
-    with tarfile.open(here / carried.ARCHIVE) as file:
+    assert archive.pack(here) == 2
+    with tarfile.open(here / archive.ARCHIVE) as file:
         assert not [name for name in file.getnames() if name.endswith("ptx")]
     # What is there already is not touched.
     two = entry(there, "two", k_json="{}", k_cubin="newer")
@@ -68,12 +68,12 @@ def test_what_is_carried(here: Path, there: Path) -> None:
     assert paths == {name: str(one / name) for name in ("k.json", "k.cubin")}
     assert Path(paths["k.cubin"]).read_text() == "code"
     before = times(there)
-    carried.unpack(there)
+    archive.unpack(there)
     assert times(there) == before
 
 
 def test_there_may_be_no_archive(there: Path) -> None:
-    carried.unpack(there)
+    archive.unpack(there)
     assert not there.exists()
 
 
@@ -82,26 +82,26 @@ def test_the_extension_is_carried_with_what_it_is_of(here: Path, there: Path) ->
         for name in ("setup.py", "csrc/a.cu"):
             (root / name).parent.mkdir(parents=True, exist_ok=True)
             (root / name).write_text(name)
-    (here / carried.EXTENSION).parent.mkdir()
-    (here / carried.EXTENSION).write_text("built")
-    assert not carried.is_built(here, "90a")
-    (here / carried.STAMP).parent.mkdir()
-    (here / carried.STAMP).write_text(carried.stamp(here, "90a"))
-    assert carried.is_built(here, "90a")
-    assert not carried.is_built(here, "80")
-    carried.pack(here)
+    (here / archive.EXTENSION).parent.mkdir()
+    (here / archive.EXTENSION).write_text("built")
+    assert not archive.is_built(here, "90a")
+    (here / archive.STAMP).parent.mkdir()
+    (here / archive.STAMP).write_text(archive.stamp(here, "90a"))
+    assert archive.is_built(here, "90a")
+    assert not archive.is_built(here, "80")
+    archive.pack(here)
     # Of other sources it is not that.
     (here / "csrc" / "a.cu").write_text("changed")
-    assert not carried.is_built(here, "90a")
+    assert not archive.is_built(here, "90a")
 
     carry(here, there)
-    assert carried.is_built(there, "90a")
+    assert archive.is_built(there, "90a")
     # One that is there already may be of whatever sources, and stays.
-    (there / carried.EXTENSION).write_text("another")
-    (there / carried.STAMP).unlink()
-    carried.unpack(there)
-    assert (there / carried.EXTENSION).read_text() == "another"
-    assert not carried.is_built(there, "90a")
+    (there / archive.EXTENSION).write_text("another")
+    (there / archive.STAMP).unlink()
+    archive.unpack(there)
+    assert (there / archive.EXTENSION).read_text() == "another"
+    assert not archive.is_built(there, "90a")
 
 
 COMPILED = """
@@ -119,7 +119,7 @@ def test_a_kernel_is_compiled_once(here: Path, there: Path) -> None:
     pytest.importorskip("triton", reason="needs triton")
 
     def compiled(root: Path) -> set[str]:
-        cache = str(root / carried.CACHE)
+        cache = str(root / archive.CACHE)
         done = subprocess.run(
             [sys.executable, "-c", COMPILED],
             cwd=environment.ROOT,
@@ -132,7 +132,7 @@ def test_a_kernel_is_compiled_once(here: Path, there: Path) -> None:
         return set(done.stdout.split())
 
     names = compiled(here)
-    assert carried.pack(here) == len(names) > 0
+    assert archive.pack(here) == len(names) > 0
     carry(here, there)
     shutil.rmtree(here)
     before = times(there)
