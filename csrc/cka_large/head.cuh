@@ -1,4 +1,5 @@
-// From partial second moments to linear CKA and the operands of its gradient.
+// The kernel cka_large_head, Triton's covariance_cka: from partial second moments to the operands
+// of the gradient, and by head.h to linear CKA.
 //
 // A block owns a strip of 32 rows of a tile of A, B or C. It sums the parts of the tile in order,
 // centers them and scales them to features of unit norm. It stores sums of squares and the

@@ -4,7 +4,7 @@ A backend has these primitives, fused measures (as ``cuda`` has alone), or both:
 
 - :func:`moments`: the blocks ``xx, xy, yy`` of second moments of centered features, summed over
   rows (covariance form, D x D) or columns (Gram form, N x N);
-- :func:`product`, :func:`product_transposed` and :func:`symmetric`: matrix products.
+- :func:`product`, :func:`product_transposed` and :func:`product_symmetric`: matrix products.
 
 All take any leading axes. Second moments of 2-d inputs cost little more than half a product.
 """
@@ -30,13 +30,13 @@ def moments(x: Tensor, y: Tensor, gram: bool, block_names: str) -> tuple[Tensor 
     if gram:
         x, y = x.mT, y.mT
     return (
-        symmetric_product(x) if "xx" in block_names else None,
+        self_product(x) if "xx" in block_names else None,
         x.mT @ y if "xy" in block_names else None,
-        symmetric_product(y) if "yy" in block_names else None,
+        self_product(y) if "yy" in block_names else None,
     )
 
 
-def symmetric_product(z: Tensor) -> Tensor:
+def self_product(z: Tensor) -> Tensor:
     """``z^T z``; for 2-d input in panels of columns, each computed only down to the diagonal."""
     width = z.shape[-1]
     if z.dim() > 2 or width <= PANEL:
@@ -55,7 +55,7 @@ def product(a: Tensor, b: Tensor) -> Tensor:
     return a @ b
 
 
-def symmetric(a: Tensor, b: Tensor) -> Tensor:
+def product_symmetric(a: Tensor, b: Tensor) -> Tensor:
     """``a @ b``, which is known to be symmetric."""
     return a @ b
 

@@ -118,10 +118,10 @@ def _as_json(config: Config, fields: Sequence[str]) -> Fields:
 def shared_bytes(shapes: str, config: Config) -> int:
     """An estimate for the kernel that needs most: its stages, and operands made from the last."""
     form, _, kind = shapes.split()
-    exact, itemsize = (False, 2) if kind == "bf16" else (True, 4)
+    is_split, itemsize = (False, 2) if kind == "bf16" else (True, 4)
     tile = config.block * config.block_k
     moments = 2 * tile * 2 * config.stages
-    if exact:
+    if is_split:
         moments = 2 * tile * 4 * (config.stages - 1) + 4 * tile * 2
     if form == "covariance":
         m, n, k = config.backward

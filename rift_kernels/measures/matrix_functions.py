@@ -77,8 +77,8 @@ def polar(matrix: Tensor, primitives: ModuleType) -> tuple[Tensor, Tensor]:
     x = matrix.mT if is_wide else matrix
     x = _divide(x, _frobenius_norm(x))
     for a, b, c in POLAR_STEPS:
-        gram = primitives.symmetric(x.mT, x)
-        x = a * x + primitives.product(x, b * gram + c * primitives.symmetric(gram, gram))
+        gram = primitives.product_symmetric(x.mT, x)
+        x = a * x + primitives.product(x, b * gram + c * primitives.product_symmetric(gram, gram))
     factor = x.mT if is_wide else x
     return factor, (factor * matrix).sum((-2, -1))
 
@@ -115,7 +115,7 @@ def transport(a: Tensor, b: Tensor, primitives: ModuleType) -> tuple[Tensor, Ten
         product = primitives.product(z, y)
         step = c1 * eye + c3 * product + c5 * primitives.product(product, product)
         # Symmetric, because the step is a polynomial in z y.
-        y, z = primitives.symmetric(y, step), primitives.symmetric(step, z)
+        y, z = primitives.product_symmetric(y, step), primitives.product_symmetric(step, z)
     # Symmetric in exact arithmetic, and made so here because the gradient relies on it.
     forth = _divide(0.5 * (y + y.mT) * norm_b.sqrt(), norm_a.sqrt())
     back = _divide(0.5 * (z + z.mT) * norm_a.sqrt(), norm_b.sqrt())

@@ -14,7 +14,7 @@ from rift_kernels.backends.triton.layers import pack
 
 LARGE = "covariance large bf16"
 SMALL = "covariance small bf16"
-GRAM = "gram small exact"
+GRAM = "gram small split"
 
 
 @pytest.fixture(autouse=True)
@@ -59,11 +59,11 @@ def test_unknown_architectures_take_the_closest(arch: str, like: str) -> None:
     ("form", "rows", "width", "dtype", "shapes"),
     [
         ("covariance", 4096, 64, torch.bfloat16, "covariance small bf16"),
-        ("covariance", 4096, 65, torch.float16, "covariance medium exact"),
-        ("covariance", 32, 768, torch.float32, "covariance large exact"),
+        ("covariance", 4096, 65, torch.float16, "covariance medium split"),
+        ("covariance", 32, 768, torch.float32, "covariance large split"),
         ("gram", 64, 768, torch.bfloat16, "gram small bf16"),
-        ("gram", 128, 32, torch.float32, "gram medium exact"),
-        ("gram", 129, 32, torch.float32, "gram large exact"),
+        ("gram", 128, 32, torch.float32, "gram medium split"),
+        ("gram", 129, 32, torch.float32, "gram large split"),
     ],
 )
 def test_class_of_a_call(form, rows, width, dtype, shapes, monkeypatch) -> None:

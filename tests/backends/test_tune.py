@@ -71,8 +71,8 @@ def test_less_memory_leaves_fewer_candidates() -> None:
     ("shapes", "arch", "kernel", "measured"),
     [
         ("covariance large bf16", "sm90", "raw_moments_kernel", 131072),
-        ("covariance large exact", "sm90", "raw_moments_kernel", 122880),
-        ("gram large exact", "sm90", "raw_moments_kernel", 131840),
+        ("covariance large split", "sm90", "raw_moments_kernel", 122880),
+        ("gram large split", "sm90", "raw_moments_kernel", 131840),
     ],
 )
 def test_memory_estimate(shapes: str, arch: str, kernel: str, measured: int) -> None:
@@ -127,13 +127,13 @@ def test_file_is_resumed_and_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert tune.finished(path, "sm90") == {}
     chosen = config.lookup("sm90", LARGE)._replace(stages=2)
     tune.write(path, "sm90", LARGE, chosen, "twice as fast")
-    tune.write(path, "sm80", "gram small exact", config.lookup("sm80", "gram small exact"), "")
+    tune.write(path, "sm80", "gram small split", config.lookup("sm80", "gram small split"), "")
     assert tune.finished(path, "sm90") == {LARGE: chosen}
     assert list(tmp_path.iterdir()) == [path]
     monkeypatch.setenv(config.ENVIRONMENT_VARIABLE, str(path))
     config.forget()
     assert config.lookup("sm90", LARGE) == chosen
-    assert config.lookup("sm90", "covariance large exact").stages != 2
+    assert config.lookup("sm90", "covariance large split").stages != 2
 
 
 @pytest.fixture

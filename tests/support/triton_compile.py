@@ -174,7 +174,7 @@ def moments(dtype: torch.dtype, rows: int, width: int, gram: bool, wanted: str) 
 def product(dtype: torch.dtype, size: int) -> None:
     a = torch.zeros(size, size, dtype=dtype)
     kernels.product_transposed(a, a)
-    kernels.symmetric(a, a)
+    kernels.product_symmetric(a, a)
 
 
 BOTH = (True, True)

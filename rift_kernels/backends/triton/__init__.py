@@ -2,13 +2,13 @@
 
 Fused measures go from features to values and back, for up to 24 layers in one launch of a kernel:
 
-    cka_fwd, cka_bwd                        covariance_form.py, gram_form.py
-    covariance_fwd, covariance_bwd          covariance_form.py
+    cka_fwd, cka_bwd                                covariance_form.py, gram_form.py
+    covariance_fwd, covariance_bwd                  covariance_form.py
 
 All other measures are made of primitives, as in ``backends/eager.py``:
 
-    moments                                 blocks.py; float64: products.py
-    product, product_transposed, symmetric  products.py
+    moments                                         blocks.py; float64: products.py
+    product, product_transposed, product_symmetric  products.py
 """
 
 from __future__ import annotations
@@ -216,6 +216,6 @@ def product_transposed(a: Tensor, b: Tensor) -> Tensor:
     return products.product(a, b.mT)
 
 
-def symmetric(a: Tensor, b: Tensor) -> Tensor:
+def product_symmetric(a: Tensor, b: Tensor) -> Tensor:
     """``a @ b`` where that is known to be symmetric."""
     return products.product(a, b, symmetric=True)

@@ -21,7 +21,8 @@ SHIPPED = Path(__file__).with_name("configs.json")
 FORMS = ("covariance", "gram")
 # Up to 64, up to 128, or more: columns of the widest layer, or rows of the longest in Gram form.
 SIZES = ("small", "medium", "large")
-FEATURES = ("bf16", "exact")
+# As they are, or split in two because they have more digits: `Layers.is_split`.
+FEATURES = ("bf16", "split")
 
 Block = tuple[int, int, int]
 
@@ -65,10 +66,10 @@ def configuration(layers: Layers, form: str) -> Config:
     side = layers.max_rows if form == "gram" else layers.widest
     size = 0 if side <= 64 else 1 if side <= 128 else 2
     is_aligned = layers.vector > 1
-    key = layers.device, layers.exact, form, size, is_aligned
+    key = layers.device, layers.is_split, form, size, is_aligned
     config = _configurations.get(key)
     if config is None:
-        kind = "exact" if layers.exact else "bf16"
+        kind = "split" if layers.is_split else "bf16"
         config = lookup(architecture(layers.device), f"{form} {SIZES[size]} {kind}")
         if not is_aligned:
             config = _narrowed(config)

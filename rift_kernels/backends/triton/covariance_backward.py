@@ -1,4 +1,5 @@
-"""Gradients in covariance form: both products of one side in one float32 accumulator.
+"""Gradients in covariance form, of linear CKA and of the covariance distance: both products of one
+side in one float32 accumulator.
 
     CKA        grad = g * (scale * (W P + Other R) + w * Own + V S), less its column means
     distance   grad = g * (scale * (W P + Own R) + bias)
@@ -95,7 +96,7 @@ def covariance_backward_kernel(
     LAYERS: tl.constexpr, HAS_MASK: tl.constexpr, DTYPE: tl.constexpr, VECTOR: tl.constexpr,
     SIDE: tl.constexpr,
     OWN_BLOCK: tl.constexpr, NEAR: tl.constexpr, DEBIASED: tl.constexpr, BIAS: tl.constexpr,
-    EXACT: tl.constexpr, DESCRIPTORS: tl.constexpr, SHIFT_STEP: tl.constexpr,
+    SPLIT: tl.constexpr, DESCRIPTORS: tl.constexpr, SHIFT_STEP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """One program owns a tile (BLOCK_M rows, BLOCK_N columns) of one layer's gradient."""
@@ -141,7 +142,7 @@ def covariance_backward_kernel(
             steps = tl.cdiv(d_own, BLOCK_K)
             # High times high, high times low, low times high.
             passes = tl.where(low_halves, 3, 1)
-            if EXACT:
+            if SPLIT:
                 passes = 3
             for step in range(passes * steps):
                 product = step // steps
@@ -171,7 +172,7 @@ def covariance_backward_kernel(
 
         steps = tl.cdiv(d_other, BLOCK_K)
         passes = tl.where(low_halves, 2, 1)
-        if EXACT:
+        if SPLIT:
             passes = 3
         for step in range(passes * steps):
             product = step // steps
@@ -181,7 +182,7 @@ def covariance_backward_kernel(
                 other_ptr, other_descriptor, other_n, other_d, first_m, row, valid, first_k, k,
                 d_other, DESCRIPTORS,
             )  # fmt: skip
-            if EXACT:
+            if SPLIT:
                 other = other.to(tl.float32) - tl.load(cross_mean_ptr + k)[None, :]
                 other = tl.where(valid[:, None] & (k < d_other)[None, :], other, 0.0)
                 high, low = split(other)
@@ -194,7 +195,7 @@ def covariance_backward_kernel(
             acc = tl.dot(other, right, acc)
 
         inside = column < d_own
-        if not EXACT:
+        if not SPLIT:
             half = parts * width
             first_ptr = shift_ptr + entry.to(tl.int64) * 2 * half + column
             shift = tl.zeros([BLOCK_N], tl.float32)
@@ -245,13 +246,13 @@ def launch(
     shift = (saved.shift_x, saved.shift_y)[side]
     cross = own if bias else other
     has_own_block = planes.numel() == entries * 4 * width * width
-    debiased, exact = saved.weighted.numel() > 0, shift.numel() == 0
+    debiased, is_split = saved.weighted.numel() > 0, shift.numel() == 0
     grads, stride_gb = gradients(own, layers, dtype)
     if layers.idle:
         return grads
     block_m, block_n, block_k = config.backward
     grid = (-(-layers.max_rows // block_m) * -(-width // block_n), entries)
-    descriptors = None if exact else descriptors_of(layers, (own, cross), (block_m, block_k))
+    descriptors = None if is_split else descriptors_of(layers, (own, cross), (block_m, block_k))
     if descriptors:
         matrix = planes.view(-1, width)
         descriptors.append(TensorDescriptor.from_tensor(matrix, [block_k, block_n]))
@@ -265,7 +266,7 @@ def launch(
         width, width // config.sub, layers.max_rows, energy_programs(layers, debiased),
         **layers.feature_options, SIDE=side, OWN_BLOCK=has_own_block,
         NEAR=near, DEBIASED=debiased, BIAS=bias,
-        EXACT=exact, DESCRIPTORS=descriptors is not None, SHIFT_STEP=shift_step,
+        SPLIT=is_split, DESCRIPTORS=descriptors is not None, SHIFT_STEP=shift_step,
         BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k,
         num_warps=config.backward_warps, num_stages=config.backward_stages,
     )  # fmt: skip

@@ -215,8 +215,8 @@ def launch(
         saved.means, partial,
         mean_weight, moments.tile_programs, moments.column_programs, moments.segments,
         moments.width, moments.slots, moments.tile_programs,
-        LAYERS=len(layers.rows), SPLIT=layers.exact,
-        SHIFT=not layers.exact, KIND=KINDS[scale], STUDENT=student, TEACHER=teacher,
+        LAYERS=len(layers.rows), SPLIT=layers.is_split,
+        SHIFT=not layers.is_split, KIND=KINDS[scale], STUDENT=student, TEACHER=teacher,
         BLOCK=config.block, BLOCK_K=config.block_k, SUB=config.sub,
         num_warps=config.head_warps,
     )  # fmt: skip

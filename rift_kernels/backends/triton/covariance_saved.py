@@ -61,7 +61,7 @@ def allocate(
     entries, width = layers.entries, padded_width(layers, config)
     student, teacher = matrices
     plane = entries * 2 * width * width
-    shift = 0 if layers.exact else entries * 2 * (width // config.sub) * width
+    shift = 0 if layers.is_split else entries * 2 * (width // config.sub) * width
     return Saved(
         layers.empty(entries * 2 * SCALARS.value),
         layers.empty(plane * student, dtype=torch.bfloat16),

@@ -45,7 +45,7 @@ def gram_backward_kernel(
     incoming_ptr, saved_ptr, means_ptr, width, stride, max_width,
     LAYERS: tl.constexpr, HAS_MASK: tl.constexpr, DTYPE: tl.constexpr, VECTOR: tl.constexpr,
     SIDE: tl.constexpr,
-    SMALL: tl.constexpr, EXACT: tl.constexpr,
+    SMALL: tl.constexpr, SPLIT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """One program owns a tile of ``grad = g M X``."""
@@ -89,7 +89,7 @@ def gram_backward_kernel(
             mask = valid[:, None] & (column < d)[None, :]
             offsets = k.to(tl.int64)[:, None] * stride_n + column.to(tl.int64)[None, :] * stride_d
             x = tl.load(x_ptr + offsets, mask=mask, other=0.0)
-            if EXACT:
+            if SPLIT:
                 x = x.to(tl.float32)
                 if SMALL:
                     mean = tl.sum(x, 0) / tl.sum(valid.to(tl.float32), 0)
@@ -102,7 +102,7 @@ def gram_backward_kernel(
                 acc = tl.dot(high, x, acc)
                 if not SMALL:
                     row_sums += tl.sum(m, 1)
-        if not (SMALL or EXACT):
+        if not (SMALL or SPLIT):
             acc -= row_sums[:, None] * mean[None, :]
         valid = valid_rows(mask_ptr, row, n, HAS_MASK)
         inverse = tl.load(scalars_ptr + INVERSE)
@@ -138,7 +138,7 @@ def launch(
         own.strides_n, own.strides_d, own.stride_b, layers.stride_mb, stride_gb,
         incoming, saved.grams, saved.means, width, stride_of(layers), max_width,
         **layers.feature_options, SIDE=side,
-        SMALL=small, EXACT=layers.exact,
+        SMALL=small, SPLIT=layers.is_split,
         BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k,
         num_warps=config.gram_backward_warps, num_stages=config.gram_backward_stages,
     )  # fmt: skip

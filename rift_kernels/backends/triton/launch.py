@@ -46,7 +46,7 @@ def descriptors_of(
     overlap. Small matrices are not worth the microseconds that a descriptor costs.
     """
     tensors = [side.tensors[0].squeeze(0) for side in sides]
-    fits = layers.entries == len(layers.rows) == 1 and not layers.exact and not layers.masks
+    fits = layers.entries == len(layers.rows) == 1 and not layers.is_split and not layers.masks
     if not fits or layers.max_rows < _descriptor_rows(layers.device):
         return None
     for tensor in tensors:

@@ -64,7 +64,7 @@ class Layers(NamedTuple):
     value_shape: tuple[int, ...]
     device: torch.device
     # Whether features have more digits than bfloat16, so that they are centered and split in two.
-    exact: bool
+    is_split: bool
     # Whether nothing is launched: the batch is empty, or torch.compile traces with shapes alone.
     idle: bool
     # The smallest vector and the largest width of both sides, over all launches of the call.
@@ -183,7 +183,7 @@ def pack(
         entries=entries,
         value_shape=students[0].shape[:-2] if len(rows) == 1 else (count,),
         device=students[0].device,
-        exact=dtype != torch.bfloat16,
+        is_split=dtype != torch.bfloat16,
         idle=idle,
         vector=min(x.vector, y.vector),
         widest=max(*x.widths, *y.widths),

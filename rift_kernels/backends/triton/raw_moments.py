@@ -243,12 +243,12 @@ def launch(
     steps = max(-(-(max(d1, d2) if is_gram else n) // config.block_k) for n, d1, d2 in shapes)
     available = processors(layers.device)
     tile_programs = max(1, min(-(-available // entries), slots * steps))
-    if layers.exact and layers.vector <= 1 and not is_gram:
+    if layers.is_split and layers.vector <= 1 and not is_gram:
         tile_programs = max(tile_programs, -(-slots * steps // (RUN.value // config.block_k)))
     blocks = width // block
     # In Gram form the inner loop reads the means of split features, and must hold no other loop.
     segments = 1
-    if not (is_gram and layers.exact):
+    if not (is_gram and layers.is_split):
         segments = max(1, min(-(-layers.max_rows // (4 * config.block_r)), -(-available // blocks)))
     column_programs = blocks * segments
     parts = entries * (slots + tile_programs) if is_gram else 0
@@ -266,7 +266,7 @@ def launch(
         slots,
     )
     launches = [(tile_programs, column_programs)]
-    if layers.exact:
+    if layers.is_split:
         # Means come first, because features are centered before the products.
         launches = [(0, column_programs), (tile_programs, 0)]
     tile = (block, config.block_k) if is_gram else (config.block_k, block)
@@ -278,7 +278,7 @@ def launch(
             slots, tile_programs,
             **layers.feature_options, APART=longest is not None, GRAM=is_gram,
             XX="xx" in wanted, YY="yy" in wanted, XY="xy" in wanted,
-            SPLIT=layers.exact, OFF_DIAGONAL=off_diagonal,
+            SPLIT=layers.is_split, OFF_DIAGONAL=off_diagonal,
             DESCRIPTORS=descriptors is not None,
             BLOCK=block, BLOCK_K=config.block_k, BLOCK_R=config.block_r,
             num_warps=config.warps, num_stages=config.stages,
