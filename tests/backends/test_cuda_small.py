@@ -13,7 +13,11 @@ import torch
 import rift_kernels as rk
 from rift_kernels.backends import cuda
 from tests.support import cases, memory
-from tests.support.emulated import GPUS, assert_matches_oracle
+from tests.support.emulated import (
+    GPUS,
+    assert_matches_oracle,
+    assert_only_required_gradients,
+)
 
 MEASURES = (cases.CKA, cases.CKA_BIASED)
 PAIRS = [
@@ -114,16 +118,7 @@ def test_any_number_of_threads(threads, emulate) -> None:
 def test_only_required_gradients_are_computed(required, emulate) -> None:
     emulate()
     x, y, _ = cases.Case("", 20, 12, 12).features(torch.bfloat16)
-    both = cases.value_and_gradients(rk.linear_cka, x, y)
-    x.requires_grad_(required[0])
-    y.requires_grad_(required[1])
-    value = rk.linear_cka(x, y)
-    assert torch.equal(value.detach(), both[0])
-    if any(required):
-        incoming = torch.rand((), generator=torch.Generator().manual_seed(1)).double() + 0.5
-        value.backward(incoming.float())
-    for features, is_required, grad in zip((x, y), required, both[1:], strict=True):
-        assert torch.equal(features.grad, grad) if is_required else features.grad is None
+    assert_only_required_gradients(x, y, required)
 
 
 def test_distance_and_retained_graph(emulate) -> None:

@@ -15,6 +15,7 @@ from types import ModuleType
 import pytest
 import torch
 
+import rift_kernels as rk
 from tests.support import cases
 
 TESTS = Path(__file__).parents[1]
@@ -77,3 +78,19 @@ def assert_matches_oracle(
             assert cases.relative_error(grad, expected_grad) <= tolerance
         if mask is not None:
             assert not grad[~mask].any()
+
+
+def assert_only_required_gradients(
+    x: torch.Tensor, y: torch.Tensor, required: tuple[bool, bool], **settings: bool
+) -> None:
+    """The value and each required gradient have the bits of a call that requires both."""
+    both = cases.value_and_gradients(rk.linear_cka, x, y, **settings)
+    x.requires_grad_(required[0])
+    y.requires_grad_(required[1])
+    value = rk.linear_cka(x, y, **settings)
+    assert torch.equal(value.detach(), both[0])
+    if any(required):
+        incoming = torch.rand((), generator=torch.Generator().manual_seed(1)).double() + 0.5
+        value.backward(incoming.float())
+    for features, is_required, grad in zip((x, y), required, both[1:], strict=True):
+        assert torch.equal(features.grad, grad) if is_required else features.grad is None
