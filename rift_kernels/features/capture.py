@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from rift_kernels.dispatch import checks, user_warnings
+from rift_kernels.dispatch import user_warnings
 
 from .layer_names import matching_names, modules_by_name
-from .pooling import POOLINGS, check_token_mask, pool
+from .pooling import Pooling, check_pooling, check_token_mask, pool
 
 
 class FeatureCapture:
@@ -55,8 +55,14 @@ class FeatureCapture:
             (batch, C, H, W)  error                mean over H, W    (batch * H * W, C)
             ================  ===================  ================  =====================
 
-            Four axes always mean (batch, C, H, W). In a channels-last model, choose a layer after
-            its pooling. Means of half precision are accumulated in float32. The dtype is preserved.
+            ``"last"`` is the last valid token of each row, whether padding is left or right: in a
+            causal language model, the one that has seen the others. It takes the outputs that
+            ``"cls"`` takes. Five axes are (batch, C, T, H, W), and as four. Means of half precision
+            are accumulated in float32. The dtype is preserved.
+
+            For anything else, ``pooling`` is a function of the layer's output and its mask (None
+            without one) that returns (rows, D): ``lambda x, mask: x.flatten(1, 2).mean(1)`` for
+            channels last.
 
     Attributes:
         layers: the resolved names, in the order of ``model.named_modules()``.
@@ -79,10 +85,12 @@ class FeatureCapture:
             another type.
     """
 
-    def __init__(self, model: nn.Module, layers: str | Sequence[str], pooling: str = "cls") -> None:
+    def __init__(
+        self, model: nn.Module, layers: str | Sequence[str], pooling: Pooling = "cls"
+    ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be an nn.Module; got {type(model).__name__}")
-        checks.option("pooling", pooling, POOLINGS)
+        check_pooling(pooling)
         modules = modules_by_name(model)
         self.layers = matching_names(layers, modules)
         self.pooling = pooling

@@ -2,37 +2,57 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from rift_kernels.dispatch import checks
 
-POOLINGS = ("cls", "mean", "tokens")
+POOLINGS = ("cls", "mean", "tokens", "last")
+Pooling = str | Callable[[Tensor, Tensor | None], Tensor]
 
 
-def pool(name: str, x: Tensor, pooling: str, mask: Tensor | None) -> Tensor:
+def check_pooling(pooling: object) -> None:
+    """Check that ``pooling`` is one of the names, or callable."""
+    if not callable(pooling) and pooling not in POOLINGS:
+        raise ValueError(
+            f"pooling must be one of {', '.join(map(repr, POOLINGS))}, or a function of a layer's "
+            f"output and its mask that returns (rows, D); got {pooling!r}"
+        )
+
+
+def pool(name: str, x: Tensor, pooling: Pooling, mask: Tensor | None) -> Tensor:
     """A layer's output as rows (rows, D)."""
+    if not isinstance(pooling, str):
+        if mask is not None:
+            check_token_mask(mask)
+        return _checked_rows(name, x, pooling(x, mask))
     if not x.is_floating_point():
         raise TypeError(f"the output of layer {name!r} must be floating point; got {x.dtype}")
-    if x.dim() not in (2, 3, 4):
+    if x.dim() not in (2, 3, 4, 5):
         raise ValueError(
-            f"the output of layer {name!r} must be (batch, tokens, D), (batch, D) or "
-            f"(batch, C, H, W); got {tuple(x.shape)}"
+            f"the output of layer {name!r} must be (batch, tokens, D), (batch, D), "
+            f"(batch, C, H, W) or (batch, C, T, H, W); got {tuple(x.shape)}: pooling may be a "
+            "function of it that returns (rows, D)"
         )
     if mask is not None:
-        check_token_mask(mask, name, x, pooling == "mean")
+        check_token_mask(mask, name, x, pooling in ("mean", "last"))
     if x.dim() == 2:
         return x
-    if x.dim() == 4:
-        if pooling == "cls":
+    if x.dim() > 3:
+        if pooling in ("cls", "last"):
+            axes = "(batch, C, H, W)" if x.dim() == 4 else "(batch, C, T, H, W)"
             raise ValueError(
-                f"pooling must be 'mean' or 'tokens' for (batch, C, H, W), which has no cls token; "
-                f"got 'cls' for layer {name!r} with output {tuple(x.shape)}"
+                f"pooling must be 'mean' or 'tokens' for {axes}, which has no first or last token; "
+                f"got {pooling!r} for layer {name!r} with output {tuple(x.shape)}"
             )
         x = x.flatten(2).transpose(1, 2)
     if pooling == "tokens":
         return x.flatten(0, 1)
-    return x[:, 0] if pooling == "cls" else mean_over_tokens(x, mask)
+    if pooling == "mean":
+        return mean_over_tokens(x, mask)
+    return x[:, 0] if pooling == "cls" else last_tokens(x, mask)
 
 
 def mean_over_tokens(x: Tensor, mask: Tensor | None) -> Tensor:
@@ -42,6 +62,16 @@ def mean_over_tokens(x: Tensor, mask: Tensor | None) -> Tensor:
         return x.mean(1, dtype=dtype).to(x.dtype)
     total = x.masked_fill(~mask.unsqueeze(-1), 0.0).sum(1, dtype=dtype)
     return (total / mask.sum(1, dtype=dtype).unsqueeze(-1)).to(x.dtype)
+
+
+def last_tokens(x: Tensor, mask: Tensor | None) -> Tensor:
+    """The last valid token of each row, whether padding is left or right; NaN without one."""
+    if mask is None:
+        return x[:, -1]
+    positions = torch.arange(mask.shape[1], device=mask.device)
+    last = torch.where(mask, positions, 0).amax(1)  # without reading the mask on the host
+    rows = x.take_along_dim(last[:, None, None], 1).squeeze(1)
+    return rows.masked_fill(~mask.any(1, keepdim=True), float("nan"))
 
 
 def check_token_mask(
@@ -54,6 +84,12 @@ def check_token_mask(
     """
     if not isinstance(mask, Tensor):
         raise TypeError(f"mask must be a boolean tensor or None; got {type(mask).__name__}")
+    if mask.is_floating_point():
+        raise TypeError(
+            f"mask must be boolean, True = valid; got {mask.dtype}, which has two opposite "
+            "meanings: give mask == 0 for an additive mask (0 = valid, -inf = padding), "
+            "mask.bool() for 0 and 1 (1 = valid)"
+        )
     if mask.dtype != torch.bool:
         raise TypeError(
             f"mask must be boolean, True = valid; got {mask.dtype} (for 0 and 1: mask.bool())"
@@ -76,3 +112,14 @@ def check_token_mask(
     if every_row and checks.is_readable(mask) and not bool(mask.any(1).all()):
         row = int(mask.any(1).int().argmin())
         raise ValueError(f"mask must leave at least one valid token per row; row {row} has none")
+
+
+def _checked_rows(name: str, output: Tensor, rows: object) -> Tensor:
+    """What a pooling of the user's made of a layer's output."""
+    accepted = f"pooling must return a floating point tensor (rows, D) of layer {name!r}, whose "
+    accepted += f"output is {tuple(output.shape)}"
+    if not isinstance(rows, Tensor):
+        raise TypeError(f"{accepted}; it returned {type(rows).__name__}")
+    if not rows.is_floating_point() or rows.dim() != 2:
+        raise ValueError(f"{accepted}; it returned {tuple(rows.shape)} of {rows.dtype}")
+    return rows

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import rift_kernels as rk
-from rift_kernels.features.pooling import POOLINGS, mean_over_tokens
+from rift_kernels.features.pooling import POOLINGS, last_tokens, mean_over_tokens
 from tests.support.captured import captured, net, tokens
 
 
@@ -17,9 +17,12 @@ def test_pooling(dtype) -> None:
         (x, "cls", x[:, 0]),
         (x, "mean", x.double().mean(1).to(dtype)),
         (x, "tokens", torch.cat(list(x))),
+        (x, "last", x[:, 4]),
         *((x[:, 0], pooling, x[:, 0]) for pooling in POOLINGS),
         (images, "mean", images.double().mean((2, 3)).to(dtype)),
         (images, "tokens", rows.reshape(-1, 4)),
+        (images.unsqueeze(2), "mean", images.double().mean((2, 3)).to(dtype)),
+        (images.unsqueeze(4), "tokens", rows.reshape(-1, 4)),
     ):
         features = captured(output, pooling)
         assert features.dtype == dtype
@@ -43,6 +46,58 @@ def test_masked_mean_selects_tokens() -> None:
     features.sum().backward()
     expected = mask / mask.sum(1, keepdim=True)
     torch.testing.assert_close(x.grad, expected.unsqueeze(-1).expand(2, 5, 4))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_last_is_the_last_valid_token_on_either_side(compiled) -> None:
+    mask = torch.tensor([[1, 1, 0, 0, 0], [0, 0, 1, 1, 1], [0, 1, 0, 1, 0], [1, 0, 0, 0, 0]]).bool()
+    last = [1, 4, 3, 0]
+    x = tokens(4, 5).masked_fill(~mask.unsqueeze(-1), float("nan")).requires_grad_()
+    run = torch.compile(last_tokens, fullgraph=True) if compiled else captured_last
+    features = run(x, mask)
+    assert torch.equal(features, x[range(4), last])
+    features.sum().backward()
+    expected = torch.zeros_like(x)
+    expected[range(4), last] = 1
+    assert torch.equal(x.grad, expected)
+
+
+def captured_last(x, mask):
+    return captured(x, "last", mask)
+
+
+def test_a_function_gets_output_and_mask() -> None:
+    x = torch.randn(2, 3, 3, 4, requires_grad=True)  # channels last
+    calls = []
+
+    def pooling(output, mask):
+        calls.append((output, mask))
+        return output.flatten(1, 2).mean(1)
+
+    for mask in (None, VALID):
+        features = captured(x, pooling, mask)
+        assert calls.pop() == (x, mask)
+    torch.testing.assert_close(features, x.mean((1, 2)))
+    assert torch.autograd.grad(features.sum(), x)[0].eq(1 / 9).all()
+    with pytest.raises(TypeError, match="mask must be boolean"):
+        captured(x, pooling, VALID.float())
+
+
+@pytest.mark.parametrize(
+    ("pooling", "error", "message"),
+    [
+        (
+            lambda x, _: x,
+            ValueError,
+            r"of layer '', whose output is \(2, 5, 4\); .* \(2, 5, 4\) of",
+        ),
+        (lambda x, _: x[:, 0].long(), ValueError, r"returned \(2, 4\) of torch.int64"),
+        (lambda _, mask: mask, TypeError, r"\(rows, D\) of layer '', .*; it returned NoneType"),
+    ],
+)
+def test_rows_of_a_function_are_checked(pooling, error, message) -> None:
+    with pytest.raises(error, match=message):
+        captured(tokens(), pooling)
 
 
 def test_mask_of_rows() -> None:
@@ -69,7 +124,15 @@ VALID = torch.ones(2, 5, dtype=torch.bool)
         ("cls", torch.ones(2, 4, 3, 3), None, ValueError, "must be 'mean' or 'tokens' for"),
         ("mean", torch.ones(2, 5, 4).long(), None, TypeError, "layer '' must be floating point"),
         ("mean", torch.ones(4), None, ValueError, r"layer '' must be \(batch.*; got \(4,\)"),
-        ("mean", torch.ones(2, 3, 4, 5, 6), None, ValueError, r"got \(2, 3, 4, 5, 6\)"),
+        ("mean", torch.ones(2, 3, 4, 5, 6, 7), None, ValueError, r"got \(2, 3, 4, 5, 6, 7\): pool"),
+        (
+            "last",
+            torch.ones(2, 4, 3, 3),
+            None,
+            ValueError,
+            "no first or last token; got 'last' for",
+        ),
+        ("cls", torch.ones(2, 4, 3, 3, 3), None, ValueError, r"for \(batch, C, T, H, W\), which"),
         ("cls", tokens(), [True], TypeError, "mask must be a boolean tensor or None; got list"),
         (
             "cls",
@@ -78,6 +141,7 @@ VALID = torch.ones(2, 5, dtype=torch.bool)
             TypeError,
             r"mask must be boolean, .*int64.*mask\.bool\(\)",
         ),
+        ("mean", tokens(), VALID.float(), TypeError, r"mask == 0 for an additive mask .* padding"),
         ("mean", tokens(), VALID[0], ValueError, r"mask must be \(batch, tokens\); got \(5,\)"),
         ("mean", tokens(), VALID[:, :4], ValueError, r"be \(2, 5\) for layer ''.*; got \(2, 4\)"),
         ("tokens", tokens(), VALID[:1], ValueError, r"be \(2, 5\) for layer ''.*; got \(1, 5\)"),
@@ -87,6 +151,10 @@ VALID = torch.ones(2, 5, dtype=torch.bool)
             *("mean", tokens(), VALID & torch.tensor([[True], [False]]), ValueError),
             "at least one valid token per row; row 1 has none",
         ),
+        (
+            *("last", tokens(), VALID & torch.tensor([[True], [False]]), ValueError),
+            "at least one valid token per row; row 1 has none",
+        ),
     ],
 )
 def test_errors_of_features(pooling, output, mask, error, message) -> None:
@@ -94,10 +162,11 @@ def test_errors_of_features(pooling, output, mask, error, message) -> None:
         captured(output, pooling, mask)
 
 
-def test_a_row_without_tokens_is_an_error_for_means_only() -> None:
+def test_a_row_without_tokens_is_an_error_for_means_and_last_tokens_only() -> None:
     assert captured(tokens(), "cls", ~VALID).isfinite().all()
     assert captured(tokens()[:, 0], "mean", ~VALID).isfinite().all()
-    # On a GPU, masks are not read and the mean is NaN.
+    # On a GPU, masks are not read and the row is NaN.
     assert mean_over_tokens(tokens(), ~VALID).isnan().all()
+    assert last_tokens(tokens(), ~VALID).isnan().all()
     with pytest.raises(TypeError, match="mask must be boolean"):
         rk.FeatureCapture(net(), "embed").mask(VALID.long())

@@ -58,7 +58,7 @@ def tokens(batch: int = 2, count: int = 5, seed: int = 1):
     return torch.randn(batch, count, 4, generator=generator)
 
 
-def captured(output, pooling: str = "cls", mask=None):
+def captured(output, pooling="cls", mask=None):
     model = Output(output)
     with rk.FeatureCapture(model, "", pooling) as capture:
         model()
