@@ -10,16 +10,16 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from .dispatch import user_warnings
-from .features.capture import FeatureCapture
-from .features.forward_pass import (
-    evaluating,
-    token_mask,
-    unwrapped,
-    without_adapters,
-    without_labels,
-)
+from .dispatch import checks
+from .features import adapters, teacher_pass
+from .features.capture import FeatureCapture, nothing_captured
+from .features.forward_pass import innermost, unwrapped
+from .features.hooks import Call, RandomState
+from .features.pooling import Pooling
 from .features.statistics import TeacherStatistics
+from .features.teacher_pass import Forward
+from .features.token_masks import AUTO, LayerMask, TokenMask, TokenMasks
+from .features.training_warnings import TrainingWarnings
 from .losses import RIFTLoss
 from .weighting import AdaptiveWeight
 
@@ -81,6 +81,8 @@ class RIFTRegularizer(nn.Module):
         RuntimeError: at a call, if the student was not run before it.
     """
 
+    steps: Tensor
+
     def __init__(
         self,
         student: nn.Module,
@@ -90,34 +92,61 @@ class RIFTRegularizer(nn.Module):
         measure: str = "cka",
         weight: float | AdaptiveWeight = 1.0,
         schedule: Callable[[int], float] | None = None,
-        pooling: str = "cls",
+        pooling: Pooling = "cls",
+        token_mask: TokenMask = AUTO,
+        forward: Forward | None = None,
+        replay_rng: bool = False,
         **settings: Any,
     ) -> None:
         super().__init__()
         if not isinstance(student, nn.Module):
             raise TypeError(f"student must be an nn.Module; got {type(student).__name__}")
-        if schedule is not None and not callable(schedule):
-            raise TypeError(f"schedule must be callable or None; got {type(schedule).__name__}")
+        for name, function in (("schedule", schedule), ("forward", forward)):
+            if function is not None and not callable(function):
+                raise TypeError(f"{name} must be callable or None; got {type(function).__name__}")
+        checks.flag("replay_rng", replay_rng)
         if settings.get("reduction") == "none":
             raise ValueError("reduction must be 'mean' or 'sum' for a loss to add; got 'none'")
         self.loss = RIFTLoss(measure, weight=weight, **settings)
         self.schedule = schedule
-        self.step = 0
         self.distances: dict[str, Tensor] = {}
-        self._warned = False
+        self.token_masks: dict[str, str] = {}
+        with torch.inference_mode(False):  # an inference tensor could never be updated
+            self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+        self._step = 0  # the same number, read without waiting for a GPU
+        self._call_teacher = forward
+        self._warnings = TrainingWarnings()
         # A tuple keeps both models out of this module's submodules.
         self._models = (student, teacher)
+        if teacher is None:
+            adapters.check_adapters(student)
         patterns = list(layers) if isinstance(layers, Mapping) else layers
         self._student = FeatureCapture(student, patterns, pooling)
-        self._names = self._teacher_names(layers)
-        self._teacher = self._student
-        if isinstance(teacher, nn.Module):
-            _check_separate(teacher, student)
-            self._teacher = FeatureCapture(teacher, list(self._names.values()), pooling)
-        elif teacher is None:
-            without_adapters(student)
-        else:
-            self._check_statistics(teacher)
+        self._student.recorder.keeps_random = replay_rng
+        try:
+            self._masks = TokenMasks(token_mask, self._student, student)
+            self._names = self._teacher_names(layers)
+            self._teacher = self._captured_teacher(pooling)
+        except BaseException:
+            self._student.remove()
+            raise
+        self._may_end_early: bool | None = None
+
+    def _captured_teacher(self, pooling: Pooling) -> FeatureCapture:
+        """The capture of the teacher's features: the student's own if it is its own teacher."""
+        student, teacher = self._models
+        if not isinstance(teacher, nn.Module):
+            if teacher is not None:
+                self._check_statistics(teacher)
+            return self._student
+        _check_separate(teacher, student)
+        virtual = adapters.virtual_tokens(student)
+        if virtual and isinstance(pooling, str) and pooling != "last":
+            raise ValueError(
+                f"pooling must be 'last' or a function for a student with {virtual} virtual "
+                f"tokens, which its teacher does not have; got {pooling!r}"
+            )
+        return FeatureCapture(teacher, list(self._names.values()), pooling)
 
     def _teacher_names(self, layers: Layers) -> dict[str, str]:
         """The teacher's layers by the names of the student's."""
@@ -136,49 +165,83 @@ class RIFTRegularizer(nn.Module):
         """The names of the compared layers of the student."""
         return self._student.layers
 
-    def forward(self, *inputs: Any, mask: Tensor | None = None, **keywords: Any) -> Tensor:
+    @property
+    def step(self) -> int:
+        """The number of calls that computed gradients, for the schedule."""
+        return self._step
+
+    def forward(self, *inputs: Any, token_mask: TokenMask = AUTO, **keywords: Any) -> Tensor:
         """The weighted loss of the features of the student's last pass.
 
         Args:
-            inputs, keywords: the arguments of the student's call. ``labels`` are not passed to the
-                teacher. Unused where the teacher is statistics.
-            mask: (batch, tokens) boolean, True = valid, for the poolings ``"mean"`` and
-                ``"tokens"``; None takes the model's ``attention_mask`` (0 = padding), if any.
+            inputs, keywords: nothing, and the teacher is called as the student was. Otherwise the
+                arguments for the teacher. Unused where the teacher is statistics.
+            token_mask: replaces that of the constructor in this call.
 
         Returns:
             A scalar to add to the task's loss.
         """
-        if mask is None and self._student.pooling != "cls":
-            mask = token_mask(keywords, self._models[0], inputs)
-        students = list(self._student.features(mask).values())
-        teachers = self._teachers(inputs, keywords, mask)
-        row_mask = self._student.mask(mask)
-        students = _to_common_dtype(students)
-        distances = self._distances(students, teachers, row_mask)
-        by_layer = distances.detach().reshape(-1).unbind()
-        self.distances = dict(zip(self.layers, by_layer, strict=True))
+        given = Call(inputs, keywords) if inputs or keywords else None
+        outputs = self._student.outputs()
+        if not outputs:
+            raise RuntimeError(nothing_captured(self.layers))
+        call = self._student.latest.call if given is None else given
+        masks = self._masks.of(outputs, call, self._student.kind, given is None, token_mask)
+        by_name = {name: found.mask for name, found in masks.items()}
+        students = self._student.pooled(outputs, by_name)
+        teachers = self._teachers(given, students, by_name)
+        self.token_masks = {name: found.source for name, found in masks.items()}
+        if self.training and torch.is_grad_enabled():
+            self._warn(students, teachers, masks)
+            self._warnings.is_first_step = False
+        loss = self._loss(students, teachers, by_name)
         # Clearing prevents a second comparison by mistake, and frees the graph.
         self._student.clear()
-        loss = self.loss.from_distances(distances)
-        if self.schedule is not None:
-            loss = self.schedule(self.step) * loss
         if self.training and torch.is_grad_enabled():
-            self.step += 1
-            self._warn_without_gradient(distances)
+            self._step += 1
+            self.steps += 1
         return loss
 
-    def _warn_without_gradient(self, distances: Tensor) -> None:
-        if distances.requires_grad or self._warned:
-            return
-        self._warned = True
-        user_warnings.warn(
-            "the loss has no gradient: no trained parameter affects "
-            f"{', '.join(map(repr, self.layers))}, or the student ran under no_grad"
+    def _loss(
+        self,
+        students: dict[str, Tensor],
+        teachers: dict[str, Any],
+        masks: Mapping[str, Tensor | None],
+    ) -> Tensor:
+        self.distances = {}
+        if not students:  # the student skipped every layer
+            return self.steps.new_zeros((), dtype=torch.float32)
+        distances = self._distances(
+            _to_common_dtype(list(students.values())),
+            list(teachers.values()),
+            self._row_masks(students, masks),
         )
+        by_layer = distances.detach().reshape(-1).unbind()
+        self.distances = dict(zip(students, by_layer, strict=True))
+        loss = self.loss.from_distances(distances)
+        return loss if self.schedule is None else self.schedule(self._step) * loss
 
-    def _distances(self, students: list[Tensor], teachers: Any, mask: Tensor | None) -> Tensor:
+    def _row_masks(
+        self, students: Mapping[str, Tensor], masks: Mapping[str, Tensor | None]
+    ) -> Tensor | list[Tensor] | None:
+        """The masks of the features' rows, one tensor where all layers share it."""
+        rows = [self._student.mask(masks.get(name)) for name in students]
+        if all(mask is None for mask in rows):
+            return None
+        distinct = {id(masks.get(name)) for name in students}
+        if len(distinct) == 1:
+            return rows[0]
+        return [
+            x.new_ones(len(x), dtype=torch.bool) if mask is None else mask
+            for mask, x in zip(rows, students.values(), strict=True)
+        ]
+
+    def _distances(
+        self, students: list[Tensor], teachers: Any, mask: Tensor | list[Tensor] | None
+    ) -> Tensor:
         try:
             if len(students) == 1:  # a learned rotation takes no list
+                mask = mask[0] if isinstance(mask, list) else mask
                 return self.loss.distances(students[0], teachers[0], mask)
             return self.loss.distances(students, teachers, mask)
         except ValueError as error:  # the loss checks, so that all processes of a group raise
@@ -187,19 +250,77 @@ class RIFTRegularizer(nn.Module):
             raise
 
     def _teachers(
-        self, inputs: tuple[Any, ...], keywords: dict[str, Any], mask: Tensor | None
-    ) -> Any:
-        """The teacher's features or statistics of each layer."""
+        self,
+        given: Call | None,
+        students: dict[str, Tensor],
+        masks: Mapping[str, Tensor | None],
+    ) -> dict[str, Any]:
+        """The teacher's features or statistics of each of the student's layers.
+
+        A layer that the student skipped at random, and only that, may be missing in ``students``.
+        """
         student, teacher = self._models
-        names = self._names.values()
+        skipped = [name for name in self.layers if name not in students]
+        if skipped and self.loss.group is not None:
+            raise RuntimeError(
+                f"the student skipped {', '.join(map(repr, skipped))}, which processes of a group "
+                "cannot do, because they compare each layer together: switch LayerDrop off"
+            )
         if isinstance(teacher, Mapping):
-            return [teacher[name] for name in names]
+            return {name: teacher[self._names[name]] for name in students}
         model = unwrapped(student if teacher is None else teacher)
-        adapters = without_adapters(student) if teacher is None else nullcontext()
-        with torch.no_grad(), evaluating(model), adapters, self._teacher.fresh() as capture:
-            model(*inputs, **without_labels(keywords))
-            features = capture.features(mask)
-        return _to_common_dtype([features[name] for name in names])
+        latest, calls = self._student.latest, None
+        call = teacher_pass.recorded(latest) if given is None else given
+        if not skipped and self._ends_early(model):
+            calls = {self._names[name]: count for name, count in self._student.calls().items()}
+        disabled = adapters.without_adapters(student) if teacher is None else nullcontext()
+        with disabled, self._teacher.fresh(calls) as capture:
+            before = RandomState.now(call.tensors()) if self._warnings.is_first_step else None
+            teacher_pass.run(model, student, call, latest, self._call_teacher, capture)
+            if before is not None and not before.equals(RandomState.now(call.tensors())):
+                self._warnings.warn_of_random_numbers()
+            outputs = capture.outputs()
+            missing = [name for name in self.layers if self._names[name] not in outputs]
+            if missing:
+                raise RuntimeError(nothing_captured(missing))
+            pairs = {self._names[name]: name for name in students}
+            features = capture.pooled(
+                {name: outputs[name] for name in pairs},
+                {name: masks.get(own) for name, own in pairs.items()},
+            )
+        common = _to_common_dtype([features[self._names[name]] for name in students])
+        return {
+            name: theirs.to(own.device)
+            for (name, own), theirs in zip(students.items(), common, strict=True)
+        }
+
+    def _ends_early(self, teacher: nn.Module) -> bool:
+        """Whether the teacher's pass may end when its layers ran as often as the student's."""
+        if self._may_end_early is None:
+            is_same = type(innermost(teacher)) is type(innermost(self._models[0]))
+            self._may_end_early = is_same and teacher_pass.may_end_early(teacher)
+        return self._may_end_early and all(self._student.calls().values())
+
+    def _warn(
+        self, students: dict[str, Tensor], teachers: dict[str, Any], masks: dict[str, LayerMask]
+    ) -> None:
+        """Say, once each, what makes the loss other than the user may think."""
+        if self._student.recorder.was_replaced:
+            self._warnings.warn_of_a_replaced_pass()
+        for name, found in masks.items():
+            if found.was_dropped:
+                self._warnings.warn_of_a_dropped_mask(name, found.source)
+        detached = [
+            name
+            for name, layer in students.items()
+            if not layer.requires_grad and name not in self._student.detached()
+        ]
+        if detached:
+            self._warnings.warn_without_gradient(detached, is_all=len(detached) == len(students))
+        self._warnings.warn_of_constants(students, teachers)
+        if self._models[1] is None:
+            self._warnings.warn_of_running_statistics(self._models[0])
+            self._warnings.check_base(students, self._models[0])
 
     def metrics(self) -> dict[str, float]:
         """``rift/similarity/<layer>`` (or ``rift/distance/<layer>``) and ``rift/weight``, to log.
@@ -231,13 +352,9 @@ class RIFTRegularizer(nn.Module):
             for module in modules:
                 module.to(device)
 
-    def get_extra_state(self) -> int:
-        """The step of the schedule, for ``state_dict``."""
-        return self.step
-
-    def set_extra_state(self, state: int) -> None:
-        """The step of the schedule, from a ``state_dict``."""
-        self.step = state
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._step = int(self.steps)
 
     def __enter__(self) -> Self:
         return self

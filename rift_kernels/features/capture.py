@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import sys
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from types import FrameType
 from typing import Any, Self
 
 import torch
@@ -15,8 +13,12 @@ from torch.utils.hooks import RemovableHandle
 
 from rift_kernels.dispatch import user_warnings
 
+from .forward_pass import unwrapped
+from .hooks import CallHook, Hook, LayerCell, LayerHook, Pass, Recorder
 from .layer_names import matching_names, modules_by_name
 from .pooling import Pooling, check_pooling, check_token_mask, pool
+
+Masks = Tensor | Mapping[str, Tensor | None] | None
 
 
 class FeatureCapture:
@@ -95,16 +97,25 @@ class FeatureCapture:
         self.layers = matching_names(layers, modules)
         self.pooling = pooling
         self._warned = False
-        # The model's hooks refer to the slots, and slots to neither capture nor model: no cycles.
         self._model = weakref.ref(model)
-        self._switch = _Switch()
-        self._slots = [_Slot(name, self._switch) for name in self.layers]
-        handles = [modules[slot.name].register_forward_hook(slot) for slot in self._slots]
-        self._hooks = weakref.finalize(self, _remove, handles)
-        self._hooks.atexit = False
+        # No hook refers to the capture or to the model, and so none makes a cycle.
+        self.recorder = Recorder()
+        self._layers = [LayerHook(name, self.recorder) for name in self.layers]
+        self._hooks: list[Hook] = [*self._layers]
+        root, call = unwrapped(model), CallHook(self.recorder, self._hooks)
+        self._handles = [
+            root.register_forward_pre_hook(call, with_kwargs=True),
+            *(modules[layer.name].register_forward_hook(layer) for layer in self._layers),
+            root.register_forward_hook(call.end),
+        ]
+        self._remove_at_deletion()
+
+    def _remove_at_deletion(self) -> None:
+        self._finalizer = weakref.finalize(self, _remove, self._handles)
+        self._finalizer.atexit = False
 
     def __enter__(self) -> Self:
-        if not self._hooks.alive:
+        if not self._finalizer.alive:
             raise RuntimeError(
                 "the hooks of this capture were removed: create another FeatureCapture"
             )
@@ -116,27 +127,50 @@ class FeatureCapture:
     def __repr__(self) -> str:
         return f"FeatureCapture(layers={self.layers!r}, pooling={self.pooling!r})"
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Everything but the weak references; a copy has copies of the model and its hooks."""
+        state = {**vars(self), "_model": self._model(), "_alive": self._finalizer.alive}
+        del state["_finalizer"]
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        model, alive = state.pop("_model"), state.pop("_alive")
+        vars(self).update(state)
+        self._model = weakref.ref(model)
+        self._remove_at_deletion()
+        self.recorder.on = alive
+
+    def watch(self, module: nn.Module, hook: Hook) -> None:
+        """Also run this hook before a module of the model is called."""
+        self._hooks.append(hook)
+        self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))  # type: ignore[arg-type]
+
     def remove(self) -> None:
         """Remove the hooks and keep the captured outputs. Further calls have no effect."""
-        self._hooks()
+        self._finalizer()
 
     def clear(self) -> None:
-        """Release the captured outputs, and with them the graph of that forward."""
-        for slot in self._slots:
-            slot.clear()
+        """Release what was captured, and with it the graph of that forward."""
+        self.recorder.passes = (Pass(), Pass())
+        self.recorder.was_replaced = False
+        for hook in self._hooks:
+            hook.start(0)
+            hook.start(1)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Suspend capturing within the context; earlier outputs are kept."""
-        was_on, self._switch.on = self._switch.on, False
+        was_on, self.recorder.on = self.recorder.on, False
         try:
             yield
         finally:
-            self._switch.on = was_on
+            self.recorder.on = was_on
 
     @contextmanager
-    def fresh(self) -> Iterator[Self]:
+    def fresh(self, calls: Mapping[str, int] | None = None) -> Iterator[Self]:
         """Start empty within the context, and restore the earlier outputs at its end.
+
+        With ``calls``, a pass ends by ``hooks.PassEnd`` once each layer was called so often.
 
         This serves a teacher that is the student without its adapter, with the same hooks::
 
@@ -144,43 +178,68 @@ class FeatureCapture:
                 model(batch)
                 teacher_features = capture.features()
         """
-        states = [(slot.output, slot.in_checkpoint) for slot in self._slots]
-        self.clear()
+        recorder = self.recorder
+        state, cells = {**vars(recorder)}, [hook.cells for hook in self._hooks]
+        recorder.passes, recorder.on, recorder.in_call = (Pass(), Pass()), True, False
+        if calls is not None:
+            recorder.calls_left = sum(calls.values())
+            for layer in self._layers:
+                layer.limit = calls[layer.name]
+        for hook in self._hooks:
+            hook.cells = tuple(type(cell)() for cell in hook.cells)
         try:
             yield self
         finally:
-            for slot, state in zip(self._slots, states, strict=True):
-                slot.output, slot.in_checkpoint = state
+            vars(recorder).update(state)
+            for hook, pair in zip(self._hooks, cells, strict=True):
+                hook.cells = pair
 
-    def features(self, mask: Tensor | None = None) -> dict[str, Tensor]:
+    def features(self, mask: Masks = None) -> dict[str, Tensor]:
         """The pooled features (rows, D) of each layer, in the order of :attr:`layers`.
 
         Args:
-            mask: (batch, tokens) boolean, True = valid, for outputs (batch, tokens, D). Tokens are
-                selected, so NaN in padding is harmless. With ``"tokens"`` all rows remain, and
+            mask: (batch, tokens) boolean, True = valid, for outputs (batch, tokens, D); or a
+                mapping from layers to such masks, where a layer that is missing has none. Tokens
+                are selected, so NaN in padding is harmless. With ``"tokens"`` all rows remain, and
                 :meth:`mask` returns the rows' mask. For (batch, D) the mask is unused; for
                 (batch, C, H, W) it must be None.
 
         Raises:
             RuntimeError: a layer was not called since the capture was created or cleared.
             TypeError, ValueError: a layer's output or the mask has another shape or dtype, or a
-                row of ``"mean"`` has no valid token (on a CPU; on a GPU, the row is NaN).
+                row of ``"mean"`` or ``"last"`` has no valid token (on a CPU; on a GPU, the row is
+                NaN).
         """
-        missing = [slot.name for slot in self._slots if slot.output is None]
+        outputs = self.outputs()
+        missing = [name for name in self.layers if name not in outputs]
         if missing:
-            raise RuntimeError(
-                f"nothing was captured of {', '.join(map(repr, missing))}. Was the model called "
-                "before this (RIFTRegularizer uses each pass of the student once)? Was it this "
-                "model, not a copy, while the hooks were in place and not paused? Is the layer "
-                "on the path of that call? Was the model compiled and called before the capture "
-                "was created (then call torch.compiler.reset() first)?"
-            )
+            raise RuntimeError(nothing_captured(missing))
+        return self.pooled(outputs, mask)
+
+    def outputs(self) -> dict[str, Tensor]:
+        """The captured outputs of the layers that were called."""
+        cells = self._cells()
+        return {name: cell.output for name, cell in cells.items() if cell.output is not None}
+
+    def calls(self) -> dict[str, int]:
+        """How often each layer was called, 0 also where torch.compile ran it."""
+        return {name: cell.calls for name, cell in self._cells().items()}
+
+    def detached(self) -> list[str]:
+        """The layers whose output a reentrant checkpoint detached from its graph."""
+        # The output of the checkpointed module itself gets its gradient when the checkpoint ends.
+        return [name for name, cell in self._cells().items() if cell.is_detached()]
+
+    def _cells(self) -> dict[str, LayerCell]:
+        return {layer.name: layer.cells[self.kind] for layer in self._layers}
+
+    def pooled(self, outputs: Mapping[str, Tensor], mask: Masks = None) -> dict[str, Tensor]:
+        """The features of these outputs."""
         self._warn_of_checkpoints()
-        features = {}
-        for slot in self._slots:
-            assert slot.output is not None
-            features[slot.name] = pool(slot.name, slot.output, self.pooling, mask)
-        return features
+        return {
+            name: pool(name, output, self.pooling, _of_layer(mask, name))
+            for name, output in outputs.items()
+        }
 
     def mask(self, mask: Tensor | None) -> Tensor | None:
         """The mask of the features' rows: (batch * tokens,) for ``"tokens"``, otherwise None."""
@@ -189,12 +248,26 @@ class FeatureCapture:
         check_token_mask(mask)
         return mask.flatten() if self.pooling == "tokens" else None
 
+    @property
+    def kind(self) -> int:
+        """The kind of pass that counts: that of the present grad mode, else the other."""
+        wanted = int(torch.is_grad_enabled())
+        passes = self.recorder.passes
+        has_wanted = passes[wanted].call is not None or any(
+            layer.cells[wanted].output is not None for layer in self._layers
+        )
+        return wanted if has_wanted else 1 - wanted
+
+    @property
+    def latest(self) -> Pass:
+        """The pass that counts now."""
+        return self.recorder.passes[self.kind]
+
     def _warn_of_checkpoints(self) -> None:
         model = self._model()
         if self._warned or model is None or not (model.training and torch.is_grad_enabled()):
             return
-        # The output of the checkpointed module itself gets its gradient when the checkpoint ends.
-        detached = [slot.name for slot in self._slots if slot.is_detached()]
+        detached = self.detached()
         if detached and any(parameter.requires_grad for parameter in model.parameters()):
             self._warned = True
             user_warnings.warn(
@@ -204,75 +277,21 @@ class FeatureCapture:
             )
 
 
-class _Switch:
-    """Enables the hooks of a capture; compiled models guard on it."""
+def nothing_captured(layers: Sequence[str]) -> str:
+    """The error of layers that were not called."""
+    return (
+        f"nothing was captured of {', '.join(map(repr, layers))}. Was the model called before this "
+        "(RIFTRegularizer uses each pass of the student once)? Was it this model, not a copy, "
+        "while the hooks were in place and not paused? Is the layer on the path of that call? Was "
+        "the model compiled and called before the capture was created (then call "
+        "torch.compiler.reset() first)?"
+    )
 
-    def __init__(self) -> None:
-        self.on = True
 
-
-class _Slot:
-    """The hook of one layer and its latest output. Copies and pickles are inert."""
-
-    def __init__(self, name: str, switch: _Switch | None = None) -> None:
-        self.name = name
-        self.switch = switch
-        self.clear()
-
-    def clear(self) -> None:
-        self.output: Tensor | None = None
-        self.in_checkpoint = False
-
-    def is_detached(self) -> bool:
-        """Whether a checkpoint detached the output from its graph."""
-        return self.in_checkpoint and self.output is not None and not self.output.requires_grad
-
-    # torch.compile traces an attribute of each slot without a guard, unlike a shared dictionary.
-    def __call__(self, _module: nn.Module, _args: Any, output: Any) -> None:
-        if self.switch is None or not self.switch.on or _in_backward():
-            return
-        self.output = _first_tensor(self.name, output)
-        self.in_checkpoint = _in_reentrant_checkpoint()
-
-    def __reduce__(self) -> tuple[type[_Slot], tuple[str]]:
-        return _Slot, (self.name,)
+def _of_layer(mask: Masks, name: str) -> Tensor | None:
+    return mask.get(name) if isinstance(mask, Mapping) else mask
 
 
 def _remove(handles: list[RemovableHandle]) -> None:
     for handle in handles:
         handle.remove()
-
-
-def _in_backward() -> bool:
-    """Whether autograd runs a backward, in which activation checkpointing reruns layers."""
-    # torch has no public test for this; torch.utils.checkpoint calls the same function.
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
-
-
-def _in_reentrant_checkpoint() -> bool:
-    """Whether a caller is the forward of a reentrant checkpoint, from torch or elsewhere."""
-    if torch.compiler.is_compiling() or torch.is_grad_enabled():
-        return False
-    frame: FrameType | None = sys._getframe()
-    while frame is not None:
-        if frame.f_code.co_qualname == "CheckpointFunction.forward":
-            return True
-        frame = frame.f_back
-    return False
-
-
-def _first_tensor(name: str, output: Any) -> Tensor:
-    if isinstance(output, Tensor):
-        return output
-    values: Any = ()
-    if isinstance(output, tuple | list):
-        values = output
-    elif hasattr(output, "to_tuple"):  # a transformers ModelOutput
-        values = (getattr(output, "last_hidden_state", None), *output.to_tuple())
-    for value in values:
-        if isinstance(value, Tensor):
-            return value
-    raise TypeError(
-        f"the output of layer {name!r} must be a tensor, a tuple or list with one, or a "
-        f"transformers ModelOutput; got {type(output).__name__}: choose a layer inside it"
-    )

@@ -16,9 +16,12 @@ from rift_kernels.dispatch.ranks import Group, resolve
 
 from . import statistics_files
 from .capture import FeatureCapture
-from .forward_pass import arguments, evaluating, token_mask
+from .forward_pass import arguments, evaluating, without_unused_labels
+from .hooks import Call
+from .pooling import Pooling
 from .statistics import TeacherStatistics, group_size, read, write
 from .statistics_files import StrPath
+from .token_masks import AUTO, TokenMask, TokenMasks
 
 Forward = Callable[[nn.Module, Any], object]
 
@@ -28,7 +31,8 @@ def collect_teacher_statistics(
     dataloader: Iterable[Any],
     *,
     layers: str | list[str] | tuple[str, ...],
-    pooling: str = "cls",
+    pooling: Pooling = "cls",
+    token_mask: TokenMask = AUTO,
     forward: Forward | None = None,
     device: torch.device | str | None = None,
     path: StrPath | None = None,
@@ -86,6 +90,7 @@ def collect_teacher_statistics(
     save_every = checks.positive("save_every", save_every)
     ranks = resolve(group)
     with FeatureCapture(model, layers, pooling) as capture:
+        masks = TokenMasks(token_mask, capture, model)
         device = _device(model) if device is None else torch.device(device)
         length = operator.length_hint(dataloader, -1)  # -1 if unknown
         run = _Run({"layers": list(capture.layers), "pooling": pooling, "length": length})
@@ -96,7 +101,8 @@ def collect_teacher_statistics(
             # Not inference mode, because a model may cache inference tensors.
             with evaluating(model), torch.no_grad():
                 for batch in _skip(bar, run.batches):
-                    _update(run.statistics, capture, _to_device(batch, device), model, forward)
+                    batch = _to_device(batch, device)
+                    _update(run.statistics, capture, batch, model, forward, masks)
                     run.batches += 1
                     if path is not None and run.batches % save_every == 0:
                         run.save(path)
@@ -150,6 +156,7 @@ def _update(
     batch: Any,
     model: nn.Module,
     forward: Forward | None,
+    masks: TokenMasks,
 ) -> None:
     """Run the model on a batch and add its features to the statistics."""
     capture.clear()
@@ -157,14 +164,16 @@ def _update(
         forward(model, batch)
     else:
         inputs, keywords = arguments(batch, "forward=lambda model, batch: ... accepts any batch")
-        model(*inputs, **keywords)
-    may_be_padded = capture.pooling != "cls" and isinstance(batch, Mapping)
-    mask = token_mask(batch) if may_be_padded else None
-    for name, rows in capture.features(mask).items():
+        model(*inputs, **without_unused_labels(model, keywords))
+    is_mapping = isinstance(batch, Mapping)
+    call = Call((), dict(batch)) if is_mapping else capture.latest.call
+    found = masks.of(capture.outputs(), call, capture.kind, is_recorded=not is_mapping)
+    by_name = {name: each.mask for name, each in found.items()}
+    for name, rows in capture.features(by_name).items():
         if name not in statistics:
             statistics[name] = TeacherStatistics(rows.shape[-1])
         # The layers of a model may be on different devices.
-        statistics[name].to(rows.device).update(rows, capture.mask(mask))
+        statistics[name].to(rows.device).update(rows, capture.mask(by_name.get(name)))
 
 
 def _to_device(batch: Any, device: torch.device) -> Any:

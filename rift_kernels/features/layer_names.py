@@ -31,6 +31,12 @@ def modules_by_name(model: nn.Module) -> dict[str, nn.Module]:
     return modules
 
 
+def wrapped_in(module: nn.Module) -> nn.Module | None:
+    """The module that this one wraps, or None if it is no wrapper."""
+    children = module.named_children()
+    return next((child for name, child in children if _is_wrapped(module, name)), None)
+
+
 def _is_wrapped(parent: nn.Module, name: str) -> bool:
     """Whether the parent is a wrapper and ``name`` is the module that it wraps."""
     if name == "module":  # may also be a model's own name

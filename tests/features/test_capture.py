@@ -226,8 +226,8 @@ def test_no_reference_cycles() -> None:
         model(tokens())
         features = capture.features()
         sum(x.sum() for x in features.values()).backward()
-        references = [weakref.ref(capture), weakref.ref(capture._slots[0])]
-        references.append(weakref.ref(capture._slots[0].output))
+        references = [weakref.ref(capture), weakref.ref(capture._layers[0])]
+        references.append(weakref.ref(capture.outputs()["blocks.0"]))
         del capture
         assert not model.blocks[0]._forward_hooks
         del features

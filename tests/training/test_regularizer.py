@@ -113,7 +113,7 @@ def test_teacher_runs_in_eval_mode_without_gradients_and_is_left_as_it_was(stude
     assert torch.equal(torch.get_rng_state(), state)
     # Neither model is trained or saved with the loss.
     assert not list(rift.parameters())
-    assert set(rift.state_dict()) == {"_extra_state"}
+    assert set(rift.state_dict()) == {"steps"}
 
 
 def test_masks_and_labels(student, teacher) -> None:
@@ -129,7 +129,7 @@ def test_masks_and_labels(student, teacher) -> None:
         student(poisoned)
         by_attention = rift(poisoned, attention_mask=attention, labels=torch.zeros(ROWS))
         student(poisoned)
-        by_mask = rift(poisoned, mask=attention.bool())
+        by_mask = rift(poisoned, token_mask=attention.bool())
         student(cut)
         torch.testing.assert_close(rift(cut), by_attention)
         assert torch.equal(by_mask, by_attention)
@@ -246,7 +246,7 @@ def test_adaptive_weight_is_part_of_the_state(student, teacher) -> None:
     student(inputs())
     rift(inputs())
     assert rift.metrics()["rift/weight"] == float(weight.value) > 1
-    assert set(rift.state_dict()) == {"loss.weight.value", "_extra_state"}
+    assert set(rift.state_dict()) == {"loss.weight.value", "steps"}
 
 
 def test_a_learned_rotation_is_trained(student, teacher) -> None:

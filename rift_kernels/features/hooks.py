@@ -1,0 +1,255 @@
+"""Forward hooks that record a model's passes: its call, and the outputs of its layers.
+
+A pass with gradients and one without are recorded apart, so that neither replaces the other: some
+trainers run a model again under ``no_grad`` before they use what the first pass captured. The hooks
+of a capture share one :class:`Recorder`. None of them refers to the capture or to the model.
+
+torch.compile traces these hooks and guards on what they read. A pass therefore begins with the same
+values each time, and an output is an attribute of an object of its own, not an entry of a shared
+dictionary.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from types import FrameType
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import get_device_states
+
+
+class Call(NamedTuple):
+    """The arguments of a model."""
+
+    inputs: tuple[Any, ...]
+    keywords: dict[str, Any]
+
+    def tensors(self) -> list[Tensor]:
+        """All tensors among the arguments, those in containers included."""
+        return list(_tensors(self))
+
+
+class Autocast(NamedTuple):
+    """The autocast under which a layer ran."""
+
+    device_type: str
+    dtype: torch.dtype
+    enabled: bool
+
+
+class RandomState(NamedTuple):
+    """The state of the random generators when a pass began."""
+
+    cpu: Tensor
+    devices: list[int]
+    states: list[Tensor]
+
+    @classmethod
+    def now(cls, tensors: Sequence[Tensor]) -> RandomState:
+        """The state of the generators on the CPU and on the devices of these tensors."""
+        return cls(torch.get_rng_state(), *get_device_states(*tensors))
+
+    def equals(self, other: RandomState) -> bool:
+        """Whether no random number was drawn between the two."""
+        pairs = zip((self.cpu, *self.states), (other.cpu, *other.states), strict=True)
+        return all(torch.equal(a, b) for a, b in pairs)
+
+
+class PassEnd(BaseException):
+    """Ends a pass whose captured layers have all run. No model catches a BaseException."""
+
+
+class Pass:
+    """The latest pass of one kind, with gradients or without."""
+
+    def __init__(self) -> None:
+        self.call: Call | None = None
+        self.versions: list[tuple[Tensor, int]] = []
+        self.autocast: Autocast | None = None
+        self.random: RandomState | None = None
+
+
+class Hook(Protocol):
+    """A hook of a part of the model."""
+
+    cells: Any  # what it recorded, a cell for each kind of pass
+
+    def start(self, kind: int) -> None:
+        """Forget the former pass of this kind, because another begins."""
+
+
+class Recorder:
+    """The state that all hooks of one capture share."""
+
+    def __init__(self) -> None:
+        self.on = True
+        self.keeps_random = False
+        self.in_call = False  # the model itself runs, not a part of it by itself
+        self.kind = 0  # of the current pass: 1 with gradients
+        self.passes = (Pass(), Pass())
+        self.was_replaced = False  # an unused pass with gradients was replaced by another
+        self.calls_left: int | None = None  # of captured layers, before the pass ends
+
+    def is_recording(self) -> bool:
+        """Whether hooks act: not while paused, nor where a backward reruns a checkpoint."""
+        return self.on and not _in_backward()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy has no pass, and is off until a copy of its capture switches it on."""
+        return {"keeps_random": self.keeps_random}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__()  # type: ignore[misc]
+        vars(self).update(state, on=False)
+
+
+class CallHook:
+    """Two hooks of the model itself: a pass begins, and ends."""
+
+    def __init__(self, recorder: Recorder, hooks: list[Hook]) -> None:
+        self.recorder = recorder
+        self.hooks = hooks  # of its parts
+
+    def __call__(self, _: nn.Module, inputs: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        """Note the arguments, and the state that the pass begins in."""
+        recorder = self.recorder
+        if not recorder.is_recording():
+            return
+        kind = int(torch.is_grad_enabled())
+        recorder.in_call, recorder.kind = True, kind
+        latest = recorder.passes[kind]
+        if kind and latest.call is not None:
+            recorder.was_replaced = True
+        for hook in self.hooks:
+            hook.start(kind)
+        latest.call = Call(_copied(inputs), _copied(keywords))
+        latest.autocast = latest.random = None
+        if torch.compiler.is_compiling():
+            return
+        tensors = latest.call.tensors()
+        latest.versions = [(x, x._version) for x in tensors if not x.is_inference()]
+        if recorder.keeps_random:
+            latest.random = RandomState.now(tensors)
+
+    def end(self, *_: Any) -> None:
+        """The forward hook."""
+        self.recorder.in_call = False
+
+
+class LayerCell:
+    """What a layer did in a pass."""
+
+    def __init__(self) -> None:
+        self.output: Tensor | None = None
+        self.calls = 0
+        self.in_checkpoint = False
+
+    def is_detached(self) -> bool:
+        """Whether a checkpoint detached the output from its graph."""
+        return self.in_checkpoint and self.output is not None and not self.output.requires_grad
+
+
+class LayerHook:
+    """The forward hook of a layer."""
+
+    def __init__(self, name: str, recorder: Recorder) -> None:
+        self.name = name
+        self.recorder = recorder
+        self.limit = 0  # the calls that Recorder.calls_left counts
+        self.cells = (LayerCell(), LayerCell())
+
+    def start(self, kind: int) -> None:
+        """Forget the former pass of this kind."""
+        cell = self.cells[kind]
+        cell.output, cell.calls, cell.in_checkpoint = None, 0, False
+
+    def __call__(self, _module: nn.Module, _inputs: Any, output: Any) -> None:
+        """Keep the output; end the pass where nothing else is captured in it."""
+        recorder = self.recorder
+        if not recorder.is_recording():
+            return
+        in_checkpoint = _in_reentrant_checkpoint()
+        if not recorder.in_call:
+            recorder.kind = int(torch.is_grad_enabled() or in_checkpoint)
+        cell = self.cells[recorder.kind]
+        cell.output = first_tensor(self.name, output)
+        cell.in_checkpoint = in_checkpoint
+        if torch.compiler.is_compiling():
+            return
+        cell.calls += 1
+        recorder.passes[recorder.kind].autocast = _autocast(cell.output.device.type)
+        if recorder.calls_left is not None and cell.calls <= self.limit:
+            recorder.calls_left -= 1
+            if recorder.calls_left == 0:
+                raise PassEnd
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"name": self.name, "recorder": self.recorder}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)  # type: ignore[misc]
+
+
+def first_tensor(name: str, output: Any) -> Tensor:
+    """The tensor of an output: itself, the first of a tuple, or the last hidden state."""
+    if isinstance(output, Tensor):
+        return output
+    values: Any = ()
+    if isinstance(output, tuple | list):
+        values = output
+    elif hasattr(output, "to_tuple"):  # a transformers ModelOutput
+        values = (getattr(output, "last_hidden_state", None), *output.to_tuple())
+    for value in values:
+        if isinstance(value, Tensor):
+            return value
+    raise TypeError(
+        f"the output of layer {name!r} must be a tensor, a tuple or list with one, or a "
+        f"transformers ModelOutput; got {type(output).__name__}: choose a layer inside it"
+    )
+
+
+def _in_backward() -> bool:
+    """Whether autograd runs a backward, in which activation checkpointing reruns layers."""
+    # torch has no public test for this; torch.utils.checkpoint calls the same function.
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+def _in_reentrant_checkpoint() -> bool:
+    """Whether a caller is the forward of a reentrant checkpoint, from torch or elsewhere."""
+    if torch.compiler.is_compiling() or torch.is_grad_enabled():
+        return False
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        if frame.f_code.co_qualname == "CheckpointFunction.forward":
+            return True
+        frame = frame.f_back
+    return False
+
+
+def _autocast(device_type: str) -> Autocast | None:
+    if not torch.amp.is_autocast_available(device_type):
+        return None
+    enabled = torch.is_autocast_enabled(device_type)
+    return Autocast(device_type, torch.get_autocast_dtype(device_type), enabled)
+
+
+def _copied(value: Any) -> Any:
+    """The containers of a value copied: models add their outputs to the dictionary they get."""
+    if type(value) is dict:
+        return {key: _copied(each) for key, each in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)([_copied(each) for each in value])
+    return value.copy() if isinstance(value, Mapping) and hasattr(value, "copy") else value
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        yield from _tensors(list(value.values()))
+    elif isinstance(value, tuple | list):
+        for each in value:
+            yield from _tensors(each)
