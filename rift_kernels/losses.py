@@ -236,9 +236,8 @@ def _rotation(measure: str, student_width: int | None, teacher_width: int | None
             f"rotation='learned' needs measure='covariance'; measure={measure!r} "
             "has no rotation to learn"
         )
-    layer = nn.Linear(
-        _width("student_width", student_width), _width("teacher_width", teacher_width), bias=False
-    )
+    widths = _width("student_width", student_width), _width("teacher_width", teacher_width)
+    layer = nn.Linear(*widths, bias=False, dtype=torch.float32)  # whatever the default dtype
     with torch.no_grad():
         nn.init.eye_(layer.weight)
     parametrizations.orthogonal(layer, "weight")

@@ -116,6 +116,7 @@ class RIFTRegularizer(nn.Module):
         self._step = 0  # the same number, read without waiting for a GPU
         self._call_teacher = forward
         self._warnings = TrainingWarnings()
+        self._called: set[str] = set()  # layers that any pass of the student has called
         # A tuple keeps both models out of this module's submodules.
         self._models = (student, teacher)
         if teacher is None:
@@ -182,10 +183,10 @@ class RIFTRegularizer(nn.Module):
             A scalar to add to the task's loss.
         """
         given = Call(inputs, keywords) if inputs or keywords else None
-        outputs = self._student.outputs()
-        if not outputs:
+        outputs, latest = self._student.outputs(), self._student.latest
+        if not outputs and latest.call is None:
             raise RuntimeError(nothing_captured(self.layers))
-        call = self._student.latest.call if given is None else given
+        call = latest.call if given is None else given
         masks = self._masks.of(outputs, call, self._student.kind, given is None, token_mask)
         by_name = {name: found.mask for name, found in masks.items()}
         students = self._student.pooled(outputs, by_name)
@@ -267,6 +268,10 @@ class RIFTRegularizer(nn.Module):
                 "cannot do, because they compare each layer together: switch LayerDrop off"
             )
         if isinstance(teacher, Mapping):
+            self._called |= students.keys()
+            never = [name for name in skipped if name not in self._called]
+            if never:
+                raise RuntimeError(nothing_captured(never))
             return {name: teacher[self._names[name]] for name in students}
         model = unwrapped(student if teacher is None else teacher)
         latest, calls = self._student.latest, None

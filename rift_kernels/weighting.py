@@ -66,7 +66,7 @@ class AdaptiveWeight(nn.Module):
         if initial > self.maximum:
             raise ValueError(f"initial must be at most maximum, {maximum!r}; got {initial!r}")
         with torch.inference_mode(False):  # an inference tensor could never be updated
-            self.register_buffer("value", torch.tensor(initial))
+            self.register_buffer("value", torch.tensor(initial, dtype=torch.float32))
 
     def forward(self, distance: Tensor) -> Tensor:
         """Return the weight for these distances, ``1 - similarity``, and take a step of ascent."""

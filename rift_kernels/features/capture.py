@@ -13,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from rift_kernels.dispatch import user_warnings
 
+from .axes import layer_axes
 from .forward_pass import unwrapped
 from .hooks import CallHook, Hook, LayerCell, LayerHook, Pass, Recorder
 from .layer_names import matching_names, modules_by_name
@@ -96,6 +97,7 @@ class FeatureCapture:
         modules = modules_by_name(model)
         self.layers = matching_names(layers, modules)
         self.pooling = pooling
+        self._axes = layer_axes(self.layers, modules)
         self._warned = False
         self._model = weakref.ref(model)
         # No hook refers to the capture or to the model, and so none makes a cycle.
@@ -236,6 +238,11 @@ class FeatureCapture:
     def pooled(self, outputs: Mapping[str, Tensor], mask: Masks = None) -> dict[str, Tensor]:
         """The features of these outputs."""
         self._warn_of_checkpoints()
+        if isinstance(self.pooling, str):
+            call = self.latest.call
+            batch_sizes = frozenset() if call is None else call.batch_sizes()
+            for name, output in outputs.items():
+                self._axes[name].check(tuple(output.shape), batch_sizes)
         return {
             name: pool(name, output, self.pooling, _of_layer(mask, name))
             for name, output in outputs.items()

@@ -29,7 +29,14 @@ class Call(NamedTuple):
 
     def tensors(self) -> list[Tensor]:
         """All tensors among the arguments, those in containers included."""
-        return list(_tensors(self))
+        return [value for value in _values(self) if isinstance(value, Tensor)]
+
+    def batch_sizes(self) -> frozenset[int]:
+        """The first axes of all tensors, and the lengths of lists, which may be batches, too."""
+        arguments = (*self.inputs, *self.keywords.values())
+        values = [value for argument in arguments for value in _values(argument)]
+        tensors = {x.shape[0] for x in values if isinstance(x, Tensor) and x.dim()}
+        return frozenset(tensors | {len(x) for x in values if isinstance(x, tuple | list)})
 
 
 class Autocast(NamedTuple):
@@ -245,11 +252,11 @@ def _copied(value: Any) -> Any:
     return value.copy() if isinstance(value, Mapping) and hasattr(value, "copy") else value
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        yield from _tensors(list(value.values()))
-    elif isinstance(value, tuple | list):
+def _values(value: Any) -> Iterator[Any]:
+    """A value, and all values in it if it is a container."""
+    yield value
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if isinstance(value, tuple | list):
         for each in value:
-            yield from _tensors(each)
+            yield from _values(each)

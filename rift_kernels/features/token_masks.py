@@ -207,6 +207,8 @@ def _nearest(chain: Sequence[tuple[str, Seen]], labels: Any, output: Tensor) -> 
         where = f"{path}.{seen.name}".removeprefix(".")
         enters_decoder = seen.is_decoder and not in_decoder
         in_decoder = in_decoder or seen.is_decoder
+        if mask is not None and seen.mask is not None and _is_added_form(seen.mask, mask):
+            continue
         if seen.mask is not None and seen.mask.dim() == 2:
             mask, source, was_dropped, unusable = _as_booleans(seen.mask, where), where, False, ""
             if _MARKS_PADDING[seen.name]:
@@ -225,6 +227,11 @@ def _nearest(chain: Sequence[tuple[str, Seen]], labels: Any, output: Tensor) -> 
             "to compare every token"
         )
     return LayerMask(mask, source, was_dropped)
+
+
+def _is_added_form(mask: Tensor, outer: Tensor) -> bool:
+    """Whether a module has made numbers that are added to scores of the mask that it got."""
+    return mask.is_floating_point() and mask.shape == outer.shape
 
 
 def _chosen(setting: OneMask, call: Call | None, model: nn.Module) -> LayerMask:

@@ -61,14 +61,15 @@ class TrainingWarnings:
         """In the first step, look for features that are the same in every row."""
         if not self.is_first_step:
             return
-        for side, features in (("student", students), ("teacher", teachers)):
-            names = [repr(name) for name, x in features.items() if _is_constant(x)]
-            if names:
+        sides = {"student": students, "teacher": teachers}
+        for name in students:
+            constant = [side for side in sides if _is_constant(sides[side][name])]
+            if constant:
                 self.warn(
-                    f"constant {side}",
-                    f"the {side}'s features of {', '.join(names)} are the same in every row, so "
-                    "the loss has no gradient there. The first token of a causal model is such a "
-                    "feature: pooling='last' takes the last one",
+                    "constant",
+                    f"the features of {name!r} are the same in every row of the "
+                    f"{' and the '.join(constant)}, so the loss has no gradient there. The first "
+                    "token of a causal model is such a feature: pooling='last' takes the last one",
                 )
 
     def warn_of_random_numbers(self) -> None:

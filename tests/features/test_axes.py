@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from rift_kernels.features.axes import LayerAxes, layer_axes
-from rift_kernels.features.capture import _first_tensor
+from rift_kernels.features.hooks import first_tensor
 from rift_kernels.features.layer_names import modules_by_name
 
 BATCH, TOKENS, WIDTH = 6, 5, 16
@@ -25,7 +25,7 @@ def outputs(model: nn.Module, *inputs: object, **keywords: object) -> dict[str, 
 
     def hook(name: str, _module: nn.Module, _inputs: object, output: object) -> None:
         try:
-            captured[name] = _first_tensor(name, output)
+            captured[name] = first_tensor(name, output)
         except TypeError:
             captured.pop(name, None)
 
