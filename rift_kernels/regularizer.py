@@ -34,27 +34,36 @@ class RIFTRegularizer(nn.Module):
 
         rift = rk.RIFTRegularizer(model, teacher, layers="encoder.layer.11", pooling="cls")
         for batch in loader:
-            loss = model(**batch).loss + rift(**batch)
+            loss = model(**batch).loss + rift()
             loss.backward()
 
-    The student's features are captured while *you* run it. ``rift(...)`` takes the model's inputs,
-    runs the teacher on them in eval mode and without gradients, and compares. It does not run the
-    student again. Call it once after each pass of the student that gradients flow through, with
-    the batch of that pass. If the student runs under ``torch.autocast``, so must the call. It
-    cannot detect another batch of the same size, which would be compared wrongly. Where no gradient
-    reaches the layers (frozen, below all adapters, or run under ``no_grad``), the loss has none
-    either, and warns once.
+    The student's features are captured while *you* run it, and so is its call. ``rift()`` runs the
+    teacher on the same arguments, in eval mode, without gradients and under the same autocast, and
+    compares. It does not run the student again. Call it once after each pass of the student that
+    gradients flow through. A pass without gradients never takes the place of one with them.
+
+    ``rift(*args, **kwargs)`` calls the teacher with other arguments. It has to be used where the
+    student is run in parts (``model.features(x)``, ``model.head(...)``), changes its inputs in
+    place, or gets ``past_key_values``.
 
     The teacher is one of
 
-    - a frozen copy: ``copy.deepcopy(model)`` from before finetuning, or the pretrained model;
+    - a frozen copy: ``copy.deepcopy(model)`` from before finetuning, or the pretrained model. It
+      may have another dtype: floating inputs are cast to it;
     - None, for a student with adapters (a PEFT model such as one with LoRA, or a transformers
       model with ``add_adapter``). The teacher is then the student with its adapters disabled, which
-      needs no second copy of the weights. In the compared layers, only adapters may be trained;
+      needs no second copy of the weights. Prompt learning, initialisations that change the
+      pretrained weights (PiSSA, OLoRA, ...) and trained parameters outside adapters that affect
+      the compared layers are refused, because the teacher would not be the pretrained model;
     - :class:`~rift_kernels.TeacherStatistics` by layer, from
       :func:`~rift_kernels.collect_teacher_statistics`, for ``measure="covariance"``. No teacher
       runs at all. Collect the statistics with the same ``pooling``. Use many rows in a batch,
       because the covariance of a few rows is noisy.
+
+    The teacher's pass gets what the student's got, but for three things: ``labels`` where its
+    forward has no such argument, ``use_cache=False`` where it has one, and ``torch.nn``'s inference
+    path, which is off. It ends once the compared layers have run, where the two models are of one
+    class and nothing (FSDP, DeepSpeed, accelerate) moves parameters around calls.
 
     Args:
         student: the model to be trained. Wrap it first (DDP, FSDP, PEFT); if it is compiled, it
@@ -62,7 +71,8 @@ class RIFTRegularizer(nn.Module):
         teacher: see above. It is neither trained nor part of this module's state. It must be on
             the student's device (:meth:`move_teacher`).
         layers: names or patterns as for :class:`~rift_kernels.FeatureCapture`; a mapping from the
-            student's names to the teacher's where they differ.
+            student's names to the teacher's where they differ. A layer that the student skips at
+            random (LayerDrop) leaves the loss of that step, and :meth:`metrics`.
         pooling: see :class:`~rift_kernels.FeatureCapture`.
         measure, weight: see :class:`~rift_kernels.RIFTLoss`, like all further settings
             (``margin``, ``group``, ``rotation``, ...). With a learned rotation, give
@@ -70,15 +80,46 @@ class RIFTRegularizer(nn.Module):
         schedule: maps the number of earlier calls that computed gradients to a factor of the
             weight. ``schedule=lambda step: min(1.0, step / 100)`` is a warm-up. The step is part
             of ``state_dict``, as is an adaptive weight: save that in checkpoints.
+        token_mask: which tokens of a layer count, for all poolings but ``"cls"``:
+
+            - ``"auto"``: the ``attention_mask`` (batch, tokens), 0 = padding, that the nearest
+              module around the layer was called with. So frames of audio get the mask of frames, a
+              decoder its own (without one, the labels that are not -100), and images beside a
+              text none, which warns once. ``src_key_padding_mask`` of ``torch.nn`` counts, too;
+            - None: all tokens;
+            - the name of an argument of the student that is the mask, boolean or 0 = padding;
+            - a function that maps the student's arguments, a dictionary by name, to a boolean
+              mask (batch, tokens), True = valid, or None;
+            - a mapping from names or patterns of layers to any of these. What it does not mention
+              is ``"auto"``.
+
+            Masks of floating point are refused: some are added to scores, and some are 1 at valid
+            tokens.
+        forward: calls the teacher in another way: ``lambda teacher, *args, **kwargs:
+            teacher.encode(*args)``. The return value is ignored.
+        replay_rng: give the teacher's pass the random numbers of the student's. For models that
+            draw some in eval mode, too, such as masked autoencoders, and for those drawn before
+            any dropout. The student must not be compiled as a part of another model.
 
     Attributes:
         layers: the names of the compared layers of the student.
         distances: the distance of each layer at the last call, without gradient; 1 - similarity
             for ``"cka"`` and ``"procrustes"``. :meth:`metrics` returns them for a logger.
+        token_masks: where the mask of each layer came from at the last call, such as
+            ``"encoder.attention_mask"``; empty for ``"cls"``.
 
     Raises:
-        TypeError, ValueError: naming the argument, at construction or at the call.
-        RuntimeError: at a call, if the student was not run before it.
+        TypeError, ValueError: naming the argument, at construction or at the call. An error of the
+            teacher's model has a note that it was the teacher's pass.
+        RuntimeError: at a call: the student was not run before it, a layer is not on its path, or
+            its arguments are not known any more.
+
+    Warns:
+        UserWarning: once each, where layers have no gradient, features are the same in every row, a
+        mask is not that of a layer, the student ran twice, the teacher draws random numbers, or it
+        shares running statistics that move with the training.
+
+    A regulariser that is copied or pickled together with its models captures the copies.
     """
 
     steps: Tensor
@@ -160,6 +201,11 @@ class RIFTRegularizer(nn.Module):
                 f"separate teacher; got {unknown or 'no separate teacher'}"
             )
         return {name: layers[name] for name in self.layers}
+
+    @property
+    def student(self) -> nn.Module:
+        """The model that is trained."""
+        return self._models[0]
 
     @property
     def layers(self) -> list[str]:
@@ -276,6 +322,11 @@ class RIFTRegularizer(nn.Module):
         model = unwrapped(student if teacher is None else teacher)
         latest, calls = self._student.latest, None
         call = teacher_pass.recorded(latest) if given is None else given
+        if self._student.recorder.keeps_random and latest.random is None:
+            raise RuntimeError(
+                "replay_rng must be False where the student itself was not called, or is compiled "
+                "as a part of another model: its random state is not known"
+            )
         if not skipped and self._ends_early(model):
             calls = {self._names[name]: count for name, count in self._student.calls().items()}
         disabled = adapters.without_adapters(student) if teacher is None else nullcontext()
@@ -312,9 +363,9 @@ class RIFTRegularizer(nn.Module):
         """Say, once each, what makes the loss other than the user may think."""
         if self._student.recorder.was_replaced:
             self._warnings.warn_of_a_replaced_pass()
-        for name, found in masks.items():
-            if found.was_dropped:
-                self._warnings.warn_of_a_dropped_mask(name, found.source)
+        dropped = [name for name, found in masks.items() if found.was_dropped]
+        if dropped:
+            self._warnings.warn_of_dropped_masks(dropped)
         detached = [
             name
             for name, layer in students.items()

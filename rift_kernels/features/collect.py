@@ -56,9 +56,9 @@ def collect_teacher_statistics(
         dataloader: batches, each a tensor, a tuple or list whose first entry is a tensor, or a
             mapping. The model gets only the first entry of a tuple, even where a mask follows it
             (see ``forward``). It gets a mapping as keyword arguments, without ``"labels"`` and
-            ``"label"``. A mapping's ``"attention_mask"`` (batch, tokens), where 0 is padding,
-            excludes padding for ``pooling="mean"`` and ``"tokens"``.
+            ``"label"`` where only a loss needs them.
         layers, pooling: see :class:`~rift_kernels.FeatureCapture`.
+        token_mask: see :class:`~rift_kernels.RIFTRegularizer`.
         forward: calls the model with any other kind of batch: ``lambda model, batch:
             model(batch.pixels)``. The return value is ignored.
         device: the device that batches are moved to; None is that of the model's first parameter.
@@ -93,7 +93,8 @@ def collect_teacher_statistics(
         masks = TokenMasks(token_mask, capture, model)
         device = _device(model) if device is None else torch.device(device)
         length = operator.length_hint(dataloader, -1)  # -1 if unknown
-        run = _Run({"layers": list(capture.layers), "pooling": pooling, "length": length})
+        rows = pooling if isinstance(pooling, str) else "a function"
+        run = _Run({"layers": list(capture.layers), "pooling": rows, "length": length})
         if path is not None:
             run.resume(Path(path), device)
         if not run.complete:

@@ -37,12 +37,13 @@ class TrainingWarnings:
             "is compared. Call rift() after each pass",
         )
 
-    def warn_of_a_dropped_mask(self, layer: str, source: str) -> None:
-        """A mask of the model's call is not that of a layer."""
+    def warn_of_dropped_masks(self, layers: Sequence[str]) -> None:
+        """A mask of the model's call is not that of these layers."""
         self.warn(
-            f"mask of {layer}",
-            f"every token of {layer!r} is compared: its mask is {source}. If that is right, "
-            f"token_mask={{{layer!r}: None}} says so; else give its mask there",
+            f"masks of {layers}",
+            f"every token of {', '.join(map(repr, layers))} is compared, because no mask in the "
+            f"student's call is of these tokens. If that is right, token_mask={{{layers[0]!r}: "
+            "None} says so; else give their mask there",
         )
 
     def warn_without_gradient(self, layers: Sequence[str], is_all: bool) -> None:

@@ -188,7 +188,8 @@ def test_moves_batches(batches, device) -> None:
 def test_batches_go_where_the_model_is(batches) -> None:
     """The device is that of the first parameter, otherwise of the first buffer."""
     for model in (nn.Linear(3, 4), nn.BatchNorm1d(7, affine=False)):
-        statistics = collect(model.to("meta"), batches, layers="", pooling="tokens")
+        settings = {"layers": "", "pooling": lambda x, _: x.flatten(0, 1)}
+        statistics = collect(model.to("meta"), batches, **settings)
         assert statistics[""].mean.device.type == "meta"
 
 
