@@ -34,7 +34,13 @@ from .precision import full_precision
 from .ranks import Ranks
 
 NAMESPACE = "rift_kernels"
-_LIBRARY = torch.library.Library(NAMESPACE, "DEF")
+try:
+    _LIBRARY = torch.library.Library(NAMESPACE, "DEF")
+except RuntimeError as error:
+    raise ImportError(
+        "rift_kernels was loaded in this process before, and torch registers its operators only "
+        "once: restart Python to load it again (importlib.reload(rift_kernels) alone works)"
+    ) from error
 _TENSORS_PER_LAYER = 2 + len(Coefficients._fields)
 
 Forward = tuple[Tensor, list[Tensor]]  # values, and what the backward needs
