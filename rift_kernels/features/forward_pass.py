@@ -92,12 +92,6 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return model.module if isinstance(model, DistributedDataParallel) else model
 
 
-def inner_model(model: nn.Module) -> nn.Module:
-    """The model inside DDP and torch.compile, in either order."""
-    inner = unwrapped(model)
-    return unwrapped(getattr(inner, "_orig_mod", inner))
-
-
 def innermost(model: nn.Module) -> nn.Module:
     """The model inside all wrappers, whose forward has the parameters' names."""
     inner: nn.Module | None = model
