@@ -17,6 +17,8 @@ from .hooks import Call, LayerHook, Pass, PassEnd, RandomState
 
 Forward = Callable[..., object]
 
+# What a pass adds keys and values to, in transformers.
+_CACHES = ("past_key_values", "cache", "cache_params", "decoder_cache")
 _NOTE = (
     "This was the teacher's pass. The teacher is called as the student was; rift(...) with "
     "arguments, or forward=lambda teacher, *args, **kwargs: ..., calls it in another way"
@@ -35,12 +37,13 @@ def recorded(latest: Pass) -> Call:
             "not known: call rift(...) with them, and forward= if the teacher, too, is to run in "
             "parts"
         )
-    if latest.call.keywords.get("past_key_values") is not None:
-        raise RuntimeError(
-            "past_key_values must be None in the student's call, because its pass adds to them; "
-            f"got {type(latest.call.keywords['past_key_values']).__name__}: call rift(...) with "
-            "the teacher's arguments"
-        )
+    for name in _CACHES:
+        if latest.call.keywords.get(name) is not None:
+            raise RuntimeError(
+                f"{name} must be None in the student's call, because its pass adds to the cache; "
+                f"got {type(latest.call.keywords[name]).__name__}: call rift(...) with the "
+                "teacher's arguments"
+            )
     if any(tensor._version != version for tensor, version in latest.versions):
         raise RuntimeError(
             "an input of the student was changed in place after its pass began, so the teacher "
