@@ -452,7 +452,7 @@ def _check_separate(teacher: nn.Module, student: nn.Module) -> None:
 def _to_common_dtype(features: list[Tensor]) -> list[Tensor]:
     """All layers in the widest of their dtypes, which differ under autocast."""
     dtypes = {layer.dtype for layer in features}
-    if len(dtypes) == 1:
+    if len(dtypes) <= 1:
         return features
     widest = functools.reduce(torch.promote_types, dtypes)
     return [layer.to(widest) for layer in features]
