@@ -85,7 +85,8 @@ class RIFTRegularizer(nn.Module):
             - ``"auto"``: the ``attention_mask`` (batch, tokens), 0 = padding, that the nearest
               module around the layer was called with. So frames of audio get the mask of frames, a
               decoder its own (without one, the labels that are not -100), and images beside a
-              text none, which warns once. ``src_key_padding_mask`` of ``torch.nn`` counts, too;
+              text none. A mask that reaches a layer in no form warns once, and does not count.
+              ``src_key_padding_mask`` of ``torch.nn`` does;
             - None: all tokens;
             - the name of an argument of the student that is the mask, boolean or 0 = padding;
             - a function that maps the student's arguments, a dictionary by name, to a boolean

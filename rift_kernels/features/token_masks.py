@@ -50,6 +50,7 @@ class Seen(NamedTuple):
     mask: Tensor | None
     leading: tuple[tuple[int, ...], ...]  # the first two axes of each argument
     is_decoder: bool
+    takes_mask: bool  # whether the module's forward has an argument for one
 
 
 class _Cell:
@@ -91,11 +92,12 @@ class MaskHook:
         tensors = [value for value in values if isinstance(value, Tensor)]
         leading = tuple((x.shape[0], x.shape[1]) for x in tensors if x.dim() > 1)
         is_decoder = any(named.get(name) is not None for name in _ATTENDED)
+        takes_mask = any(name in self.positions for name in _MARKS_PADDING)
         for name in _MARKS_PADDING:
             mask = named.get(name)
             if isinstance(mask, Tensor):
-                return Seen(name, mask, leading, is_decoder)
-        return Seen("", None, leading, is_decoder)
+                return Seen(name, mask, leading, is_decoder, takes_mask)
+        return Seen("", None, leading, is_decoder, takes_mask)
 
     def __getstate__(self) -> dict[str, Any]:
         return {"recorder": self.recorder, "positions": self.positions}
@@ -202,7 +204,8 @@ def _positions(module: nn.Module) -> dict[str, int]:
 
 def _nearest(chain: Sequence[tuple[str, Seen]], labels: Any, output: Tensor) -> LayerMask:
     """The mask that the nearest module around a layer was called with."""
-    mask, source, in_decoder, was_dropped, unusable = None, "none", False, False, ""
+    mask, source, was_dropped, unusable = None, "none", False, ""
+    in_decoder = False
     for path, seen in chain:
         where = f"{path}.{seen.name}".removeprefix(".")
         enters_decoder = seen.is_decoder and not in_decoder
@@ -214,8 +217,8 @@ def _nearest(chain: Sequence[tuple[str, Seen]], labels: Any, output: Tensor) -> 
             if _MARKS_PADDING[seen.name]:
                 mask, source = mask.logical_not(), f"~{where}"
         elif mask is not None and (enters_decoder or tuple(mask.shape) not in seen.leading):
-            mask, was_dropped = None, True
-            source = f"none, because {source} is not of the tokens in {path!r}"
+            was_dropped = not _is_another_input(seen, chain[0][1], mask)
+            mask, source = None, f"none, because {source} is not of the tokens in {path!r}"
         elif mask is None and seen.mask is not None and not path:
             unusable = f"{where} of shape {tuple(seen.mask.shape)}"
     are_labels = isinstance(labels, Tensor) and labels.shape == output.shape[:2]
@@ -227,6 +230,12 @@ def _nearest(chain: Sequence[tuple[str, Seen]], labels: Any, output: Tensor) -> 
             "to compare every token"
         )
     return LayerMask(mask, source, was_dropped)
+
+
+def _is_another_input(seen: Seen, outer: Seen, mask: Tensor) -> bool:
+    """Whether a module gets another of the model's inputs, as images beside a text are."""
+    others = set(outer.leading) - {tuple(mask.shape)}
+    return not seen.takes_mask and bool(seen.leading) and others.issuperset(seen.leading)
 
 
 def _is_added_form(mask: Tensor, outer: Tensor) -> bool:
@@ -262,7 +271,7 @@ def _as_booleans(mask: Any, name: str) -> Tensor:
     if isinstance(mask, Tensor) and mask.is_floating_point():
         raise TypeError(
             f"{name} must be boolean or integer to tell which tokens are valid; got {mask.dtype}, "
-            "which is 1 at valid tokens, or 0 where it is added to scores: say which by "
-            f"token_mask=lambda call: call[{name.rpartition('.')[2]!r}] == ..."
+            "which is 1 at valid tokens, or 0 where it is added to scores: give token_mask=, such "
+            f"as lambda call: call[{name.rpartition('.')[2]!r}] == ..., a boolean (batch, tokens)"
         )
     return mask.bool()

@@ -63,15 +63,20 @@ class TrainingWarnings:
         if not self.is_first_step:
             return
         sides = {"student": students, "teacher": teachers}
-        for name in students:
-            constant = [side for side in sides if _is_constant(sides[side][name])]
-            if constant:
-                self.warn(
-                    "constant",
-                    f"the features of {name!r} are the same in every row of the "
-                    f"{' and the '.join(constant)}, so the loss has no gradient there. The first "
-                    "token of a causal model is such a feature: pooling='last' takes the last one",
-                )
+        found = [
+            (side, repr(name))
+            for side, features in sides.items()
+            for name, layer in features.items()
+            if _is_constant(layer)
+        ]
+        if found:
+            whose, names = (dict.fromkeys(each) for each in zip(*found, strict=True))
+            self.warn(
+                "constant",
+                f"the features of {', '.join(names)} are the same in every row of the "
+                f"{' and the '.join(whose)}, so the loss has no gradient there. The first token of "
+                "a causal model is such a feature: pooling='last' takes the last one",
+            )
 
     def warn_of_random_numbers(self) -> None:
         """The teacher drew random numbers in eval mode."""

@@ -182,8 +182,8 @@ def test_features_that_are_the_same_in_every_row_are_named_once() -> None:
     student = tiny_models.gpt2()
     teacher, batch = perturbed(student), tiny_models.text()
     batch["input_ids"][:, 0] = 3
-    rift = rk.RIFTRegularizer(student, teacher, layers="*h.1")
-    message = "features of 'transformer.h.1' are the same in every row of the student and the teac"
+    rift = rk.RIFTRegularizer(student, teacher, layers="*h.*")
+    message = "of 'transformer.h.0', 'transformer.h.1' are the same in every row of the "
     student(**batch)
     with pytest.warns(UserWarning, match=message):
         rift()

@@ -62,16 +62,48 @@ def test_images_beside_a_text_have_no_mask() -> None:
     teacher, ids = perturbed(student), tiny_models.text(tokens=17)
     batch = {**ids, "pixel_values": tiny_models.images()}
     layers = ["text_model.encoder.layers.1", "vision_model.encoder.layers.1"]
-    with pytest.warns(UserWarning, match="every token of 'vision_model.encoder.layers.1'") as seen:
-        _, sources = loss_of(student, teacher, batch, layers)
-    assert len([each for each in seen if "every token" in str(each.message)]) == 1
-    assert sources[layers[0]] == "text_model.attention_mask"
-    assert sources[layers[1]].startswith("none, because attention_mask is not of the tokens")
-    alone, _ = loss_of(student, teacher, batch, layers[1], token_mask=None)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        said, _ = loss_of(student, teacher, batch, layers[1], token_mask={"vision*": None})
-    assert torch.equal(alone, said)
+        loss, sources = loss_of(student, teacher, batch, layers)
+    assert sources[layers[0]] == "text_model.attention_mask"
+    assert sources[layers[1]].startswith("none, because attention_mask is not of the tokens")
+    losses = [
+        loss_of(student, teacher, batch, layer, token_mask=mask)[0]
+        for layer, mask in ((layers[0], "attention_mask"), (layers[1], None))
+    ]
+    torch.testing.assert_close(loss, sum(losses) / 2)
+
+
+def test_a_mask_that_does_not_reach_a_layer_warns_once() -> None:
+    class Shortened(nn.Module):
+        """Merges two tokens into one, and has a mask for that."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Sequential(nn.Linear(8, 6), nn.Linear(6, 6))
+
+        def forward(self, x: Tensor, attention_mask: Tensor) -> Tensor:  # noqa: ARG002
+            return self.inner(x.reshape(len(x), -1, 8))
+
+    torch.manual_seed(0)
+    student = Shortened()
+    teacher = perturbed(student)
+    batch = {"x": torch.randn(8, 6, 4), "attention_mask": torch.arange(6).expand(8, 6) < 4}
+    layers = ["inner.0", "inner.1"]
+    message = "every token of 'inner.0', 'inner.1' is compared, because no mask"
+    rift = rk.RIFTRegularizer(student, teacher, layers=layers, pooling="tokens")
+    student(**batch)
+    with pytest.warns(UserWarning, match=message):
+        loss = rift()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        student(**batch)
+        rift()
+        said, _ = loss_of(student, teacher, batch, layers, token_mask={"inner*": None})
+        by_pairs = {"*": lambda call: call["attention_mask"][:, ::2]}
+        masked, _ = loss_of(student, teacher, batch, layers, token_mask=by_pairs)
+    assert torch.equal(loss.detach(), said)
+    assert not torch.equal(said, masked)
 
 
 def test_a_mask_inside_a_positional_mapping() -> None:
