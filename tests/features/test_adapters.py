@@ -209,9 +209,29 @@ def test_an_initialisation_that_rewrites_the_base_is_refused(name) -> None:
         rk.RIFTRegularizer(student, layers="*layers.1")
 
 
-@pytest.mark.parametrize("init", ["corda", "loftq", "OLoRA"])
+def test_corda_is_refused() -> None:
+    from peft.tuners.lora.corda import preprocess_corda
+
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16)), torch.randn(32, 16)
+    before = model(x)
+    config = peft.LoraConfig(
+        r=4,
+        target_modules=["0", "2"],
+        init_lora_weights="corda",
+        corda_config=peft.tuners.lora.config.CordaConfig(),
+    )
+    preprocess_corda(model, config, run_model=lambda: model(x))
+    student = peft.get_peft_model(model, config)
+    with adapters.without_adapters(student):
+        assert not torch.allclose(student(x), before, atol=1e-3)
+    with pytest.raises(ValueError, match="init_lora_weights='corda'"):
+        adapters.check_adapters(student)
+
+
+@pytest.mark.parametrize("init", ["loftq", "OLoRA"])
 def test_other_initialisations_are_refused_by_name(init) -> None:
-    """These need statistics of data, or bitsandbytes."""
+    """PEFT ignores the case of some, and needs bitsandbytes for one."""
     student = lora()(llama())
     student.peft_config["default"].init_lora_weights = init
     with pytest.raises(ValueError, match=f"init_lora_weights='{init}'"):
