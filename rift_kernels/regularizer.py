@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .dispatch import checks
-from .features import adapters, teacher_pass
+from .features import adapters, placement, teacher_pass
 from .features.capture import FeatureCapture, nothing_captured
 from .features.forward_pass import innermost, unwrapped
 from .features.hooks import Call, RandomState
@@ -401,13 +401,28 @@ class RIFTRegularizer(nn.Module):
         self._student.remove()
         self._teacher.remove()
 
+    @property
+    def student(self) -> nn.Module:
+        """The model that is trained, as it was given."""
+        return self._models[0]
+
+    def clear(self) -> None:
+        """Forget the student's last pass, which is then not compared, and release its memory."""
+        self._student.clear()
+
     def move_teacher(self, device: torch.device | str) -> None:
-        """Move the teacher, a model or statistics, to a device; it is not part of this module."""
+        """Move the teacher, a model or statistics, to a device; it is not part of this module.
+
+        A model that Accelerate dispatched (``device_map="auto"``) or that FSDP shards stays where
+        it is, because its hooks bring its inputs there. ValueError if it cannot be moved, as some
+        quantised models.
+        """
         _, teacher = self._models
-        if teacher is not None:
-            modules = teacher.values() if isinstance(teacher, Mapping) else (teacher,)
-            for module in modules:
-                module.to(device)
+        if isinstance(teacher, nn.Module):
+            placement.move(teacher, device)
+        elif teacher is not None:
+            for statistics in teacher.values():
+                statistics.to(device)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
