@@ -87,7 +87,7 @@ def compare(folder: Path, out: Path, loss: Any, columns: int) -> Any:
 def test_one_column(folder, tmp_path) -> None:
     trainer = compare(folder, tmp_path, losses.BatchAllTripletLoss, columns=1)
     # The mask is in the mapping; the rows of padding are not compared.
-    assert list(trainer.rift.token_masks.values()) == ["attention_mask"]
+    assert list(trainer.rift.token_masks.values()) == ["0.attention_mask"]
 
 
 def test_the_latest_of_several_columns_is_compared(folder, tmp_path) -> None:

@@ -102,8 +102,11 @@ def assert_same_weights(model: nn.Module, expected: dict[str, Tensor]) -> None:
         torch.testing.assert_close(tensor, expected[name], rtol=1e-4, atol=1e-5, msg=name)
 
 
-def rift_trainer(folder: Path, model: nn.Module, rift: Any, **settings: Any) -> Any:
+def rift_trainer(folder: Path, model: nn.Module | None, rift: Any, **settings: Any) -> Any:
+    """A trainer; ``model_init`` and ``eval_dataset`` are its own arguments."""
     from rift_kernels.integrations.transformers import RIFTTrainer
+
+    own = {name: settings.pop(name) for name in ("model_init", "eval_dataset") if name in settings}
 
     args = transformers.TrainingArguments(
         output_dir=str(folder),
@@ -128,7 +131,7 @@ def rift_trainer(folder: Path, model: nn.Module, rift: Any, **settings: Any) -> 
         def _get_train_sampler(self, *_: Any) -> Any:
             return torch.utils.data.SequentialSampler(self.train_dataset)
 
-    return InOrder(model=model, args=args, train_dataset=Images(), rift=rift)
+    return InOrder(model=model, args=args, train_dataset=Images(), rift=rift, **own)
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
@@ -198,8 +201,7 @@ def test_transformers_checkpoints_of_a_second_node(tmp_path, monkeypatch, each_n
     trainer = rift_trainer(tmp_path, model, rift, save_on_each_node=each_node)
     trainer.state.is_world_process_zero = False
     monkeypatch.setattr(transformers.TrainingArguments, "process_index", 1)
-    (tmp_path / "checkpoint-0").mkdir()
-    trainer.callback_handler.on_save(trainer.args, trainer.state, trainer.control)
+    trainer.save_model(str(tmp_path / "checkpoint-0"), _internal_call=True)
     assert (tmp_path / "checkpoint-0" / "rift.pt").exists() == each_node
 
 
@@ -224,7 +226,7 @@ def test_transformers_with_peft(tmp_path) -> None:
 
 
 def test_transformers_errors(tmp_path) -> None:
-    with pytest.raises(TypeError, match="rift must be a RIFTRegularizer; got float"):
+    with pytest.raises(TypeError, match="must be a RIFTRegularizer or a function .*; got float"):
         rift_trainer(tmp_path, vit(), 0.3)
 
 
@@ -387,7 +389,7 @@ def test_lightning_errors(tmp_path) -> None:
     with pytest.raises(TypeError, match="rift must be a RIFTRegularizer; got int"):
         RIFTCallback(1)
     module = Module()
-    with pytest.raises(TypeError, match="inputs must be callable; got str"):
+    with pytest.raises(TypeError, match="inputs must be callable or None; got str"):
         RIFTCallback(regulariser(module.model), "pixel_values")
     module.automatic_optimization = False
     with pytest.raises(ValueError, match="needs automatic optimisation"):
