@@ -35,7 +35,7 @@ def move(teacher: nn.Module, device: torch.device | str) -> None:
         raise ValueError(
             f"teacher must be on {device}, the student's device, or be movable; got one on "
             f"{', '.join(sorted(map(str, places)))} whose .to({str(device)!r}) raises "
-            f"{type(error).__name__}: load a quantised teacher there, with device_map={{'': "
+            f"{type(error).__name__}: load it there, with device_map={{'': "
             f"{str(device)!r}}}"
         ) from error
 

@@ -226,7 +226,7 @@ def test_transformers_with_peft(tmp_path) -> None:
 
 
 def test_transformers_errors(tmp_path) -> None:
-    with pytest.raises(TypeError, match="must be a RIFTRegularizer or a function .*; got float"):
+    with pytest.raises(TypeError, match=r"must be a RIFTRegularizer or a function .*; got float"):
         rift_trainer(tmp_path, vit(), 0.3)
 
 
@@ -251,6 +251,212 @@ def test_transformers_processes_that_would_diverge_raise() -> None:
         settings |= {"group": "world"}
         with rk.RIFTRegularizer(model, perturbed(model), layers="*layers.1", **settings) as rift:
             _check_shared(rift, 2)
+
+
+def test_transformers_runs_the_student_once_a_step(tmp_path) -> None:
+    """A loss is asked for outputs only where the Trainer needs them."""
+    model = vit()
+    trainer = rift_trainer(tmp_path, model, regulariser(model))
+    asked: list[bool] = []
+
+    class Base(transformers.Trainer):
+        def compute_loss(self, *args: Any, return_outputs: bool = False, **keywords: Any) -> Any:
+            asked.append(return_outputs)
+            return super().compute_loss(*args, return_outputs=return_outputs, **keywords)
+
+    kind = type(trainer)
+    trainer.__class__ = type("Trainer", (kind.__mro__[0], kind.__mro__[1], Base), {})
+    trainer.train()
+    assert asked == [False, False]
+    trainer.prediction_step(model, batches()[0], prediction_loss_only=False)
+    assert asked[2:] == [True]
+
+
+def test_transformers_refuses_a_regulariser_of_another_model(tmp_path) -> None:
+    model, other = vit(), vit()
+    with pytest.raises(ValueError, match="of the ViTForImageClassification that is trained"):
+        rift_trainer(tmp_path, model, regulariser(other))
+    with pytest.raises(ValueError, match="got one of another Optimized"):
+        rift_trainer(tmp_path, model, regulariser(torch.compile(model)))
+    with pytest.raises(TypeError, match="rift must return a RIFTRegularizer; got NoneType"):
+        rift_trainer(tmp_path, model, lambda _: None)
+    inner = rk.RIFTRegularizer(model.vit, perturbed(model.vit), layers="layers.1")
+    rift_trainer(tmp_path, model, inner).train()
+    assert inner.step == 2
+
+
+def test_transformers_makes_a_regulariser_of_each_trials_model(tmp_path, monkeypatch) -> None:
+    made: list[rk.RIFTRegularizer] = []
+
+    def make(model: Plain) -> rk.RIFTRegularizer:
+        assert type(model) is Plain
+        made.append(rk.RIFTRegularizer(model, perturbed(model), layers="layers.1"))
+        return made[-1]
+
+    saving = {"save_strategy": "steps", "save_steps": 1}
+    trainer = rift_trainer(tmp_path, None, make, model_init=Plain, **saving)
+    # What hyperparameter_search does for each trial, without one of its libraries.
+    monkeypatch.setattr(transformers.integrations, "hp_params", dict)
+    trainer.hp_search_backend = transformers.trainer_utils.HPSearchBackend.WANDB
+    trainer.hp_name = lambda trial: f"run-{trial['seed']}"
+    for seed in (0, 1):
+        trainer.train(trial={"seed": seed})
+    assert [rift.step for rift in made] == [0, 2, 2]
+    assert trainer.rift is made[-1]
+    assert trainer.rift.student is trainer.model
+    assert [len(rift.student.layers[1]._forward_hooks) for rift in made] == [0, 0, 1]
+    folders = {str(path.parent.relative_to(tmp_path)) for path in tmp_path.rglob("rift.pt")}
+    assert folders == {f"run-{run}/checkpoint-{step}" for run in (0, 1) for step in (1, 2)}
+    with pytest.raises(ValueError, match=r"rift must be a function with model_init, .* got a RIFT"):
+        rift_trainer(tmp_path, None, regulariser(vit()), model_init=vit)
+
+
+def test_transformers_checkpoints_of_a_preempted_job_have_the_regularisers_state(tmp_path) -> None:
+    """They are saved without the event on_save."""
+    model = Plain()
+    rift = rk.RIFTRegularizer(model, perturbed(model), layers="layers.1")
+    trainer = rift_trainer(tmp_path, model, rift)
+    trainer.train()
+    trainer._save_checkpoint(model, trial=None)
+    assert torch.load(tmp_path / "checkpoint-2" / "rift.pt")["steps"] == 2
+
+
+def test_transformers_resumes_where_another_library_loads_the_model(tmp_path, monkeypatch) -> None:
+    """With DeepSpeed, the Trainer does not load the model itself."""
+
+    def start() -> Any:
+        model = Plain()
+        rift = rk.RIFTRegularizer(model, perturbed(model), layers="layers.1")
+        saving = {"max_steps": 3, "save_strategy": "steps", "save_steps": 1}
+        return rift_trainer(tmp_path, model, rift, **saving)
+
+    start().train()
+    resumed = start()
+    monkeypatch.setattr(type(resumed), "_load_from_checkpoint", lambda *_: None)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert resumed.rift.step == 3
+
+
+def test_transformers_begins_again_with_smaller_batches(tmp_path) -> None:
+    """A pass that did not fit into memory is neither kept nor compared."""
+    model = Plain()
+    rift = rk.RIFTRegularizer(model, perturbed(model), layers="layers.1")
+    trainer = rift_trainer(tmp_path, model, rift, auto_find_batch_size=True, max_steps=1)
+    sizes: list[int] = []
+
+    def fail_once(_: nn.Module, __: Any, output: Any) -> None:
+        sizes.append(len(output["logits"]))
+        if len(sizes) == 1:
+            raise RuntimeError("CUDA out of memory.")
+
+    model.register_forward_hook(fail_once)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="the student ran more than once")
+        trainer.train()
+    assert sizes[0] == ROWS > sizes[1]
+    assert rift.step == 1
+
+
+def test_transformers_needs_a_learned_rotation_in_the_optimizer(tmp_path) -> None:
+    model = vit()
+    widths = {"student_width": 16, "teacher_width": 16}
+    rift = regulariser(model, measure="covariance", rotation="learned", **widths)
+    trainer = rift_trainer(tmp_path, model, rift)
+    trainer.optimizer = torch.optim.SGD(model.parameters(), RATE)
+    with pytest.raises(ValueError, match="optimizers must have the parameters of rift"):
+        trainer.train()
+
+
+def t5() -> nn.Module:
+    config = transformers.T5Config(
+        vocab_size=32,
+        d_model=16,
+        d_kv=8,
+        d_ff=32,
+        num_layers=2,
+        num_heads=2,
+        dropout_rate=0.0,
+        decoder_start_token_id=0,
+    )
+    return transformers.T5ForConditionalGeneration(config)
+
+
+def bart() -> nn.Module:
+    config = transformers.BartConfig(
+        vocab_size=32,
+        d_model=16,
+        encoder_layers=2,
+        decoder_layers=2,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=32,
+        decoder_ffn_dim=32,
+        dropout=0.0,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        decoder_start_token_id=2,
+        forced_eos_token_id=2,
+    )
+    return transformers.BartForConditionalGeneration(config)
+
+
+class Pairs(torch.utils.data.Dataset):
+    """Inputs and labels with padding."""
+
+    def __len__(self) -> int:
+        return 2 * ROWS
+
+    def __getitem__(self, i: int) -> dict[str, Tensor]:
+        generator = torch.Generator().manual_seed(i)
+        ids, labels = torch.randint(3, 32, (2, 7), generator=generator)
+        mask = torch.arange(7) < 4 + i % 4
+        labels = labels.masked_fill(torch.arange(7) > 3 + i % 3, -100)
+        return {"input_ids": ids * mask, "attention_mask": mask.long(), "labels": labels}
+
+
+@pytest.mark.parametrize(
+    ("build", "layers"),
+    [
+        (t5, ["encoder.block.1", "decoder.block.1"]),
+        (bart, ["model.encoder.layers.1", "model.decoder.layers.1"]),
+    ],
+)
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_transformers_sequence_to_sequence(tmp_path, build, layers, smoothing) -> None:
+    """The decoder's inputs are made of labels, by the model or by the collator."""
+    from rift_kernels.integrations.transformers import RIFTTrainer
+
+    class Both(RIFTTrainer, transformers.Seq2SeqTrainer):
+        pass
+
+    torch.manual_seed(0)
+    model = build()
+    rift = rk.RIFTRegularizer(model, copy.deepcopy(model), layers=layers, pooling="mean")
+    args = transformers.Seq2SeqTrainingArguments(
+        output_dir=str(tmp_path),
+        max_steps=2,
+        per_device_train_batch_size=ROWS,
+        logging_steps=1,
+        learning_rate=1e-2,
+        label_smoothing_factor=smoothing,
+        save_strategy="no",
+        report_to="none",
+        use_cpu=True,
+        disable_tqdm=True,
+    )
+
+    def collate(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        batch = torch.utils.data.default_collate(rows)
+        made = model.prepare_decoder_input_ids_from_labels(labels=batch["labels"])
+        return batch | ({"decoder_input_ids": made} if smoothing else {})
+
+    trainer = Both(model=model, args=args, train_dataset=Pairs(), rift=rift, data_collator=collate)
+    trainer.train()
+    first, second = (line for line in trainer.state.log_history if "loss" in line)
+    similarities = [f"rift/similarity/{layer}" for layer in layers]
+    assert [first[name] for name in similarities] == pytest.approx([1.0, 1.0], abs=1e-5)
+    assert all(second[name] < 1 - 1e-6 for name in similarities)
 
 
 def test_accelerate() -> None:
