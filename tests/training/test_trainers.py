@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -295,12 +296,12 @@ def test_transformers_makes_a_regulariser_of_each_trials_model(tmp_path, monkeyp
 
     saving = {"save_strategy": "steps", "save_steps": 1}
     trainer = rift_trainer(tmp_path, None, make, model_init=Plain, **saving)
-    # What hyperparameter_search does for each trial, without one of its libraries.
-    monkeypatch.setattr(transformers.integrations, "hp_params", dict)
-    trainer.hp_search_backend = transformers.trainer_utils.HPSearchBackend.WANDB
-    trainer.hp_name = lambda trial: f"run-{trial['seed']}"
-    for seed in (0, 1):
-        trainer.train(trial={"seed": seed})
+    # What hyperparameter_search does for each trial, without Optuna.
+    monkeypatch.setattr(transformers.integrations, "hp_params", vars)
+    trainer.hp_search_backend = transformers.trainer_utils.HPSearchBackend.OPTUNA
+    trainer.hp_space = lambda _: {"learning_rate": 0.01}
+    for number in (0, 1):
+        trainer.train(trial=SimpleNamespace(number=number, params={}))
     assert [rift.step for rift in made] == [0, 2, 2]
     assert trainer.rift is made[-1]
     assert trainer.rift.student is trainer.model
@@ -459,6 +460,100 @@ def test_transformers_sequence_to_sequence(tmp_path, build, layers, smoothing) -
     assert all(second[name] < 1 - 1e-6 for name in similarities)
 
 
+class Texts(torch.utils.data.Dataset):
+    """Token ids, and which are valid by a name that no library has."""
+
+    def __len__(self) -> int:
+        return 2 * ROWS
+
+    def __getitem__(self, i: int) -> dict[str, Tensor]:
+        generator = torch.Generator().manual_seed(i)
+        valid = torch.arange(7) < 3 + i % 5
+        return {"ids": torch.randint(16, (7,), generator=generator), "valid": valid}
+
+
+class Tagger(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding = nn.Embedding(16, 8)
+        self.layer = nn.Linear(8, 8)
+
+    def forward(self, ids: Tensor, valid: Tensor) -> dict[str, Tensor]:
+        tokens = self.layer(self.embedding(ids))
+        return {"loss": tokens[valid].square().mean(), "logits": tokens}
+
+
+def masked_regulariser(model: Tagger, mask: Any) -> rk.RIFTRegularizer:
+    return rk.RIFTRegularizer(
+        model, perturbed(model), layers="layer", pooling="mean", token_mask=mask
+    )
+
+
+def tagged_by_hand() -> dict[str, Tensor]:
+    """The weights after a step with features that are averaged by hand."""
+    model = Tagger()
+    batch = next(iter(torch.utils.data.DataLoader(Texts(), ROWS)))
+    keep = batch["valid"][..., None]
+    student, teacher = (
+        (each(**batch)["logits"] * keep).sum(1) / keep.sum(1) for each in (model, perturbed(model))
+    )
+    (model(**batch)["loss"] + rk.RIFTLoss("cka")(student, teacher.detach())).backward()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter -= RATE * parameter.grad
+    return model.state_dict()
+
+
+MASKS = {"name": "valid", "function": lambda call: call["valid"], "by layer": {"layer": "valid"}}
+
+
+@pytest.mark.parametrize("mask", MASKS)
+def test_transformers_takes_the_regularisers_mask(tmp_path, mask) -> None:
+    model = Tagger()
+    trainer = rift_trainer(tmp_path, model, masked_regulariser(model, MASKS[mask]), max_steps=1)
+    trainer.train_dataset = Texts()
+    trainer.train()
+    assert_same_weights(model, tagged_by_hand())
+
+
+@pytest.mark.parametrize("how", ["offloaded", "dispatched"])
+def test_a_dispatched_teacher_stays(how) -> None:
+    import accelerate
+
+    model = vit()
+    teacher = perturbed(model)
+    if how == "offloaded":  # its parameters are on meta until a layer runs
+        accelerate.cpu_offload(teacher, "cpu")
+    else:
+        accelerate.dispatch_model(teacher, {"": "cpu"}, force_hooks=True)
+    places = [parameter.device.type for parameter in teacher.parameters()]
+    expected = regulariser(model)
+    rift = rk.RIFTRegularizer(model, teacher, layers="*layers.1", weight=3.0)
+    rift.move_teacher("cpu")
+    assert [parameter.device.type for parameter in teacher.parameters()] == places
+    model(**batches()[0])
+    torch.testing.assert_close(rift(), expected())
+
+
+class Quantised(nn.Linear):
+    """Refuses to be moved, as some quantised models do."""
+
+    def to(self, *_: Any, **__: Any) -> Any:
+        raise ValueError(".to is not supported for 8-bit models")
+
+
+def test_a_quantised_teacher_is_moved_only_if_need_be() -> None:
+    model = nn.Sequential(nn.Linear(4, 4))
+    with rk.RIFTRegularizer(model, Quantised(4, 4), layers={"0": ""}) as rift:
+        rift.move_teacher("cpu")
+        with pytest.raises(
+            ValueError,
+            match=r"teacher must be on meta, .* got one on cpu whose .to\('meta'\) raises",
+        ):
+            rift.move_teacher("meta")
+
+
 def test_accelerate() -> None:
     from accelerate import Accelerator
 
@@ -494,12 +589,12 @@ class Module(lightning.LightningModule):
         return torch.optim.SGD(self.parameters(), RATE)
 
 
-def fit(module: Module, callback: Any, folder: Path, **settings: Any) -> Any:
+def fit(module: Module, callbacks: Any, folder: Path, data: Any = None, **settings: Any) -> Any:
     settings = {"max_steps": 2, **settings}
     checkpoint = settings.pop("ckpt_path", None)
     trainer = lightning.Trainer(
         accelerator="cpu",
-        callbacks=[callback],
+        callbacks=callbacks,
         logger=False,
         enable_progress_bar=False,
         enable_model_summary=False,
@@ -509,7 +604,8 @@ def fit(module: Module, callback: Any, folder: Path, **settings: Any) -> Any:
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        trainer.fit(module, torch.utils.data.DataLoader(Images(), ROWS), ckpt_path=checkpoint)
+        loader = torch.utils.data.DataLoader(data or Images(), ROWS)
+        trainer.fit(module, loader, ckpt_path=checkpoint)
     return trainer
 
 
@@ -589,6 +685,111 @@ def test_lightning_skips_batches_that_the_step_skips(tmp_path, trouble) -> None:
     assert callback.rift.step == 0
 
 
+class Tagging(Module):
+    def __init__(self, in_parts: bool = False) -> None:
+        super().__init__()
+        self.model = Tagger()
+        self.in_parts = in_parts
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:  # noqa: ARG002
+        if self.in_parts:
+            tokens = self.model.layer(self.model.embedding(batch["ids"]))
+            return tokens[batch["valid"]].square().mean()
+        return self.model(**batch)["loss"]
+
+
+def test_lightning_takes_the_regularisers_mask(tmp_path) -> None:
+    from rift_kernels.integrations.lightning import RIFTCallback
+
+    module = Tagging()
+    callback = RIFTCallback(masked_regulariser(module.model, "valid"))
+    fit(module, callback, tmp_path, Texts(), max_steps=1)
+    assert_same_weights(module.model, tagged_by_hand())
+
+
+INPUTS = {
+    "a mapping": lambda batch: {"ids": batch["ids"], "valid": batch["valid"]},
+    "a pair": lambda batch: ((batch["ids"],), {"valid": batch["valid"]}),
+    "a tuple": lambda batch: (batch["ids"], batch["valid"]),
+    "a list": lambda batch: [batch["ids"], batch["valid"]],
+}
+
+
+@pytest.mark.parametrize("inputs", INPUTS)
+def test_lightning_calls_the_teacher_with_other_inputs(tmp_path, inputs) -> None:
+    """The student is called in parts, so that its own arguments are not known."""
+    from rift_kernels.integrations.lightning import RIFTCallback
+
+    module = Tagging(in_parts=True)
+    callback = RIFTCallback(masked_regulariser(module.model, "valid"), INPUTS[inputs])
+    fit(module, callback, tmp_path, Texts(), max_steps=1)
+    assert_same_weights(module.model, tagged_by_hand())
+
+
+def test_lightning_calls_the_teacher_with_a_tensor(tmp_path) -> None:
+    from rift_kernels.integrations.lightning import RIFTCallback
+
+    module = Module()
+    callback = RIFTCallback(regulariser(module.model), lambda batch: batch["pixel_values"])
+    fit(module, callback, tmp_path)
+    assert_same_weights(module.model, trained_by_hand(2))
+    wrong = RIFTCallback(regulariser(module.model), lambda _: 3)
+    with pytest.raises(TypeError, match=r"inputs must return a mapping, a pair .*; got int"):
+        fit(module, wrong, tmp_path)
+
+
+def test_lightning_with_two_regularisers(tmp_path) -> None:
+    """Of one student, in two callbacks with states and metrics of their own."""
+    from rift_kernels.integrations.lightning import RIFTCallback
+
+    def pair(model: nn.Module) -> list[rk.RIFTRegularizer]:
+        teacher = perturbed(model)
+        return [rk.RIFTRegularizer(model, teacher, layers=f"*layers.{i}") for i in (0, 1)]
+
+    module = Module()
+    callbacks = [
+        RIFTCallback(rift, name=name)
+        for rift, name in zip(pair(module.model), ("low", "high"), strict=True)
+    ]
+    trainer = fit(module, callbacks, tmp_path, max_steps=1)
+    model = vit().train()
+    both = pair(model)
+    batch = batches()[0]
+    (model(**batch).loss + both[0]() + both[1]()).backward()
+    for parameter in model.parameters():
+        parameter.data -= RATE * parameter.grad
+    assert_same_weights(module.model, model.state_dict())
+    assert {"rift/low/weight", "rift/high/similarity/vit.layers.1"} <= set(trainer.callback_metrics)
+    trainer.save_checkpoint(tmp_path / "two.ckpt")
+    states = torch.load(tmp_path / "two.ckpt", weights_only=False)["callbacks"]
+    assert [state["steps"] for state in states.values()] == [1, 1]
+    assert "training_step" not in vars(module)
+
+
+def test_lightning_fits_a_compiled_module_twice(tmp_path) -> None:
+    from rift_kernels.integrations.lightning import RIFTCallback
+
+    module = Module()
+    callback = RIFTCallback(regulariser(module.model))
+    compiled = torch.compile(module, backend="eager")
+    fit(compiled, callback, tmp_path, max_steps=1)
+    step = vars(module)["training_step"]  # Lightning's own compiled one
+    assert not hasattr(step, "is_rift")
+    fit(module, callback, tmp_path, max_steps=1)
+    assert vars(module)["training_step"] is step
+    assert callback.rift.step == 2
+
+
+def test_lightning_in_spawned_processes(tmp_path) -> None:
+    """The module and the callback are pickled together."""
+    from rift_kernels.integrations.lightning import RIFTCallback
+
+    module = Module()
+    callback = RIFTCallback(regulariser(module.model, group="world"))
+    trainer = fit(module, callback, tmp_path, max_steps=1, strategy="ddp_spawn", devices=1)
+    assert "rift/similarity/vit.layers.1" in trainer.callback_metrics
+
+
 def test_lightning_errors(tmp_path) -> None:
     from rift_kernels.integrations.lightning import RIFTCallback
 
@@ -597,6 +798,8 @@ def test_lightning_errors(tmp_path) -> None:
     module = Module()
     with pytest.raises(TypeError, match="inputs must be callable or None; got str"):
         RIFTCallback(regulariser(module.model), "pixel_values")
+    with pytest.raises(ValueError, match="rift must be of the Module that is trained"):
+        fit(module, RIFTCallback(regulariser(vit())), tmp_path)
     module.automatic_optimization = False
     with pytest.raises(ValueError, match="needs automatic optimisation"):
         fit(module, RIFTCallback(regulariser(module.model)), tmp_path)
