@@ -401,11 +401,6 @@ class RIFTRegularizer(nn.Module):
         self._student.remove()
         self._teacher.remove()
 
-    @property
-    def student(self) -> nn.Module:
-        """The model that is trained, as it was given."""
-        return self._models[0]
-
     def clear(self) -> None:
         """Forget the student's last pass, which is then not compared, and release its memory."""
         self._student.clear()

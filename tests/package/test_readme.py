@@ -29,7 +29,9 @@ WORDS = {
     "adapters": "peft.get_peft_model",
     "statistics": "rk.collect_teacher_statistics",
     "weight": "rk.AdaptiveWeight",
-    "transformers": "RIFTTrainer(model=model",
+    "transformers": "trainer = RIFTTrainer(model=model",
+    "model_init": "model_init=load",
+    "trl": "trl.SFTTrainer",
     "lightning": "RIFTCallback(rift)",
     "accelerate": "accelerator.prepare",
     "losses": "teacher_features = pretrained.features(batch)",
@@ -193,6 +195,40 @@ def test_transformers(tmp_path) -> None:
     }
     exec(block("transformers"), names)
     assert names["rift"].step == 2
+
+
+def test_model_init(tmp_path) -> None:
+    from transformers import TrainingArguments
+
+    from rift_kernels.integrations.transformers import RIFTTrainer
+
+    args = TrainingArguments(
+        output_dir=str(tmp_path), max_steps=2, use_cpu=True, report_to="none", disable_tqdm=True
+    )
+    names = {"rk": rk, "copy": copy, "RIFTTrainer": RIFTTrainer, "load": twelve_layers}
+    names |= {"args": args, "data": trainers.Images()}
+    exec(block("model_init"), names)
+    names["trainer"].train()
+    assert names["trainer"].rift.step == 2
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_trl(tmp_path) -> None:
+    trl = pytest.importorskip("trl", reason="needs trl")
+    datasets = pytest.importorskip("datasets", reason="needs datasets")
+    transformers = pytest.importorskip("transformers", reason="needs transformers")
+    from rift_kernels.integrations.transformers import RIFTTrainer
+    from tests.support.trainers import VOCABULARY, settings, texts, tokenizer
+
+    sizes = {"hidden_size": 8, "num_hidden_layers": 12, "num_attention_heads": 2}
+    config = transformers.LlamaConfig(vocab_size=VOCABULARY, intermediate_size=8, **sizes)
+    names = {"rk": rk, "copy": copy, "trl": trl, "RIFTTrainer": RIFTTrainer}
+    names |= {"model": transformers.LlamaForCausalLM(config), "tokenizer": tokenizer()}
+    names |= {"args": trl.SFTConfig(**settings(tmp_path))}
+    names |= {"data": datasets.Dataset.from_dict({"text": texts()})}
+    exec(block("trl"), names)
+    names["trainer"].train()
+    assert names["rift"].step == 1
 
 
 def test_lightning(tmp_path, monkeypatch) -> None:
