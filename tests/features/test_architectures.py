@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import rift_kernels as rk
+from tests.support import tried_with
 
 from .architectures import ARCHITECTURES
 from .architectures.architecture import Architecture, Batch, Pooling, call, has_mask, padded
@@ -172,3 +173,8 @@ def test_what_reads_padding_changes_without_a_regularizer(name) -> None:
             call(model, padded(batch, count * architecture.stride))
             found.append(capture.features())
     assert any((found[0][layer] - found[1][layer]).abs().max() > 1e-3 for layer in found[0])
+
+
+def test_the_page_has_the_list() -> None:
+    """``python -m tests.support.tried_with`` writes it."""
+    assert tried_with.main(["--check"]) == 0

@@ -38,9 +38,14 @@ QWEN_IMAGE = {
 VISION_START, VIDEO_TOKEN = 1, 49
 
 
-def pair(model_type: str, layers: Layers = TOWERS, **sizes: Any) -> Architecture:
+def pair(
+    model_type: str,
+    layers: Layers = TOWERS,
+    poolings: tuple[str, ...] = BIDIRECTIONAL,
+    **sizes: Any,
+) -> Architecture:
     """Two encoders, of which only the one of text has a mask."""
-    return pretrained(model_type, PAIR | sizes, batches.image_and_text, list(layers), BIDIRECTIONAL)
+    return pretrained(model_type, PAIR | sizes, batches.image_and_text, list(layers), poolings)
 
 
 def language(
@@ -108,7 +113,7 @@ def page() -> Batch:
 
 MULTIMODAL = {
     "BLIP": pair("blip", (TOWERS[0], "text_model.encoder.layer.*"), projection_dim=16),
-    "BLIP, captions": pretrained(
+    "BLIP for captions": pretrained(
         "blip",
         PAIR | {"text_config": WORDS | {"encoder_hidden_size": 16}},
         batches.image_and_text,
@@ -230,7 +235,7 @@ MULTIMODAL = {
         "AutoModelForImageTextToText",
     ),
     "SigLIP": pair("siglip"),
-    "TrOCR, Donut (VisionEncoderDecoder)": pretrained(
+    "VisionEncoderDecoder (TrOCR and Donut)": pretrained(
         "vision-encoder-decoder",
         {
             "encoder": IMAGE | {"model_type": "vit"},

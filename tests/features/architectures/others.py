@@ -13,6 +13,7 @@ from torch import nn
 from . import batches
 from .architecture import (
     BIDIRECTIONAL,
+    CAUSAL,
     WITH_CLS,
     WITHOUT_CLS,
     Architecture,
@@ -80,8 +81,8 @@ TORCH = {
     "nn.Conv1d": own(partial(convolutions, nn.Conv1d), (3, 20), ["0", "2"], (channels_first,)),
     "nn.Conv2d": own(partial(convolutions, nn.Conv2d), (3, 8, 8), ["0", "2"], WITHOUT_CLS),
     "nn.Conv3d": own(partial(convolutions, nn.Conv3d), (3, 4, 4, 4), ["0", "2"], WITHOUT_CLS),
-    "nn.GRU": own(partial(nn.GRU, 16, 8, 2, batch_first=True), (12, 16), [""], WITHOUT_CLS),
-    "nn.LSTM": own(partial(nn.LSTM, 16, 8, 2, batch_first=True), (12, 16), [""], ("last",)),
+    "nn.GRU": own(partial(nn.GRU, 16, 8, 2, batch_first=True), (12, 16), [""], CAUSAL),
+    "nn.LSTM": own(partial(nn.LSTM, 16, 8, 2, batch_first=True), (12, 16), [""], CAUSAL),
     "nn.TransformerEncoder": Architecture(
         partial(transformer, True),
         partial(masked_source, True),
@@ -89,7 +90,7 @@ TORCH = {
         BIDIRECTIONAL,
         needs="torch",
     ),
-    "nn.TransformerEncoder, sequence first": Architecture(
+    "nn.TransformerEncoder with the sequence first": Architecture(
         partial(transformer, False),
         partial(masked_source, False),
         "layers.*",

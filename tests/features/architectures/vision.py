@@ -12,6 +12,7 @@ from .architecture import (
     WITHOUT_CLS,
     Architecture,
     Batch,
+    Layers,
     Pooling,
     channels_last,
     pretrained,
@@ -63,7 +64,7 @@ VJEPA = HEADS | {
 
 def vision(
     model_type: str,
-    layers: str,
+    layers: Layers,
     sizes: Mapping[str, Any] = IMAGE,
     poolings: tuple[Pooling, ...] = WITH_CLS,
     batch: Callable[[], Batch] = batches.image,
@@ -78,7 +79,7 @@ IMAGES = {
     "ConvNeXt V2": vision("convnextv2", "encoder.stages.*", CONVNEXT, WITHOUT_CLS),
     "Data2VecVision": vision("data2vec-vision", "encoder.layer.*"),
     "DeiT": vision("deit", "layers.*"),
-    "DETR": vision("detr", "*coder.layers.*", DETR, WITHOUT_CLS),
+    "DETR": vision("detr", ["encoder.layers.*", "decoder.layers.*"], DETR, WITHOUT_CLS),
     "DINOv2": vision("dinov2", "encoder.layer.*"),
     "DINOv2 with registers": vision("dinov2_with_registers", "encoder.layer.*"),
     "DINOv3": vision("dinov3_vit", "model.layer.*", IMAGE | {"pos_embed_rescale": None}),
