@@ -213,6 +213,7 @@ def _nearest(chain: Sequence[tuple[str, Seen]], labels: Any, output: Tensor) -> 
         if mask is not None and seen.mask is not None and _is_added_form(seen.mask, mask):
             continue
         if seen.mask is not None and seen.mask.dim() == 2:
+            _refuse_inner_numbers(seen.mask, where, path)
             mask, source, was_dropped, unusable = _as_booleans(seen.mask, where), where, False, ""
             if _MARKS_PADDING[seen.name]:
                 mask, source = mask.logical_not(), f"~{where}"
@@ -236,6 +237,15 @@ def _is_another_input(seen: Seen, outer: Seen, mask: Tensor) -> bool:
     """Whether a module gets another of the model's inputs, as images beside a text are."""
     others = set(outer.leading) - {tuple(mask.shape)}
     return not seen.takes_mask and bool(seen.leading) and others.issuperset(seen.leading)
+
+
+def _refuse_inner_numbers(mask: Tensor, name: str, path: str) -> None:
+    if path and mask.is_floating_point():
+        raise TypeError(
+            f"token_mask must be given for layers in {path!r}: the mask that the model made for "
+            f"them, {name}, is {mask.dtype}, added to scores; got 'auto'. Give a boolean mask of "
+            f"these {tuple(mask.shape)} tokens, or None to compare them all"
+        )
 
 
 def _is_added_form(mask: Tensor, outer: Tensor) -> bool:
