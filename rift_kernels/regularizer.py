@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from .dispatch import checks
-from .features import adapters, placement, teacher_pass
+from .features import adapters, placement
 from .features.capture import FeatureCapture, nothing_captured
-from .features.forward_pass import innermost, unwrapped
-from .features.hooks import Call, RandomState
+from .features.hooks import Call
 from .features.pooling import Pooling
 from .features.statistics import TeacherStatistics
-from .features.teacher_pass import Forward
+from .features.teacher_pass import Forward, TeacherPass
 from .features.token_masks import AUTO, LayerMask, TokenMask, TokenMasks
 from .features.training_warnings import TrainingWarnings
 from .losses import RIFTLoss
@@ -156,7 +154,6 @@ class RIFTRegularizer(nn.Module):
         with torch.inference_mode(False):  # an inference tensor could never be updated
             self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
         self._step = 0  # the same number, read without waiting for a GPU
-        self._call_teacher = forward
         self._warnings = TrainingWarnings()
         self._called: set[str] = set()  # layers that any pass of the student has called
         # A tuple keeps both models out of this module's submodules.
@@ -169,11 +166,12 @@ class RIFTRegularizer(nn.Module):
         try:
             self._masks = TokenMasks(token_mask, self._student, student)
             self._names = self._teacher_names(layers)
-            self._teacher = self._captured_teacher(pooling)
+            capture = self._captured_teacher(pooling)
         except BaseException:
             self._student.remove()
             raise
-        self._may_end_early: bool | None = None
+        model = teacher if isinstance(teacher, nn.Module) else None
+        self._teacher = TeacherPass(student, model, capture, self._names, forward)
 
     def _captured_teacher(self, pooling: Pooling) -> FeatureCapture:
         """The capture of the teacher's features: the student's own if it is its own teacher."""
@@ -307,7 +305,7 @@ class RIFTRegularizer(nn.Module):
 
         A layer that the student skipped at random, and only that, may be missing in ``students``.
         """
-        student, teacher = self._models
+        teacher = self._models[1]
         skipped = [name for name in self.layers if name not in students]
         if skipped and self.loss.group is not None:
             raise RuntimeError(
@@ -320,43 +318,12 @@ class RIFTRegularizer(nn.Module):
             if never:
                 raise RuntimeError(nothing_captured(never))
             return {name: teacher[self._names[name]] for name in students}
-        model = unwrapped(student if teacher is None else teacher)
-        latest, calls = self._student.latest, None
-        call = teacher_pass.recorded(latest) if given is None else given
-        if self._student.recorder.keeps_random and latest.random is None:
-            raise RuntimeError(
-                "replay_rng must be False where the student itself was not called, or is compiled "
-                "as a part of another model: its random state is not known"
-            )
-        if not skipped and self._ends_early(model):
-            calls = {self._names[name]: count for name, count in self._student.calls().items()}
-        disabled = adapters.without_adapters(student) if teacher is None else nullcontext()
-        with disabled, self._teacher.fresh(calls) as capture:
-            before = RandomState.now(call.tensors()) if self._warnings.is_first_step else None
-            teacher_pass.run(model, student, call, latest, self._call_teacher, capture)
-            if before is not None and not before.equals(RandomState.now(call.tensors())):
-                self._warnings.warn_of_random_numbers()
-            outputs = capture.outputs()
-            missing = [name for name in self.layers if self._names[name] not in outputs]
-            if missing:
-                raise RuntimeError(nothing_captured(missing))
-            pairs = {self._names[name]: name for name in students}
-            features = capture.pooled(
-                {name: outputs[name] for name in pairs},
-                {name: masks.get(own) for name, own in pairs.items()},
-            )
-        common = _to_common_dtype([features[self._names[name]] for name in students])
+        features = self._teacher.features(given, self._student, masks, self._warnings)
+        common = _to_common_dtype([features[name] for name in students])
         return {
             name: theirs.to(own.device)
             for (name, own), theirs in zip(students.items(), common, strict=True)
         }
-
-    def _ends_early(self, teacher: nn.Module) -> bool:
-        """Whether the teacher's pass may end when its layers ran as often as the student's."""
-        if self._may_end_early is None:
-            is_same = type(innermost(teacher)) is type(innermost(self._models[0]))
-            self._may_end_early = is_same and teacher_pass.may_end_early(teacher)
-        return self._may_end_early and all(self._student.calls().values())
 
     def _warn(
         self, students: dict[str, Tensor], teachers: dict[str, Any], masks: dict[str, LayerMask]
@@ -399,7 +366,7 @@ class RIFTRegularizer(nn.Module):
     def remove(self) -> None:
         """Remove the hooks."""
         self._student.remove()
-        self._teacher.remove()
+        self._teacher.capture.remove()
 
     def clear(self) -> None:
         """Forget the student's last pass, which is then not compared, and release its memory."""

@@ -1,4 +1,4 @@
-"""Move a teacher to a device, unless something else places its parameters."""
+"""Where a teacher's parameters are: moved to a device, or placed by somebody else's hooks."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def move(teacher: nn.Module, device: torch.device | str) -> None:
     Raises:
         ValueError: it cannot be moved, as some quantised models.
     """
-    if any(_places_itself(module) for module in teacher.modules()):
+    if is_placed_by_hooks(teacher):
         return
     device = torch.empty(0, device=device).device  # with its index: "cuda" is "cuda:0"
     tensors = itertools.chain(teacher.parameters(), teacher.buffers())
@@ -40,7 +40,13 @@ def move(teacher: nn.Module, device: torch.device | str) -> None:
         ) from error
 
 
-def _places_itself(module: nn.Module) -> bool:
-    """Whether hooks of Accelerate or FSDP place this module's parameters and inputs."""
+def is_placed_by_hooks(model: nn.Module) -> bool:
+    """Whether hooks of Accelerate, DeepSpeed or FSDP move parameters before and after calls."""
+    return any(_has_hooks(module) for module in model.modules()) or any(
+        hasattr(parameter, "ds_id") for parameter in model.parameters()
+    )
+
+
+def _has_hooks(module: nn.Module) -> bool:
     kinds = {kind.__name__ for kind in type(module).__mro__}  # FSDP is not imported unasked
     return hasattr(module, "_hf_hook") or not kinds.isdisjoint(_FSDP)

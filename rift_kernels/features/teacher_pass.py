@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import set_device_states
 
+from .adapters import without_adapters
 from .capture import FeatureCapture
-from .forward_pass import LABELS, evaluating, parameters
+from .forward_pass import LABELS, evaluating, innermost, parameters, unwrapped
 from .hooks import Call, LayerHook, Pass, PassEnd, RandomState
+from .placement import is_placed_by_hooks
+from .training_warnings import TrainingWarnings
 
 Forward = Callable[..., object]
 
@@ -25,7 +28,85 @@ _NOTE = (
 )
 
 
-def recorded(latest: Pass) -> Call:
+class TeacherPass:
+    """A frozen model, called as the student was.
+
+    Args:
+        student: the model that is trained.
+        teacher: the frozen one, or None for the student with its adapters disabled.
+        capture: of the teacher's layers.
+        names: the teacher's layers by the names of the student's.
+        forward: the user's way to call the teacher.
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: nn.Module | None,
+        capture: FeatureCapture,
+        names: Mapping[str, str],
+        forward: Forward | None,
+    ) -> None:
+        self.capture = capture
+        self._student = student
+        self._is_student = teacher is None
+        self._model = unwrapped(student if teacher is None else teacher)
+        self._names = names
+        self._forward = forward
+        is_same_class = type(innermost(self._model)) is type(innermost(student))
+        self._may_end_early = is_same_class and not is_placed_by_hooks(self._model)
+
+    def features(
+        self,
+        given: Call | None,
+        student: FeatureCapture,
+        masks: Mapping[str, Tensor | None],
+        warnings: TrainingWarnings,
+    ) -> dict[str, Tensor]:
+        """The teacher's features of all layers, by the names of the student's.
+
+        Args:
+            given: the user's arguments for the teacher; None for those of the student's pass.
+            student: what was captured of that pass.
+            masks: of the tokens of each of the student's layers.
+            warnings: are told of random numbers in the first step.
+        """
+        latest, calls = student.latest, student.calls()
+        call = _recorded(latest) if given is None else given
+        if student.recorder.keeps_random and latest.random is None:
+            raise RuntimeError(
+                "replay_rng must be False where the student itself was not called, or is compiled "
+                "as a part of another model: its random state is not known"
+            )
+        ends_early = self._may_end_early and all(calls.values())
+        by_teacher = {self._names[name]: count for name, count in calls.items()}
+        adapters_off = without_adapters(self._student) if self._is_student else nullcontext()
+        with adapters_off, self.capture.fresh(by_teacher if ends_early else None) as capture:
+            before = RandomState.now(call.tensors()) if warnings.is_first_step else None
+            self._run(call, latest)
+            if before is not None and not before.equals(RandomState.now(call.tensors())):
+                warnings.warn_of_random_numbers()
+            features = capture.features({self._names[name]: masks.get(name) for name in calls})
+        return {name: features[theirs] for name, theirs in self._names.items()}
+
+    def _run(self, call: Call, latest: Pass) -> None:
+        """Run the teacher in eval mode and without gradients."""
+        model = self._model
+        with torch.no_grad(), evaluating(model), _only(self.capture, model), _state_of(latest):
+            try:
+                if self._forward is not None:
+                    self._forward(model, *call.inputs, **call.keywords)
+                else:
+                    inputs, keywords = _accepted(model, self._student, call)
+                    model(*inputs, **keywords)
+            except PassEnd:
+                pass
+            except Exception as error:
+                error.add_note(_NOTE)
+                raise
+
+
+def _recorded(latest: Pass) -> Call:
     """The arguments that the student's pass was called with, if they are still those.
 
     Raises:
@@ -34,8 +115,8 @@ def recorded(latest: Pass) -> Call:
     if latest.call is None:
         raise RuntimeError(
             "the student itself was not called, only parts of it, so the teacher's arguments are "
-            "not known: call rift(...) with them, and forward= if the teacher, too, is to run in "
-            "parts"
+            "not known: call rift(...) with them (a RIFTCallback has inputs= for that), and set "
+            "forward= if the teacher, too, is to run in parts"
         )
     for name in _CACHES:
         if latest.call.keywords.get(name) is not None:
@@ -50,50 +131,6 @@ def recorded(latest: Pass) -> Call:
             "would see another: call rift(...) with the arguments for the teacher"
         )
     return latest.call
-
-
-def run(
-    teacher: nn.Module,
-    student: nn.Module,
-    call: Call,
-    latest: Pass,
-    forward: Forward | None,
-    capture: FeatureCapture,
-) -> None:
-    """Run the teacher in eval mode without gradients, for a capture to see.
-
-    Args:
-        teacher: the model inside DDP.
-        student: whose dtype the arguments have.
-        call: the arguments.
-        latest: the student's pass, whose autocast and random state the teacher gets.
-        forward: the user's way to call the teacher.
-        capture: of the teacher's layers, fresh.
-    """
-    with torch.no_grad(), evaluating(teacher), _only(capture, teacher), _state_of(latest):
-        try:
-            if forward is not None:
-                forward(teacher, *call.inputs, **call.keywords)
-            else:
-                inputs, keywords = _accepted(teacher, student, call)
-                teacher(*inputs, **keywords)
-        except PassEnd:
-            pass
-        except Exception as error:
-            error.add_note(_NOTE)
-            raise
-
-
-def may_end_early(teacher: nn.Module) -> bool:
-    """Whether a pass that ends after the last captured layer leaves the teacher as it was.
-
-    FSDP, DeepSpeed and accelerate move parameters before and after each module's call.
-    """
-    for module in teacher.modules():
-        names = {base.__name__ for base in type(module).__mro__}
-        if names & {"FullyShardedDataParallel", "FSDPModule"} or hasattr(module, "_hf_hook"):
-            return False
-    return not any(hasattr(parameter, "ds_id") for parameter in teacher.parameters())
 
 
 @contextmanager
@@ -145,7 +182,8 @@ def _accepted(teacher: nn.Module, student: nn.Module, call: Call) -> Call:
         for name, value in call.keywords.items()
         if name not in LABELS or name in names or takes_any
     }
-    if "use_cache" in names[len(call.inputs) :]:
+    # Without a cache, transformers reads from positions which sequences are packed into one.
+    if "use_cache" in names[len(call.inputs) :] and call.keywords.get("position_ids") is None:
         keywords["use_cache"] = False
     accepted = Call(call.inputs, keywords)
     dtypes = _dtypes(teacher)
