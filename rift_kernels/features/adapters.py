@@ -17,7 +17,7 @@ _CHANGING = ("kasa_config", "layer_replication")
 # Prompt learning that adds keys and values to the attention, and no tokens.
 _WITHOUT_TOKENS = ("PREFIX_TUNING", "CARTRIDGE")
 # The names under which modules of PEFT keep what was there before.
-_BASE = ("base_model", "model", "base_layer", "original_module")
+_BASE = ("base_model", "model", "base_layer")
 
 
 def check_adapters(model: nn.Module) -> None:
@@ -75,7 +75,7 @@ def without_adapters(model: nn.Module) -> AbstractContextManager[Any]:
 
 def _adapted(model: nn.Module) -> list[Any]:
     """The outermost modules in a model, or itself, that have adapters of PEFT."""
-    found = list(dict.fromkeys(_find(model)))
+    found = list(_find(model))
     if not found:
         raise ValueError(
             "teacher must not be None for a student without adapters (a PEFT model, or a "

@@ -148,7 +148,7 @@ def _is_sequence_first(module: nn.Module) -> bool:
 
 
 class _Widths(NamedTuple):
-    """The widths that the modules in a module declare, without 1, which is no width of features."""
+    """The widths that a module, and those in it, declare for the axes that they act on."""
 
     first: frozenset[tuple[int, int]]  # (number of axes, width of axis 1)
     last: frozenset[int]
@@ -169,7 +169,7 @@ class _Widths(NamedTuple):
         last: set[int] = set()
         for inner in module.modules():
             axes, declared = _declared(inner)
-            widths = [width for width in declared if isinstance(width, int) and width > 1]
+            widths = [width for width in declared if isinstance(width, int)]
             if axes:
                 first.update((number, width) for number in axes for width in widths)
             else:
@@ -184,8 +184,7 @@ def _declared(module: nn.Module) -> tuple[tuple[int, ...], tuple[object, ...]]:
     if isinstance(module, nn.MultiheadAttention):
         return (), (module.embed_dim,)
     if isinstance(module, nn.RNNBase):
-        width = module.proj_size or module.hidden_size
-        return (), (2 * width if module.bidirectional else width,)
+        return (), (module.proj_size, module.hidden_size, 2 * module.hidden_size)
     kind = type(module).__name__.lower()
     if "norm" in kind and (shape := _normalized(module)):
         is_first = getattr(module, "data_format", "") == "channels_first"  # of ConvNeXt
@@ -193,8 +192,7 @@ def _declared(module: nn.Module) -> tuple[tuple[int, ...], tuple[object, ...]]:
             axes = next((axes for axes in _AXES if f"{axes - 2}d" in kind), None)
             return (axes,) if axes else _AXES, shape
         return (), shape
-    # nf is of transformers' Conv1D.
-    names = ("in_features", "out_features", "embedding_dim", "nf")
+    names = ("in_features", "out_features", "embedding_dim")
     return (), tuple(getattr(module, name, None) for name in names)
 
 

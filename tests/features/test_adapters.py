@@ -257,18 +257,23 @@ PROMPTS = {
     "PromptTuningConfig": 3,
     "PromptEncoderConfig": 3,
     "PrefixTuningConfig": 0,
+    "CartridgeConfig": 0,
 }
 
 
 @pytest.mark.parametrize("kind", PROMPTS)
 @pytest.mark.filterwarnings("ignore")
 def test_prompt_learning_is_refused_and_its_tokens_are_counted(kind) -> None:
+    if not hasattr(peft, kind):
+        pytest.skip(f"needs a peft that has {kind}")
     config = getattr(peft, kind)(num_virtual_tokens=3, task_type="CAUSAL_LM")
     student = peft.get_peft_model(llama(), config)
     tokens = logits(student).shape[1] - IDS.shape[1]
     assert adapters.virtual_tokens(student) == adapters.virtual_tokens(Wrapper(student)) == tokens
     assert tokens == PROMPTS[kind]
-    with pytest.raises(ValueError, match=r"peft_type='P.*virtual tokens .* got adapter 'default'"):
+    with pytest.raises(
+        ValueError, match=r"peft_type='[PC].*virtual tokens .* got adapter 'default'"
+    ):
         adapters.check_adapters(student)
 
 
@@ -300,13 +305,30 @@ def test_a_trained_parameter_is_found_where_it_affects_the_features() -> None:
     assert set(found) == {f"body.{name.format(number)}" for number in (0, 1)}
 
 
+class Outputs(nn.Sequential):
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        hidden = self[0](x)
+        return hidden, self[1](hidden)
+
+
 def test_compiled_parts_name_no_parameters() -> None:
     """Their graph has one node, which all of their parameters reach."""
-    student = lora()(llama())
-    student.base_model.model.lm_head.weight.requires_grad_()
-    compiled = torch.compile(student, backend="aot_eager")
-    outputs = compiled(input_ids=IDS, output_hidden_states=True)
-    assert adapters.trained_base_parameters([outputs.hidden_states[1]], compiled) == []
+    config = peft.LoraConfig(r=2, target_modules=["0"])
+    student = peft.get_peft_model(Outputs(nn.Linear(4, 4), nn.Linear(4, 4)), config)
+    head = student.base_model.model[1].requires_grad_()
+    compiled = torch.compile(student, backend="aot_eager", fullgraph=True)
+    hidden, output = compiled(torch.randn(5, 4))
+    assert len(torch.autograd.grad(output.sum(), list(head.parameters()), retain_graph=True)) == 2
+    assert adapters.trained_base_parameters([hidden], compiled) == []
+
+
+def test_adapters_of_a_sharded_class_are_known() -> None:
+    """FSDP2 replaces the class of a module by a subclass."""
+    config = peft.PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")
+    student = peft.get_peft_model(llama(), config)
+    student.__class__ = type("FSDPPeftModel", (type(student),), {})
+    outputs = student(input_ids=IDS, output_hidden_states=True)
+    assert adapters.trained_base_parameters(outputs.hidden_states, student) == []
 
 
 def test_running_statistics_are_found_while_they_change() -> None:

@@ -110,6 +110,22 @@ class SimpleModule(nn.Module):
         return self.function(x)
 
 
+class ChannelsFirstNorm(nn.LayerNorm):
+    """As transformers' ConvNextLayerNorm."""
+
+    data_format = "channels_first"
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.movedim(1, -1)).movedim(-1, 1)
+
+
+class LayerNorm2d(nn.LayerNorm):
+    """As that of timm and torchvision."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.movedim(1, -1)).movedim(-1, 1)
+
+
 def images(size: int = 7, channels: int = 3) -> Tensor:
     return torch.randn(BATCH, channels, size, size)
 
@@ -140,6 +156,29 @@ REFUSED = {
     "Conv1d and ReLU, square": (
         *(nn.Sequential(nn.Conv1d(4, WIDTH, 1), nn.ReLU()), signal(WIDTH), ""),
         "16 channels in axis 1",
+    ),
+    "Conv1d and BatchNorm1d, square": (
+        *(nn.Sequential(nn.Conv1d(4, WIDTH, 1), nn.BatchNorm1d(WIDTH)), signal(WIDTH), ""),
+        "16 channels in axis 1",
+    ),
+    "Conv1d between transpositions, square": (
+        nn.Sequential(Permuted(nn.Conv1d(WIDTH, WIDTH, 1), (0, 2, 1)), nn.LayerNorm(WIDTH)),
+        *(torch.randn(BATCH, WIDTH, WIDTH), "0.module", "16 channels in axis 1"),
+    ),
+    "InstanceNorm1d": (nn.InstanceNorm1d(4), signal(9), "", "4 channels in axis 1"),
+    "channels last, norm without parameters": (
+        *(nn.LayerNorm(WIDTH, elementwise_affine=False), torch.randn(BATCH, 7, 7, WIDTH), ""),
+        "16 channels in the last axis",
+    ),
+    "channels last, as high as there are heads": (
+        *(nn.Sequential(nn.Linear(3, WIDTH), Gate(7).gate), torch.randn(BATCH, 7, 7, 3), "0"),
+        "16 channels in the last axis",
+    ),
+    "channels last, a gate as wide as high": (
+        *(Gate(7).gate, torch.randn(BATCH, 7, 7, WIDTH), "1", "16 channels in the last axis"),
+    ),
+    "channels last, a gate as wide as one side": (
+        *(Gate(7).gate, torch.randn(BATCH, 7, 5, WIDTH), "1", "16 channels in the last axis"),
     ),
     "flattened image": (
         *(nn.Sequential(nn.Conv2d(3, WIDTH, 1), nn.Flatten(2)), images(), ""),
@@ -191,6 +230,46 @@ ACCEPTED = {
     "image, ReLU": (Gate(4), images(), "act"),
     "gate as narrow as the image": (Gate(7), images(), ""),
     "gate alone, as narrow as the image": (Gate(7).gate, torch.randn(BATCH, WIDTH), ""),
+    "scaled image, as wide as the gate": (
+        nn.Sequential(
+            *(SimpleModule(lambda x: 2 * x), SimpleModule(lambda x: x.mean((2, 3)))),
+            nn.Linear(WIDTH, 7),
+        ),
+        *(images(7, WIDTH), "0"),
+    ),
+    "norm of ConvNeXt, as wide as high": (
+        *(ChannelsFirstNorm(WIDTH), torch.randn(BATCH, WIDTH, WIDTH, WIDTH), ""),
+    ),
+    "LayerNorm2d, as wide as high": (
+        *(LayerNorm2d(WIDTH), torch.randn(BATCH, WIDTH, WIDTH, WIDTH), ""),
+    ),
+    "concatenated channels": (
+        nn.Sequential(
+            *(nn.Conv2d(3, WIDTH, 1), SimpleModule(lambda x: torch.cat([x, x], 1))),
+            *(nn.Conv2d(2 * WIDTH, 8, 1), SimpleModule(lambda x: x.mean((2, 3))), nn.Linear(8, 7)),
+        ),
+        *(images(7), "1"),
+    ),
+    "concatenated tokens, as many as channels": (
+        nn.Sequential(
+            *(nn.Conv1d(4, 5, 1), SimpleModule(lambda x: torch.cat([x, x], 2)), nn.Linear(18, 8)),
+        ),
+        *(signal(9), "1"),
+    ),
+    "words of which a convolution makes as many channels": (
+        nn.Sequential(
+            SimpleModule(lambda x: x[..., 0].abs().long()),
+            *(nn.Embedding(9, 8), SimpleModule(lambda x: x.mT), nn.Conv1d(8, TOKENS, 1)),
+        ),
+        *(BATCH_FIRST, "1"),
+    ),
+    "LSTM over as many steps as channels": (
+        nn.Sequential(
+            *(nn.Conv1d(4, 9, 1), SimpleModule(lambda x: x.mT)),
+            nn.LSTM(9, 8, batch_first=True, bidirectional=True),
+        ),
+        *(signal(9), "2"),
+    ),
     "volume": (nn.Conv3d(3, WIDTH, 1), torch.randn(BATCH, 3, 2, 4, 4), ""),
     "tokens": (transformer(batch_first=True), BATCH_FIRST, "layers.0.linear1"),
     "rows": (nn.Linear(WIDTH, 8), torch.randn(BATCH, WIDTH), ""),
@@ -230,9 +309,15 @@ def test_square_outputs_of_attention_are_ambiguous_until_a_batch_tells() -> None
         with pytest.raises(ValueError, match="which one is the batch is not known"):
             axes.check((4, 4, WIDTH), frozenset({4}))
     axes = axes_of(model, "0.0")
+    axes.check((5, 4, WIDTH), frozenset({4, 5}))
+    with pytest.raises(ValueError, match="which one is the batch is not known"):
+        axes.check((4, 4, WIDTH), frozenset({4}))
     axes.check((5, 4, WIDTH), frozenset({5}))
     axes.check((4, 4, WIDTH), frozenset({4}))
     axes_of(transformer(batch_first=True)).check((4, 4, WIDTH), frozenset({4}))
+    # Outside of the blocks, a model has the batch first.
+    outside = nn.Sequential(nn.Linear(3, WIDTH), Permuted(Attention(), (1, 0, 2)))
+    axes_of(outside, "0").check((4, 4, WIDTH), frozenset({4}))
 
 
 def of_transformers(kind: str, **settings: object) -> Callable[[], nn.Module]:
