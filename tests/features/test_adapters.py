@@ -324,9 +324,9 @@ def test_compiled_parts_name_no_parameters() -> None:
 
 def test_adapters_of_a_sharded_class_are_known() -> None:
     """FSDP2 replaces the class of a module by a subclass."""
-    config = peft.PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")
-    student = peft.get_peft_model(llama(), config)
-    student.__class__ = type("FSDPPeftModel", (type(student),), {})
+    student = lora()(llama())
+    for layer in student.base_model.model.model.layers:
+        layer.self_attn.q_proj.__class__ = type("FSDPLinear", (type(layer.self_attn.q_proj),), {})
     outputs = student(input_ids=IDS, output_hidden_states=True)
     assert adapters.trained_base_parameters(outputs.hidden_states, student) == []
 
