@@ -38,8 +38,13 @@ def cells(architecture: Architecture) -> tuple[str, str, str]:
 
 def setting(name: str, value: Any) -> str:
     if isinstance(value, Mapping):
-        return f"`{name}=` has a function for {', '.join(map(code, value))}"
-    return f"`{name}=` is a function" if callable(value) else code(f"{name}={value!r}")
+        parts = [f"{described(each)} for {code(layers)}" for layers, each in value.items()]
+        return f"`{name}=` {', '.join(parts)}"
+    return f"`{name}=` {described(value)}" if callable(value) else code(f"{name}={value!r}")
+
+
+def described(value: object) -> str:
+    return "a function" if callable(value) else code(repr(value))
 
 
 def table(kind: str, architectures: Mapping[str, Architecture]) -> str:

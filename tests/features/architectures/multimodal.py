@@ -133,6 +133,7 @@ MULTIMODAL = {
         partial(batches.image_in_text, 16),
         [TOWERS[0], "qformer.encoder.layer.*", "language_model.model.decoder.layers.*"],
         CAUSAL,
+        settings={"token_mask": {"qformer.*": None}},
     ),
     "Chinese-CLIP": pair(
         "chinese_clip",
@@ -161,6 +162,7 @@ MULTIMODAL = {
         batches.image_and_text,
         ["image_model.encoder.layer.*", "text_model.encoder.layer.*"],
         BIDIRECTIONAL,
+        settings={"token_mask": {"image_model.*": None}},
     ),
     "Gemma 3 with images": pretrained(
         "gemma3",
@@ -268,6 +270,7 @@ MULTIMODAL = {
         ["vision_model.layers.*", "text_model.encoder.layer.*"],
         BIDIRECTIONAL,
         "VisionTextDualEncoderModel",
+        settings={"token_mask": {"vision_model.*": None}},
     ),
     "VisualBERT": pretrained(
         "visual_bert",

@@ -74,6 +74,14 @@ def every(stride: int) -> Callable[[Mapping[str, Any]], Tensor]:
     return lambda call: call["attention_mask"][:, stride - 1 :: stride].bool()
 
 
+def frames_of_moonshine(call: Mapping[str, Any]) -> Tensor:
+    mask = call["attention_mask"].bool()
+    length = mask.shape[1]
+    for kernel, stride in ((127, 64), (7, 3), (3, 2)):
+        length = (length - kernel) // stride + 1
+    return mask[:, ::384][:, :length]
+
+
 def spectrogram_to_labels() -> Batch:
     return batches.features("input_features", 8, 30) | batches.labels()
 
@@ -112,6 +120,7 @@ SOUND = {
         CAUSAL,
         TRANSLATION,
         stride=384,
+        settings={"token_mask": {"model.encoder.*": frames_of_moonshine}},
         reads_padding="normalisation over all samples",
     ),
     "SEW": waves(

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
+
+from torch import Tensor, nn
 
 from . import batches
 from .architecture import (
@@ -56,11 +59,16 @@ DEEPSEEK = {
     **{"qk_rope_head_dim": 4, "qk_nope_head_dim": 4},
 }
 MAMBA2 = {"num_heads": 4, "head_dim": 8, "state_size": 4, "n_groups": 1}
+WINDOW = 4
 XGLM = {"d_model": 16, "num_layers": 2, "attention_heads": 2, "ffn_dim": 32}
 
 
 def encoder(
-    model_type: str, layers: str = "encoder.layer.*", reads_padding: str = "", **sizes: Any
+    model_type: str,
+    layers: str = "encoder.layer.*",
+    reads_padding: str = "",
+    settings: Mapping[str, Any] | None = None,
+    **sizes: Any,
 ) -> Architecture:
     return pretrained(
         model_type,
@@ -69,6 +77,7 @@ def encoder(
         layers,
         BIDIRECTIONAL,
         reads_padding=reads_padding,
+        settings=settings or {},
     )
 
 
@@ -84,10 +93,28 @@ def rotary(model_type: str, layers: str = "model.layers.*", **sizes: Any) -> Arc
     return decoder(model_type, layers, True, **sizes)
 
 
-def seq2seq(model_type: str, prefix: str = "model", **sizes: Any) -> Architecture:
+def seq2seq(
+    model_type: str,
+    prefix: str = "model",
+    settings: Mapping[str, Any] | None = None,
+    **sizes: Any,
+) -> Architecture:
     layers = [f"{prefix}.encoder.layers.*", f"{prefix}.decoder.layers.*"]
-    batch, head = batches.text_to_labels, "AutoModelForSeq2SeqLM"
-    return pretrained(model_type, SEQ2SEQ | sizes, batch, layers, CAUSAL, head)
+    return pretrained(
+        model_type,
+        SEQ2SEQ | sizes,
+        batches.text_to_labels,
+        layers,
+        CAUSAL,
+        "AutoModelForSeq2SeqLM",
+        settings=settings or {},
+    )
+
+
+def to_windows(call: Mapping[str, Any]) -> Tensor:
+    """The mask as Longformer and LED pad it: to a multiple of their attention's window."""
+    mask = call["attention_mask"].bool()
+    return nn.functional.pad(mask, (0, -mask.shape[1] % WINDOW))
 
 
 def t5(model_type: str, **sizes: Any) -> Architecture:
@@ -118,7 +145,9 @@ ENCODERS = {
         "FunnelModel",
         reads_padding="pooling",
     ),
-    "Longformer": encoder("longformer", attention_window=[4, 4]),
+    "Longformer": encoder(
+        "longformer", settings={"token_mask": to_windows}, attention_window=[WINDOW] * 2
+    ),
     "ModernBERT": encoder("modernbert", "layers.*"),
     "MPNet": encoder("mpnet"),
     "NomicBERT": encoder("nomic_bert", "layers.*"),
@@ -130,6 +159,7 @@ ENCODERS = {
         "perceiver.encoder.self_attends.*",
         WITHOUT_CLS,
         "PerceiverForMaskedLM",
+        settings={"token_mask": None},
     ),
     "Reformer": pretrained(
         "reformer",
@@ -210,7 +240,9 @@ ENCODER_DECODERS = {
     ),
     "BigBird-Pegasus": seq2seq("bigbird_pegasus", attention_type="original_full"),
     "Blenderbot": seq2seq("blenderbot"),
-    "LED": seq2seq("led", "led", attention_window=[4, 4]),
+    "LED": seq2seq(
+        "led", "led", {"token_mask": {"led.encoder.*": to_windows}}, attention_window=[WINDOW] * 2
+    ),
     "LongT5": t5("longt5", local_radius=3),
     "M2M-100": seq2seq("m2m_100"),
     "Marian": seq2seq("marian"),
