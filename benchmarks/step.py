@@ -22,6 +22,7 @@ from torch import Tensor
 
 import rift_kernels as rk
 from rift_kernels.dispatch import availability
+from rift_kernels.features import hooks
 from rift_kernels.features.pooling import pool
 
 from . import command, environment, measure, schema, step_table
@@ -144,7 +145,7 @@ class Step:
         with self.finetuning.autocast():
             loss = self.finetuning.task_loss(self.student)
             if self.loss:
-                loss = loss + self.rift(pixel_values=self.finetuning.images)
+                loss = loss + self.rift()
             elif self.teacher:
                 self.teacher_pass()
                 self.rift._student.clear()
@@ -153,14 +154,17 @@ class Step:
     def teacher_pass(self) -> Any:
         """The teacher's features: what the regularizer does before it compares."""
         with self.finetuning.autocast():
-            return self.rift._teachers((), {"pixel_values": self.finetuning.images}, None)
+            call = hooks.Call((), {"pixel_values": self.finetuning.images})
+            rift = self.rift
+            features = rift._teacher.features(call, rift._student, {}, rift._warnings)
+        return list(features.values())
 
     def outputs(self) -> list[Tensor]:
         """The student's outputs of the compared layers, all tokens, as leaves."""
         with torch.no_grad(), self.finetuning.autocast():
             self.student(pixel_values=self.finetuning.images)
-        slots = self.rift._student._slots
-        leaves = [slot.output.clone().requires_grad_() for slot in slots if slot.output is not None]
+        outputs = self.rift._student.outputs().values()
+        leaves = [output.clone().requires_grad_() for output in outputs]
         self.rift._student.clear()
         return leaves
 

@@ -73,9 +73,8 @@ def compute_losses(model: nn.Module, batch: Any, rift: rk.RIFTRegularizer | None
     inputs, labels = batch
     logits = get_logits(model(**inputs))
     task = cross_entropy(logits, labels)
-    # RIFT, 3 of 3: one more term, called with the model's own arguments. They contain the attention
-    # mask, so padding is not compared.
-    total = task if rift is None else task + rift(**inputs)
+    # RIFT, 3 of 3: one more term. The model was called with a mask, so padding is not compared.
+    total = task if rift is None else task + rift()
     return Losses(total, task, logits, labels)
 
 

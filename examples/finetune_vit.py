@@ -82,8 +82,8 @@ def compute_losses(model: nn.Module, batch: Any, rift: rk.RIFTRegularizer | None
     images, labels = batch
     logits = get_logits(model(images))
     task = cross_entropy(logits, labels)
-    # RIFT, 3 of 3: one more term, called with the model's own arguments.
-    total = task if rift is None else task + rift(images)
+    # RIFT, 3 of 3: one more term.
+    total = task if rift is None else task + rift()
     return Losses(total, task, logits, labels)
 
 

@@ -159,7 +159,9 @@ def test_who_runs_in_a_step(finetuning, teacher) -> None:
         one = Step(finetuning, *way)
         calls: list[bool] = []
         base = one.student.base_model.model if shared else one.student
-        base.register_forward_hook(lambda *_, calls=calls: calls.append(torch.is_grad_enabled()))
+        base.register_forward_pre_hook(
+            lambda *_, calls=calls: calls.append(torch.is_grad_enabled())
+        )
         one.forward()
         assert calls == passes
 
