@@ -35,6 +35,10 @@ QWEN_IMAGE = {
     **{"depth": 2, "embed_dim": 16, "hidden_size": 16, "num_heads": 2},
     **{"patch_size": 8, "mlp_ratio": 2},
 }
+LAYOUT = {
+    **{"input_size": 32, "patch_size": 8, "coordinate_size": 3, "shape_size": 2},
+    "max_2d_position_embeddings": 64,
+}
 VISION_START, VIDEO_TOKEN = 1, 49
 
 
@@ -105,6 +109,20 @@ def image_first(call: Mapping[str, Any]) -> Tensor:
 
 def image_last(call: Mapping[str, Any]) -> Tensor:
     return nn.functional.pad(call["attention_mask"].bool(), (0, 17), value=True)
+
+
+def image_in_page() -> Batch:
+    return batches.image() | page()
+
+
+def patches_and_text() -> Batch:
+    """Images of different sizes, so that patches, too, have padding."""
+    sizes = torch.tensor([[4, 4], [3, 4], [4, 4], [2, 4], [4, 4], [3, 4]])
+    return batches.text() | {
+        "pixel_values": torch.randn(batches.ROWS, 16, 3 * 8 * 8),
+        "pixel_attention_mask": batches.valid(sizes.prod(1)),
+        "spatial_shapes": sizes,
+    }
 
 
 def page() -> Batch:
@@ -200,6 +218,14 @@ MULTIMODAL = {
         "AutoModelForImageTextToText",
     ),
     "LayoutLM": pretrained("layoutlm", TEXT, page, "encoder.layer.*", BIDIRECTIONAL),
+    "LayoutLMv3": pretrained(
+        "layoutlmv3",
+        TEXT | LAYOUT,
+        image_in_page,
+        "encoder.layer.*",
+        BIDIRECTIONAL,
+        settings={"token_mask": image_last},
+    ),
     "LLaVA": language(
         "llava",
         16,
@@ -237,6 +263,14 @@ MULTIMODAL = {
         "AutoModelForImageTextToText",
     ),
     "SigLIP": pair("siglip"),
+    "SigLIP 2": pretrained(
+        "siglip2",
+        {"text_config": WORDS, "vision_config": BODY | {"patch_size": 8, "num_patches": 16}},
+        patches_and_text,
+        TOWERS,
+        BIDIRECTIONAL,
+        settings={"token_mask": {TOWERS[0]: "pixel_attention_mask"}},
+    ),
     "VisionEncoderDecoder (TrOCR and Donut)": pretrained(
         "vision-encoder-decoder",
         {

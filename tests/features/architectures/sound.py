@@ -37,6 +37,12 @@ SPEECH2TEXT = SEQ2SEQ | {
     **{"input_feat_per_channel": 8, "conv_channels": 16, "conv_kernel_sizes": (3, 3)},
     **{"num_conv_layers": 2, "max_source_positions": 80, "max_target_positions": 20},
 }
+SPEECHT5 = CONVOLUTIONS | {
+    **{"vocab_size": 50, "hidden_size": 16},
+    **dict.fromkeys(("encoder_layers", "decoder_layers"), 2),
+    **dict.fromkeys(("encoder_attention_heads", "decoder_attention_heads"), 2),
+    **dict.fromkeys(("encoder_ffn_dim", "decoder_ffn_dim"), 32),
+}
 MOONSHINE = {
     **{"vocab_size": 50, "hidden_size": 16, "intermediate_size": 32, "pad_token_id": 0},
     **dict.fromkeys(("encoder_num_hidden_layers", "decoder_num_hidden_layers"), 2),
@@ -143,6 +149,16 @@ SOUND = {
         TRANSLATION,
         stride=4,
         settings={"token_mask": {"model.encoder.layers.*": every(4)}},
+    ),
+    "SpeechT5": pretrained(
+        "speecht5",
+        SPEECHT5,
+        partial(batches.sound_to_labels, 32),
+        ["speecht5.*.wrapped_encoder.layers.*", "speecht5.*.wrapped_decoder.layers.*"],
+        CAUSAL,
+        "SpeechT5ForSpeechToText",
+        stride=16,
+        reads_padding="positional convolutions",
     ),
     "UniSpeech-SAT": waves("unispeech-sat", **STABLE),
     "wav2vec 2.0": waves("wav2vec2", **STABLE),

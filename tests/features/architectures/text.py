@@ -51,6 +51,7 @@ REFORMER = {
     **{"num_attention_heads": 2, "attention_head_size": 8, "feed_forward_size": 32},
     **{"axial_pos_embds": False, "max_position_embeddings": 64, "local_attn_chunk_length": 4},
 }
+XLM = {"n_words": 50, "emb_dim": 16, "n_layers": 2, "n_heads": 2}
 XLNET = {"vocab_size": 50, "d_model": 16, "n_layer": 2, "n_head": 2, "d_inner": 32}
 DEEPSEEK = {
     **{"n_routed_experts": 4, "n_group": 1, "topk_group": 1, "num_experts_per_tok": 2},
@@ -177,6 +178,7 @@ ENCODERS = {
     "T5 encoder": pretrained(
         "t5", T5, batches.text, "encoder.block.*", BIDIRECTIONAL, "T5EncoderModel"
     ),
+    "XLM": pretrained("xlm", XLM, batches.text, "layer_norm2.*", BIDIRECTIONAL),
     "XLM-RoBERTa": encoder("xlm-roberta"),
     "XLNet": pretrained(
         "xlnet",

@@ -42,6 +42,14 @@ HIERA = {
     **{"masked_unit_size": [4, 4], "query_stride": [2, 2], "num_query_pool": 1},
     "masked_unit_attention": [True, False],
 }
+PVT = {
+    **{"image_size": 64, "depths": [1] * 4, "hidden_sizes": [8, 8, 16, 16]},
+    **{"num_attention_heads": [1, 1, 2, 2], "mlp_ratios": [2] * 4},
+}
+LEVIT = {
+    **{"image_size": 128, "hidden_sizes": [8, 16, 16], "num_attention_heads": [1, 2, 2]},
+    **{"depths": [1] * 3, "key_dim": [8] * 3, "mlp_ratio": [2] * 3, "attention_ratio": [2] * 3},
+}
 MOBILE = {"hidden_sizes": [8] * 3, "neck_hidden_sizes": [8] * 7, "num_attention_heads": 2}
 SAM = HEADS | {
     **{"image_size": 32, "patch_size": 8, "output_channels": 8, "window_size": 2},
@@ -87,6 +95,7 @@ IMAGES = {
     "FocalNet": vision("focalnet", "encoder.stages.*", FOCAL, WITHOUT_CLS),
     "Hiera": vision("hiera", "encoder.stages.*", HIERA, WITHOUT_CLS),
     "I-JEPA": vision("ijepa", "layers.*", poolings=WITHOUT_CLS),
+    "LeViT": vision("levit", "encoder.stages.*", LEVIT, WITHOUT_CLS, partial(batches.image, 128)),
     "MobileNetV2": vision("mobilenet_v2", "layer.1?", {"depth_multiplier": 0.25}, WITHOUT_CLS),
     "MobileViT": vision(
         "mobilevit", "encoder.layer.*", MOBILE, WITHOUT_CLS, partial(batches.image, 64)
@@ -94,6 +103,7 @@ IMAGES = {
     "PoolFormer": vision(
         "poolformer", "encoder.block.*.*", POOL | {"padding": [1, 1]}, WITHOUT_CLS
     ),
+    "PVT": vision("pvt", "encoder.block.*.*", PVT, WITHOUT_CLS, partial(batches.image, 64)),
     "PVTv2": vision(
         "pvt_v2", "encoder.layers.*.blocks.*", PYRAMID | {"image_size": 32}, WITHOUT_CLS
     ),
