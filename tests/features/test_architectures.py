@@ -141,8 +141,10 @@ def test_the_first_token_of_a_decoder_warns(name) -> None:
     student, batch = started(architecture)
     rift = regularizer(student, copy.deepcopy(student), architecture, "cls")
     call(student, batch)
-    with pytest.warns(UserWarning, match="are the same in every row"):
+    with pytest.warns(UserWarning, match="are the same in every row") as caught:
         rift()
+    messages = " ".join(str(warning.message) for warning in caught)
+    assert [name for name in rift.layers if repr(name) not in messages] == []
 
 
 OTHER_AXES = selected(lambda a: all(callable(pooling) for pooling in a.poolings))
