@@ -28,6 +28,7 @@ WORDS = {
     "regulariser": 'layers=["encoder.layer.5"',
     "adapters": "peft.get_peft_model",
     "statistics": "rk.collect_teacher_statistics",
+    "masks": "token_mask={",
     "weight": "rk.AdaptiveWeight",
     "transformers": "trainer = RIFTTrainer(model=model",
     "model_init": "model_init=load",
@@ -120,10 +121,30 @@ def test_regulariser_and_weight() -> None:
     exec(block("weight"), names)
     for rift in (*regularizers, names["rift"]):
         model(x)
-        assert rift(x).item() == pytest.approx(0, abs=1e-5)
+        assert rift().item() == pytest.approx(0, abs=1e-5)
     assert list(regularizers[0].distances) == ["encoder.layer.5", "encoder.layer.11"]
     assert names["rift"].step == 1
     assert names["rift"].schedule(50) == 0.5
+
+
+def test_masks() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.text, self.image = nn.Module(), nn.Module()
+            for tower in (self.text, self.image):
+                tower.blocks = nn.ModuleList([nn.Linear(4, 4)])
+
+        def forward(self, words: Tensor, valid: Tensor, pixels: Tensor) -> Tensor:  # noqa: ARG002
+            return self.text.blocks[0](words) + self.image.blocks[0](pixels)
+
+    model = Model()
+    names = {"rk": rk, "model": model, "teacher": copy.deepcopy(model)}
+    exec(block("masks"), names)
+    words, pixels = torch.randn(2, 8, 5, 4)
+    model(words, valid=torch.ones(8, 5).long(), pixels=pixels)
+    assert names["rift"]().isfinite()
+    assert names["rift"].token_masks == {"text.blocks.0": "valid", "image.blocks.0": "none"}
 
 
 def test_adapters(monkeypatch) -> None:
