@@ -8,6 +8,7 @@ results of one process with all rows.
 
 from __future__ import annotations
 
+import copy
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -108,6 +109,9 @@ def outcomes(rank: int, splits: dict[str, tuple[int, ...]] | None) -> Iterator[C
             yield f"{name}, model, {kind}", partial(model_gradients, kind, split, rank, group)
         sharded = partial(model_gradients, sharded=group is not None)
         yield f"{name}, FSDP2", partial(sharded, "cka", split, rank, group)
+        for kind, is_sharded in (("DDP", False), ("FSDP2", group is not None)):
+            regularized = partial(regularized_gradients, sharded=is_sharded)
+            yield f"{name}, regulariser, {kind}", partial(regularized, split, rank, group)
 
 
 def values_and_gradients(
@@ -207,6 +211,29 @@ def model_gradients(
     x, y = (rows_of(rank, side, split) for side in batch())
     value = model(x, y)
     value.backward()
+    grads = [p.grad.full_tensor() if sharded else p.grad for p in plain.parameters()]
+    return {"value": value.detach(), "parameters": grads}
+
+
+def regularized_gradients(
+    split: tuple[int, ...] | None, rank: int, group: str | None, sharded: bool = False
+) -> Outcome:
+    """The gradients of a regulariser that calls the teacher as it saw the student called."""
+    torch.manual_seed(0)
+    student: nn.Module = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh()).double()
+    plain, teacher = student, copy.deepcopy(student)
+    with torch.no_grad():
+        teacher[0].weight.add_(0.3 * torch.randn(WIDTH, WIDTH, dtype=torch.float64))
+    if sharded:
+        fully_shard(student, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+    elif group is not None:
+        student = nn.parallel.DistributedDataParallel(student)
+    rift = rk.RIFTRegularizer(student, teacher, layers="1", group=group)
+    output = student(rows_of(rank, batch()[0], split))
+    with torch.no_grad():
+        student(batch()[1])
+    value = rift()
+    (value + 0 * output.sum()).backward()
     grads = [p.grad.full_tensor() if sharded else p.grad for p in plain.parameters()]
     return {"value": value.detach(), "parameters": grads}
 
