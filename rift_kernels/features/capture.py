@@ -72,9 +72,13 @@ class FeatureCapture:
 
     The captured output is the layer's own tensor, still differentiable. It is the output itself,
     the first tensor of a tuple or list, or ``last_hidden_state`` (else the first tensor) of a
-    transformers ``ModelOutput``. In-place operations on it change the features. The latest call of
-    a layer replaces earlier ones and is kept until :meth:`clear`; call that before a forward that
-    may skip layers.
+    transformers ``ModelOutput``. In-place operations on it change the features. The outputs are
+    those of the model's latest pass, and of a layer's latest call in it, and are kept until
+    :meth:`clear`. A pass with gradients and one without are kept apart: with gradients enabled,
+    :meth:`features` returns those of the former, if there is one.
+
+    A pooling by name refuses outputs whose axes are not those of its table, as far as the modules
+    around the layer and the sizes of the model's inputs tell.
 
     Nothing is captured during a backward, in which activation checkpointing reruns layers. Inside a
     reentrant checkpoint (``use_reentrant=True``) features have no gradient, and :meth:`features`
@@ -238,6 +242,12 @@ class FeatureCapture:
     def pooled(self, outputs: Mapping[str, Tensor], mask: Masks = None) -> dict[str, Tensor]:
         """The features of these outputs."""
         self._warn_of_checkpoints()
+        for name, output in outputs.items():
+            if output.is_nested:
+                raise ValueError(
+                    f"the output of layer {name!r} must not be nested, as torch.nn's inference "
+                    "path makes it: torch.backends.mha.set_fastpath_enabled(False) switches it off"
+                )
         if isinstance(self.pooling, str):
             call = self.latest.call
             batch_sizes = frozenset() if call is None else call.batch_sizes()

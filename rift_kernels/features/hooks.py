@@ -35,7 +35,9 @@ class Call(NamedTuple):
         """The first axes of all tensors, and the lengths of lists, which may be batches, too."""
         arguments = (*self.inputs, *self.keywords.values())
         values = [value for argument in arguments for value in _values(argument)]
-        tensors = {x.shape[0] for x in values if isinstance(x, Tensor) and x.dim()}
+        tensors = {
+            x.shape[0] for x in values if isinstance(x, Tensor) and x.dim() and not x.is_nested
+        }
         return frozenset(tensors | {len(x) for x in values if isinstance(x, tuple | list)})
 
 

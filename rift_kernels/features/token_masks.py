@@ -90,7 +90,9 @@ class MaskHook:
             named = {**inputs[0], **named}
             values += inputs[0].values()
         tensors = [value for value in values if isinstance(value, Tensor)]
-        leading = tuple((x.shape[0], x.shape[1]) for x in tensors if x.dim() > 1)
+        leading = tuple(
+            (x.shape[0], x.shape[1]) for x in tensors if x.dim() > 1 and not x.is_nested
+        )
         is_decoder = any(named.get(name) is not None for name in _ATTENDED)
         takes_mask = any(name in self.positions for name in _MARKS_PADDING)
         for name in _MARKS_PADDING:

@@ -352,6 +352,18 @@ def test_the_teacher_keeps_no_cache() -> None:
     assert not any("Cache" in type(each).__name__ for call in arguments for each in call)
 
 
+def test_sequences_packed_into_one() -> None:
+    """Models of transformers tell them apart by their positions, if there is no cache."""
+    student = tiny_models.gpt2()
+    teacher = copy.deepcopy(student)
+    rift = rk.RIFTRegularizer(student, teacher, layers="*h.1", pooling="tokens")
+    ids = tiny_models.text(rows=1, tokens=12)["input_ids"]
+    positions = torch.arange(12).remainder(4).unsqueeze(0)
+    for keywords in ({}, {"use_cache": False}):
+        student(input_ids=ids, position_ids=positions, **keywords)
+        assert float(rift().detach()) == pytest.approx(0, abs=1e-6)
+
+
 # --- compiled
 
 

@@ -189,6 +189,18 @@ def test_torchs_own_encoder(pooling) -> None:
     assert torch.backends.mha.get_fastpath_enabled()
 
 
+def test_the_inference_path_of_a_validation() -> None:
+    """The student takes it in eval mode without gradients, and the hooks cannot prevent that."""
+    layer = nn.TransformerEncoderLayer(16, 2, 32, 0.0, batch_first=True)
+    student = nn.TransformerEncoder(layer, 2).eval()
+    rift = rk.RIFTRegularizer(student, copy.deepcopy(student), layers="layers.0", pooling="mean")
+    padding = torch.arange(6).expand(8, 6) > 3
+    with torch.no_grad():
+        student(torch.randn(8, 6, 16), src_key_padding_mask=padding)
+        with pytest.raises(ValueError, match=r"'layers\.0' must not be nested.*set_fastpath_ena"):
+            rift()
+
+
 # --- the user's word
 
 
