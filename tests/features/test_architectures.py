@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import importlib
 from collections.abc import Callable
 
@@ -158,6 +159,23 @@ def test_a_pooling_by_name_is_refused_where_axes_are_others(name, pooling) -> No
     rift = regularizer(student, copy.deepcopy(student), architecture, pooling)
     call(student, batch)
     with pytest.raises(ValueError, match="the output of layer"):
+        rift()
+
+
+MADE_NUMBERS = {
+    "Longformer": ARCHITECTURES["Text encoders"]["Longformer"],
+    "LED": ARCHITECTURES["Text encoders with decoders"]["LED"],
+}
+
+
+@pytest.mark.parametrize("name", MADE_NUMBERS)
+def test_a_mask_of_other_tokens_that_the_model_made_of_numbers_is_refused(name) -> None:
+    """Longformer's and LED's tokens are padded to a window, and their masks are added to scores."""
+    architecture = dataclasses.replace(MADE_NUMBERS[name], settings={})
+    student, batch = started(architecture)
+    rift = regularizer(student, copy.deepcopy(student), architecture, "mean")
+    call(student, padded(batch, 1))
+    with pytest.raises(TypeError, match="token_mask must be given for layers in"):
         rift()
 
 
