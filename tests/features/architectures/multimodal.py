@@ -49,16 +49,7 @@ def pair(
     **sizes: Any,
 ) -> Architecture:
     """Two encoders, of which only the one of text has a mask."""
-    return pretrained(model_type, PAIR | sizes, batches.image_and_text, list(layers), poolings)
-
-
-def language(
-    model_type: str, tokens: int, layers: Layers, text: dict, image: dict, **sizes: Any
-) -> Architecture:
-    """A language model that reads an image's tokens among its own."""
-    sizes = {"text_config": text, "vision_config": image, **sizes}
-    batch, head = partial(batches.image_in_text, tokens), "AutoModelForImageTextToText"
-    return pretrained(model_type, sizes, batch, layers, CAUSAL, head)
+    return pretrained(model_type, PAIR | sizes, batches.image_and_text, layers, poolings)
 
 
 def sound_and_text() -> Batch:
@@ -81,6 +72,7 @@ def patches_in_text() -> Batch:
 
 
 def typed_image_in_text(image_type: int) -> Batch:
+    """With a type of 0 or 1 for the image's tokens, and the other for the text's."""
     batch = batches.image_in_text(16)
     is_image = batch["input_ids"] == batches.IMAGE_TOKEN
     return batch | {"token_type_ids": (is_image == bool(image_type)).long()}
@@ -130,7 +122,7 @@ def page() -> Batch:
 
 
 MULTIMODAL = {
-    "BLIP": pair("blip", (TOWERS[0], "text_model.encoder.layer.*"), projection_dim=16),
+    "BLIP": pair("blip", [TOWERS[0], "text_model.encoder.layer.*"], projection_dim=16),
     "BLIP for captions": pretrained(
         "blip",
         PAIR | {"text_config": WORDS | {"encoder_hidden_size": 16}},
@@ -155,7 +147,7 @@ MULTIMODAL = {
     ),
     "Chinese-CLIP": pair(
         "chinese_clip",
-        (TOWERS[0], "text_model.encoder.layer.*"),
+        [TOWERS[0], "text_model.encoder.layer.*"],
         text_config=TEXT,
         projection_dim=16,
     ),
@@ -226,14 +218,18 @@ MULTIMODAL = {
         BIDIRECTIONAL,
         settings={"token_mask": image_last},
     ),
-    "LLaVA": language(
+    "LLaVA": pretrained(
         "llava",
-        16,
+        {
+            "text_config": TEXT | {"model_type": "llama"},
+            "vision_config": IMAGE | {"model_type": "clip_vision_model"},
+            "image_token_index": batches.IMAGE_TOKEN,
+            "vision_feature_layer": -1,
+        },
+        partial(batches.image_in_text, 16),
         ["model.vision_tower.encoder.layers.*", "model.language_model.layers.*"],
-        TEXT | {"model_type": "llama"},
-        IMAGE | {"model_type": "clip_vision_model"},
-        image_token_index=batches.IMAGE_TOKEN,
-        vision_feature_layer=-1,
+        CAUSAL,
+        "AutoModelForImageTextToText",
     ),
     "PaliGemma": pretrained(
         "paligemma",
