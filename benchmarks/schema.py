@@ -173,6 +173,7 @@ class LossAlone:
 class StepWay:  # a way of finetuning
     teacher: str | None  # "adapters off" or "a copy"; None for the plain step
     loss: str | None  # a provider, and the features that it compares
+    first_layer: bool = False  # the teacher's pass ends after the first layer, not after the last
     predicted_share: float | None = None  # of what it adds, and of the plain step's operations
     reason: str | None = None
     weights: int = 0  # bytes of student and teacher

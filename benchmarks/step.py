@@ -116,6 +116,7 @@ class Step:
     finetuning: Finetuning
     teacher: str | None = None
     loss: Loss | None = None
+    first_layer: bool = False  # is the only one that is compared, so that the teacher ends there
 
     def __post_init__(self) -> None:
         self.backward = self.finetuning.backward
@@ -125,15 +126,17 @@ class Step:
             frozen = self.finetuning.frozen_copy() if self.teacher == COPY else None
             self._models += [frozen] if frozen else []
             pooling = self.loss.pooling if self.loss else "tokens"
-            first = 0 if pooling == "cls" else depth - 1
-            layers = [f"*layer*.{i}" for i in range(first, depth)]
+            first = 0 if pooling == "cls" or self.first_layer else depth - 1
+            last = 0 if self.first_layer else depth - 1
+            layers = [f"*layer*.{i}" for i in range(first, last + 1)]
             rift: Any = rk.RIFTRegularizer(self.student, frozen, layers=layers, pooling=pooling)
             self.rift = rift
             if self.loss:
                 rift.loss.distances = self.loss.distances
 
     def __str__(self) -> str:
-        return str(self.loss or ("teacher" if self.teacher else "plain"))
+        teacher = "teacher's first layer" if self.first_layer else "teacher"
+        return str(self.loss or (teacher if self.teacher else "plain"))
 
     @property
     def weights(self) -> int:
@@ -171,7 +174,10 @@ class Step:
 
 def described(step: Step, device: torch.device) -> StepWay:
     """What a step costs but for its time, or why it fails."""
-    way = StepWay(teacher=step.teacher, loss=step.loss and str(step.loss), weights=step.weights)
+    loss = step.loss and str(step.loss)
+    way = StepWay(
+        teacher=step.teacher, loss=loss, first_layer=step.first_layer, weights=step.weights
+    )
     try:
         step.backward(step.forward())
         way.memory = peak_memory(step, device)
@@ -216,6 +222,7 @@ def measured(
     teacher = ADAPTERS_OFF if profile.rank else COPY
     plain, base = Step(finetuning), Step(finetuning, teacher)
     timed = [plain, base, *(Step(finetuning, teacher, loss) for loss in compared)]
+    timed.append(Step(finetuning, teacher, first_layer=True))
     # The cost of a second copy of the weights is its memory.
     others = [Step(finetuning, COPY, compared[0])] if profile.rank else []
     ways = [described(step, device) for step in (*timed, *others)]
@@ -242,6 +249,7 @@ def measured(
             way.alone.seconds, way.alone.share = quantiles(alone), added(alone, None, whole, clock)
         way.seconds = quantiles(samples.get(str(step), []))
     ways[1].predicted_share = forward / both
+    ways[len(timed) - 1].predicted_share = forward / both / profile.depth
     return schema.Finetuning(
         model=finetuning.description(),
         predicted_seconds=predicted,

@@ -94,7 +94,8 @@ def _memory(finetuning: Finetuning, way: StepWay) -> dict[str, str]:
 
 def _title(way: StepWay) -> str:
     if way.loss is None:
-        return "+ teacher's pass, nothing compared" if way.teacher else "plain"
+        until = " that ends after the first layer" if way.first_layer else ""
+        return f"+ teacher's pass{until}, nothing compared" if way.teacher else "plain"
     return f"+ {way.loss}" + ("" if way.seconds else f", teacher {way.teacher}")
 
 

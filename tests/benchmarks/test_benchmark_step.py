@@ -242,13 +242,13 @@ def test_result_is_complete(smoke) -> None:
         # Naive code that does not center is wrong near its teacher.
         assert not any(way.wrong for way in part.ways if way.loss != str(NAIVE_CLASS_TOKENS))
         assert all(way.memory["both"] > 0 and way.weights > 0 for way in part.ways)
-        assert all(0 < way.predicted_share < 1 for way in part.ways[1:6])
+        assert all(0 < way.predicted_share < 1 for way in part.ways[1:7])
         reasons = {entry.name: entry.reason for entry in part.unable}
         for backend in availability.BACKENDS:
             assert reasons.get(f"rift_kernels {backend}") == availability.reason_against(backend)
-    assert [bool(way.seconds) for way in full.ways] == [True] * 6
-    assert [bool(way.seconds) for way in adapters.ways] == [True] * 6 + [False]
-    assert [way.teacher for way in adapters.ways] == [None, *[ADAPTERS_OFF] * 5, COPY]
+    assert [bool(way.seconds) for way in full.ways] == [True] * 7
+    assert [bool(way.seconds) for way in adapters.ways] == [True] * 7 + [False]
+    assert [way.teacher for way in adapters.ways] == [None, *[ADAPTERS_OFF] * 6, COPY]
 
 
 def test_under_autocast_naive_code_in_float32_is_kept_out() -> None:
@@ -257,9 +257,9 @@ def test_under_autocast_naive_code_in_float32_is_kept_out() -> None:
     assert list(step.failures(result)) == []
     (part,) = result.finetunings
     assert all(way.seconds for way in part.ways)
-    names = [str(way.loss).split(", ")[0] for way in part.ways[2:]]
+    names = [str(way.loss).split(", ")[0] for way in part.ways[2:] if way.loss]
     assert names == [NAIVE, WIDE, EAGER, NAIVE, WIDE, EAGER, NAIVE, EAGER]
-    errors = [way.gradient_error for way in part.ways[2:]]
+    errors = [way.gradient_error for way in part.ways[2:] if way.loss]
     assert max(errors[i] for i in (2, 4, 5)) < 1e-3
     # It may even be NaN, which a file does not have.
     assert all(error is None or error >= 1e-2 for error in (errors[0], errors[3]))
@@ -315,7 +315,7 @@ def test_what_fails_is_said_and_costs_nothing_else(monkeypatch, tmp_path, capsys
     assert "- rift_kernels eager, tokens, 136 x 16 float32: RuntimeError" in text
     (path,) = tmp_path.iterdir()
     result = files.read(path)
-    assert [sum(bool(w.seconds) for w in part.ways) for part in result.finetunings] == [5, 5]
+    assert [sum(bool(w.seconds) for w in part.ways) for part in result.finetunings] == [6, 6]
     rows = step_table.summary(result).splitlines()
     row = next(r for r in rows if EAGER in r and ", **wrong**" in r)
     # What is wrong is not praised.
@@ -334,12 +334,20 @@ def _rounds(seconds: dict[str, float]) -> Any:
 
 def test_shares_are_of_the_plain_step(monkeypatch) -> None:
     """The loss adds to the teacher's pass, and that to the plain step, in CPU time on a CPU."""
-    seconds = {"plain": 4.0, "again": 4.0, "teacher": 6.0, str(TOKENS): 6.2}
+    seconds = {
+        "plain": 4.0,
+        "again": 4.0,
+        "teacher": 6.0,
+        str(TOKENS): 6.2,
+        "teacher's first layer": 4.4,
+    }
     monkeypatch.setattr(measure, "time_rounds", _rounds(seconds | {f"{TOKENS} alone": 0.1}))
     (part,) = step.run(Job("smoke", Suite((ADAPTERS,), 64), CPU)).finetunings
-    plain, teacher, *_, tokens, second = part.ways
+    plain, teacher, *_, tokens, first_layer, second = part.ways
     assert plain.adds is plain.loss_adds is second.adds is teacher.loss_adds is None
-    assert (teacher.adds.q50, tokens.adds.q50) == pytest.approx((0.5, 0.55))
+    adds = (teacher.adds.q50, tokens.adds.q50, first_layer.adds.q50)
+    assert adds == pytest.approx((0.5, 0.55, 0.1))
+    assert first_layer.predicted_share == teacher.predicted_share / ADAPTERS.depth
     assert tokens.loss_adds.q50 == pytest.approx(0.05)
     assert tokens.alone.share.q50 == pytest.approx(0.025)
 
