@@ -80,13 +80,19 @@ class TeacherPass:
             )
         ends_early = self._may_end_early and all(calls.values())
         by_teacher = {self._names[name]: count for name, count in calls.items()}
-        adapters_off = without_adapters(self._student) if self._is_student else nullcontext()
-        with adapters_off, self.capture.fresh(by_teacher if ends_early else None) as capture:
-            before = RandomState.now(call.tensors()) if warnings.is_first_step else None
-            self._run(call, latest)
-            if before is not None and not before.equals(RandomState.now(call.tensors())):
-                warnings.warn_of_random_numbers()
-            features = capture.features({self._names[name]: masks.get(name) for name in calls})
+        own_masks = {self._names[name]: masks.get(name) for name in calls}
+
+        def run() -> dict[str, Tensor]:
+            adapters_off = without_adapters(self._student) if self._is_student else nullcontext()
+            with adapters_off, self.capture.fresh(by_teacher if ends_early else None) as capture:
+                self._run(call, latest)
+                return capture.features(own_masks)
+
+        before = RandomState.now(call.tensors()) if warnings.is_first_step else None
+        features = run()
+        if before is not None and not before.equals(RandomState.now(call.tensors())):
+            # Numbers that are drawn need not be used: a second pass tells.
+            warnings.warn_of_random_numbers(features, run())
         return {name: features[theirs] for name, theirs in self._names.items()}
 
     def _run(self, call: Call, latest: Pass) -> None:

@@ -78,13 +78,17 @@ class TrainingWarnings:
                 "a causal model is such a feature: pooling='last' takes the last one",
             )
 
-    def warn_of_random_numbers(self) -> None:
-        """The teacher drew random numbers in eval mode."""
-        self.warn(
-            "random",
-            "the teacher drew random numbers in eval mode, other ones than the student: copies of "
-            "a model then differ. replay_rng=True gives it those that the student drew",
-        )
+    def warn_of_random_numbers(
+        self, features: Mapping[str, Tensor], again: Mapping[str, Tensor]
+    ) -> None:
+        """Two passes of the teacher drew other random numbers, which may have no effect."""
+        if any(_differ(x, again[name]) for name, x in features.items()):
+            self.warn(
+                "random",
+                "the teacher draws random numbers in eval mode, other ones than the student: "
+                "copies of a model then differ. replay_rng=True gives it those that the student "
+                "drew",
+            )
 
     def warn_of_running_statistics(self, model: nn.Module) -> None:
         """In the first step, look for layers whose statistics move with the training."""
@@ -108,6 +112,11 @@ class TrainingWarnings:
                 f"affect the compared layers, because it changes with them; got {names[0]!r}: "
                 "freeze them, or give teacher=copy.deepcopy(model) from before the finetuning"
             )
+
+
+def _differ(x: Tensor, y: Tensor) -> bool:
+    """Whether two features differ by more than the order of their sums may make them."""
+    return x.shape != y.shape or bool((x - y).norm() > 0.01 * x.norm())
 
 
 def _is_constant(x: Any) -> bool:

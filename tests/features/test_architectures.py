@@ -20,7 +20,7 @@ from .architectures.architecture import Architecture, Batch, Pooling, call, has_
 pytestmark = [
     pytest.mark.eager_only,
     pytest.mark.filterwarnings("error:.* have no gradient", "error:.* are the same in every row"),
-    pytest.mark.filterwarnings("error:the teacher drew random numbers", "error:every token of"),
+    pytest.mark.filterwarnings("error:the teacher draws random numbers", "error:every token of"),
 ]
 
 
