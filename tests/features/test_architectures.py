@@ -52,6 +52,8 @@ def started(architecture: Architecture) -> tuple[nn.Module, Batch]:
         importlib.import_module(architecture.needs)
     except (ImportError, RuntimeError) as error:  # a torchvision of another torch raises the latter
         pytest.skip(f"needs {architecture.needs}: {error}")
+    if architecture.needs == "transformers":
+        pytest.importorskip("transformers", "5", reason="needs transformers 5, for its layer names")
     torch.manual_seed(0)
     model = architecture.build().train()
     with torch.no_grad():  # random weights of a library are so small that some features vanish
