@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self
 
@@ -86,7 +87,8 @@ class RIFTRegularizer(nn.Module):
               text none. A mask that reaches a layer in no form warns once, and does not count.
               ``src_key_padding_mask`` of ``torch.nn`` does;
             - None: all tokens;
-            - the name of an argument of the student that is the mask, boolean or 0 = padding;
+            - the name of an argument of the student that is the mask: True or nonzero = valid.
+              Where True is padding, ``lambda call: ~call["mask"]``;
             - a function that maps the student's arguments, a dictionary by name, to a boolean
               mask (batch, tokens), True = valid, or None;
             - a mapping from names or patterns of layers to any of these. What it does not mention
@@ -147,6 +149,18 @@ class RIFTRegularizer(nn.Module):
         checks.flag("replay_rng", replay_rng)
         if settings.get("reduction") == "none":
             raise ValueError("reduction must be 'mean' or 'sum' for a loss to add; got 'none'")
+        known = inspect.signature(RIFTLoss).parameters
+        unknown = [name for name in settings if name not in known]
+        if unknown:
+            raise TypeError(
+                f"RIFTRegularizer has no argument {unknown[0]!r}; beside its own it takes those of "
+                f"RIFTLoss: {', '.join(known)}"
+            )
+        if isinstance(token_mask, Tensor):
+            raise TypeError(
+                "token_mask must not be a tensor here, because it would serve every batch: give "
+                "it in the call, rift(token_mask=...), or a function of the student's arguments"
+            )
         self.loss = RIFTLoss(measure, weight=weight, **settings)
         self.schedule = schedule
         self.distances: dict[str, Tensor] = {}
@@ -230,7 +244,7 @@ class RIFTRegularizer(nn.Module):
         given = Call(inputs, keywords) if inputs or keywords else None
         outputs, latest = self._student.outputs(), self._student.latest
         if not outputs and latest.call is None:
-            raise RuntimeError(nothing_captured(self.layers))
+            raise RuntimeError(nothing_captured(self.layers, was_called=False))
         call = latest.call if given is None else given
         masks = self._masks.of(outputs, call, self._student.kind, given is None, token_mask)
         by_name = {name: found.mask for name, found in masks.items()}
@@ -239,6 +253,10 @@ class RIFTRegularizer(nn.Module):
         self.token_masks = {name: found.source for name, found in masks.items()}
         if self.training and torch.is_grad_enabled():
             self._warn(students, teachers, masks)
+            if self._warnings.is_first_step:
+                overlooked = self._masks.overlooked(outputs, call, masks)
+                if overlooked:
+                    self._warnings.warn_of_an_overlooked_mask(*overlooked)
             self._warnings.is_first_step = False
         loss = self._loss(students, teachers, by_name)
         # Clearing prevents a second comparison by mistake, and frees the graph.
@@ -316,7 +334,7 @@ class RIFTRegularizer(nn.Module):
             self._called |= students.keys()
             never = [name for name in skipped if name not in self._called]
             if never:
-                raise RuntimeError(nothing_captured(never))
+                raise RuntimeError(nothing_captured(never, was_called=True))
             return {name: teacher[self._names[name]] for name in students}
         features = self._teacher.features(given, self._student, masks, self._warnings)
         common = _to_common_dtype([features[name] for name in students])
@@ -362,6 +380,15 @@ class RIFTRegularizer(nn.Module):
         number = weight.value if isinstance(weight, AdaptiveWeight) else weight
         metrics["rift/weight"] = float(number)
         return metrics
+
+    def extra_repr(self) -> str:
+        """What is compared."""
+        teacher = self._models[1]
+        if isinstance(teacher, Mapping):
+            name = "statistics"
+        else:
+            name = "its adapters disabled" if teacher is None else type(teacher).__name__
+        return f"layers={self.layers}, pooling={self._student.pooling!r}, teacher={name}"
 
     def remove(self) -> None:
         """Remove the hooks."""

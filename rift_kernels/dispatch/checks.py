@@ -169,7 +169,8 @@ def enough_rows(layers: Layers, min_rows: int) -> None:
         if x.shape[-2] < min_rows:
             raise ValueError(
                 f"student{index} and teacher{index} must have at least {min_rows} rows for this "
-                f"measure; got {x.shape[-2]} (drop a smaller last batch: drop_last=True)"
+                f"measure; got {x.shape[-2]} (if only the last batch is smaller: drop_last=True; "
+                "else a larger batch, the tokens as rows, or a group)"
             )
     for i, mask in enumerate(layers.masks):
         # The value is NaN instead if the mask cannot be read.

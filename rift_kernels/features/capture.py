@@ -72,7 +72,8 @@ class FeatureCapture:
 
     The captured output is the layer's own tensor, still differentiable. It is the output itself,
     the first tensor of a tuple or list, or ``last_hidden_state`` (else the first tensor) of a
-    transformers ``ModelOutput``. In-place operations on it change the features. The outputs are
+    transformers ``ModelOutput``; of anything else, a function as ``pooling`` can make rows.
+    In-place operations on it change the features. The outputs are
     those of the model's latest pass, and of a layer's latest call in it, and are kept until
     :meth:`clear`. A pass with gradients and one without are kept apart: with gradients enabled,
     :meth:`features` returns those of the former, if there is one.
@@ -88,8 +89,7 @@ class FeatureCapture:
 
     Raises:
         TypeError, ValueError: naming the argument, at construction. The message for a pattern
-            without a match lists layers of the model. TypeError in the forward for an output of
-            another type.
+            without a match lists layers of the model.
     """
 
     def __init__(
@@ -219,10 +219,10 @@ class FeatureCapture:
         outputs = self.outputs()
         missing = [name for name in self.layers if name not in outputs]
         if missing:
-            raise RuntimeError(nothing_captured(missing))
+            raise RuntimeError(nothing_captured(missing, self.latest.call is not None))
         return self.pooled(outputs, mask)
 
-    def outputs(self) -> dict[str, Tensor]:
+    def outputs(self) -> dict[str, Any]:
         """The captured outputs of the layers that were called."""
         cells = self._cells()
         return {name: cell.output for name, cell in cells.items() if cell.output is not None}
@@ -239,19 +239,14 @@ class FeatureCapture:
     def _cells(self) -> dict[str, LayerCell]:
         return {layer.name: layer.cells[self.kind] for layer in self._layers}
 
-    def pooled(self, outputs: Mapping[str, Tensor], mask: Masks = None) -> dict[str, Tensor]:
+    def pooled(self, outputs: Mapping[str, Any], mask: Masks = None) -> dict[str, Tensor]:
         """The features of these outputs."""
         self._warn_of_checkpoints()
-        for name, output in outputs.items():
-            if output.is_nested:
-                raise ValueError(
-                    f"the output of layer {name!r} must not be nested, as torch.nn's inference "
-                    "path makes it: torch.backends.mha.set_fastpath_enabled(False) switches it off"
-                )
         if isinstance(self.pooling, str):
             call = self.latest.call
             batch_sizes = frozenset() if call is None else call.batch_sizes()
             for name, output in outputs.items():
+                _check_tensor(name, output)
                 self._axes[name].check(tuple(output.shape), batch_sizes)
         return {
             name: pool(name, output, self.pooling, _of_layer(mask, name))
@@ -294,15 +289,36 @@ class FeatureCapture:
             )
 
 
-def nothing_captured(layers: Sequence[str]) -> str:
-    """The error of layers that were not called."""
+def nothing_captured(layers: Sequence[str], was_called: bool) -> str:
+    """The error of layers that were not called, in a pass of the model or without one."""
+    names = ", ".join(map(repr, layers))
+    if was_called:
+        return (
+            f"nothing was captured of {names}: the model ran, but did not call this layer, or the "
+            "layer returned None. Is it on the path of that call? Was the model compiled and called before the capture was created (then call "
+            "torch.compiler.reset() first)?"
+        )
     return (
-        f"nothing was captured of {', '.join(map(repr, layers))}. Was the model called before this "
-        "(RIFTRegularizer uses each pass of the student once)? Was it this model, not a copy, "
-        "while the hooks were in place and not paused? Is the layer on the path of that call? Was "
-        "the model compiled and called before the capture was created (then call "
-        "torch.compiler.reset() first)?"
+        f"nothing was captured of {names}: there was no pass of the model since the last call of "
+        "clear(), or of rift(), which uses each pass once. Was it this model, not a copy, while "
+        "the hooks were in place and not paused? Was it compiled and called before the capture "
+        "was created (then call torch.compiler.reset() first)?"
     )
+
+
+def _check_tensor(name: str, output: Any) -> None:
+    """Refuse what a pooling by name makes no rows of."""
+    if not isinstance(output, Tensor):
+        raise TypeError(
+            f"the output of layer {name!r} must be a tensor, a tuple or list with one, or a "
+            f"transformers ModelOutput; got {type(output).__name__}: choose a layer inside it, or "
+            "give a function as pooling that takes the tensor out of it"
+        )
+    if output.is_nested:
+        raise ValueError(
+            f"the output of layer {name!r} must not be nested, as torch.nn's inference path makes "
+            "it: torch.backends.mha.set_fastpath_enabled(False) switches it off"
+        )
 
 
 def _of_layer(mask: Masks, name: str) -> Tensor | None:

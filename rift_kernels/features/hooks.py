@@ -152,13 +152,14 @@ class LayerCell:
     """What a layer did in a pass."""
 
     def __init__(self) -> None:
-        self.output: Tensor | None = None
+        self.output: Any = None  # a tensor, or what has none, for a function as pooling
         self.calls = 0
         self.in_checkpoint = False
 
     def is_detached(self) -> bool:
         """Whether a checkpoint detached the output from its graph."""
-        return self.in_checkpoint and self.output is not None and not self.output.requires_grad
+        is_tensor = isinstance(self.output, Tensor)
+        return self.in_checkpoint and is_tensor and not self.output.requires_grad
 
 
 class LayerHook:
@@ -184,12 +185,14 @@ class LayerHook:
         if not recorder.in_call:
             recorder.kind = int(torch.is_grad_enabled() or in_checkpoint)
         cell = self.cells[recorder.kind]
-        cell.output = first_tensor(self.name, output)
+        tensor = first_tensor(output)
+        cell.output = output if tensor is None else tensor
         cell.in_checkpoint = in_checkpoint
         if torch.compiler.is_compiling():
             return
         cell.calls += 1
-        recorder.passes[recorder.kind].autocast = _autocast(cell.output.device.type)
+        if tensor is not None:
+            recorder.passes[recorder.kind].autocast = _autocast(tensor.device.type)
         if recorder.calls_left is not None and cell.calls <= self.limit:
             recorder.calls_left -= 1
             if recorder.calls_left == 0:
@@ -202,22 +205,14 @@ class LayerHook:
         self.__init__(**state)  # type: ignore[misc]
 
 
-def first_tensor(name: str, output: Any) -> Tensor:
+def first_tensor(output: Any) -> Tensor | None:
     """The tensor of an output: itself, the first of a tuple, or the last hidden state."""
-    if isinstance(output, Tensor):
-        return output
-    values: Any = ()
+    values: Any = (output,)
     if isinstance(output, tuple | list):
         values = output
     elif hasattr(output, "to_tuple"):  # a transformers ModelOutput
         values = (getattr(output, "last_hidden_state", None), *output.to_tuple())
-    for value in values:
-        if isinstance(value, Tensor):
-            return value
-    raise TypeError(
-        f"the output of layer {name!r} must be a tensor, a tuple or list with one, or a "
-        f"transformers ModelOutput; got {type(output).__name__}: choose a layer inside it"
-    )
+    return next((value for value in values if isinstance(value, Tensor)), None)
 
 
 def _in_backward() -> bool:

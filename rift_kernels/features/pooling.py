@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -111,13 +112,17 @@ def check_token_mask(
         )
     if every_row and checks.is_readable(mask) and not bool(mask.any(1).all()):
         row = int(mask.any(1).int().argmin())
-        raise ValueError(f"mask must leave at least one valid token per row; row {row} has none")
+        raise ValueError(
+            f"mask must leave at least one valid token per row; row {row} has none. True means "
+            "valid: where it means padding, give ~mask"
+        )
 
 
-def _checked_rows(name: str, output: Tensor, rows: object) -> Tensor:
+def _checked_rows(name: str, output: Any, rows: object) -> Tensor:
     """What a pooling of the user's made of a layer's output."""
+    kind = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
     accepted = f"pooling must return a floating point tensor (rows, D) of layer {name!r}, whose "
-    accepted += f"output is {tuple(output.shape)}"
+    accepted += f"output is {kind}"
     if not isinstance(rows, Tensor):
         raise TypeError(f"{accepted}; it returned {type(rows).__name__}")
     if not rows.is_floating_point() or rows.dim() != 2:

@@ -8,6 +8,7 @@ was called with. Every module around a captured layer is therefore watched.
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
@@ -129,7 +130,7 @@ class TokenMasks:
 
     def of(
         self,
-        outputs: Mapping[str, Tensor],
+        outputs: Mapping[str, Any],
         call: Call | None,
         kind: int,
         is_recorded: bool = True,
@@ -149,7 +150,7 @@ class TokenMasks:
         settings = self._settings if _is_auto(setting) else _by_layer(setting, outputs)
         masks = {}
         for layer, output in outputs.items():
-            if output.dim() == 2:
+            if not isinstance(output, Tensor) or output.dim() == 2:
                 continue
             if not _is_auto(settings[layer]):
                 masks[layer] = _chosen(settings[layer], call, self._model)
@@ -161,6 +162,26 @@ class TokenMasks:
             labels = call.keywords.get("labels") if call is not None else None
             masks[layer] = _nearest(chain, labels, output)  # type: ignore[arg-type]
         return masks
+
+    def overlooked(
+        self, outputs: Mapping[str, Any], call: Call | None, masks: Mapping[str, LayerMask]
+    ) -> tuple[str, list[str]] | None:
+        """An argument that may be the mask of layers that have none, and these layers."""
+        named = {} if call is None else named_arguments(self._model, call)
+        for name, value in named.items():
+            if name in _MARKS_PADDING or not isinstance(value, Tensor) or value.dim() != 2:
+                continue
+            if value.dtype != torch.bool and not re.search("mask|pad|valid", name.lower()):
+                continue
+            layers = [
+                layer
+                for layer, found in masks.items()
+                if found.mask is None and _is_auto(self._settings[layer])
+                if value.shape == outputs[layer].shape[:2]
+            ]
+            if layers:
+                return name, layers
+        return None
 
 
 def _is_auto(setting: TokenMask) -> bool:
@@ -221,7 +242,7 @@ def _nearest(chain: Sequence[tuple[str, Seen]], labels: Any, output: Tensor) -> 
                 mask, source = mask.logical_not(), f"~{where}"
         elif mask is not None and (enters_decoder or tuple(mask.shape) not in seen.leading):
             was_dropped = not _is_another_input(seen, chain[0][1], mask)
-            mask, source = None, f"none, because {source} is not of the tokens in {path!r}"
+            mask, source = None, f"none ({source} is not of the tokens in {path!r})"
         elif mask is None and seen.mask is not None and not path:
             unusable = f"{where} of shape {tuple(seen.mask.shape)}"
     are_labels = isinstance(labels, Tensor) and labels.shape == output.shape[:2]
@@ -229,8 +250,8 @@ def _nearest(chain: Sequence[tuple[str, Seen]], labels: Any, output: Tensor) -> 
         return LayerMask(labels != _IGNORED_LABEL, "labels != -100")
     if unusable:
         raise ValueError(
-            f"token_mask must be (batch, tokens); got {unusable}. Give one of that shape, or None "
-            "to compare every token"
+            f"token_mask must say which tokens are valid, which {unusable} does not: got 'auto'. "
+            "Give a boolean mask (batch, tokens), True = valid, or None if there is no padding"
         )
     return LayerMask(mask, source, was_dropped)
 
@@ -246,7 +267,8 @@ def _refuse_inner_numbers(mask: Tensor, name: str, path: str) -> None:
         raise TypeError(
             f"token_mask must be given for layers in {path!r}: the mask that the model made for "
             f"them, {name}, is {mask.dtype}, added to scores; got 'auto'. Give a boolean mask of "
-            f"these {tuple(mask.shape)} tokens, or None to compare them all"
+            f"these {tuple(mask.shape)} tokens, such as lambda call: torch.nn.functional.pad("
+            "call['attention_mask'].bool(), (0, more)), or None to compare them all"
         )
 
 
@@ -268,7 +290,11 @@ def _chosen(setting: OneMask, call: Call | None, model: nn.Module) -> LayerMask:
         )
     named = named_arguments(model, call)
     if not isinstance(setting, str):
-        return LayerMask(setting(named), "token_mask")
+        try:
+            return LayerMask(setting(named), "token_mask")
+        except KeyError as error:
+            error.add_note(f"token_mask: the arguments are {', '.join(map(repr, named)) or 'none'}")
+            raise
     if setting not in named:
         raise ValueError(
             "token_mask must name an argument of the student's call; got "
@@ -282,8 +308,8 @@ def _as_booleans(mask: Any, name: str) -> Tensor:
     """A mask with True at valid tokens; integers are 0 at padding."""
     if isinstance(mask, Tensor) and mask.is_floating_point():
         raise TypeError(
-            f"{name} must be boolean or integer to tell which tokens are valid; got {mask.dtype}, "
-            "which is 1 at valid tokens, or 0 where it is added to scores: give token_mask=, such "
-            f"as lambda call: call[{name.rpartition('.')[2]!r}] == ..., a boolean (batch, tokens)"
+            f"{name} must be boolean or integer to tell which tokens are valid; got {mask.dtype}: "
+            f"give token_mask=lambda call: call[{name.rpartition('.')[2]!r}] == 0 if it is added "
+            "to scores (0 = valid, -inf = padding), or == 1 if it is 1 at valid tokens"
         )
     return mask.bool()

@@ -33,8 +33,8 @@ class TrainingWarnings:
         """Two passes of the student came before one call."""
         self.warn(
             "replaced",
-            "the student ran more than once with gradients before this call: only its latest pass "
-            "is compared. Call rift() after each pass",
+            "the student ran more than once with gradients before this call of rift(): only its "
+            "latest pass is compared. In a loop of your own, call rift() after each pass",
         )
 
     def warn_of_dropped_masks(self, layers: Sequence[str]) -> None:
@@ -42,8 +42,18 @@ class TrainingWarnings:
         self.warn(
             f"masks of {layers}",
             f"every token of {', '.join(map(repr, layers))} is compared, because no mask in the "
-            f"student's call is of these tokens. If that is right, token_mask={{{layers[0]!r}: "
-            "None} says so; else give their mask there",
+            f"student's call is of these tokens. If they have no padding, say so by token_mask="
+            f"{dict.fromkeys(layers)}; else give their mask there",
+        )
+
+    def warn_of_an_overlooked_mask(self, name: str, layers: Sequence[str]) -> None:
+        """An argument of the student's call may be the mask of these layers."""
+        self.warn(
+            "overlooked",
+            f"every token of {', '.join(map(repr, layers))} is compared, but {name!r} in the "
+            f"student's call may be their mask. If it is, give token_mask={name!r} (True or "
+            f"nonzero = valid), or lambda call: call[{name!r}] == 0 where that is valid; if there "
+            "is no padding, token_mask=None",
         )
 
     def warn_without_gradient(self, layers: Sequence[str], is_all: bool) -> None:

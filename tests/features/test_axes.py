@@ -24,10 +24,11 @@ def outputs(model: nn.Module, *inputs: object, **keywords: object) -> dict[str, 
     captured: dict[str, Tensor] = {}
 
     def hook(name: str, _module: nn.Module, _inputs: object, output: object) -> None:
-        try:
-            captured[name] = first_tensor(name, output)
-        except TypeError:
+        tensor = first_tensor(output)
+        if tensor is None:
             captured.pop(name, None)
+        else:
+            captured[name] = tensor
 
     modules = modules_by_name(model)
     handles = [m.register_forward_hook(functools.partial(hook, n)) for n, m in modules.items()]

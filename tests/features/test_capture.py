@@ -126,7 +126,7 @@ def test_the_first_tensor_of_an_output_is_captured(wrap) -> None:
 
 @pytest.mark.parametrize(
     ("output", "name"),
-    [({"x": torch.ones(2, 3)}, "dict"), ((), "tuple"), ((1, "a"), "tuple"), (None, "NoneType")],
+    [({"x": torch.ones(2, 3)}, "dict"), ((), "tuple"), ((1, "a"), "tuple")],
     ids=str,
 )
 def test_other_outputs_are_refused(output, name) -> None:
@@ -138,17 +138,20 @@ def test_layers_that_were_not_called_raise() -> None:
     model = net()
     capture = rk.FeatureCapture(model, ["unused", "embed"])
     with pytest.raises(
-        RuntimeError, match=r"nothing was captured of 'embed', 'unused'\. Was the mod"
+        RuntimeError, match="nothing was captured of 'embed', 'unused': there was no pass of the"
     ):
         capture.features()
     model(tokens())
-    with pytest.raises(RuntimeError, match=r"nothing was captured of 'unused'\. .*on the path of"):
+    with pytest.raises(
+        RuntimeError,
+        match=r"nothing was captured of 'unused': the model ran, but did not call this",
+    ):
         capture.features()
     model.unused(tokens())
     capture.features()
     capture.clear()
     with pytest.raises(
-        RuntimeError, match=r"nothing was captured of 'embed', 'unused'\. .*compiled"
+        RuntimeError, match=r"nothing was captured of 'embed', 'unused': .*compiled"
     ):
         capture.features()
 

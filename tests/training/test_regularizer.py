@@ -271,7 +271,7 @@ def test_features_are_compared_once(student, teacher) -> None:
         rift(inputs())
     student(inputs())
     rift(inputs())
-    with pytest.raises(RuntimeError, match=r"nothing was captured of 'blocks.1'\. .*pass .* once"):
+    with pytest.raises(RuntimeError, match=r"no pass of the model since .* rift\(\), which uses"):
         rift(inputs())
 
 
@@ -348,6 +348,18 @@ def test_errors(student, message) -> None:
     with pytest.raises(error, match=message):
         rk.RIFTRegularizer(student, **settings)
     assert not any(module._forward_hooks for module in student.modules())
+
+
+def test_a_setting_of_no_class_is_named(student, teacher) -> None:
+    with pytest.raises(TypeError, match=r"RIFTRegularizer has no argument 'groups'.* group"):
+        rk.RIFTRegularizer(student, teacher, layers="blocks.1", groups="world")
+
+
+def test_what_is_compared_is_printed(student, teacher) -> None:
+    rift = rk.RIFTRegularizer(student, teacher, layers="blocks.*", pooling="mean")
+    assert "layers=['blocks.0', 'blocks.1', 'blocks.2'], pooling='mean', teacher=Model" in repr(
+        rift
+    )
 
 
 def test_student_must_be_a_module() -> None:

@@ -66,7 +66,7 @@ def test_images_beside_a_text_have_no_mask() -> None:
         warnings.simplefilter("error")
         loss, sources = loss_of(student, teacher, batch, layers)
     assert sources[layers[0]] == "text_model.attention_mask"
-    assert sources[layers[1]].startswith("none, because attention_mask is not of the tokens")
+    assert sources[layers[1]].startswith("none (attention_mask is not of the tokens")
     losses = [
         loss_of(student, teacher, batch, layer, token_mask=mask)[0]
         for layer, mask in ((layers[0], "attention_mask"), (layers[1], None))
@@ -189,6 +189,23 @@ def test_torchs_own_encoder(pooling) -> None:
     assert torch.backends.mha.get_fastpath_enabled()
 
 
+def test_a_sentence_embedding_is_taken_out_of_a_dictionary() -> None:
+    """As of sentence-transformers, whose layers return their batch with more in it."""
+
+    class Embedding(Text):
+        def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+            return {**batch, "sentence_embedding": super().forward(batch["x"]).mean(1)}
+
+    student = nn.Sequential(Embedding())
+    teacher = perturbed(student)
+    batch = {"x": torch.randn(8, 5, 4), "attention_mask": MASK}
+    loss, _ = loss_of(student, teacher, (batch,), "0", pooling=lambda x, _: x["sentence_embedding"])
+    rows = [model[0](batch)["sentence_embedding"] for model in (student, teacher)]
+    torch.testing.assert_close(loss, rk.RIFTLoss()(*rows).detach())
+    with pytest.raises(TypeError, match=r"layer '0' must be a tensor.*got dict.*as pooling that"):
+        loss_of(student, teacher, (batch,), "0")
+
+
 def test_the_inference_path_of_a_validation() -> None:
     """The student takes it in eval mode without gradients, and the hooks cannot prevent that."""
     layer = nn.TransformerEncoderLayer(16, 2, 32, 0.0, batch_first=True)
@@ -227,13 +244,13 @@ def text_loss(setting: Any, layers: Any = "second", **keywords: Any) -> float:
 
 
 def test_settings() -> None:
-    masked = text_loss(MASK)
+    masked = text_loss(lambda _: MASK)
     assert masked != text_loss(None)
     assert masked == text_loss("auto", attention_mask=MASK.long())
     assert masked == text_loss("valid", valid=MASK)
     assert masked == text_loss("valid", valid=MASK.int(), attention_mask=~MASK)
     assert masked == text_loss(lambda call: call["valid"] == 0, valid=torch.where(MASK, 0.0, -9.0))
-    assert masked == text_loss({"sec*": MASK})
+    assert masked == text_loss({"sec*": lambda _: MASK})
     assert text_loss(None) == text_loss("valid", valid=None)
     assert text_loss(None) == text_loss(lambda call: call.get("attention_mask"))
 
@@ -241,9 +258,9 @@ def test_settings() -> None:
 def test_settings_by_layer() -> None:
     both = ["first", "second"]
     mixed = text_loss({"first": None}, both, attention_mask=MASK)
-    expected = [text_loss(None, "first"), text_loss(MASK, "second")]
+    expected = [text_loss(None, "first"), text_loss(lambda _: MASK, "second")]
     assert mixed == pytest.approx(sum(expected) / 2, rel=1e-5)
-    assert text_loss({"*": MASK}, both) == pytest.approx(text_loss(MASK, both))
+    assert text_loss({"*": lambda _: MASK}, both) == text_loss(lambda _: MASK, both)
 
 
 def test_the_call_overrides_the_setting() -> None:
@@ -258,13 +275,13 @@ def test_the_call_overrides_the_setting() -> None:
 
 
 ERRORS = {
-    "attention_mask must be boolean or integer .* got torch.float32, which is 1 at valid tokens": (
+    r"attention_mask must be boolean or integer .* call\['attention_mask'\] == 0 if it is added": (
         TypeError,
         "auto",
         {"attention_mask": torch.where(MASK, 0.0, float("-inf"))},
     ),
     "valid must be boolean or integer": (TypeError, "valid", {"valid": MASK.float()}),
-    r"token_mask must be \(batch, tokens\); got attention_mask of shape \(8, 1, 5, 5\)": (
+    r"which attention_mask of shape \(8, 1, 5, 5\) does not: got 'auto'. Give a boolean mask": (
         ValueError,
         "auto",
         {"attention_mask": torch.ones(8, 1, 5, 5)},
@@ -274,7 +291,16 @@ ERRORS = {
         "padding",
         {"valid": MASK},
     ),
-    r"mask must be \(8, 5\) for layer 'second' .* got \(8, 4\)": (ValueError, MASK[:, :4], {}),
+    r"mask must be \(8, 5\) for layer 'second' .* got \(8, 4\)": (
+        ValueError,
+        lambda _: MASK[:, :4],
+        {},
+    ),
+    "token_mask must not be a tensor here, because it would serve every batch": (
+        TypeError,
+        MASK,
+        {},
+    ),
     "token_mask must map names or patterns of the layers 'second'; got 'first'": (
         ValueError,
         {"first": None},
@@ -290,6 +316,31 @@ def test_errors(message) -> None:
     error, setting, keywords = ERRORS[message]
     with pytest.raises(error, match=message):
         text_loss(setting, **keywords)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int64])
+def test_an_argument_that_may_be_the_mask_warns_once(dtype) -> None:
+    """An integer argument of the mask's shape counts if its name says so."""
+    student = Text()
+    rift = rk.RIFTRegularizer(
+        student, perturbed(student), layers=["first", "second"], pooling="mean"
+    )
+    batch = {"x": torch.randn(8, 5, 4), "valid": MASK.to(dtype)}
+    student(**batch)
+    with pytest.warns(UserWarning, match="every token of 'first', 'second' .*but 'valid' in the"):
+        rift()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        student(**batch)
+        rift()
+        for setting in ("valid", None):
+            loss_of(student, perturbed(student), batch, "first", token_mask=setting)
+
+
+def test_a_function_that_asks_for_what_is_not_there() -> None:
+    with pytest.raises(KeyError, match="padding") as caught:
+        text_loss(lambda call: call["padding"])
+    assert caught.value.__notes__ == ["token_mask: the arguments are 'x'"]
 
 
 def test_a_mask_of_the_call_needs_the_call() -> None:
