@@ -61,8 +61,9 @@ class RIFTRegularizer(nn.Module):
 
     The teacher's pass gets what the student's got, but for three things: ``labels`` where its
     forward has no such argument, ``use_cache=False`` where it has one, and ``torch.nn``'s inference
-    path, which is off. It ends once the compared layers have run, where the two models are of one
-    class and nothing (FSDP, DeepSpeed, accelerate) moves parameters around calls.
+    path, which is off. From the second on, it ends once the compared layers have run, if each runs
+    once in a pass, without ``forward=``, and where no hooks around these layers await its end (the
+    user's, or those of FSDP, DeepSpeed and accelerate).
 
     Args:
         student: the model to be trained. Wrap it first (DDP, FSDP, PEFT); if it is compiled, it

@@ -112,6 +112,7 @@ class FeatureCapture:
         self._handles = [
             root.register_forward_pre_hook(call, with_kwargs=True),
             *(modules[layer.name].register_forward_hook(layer) for layer in self._layers),
+            root.register_forward_hook(call.leave, always_call=True),
             root.register_forward_hook(call.end),
         ]
         self._remove_at_deletion()
@@ -173,10 +174,10 @@ class FeatureCapture:
             self.recorder.on = was_on
 
     @contextmanager
-    def fresh(self, calls: Mapping[str, int] | None = None) -> Iterator[Self]:
+    def fresh(self, ends_early: bool = False) -> Iterator[Self]:
         """Start empty within the context, and restore the earlier outputs at its end.
 
-        With ``calls``, a pass ends by ``hooks.PassEnd`` once each layer was called so often.
+        With ``ends_early``, a pass ends by ``hooks.PassEnd`` once each layer was called.
 
         This serves a teacher that is the student without its adapter, with the same hooks::
 
@@ -187,10 +188,8 @@ class FeatureCapture:
         recorder = self.recorder
         state, cells = {**vars(recorder)}, [hook.cells for hook in self._hooks]
         recorder.passes, recorder.on, recorder.in_call = (Pass(), Pass()), True, False
-        if calls is not None:
-            recorder.calls_left = sum(calls.values())
-            for layer in self._layers:
-                layer.limit = calls[layer.name]
+        if ends_early:
+            recorder.layers_left = len(self._layers)
         for hook in self._hooks:
             hook.cells = tuple(type(cell)() for cell in hook.cells)
         try:
@@ -295,8 +294,8 @@ def nothing_captured(layers: Sequence[str], was_called: bool) -> str:
     if was_called:
         return (
             f"nothing was captured of {names}: the model ran, but did not call this layer, or the "
-            "layer returned None. Is it on the path of that call? Was the model compiled and called before the capture was created (then call "
-            "torch.compiler.reset() first)?"
+            "layer returned None. Is it on the path of that call? Was the model compiled and "
+            "called before the capture was created (then call torch.compiler.reset() first)?"
         )
     return (
         f"nothing was captured of {names}: there was no pass of the model since the last call of "

@@ -75,7 +75,8 @@ class Pass:
     """The latest pass of one kind, with gradients or without."""
 
     def __init__(self) -> None:
-        self.call: Call | None = None
+        self.call: Call | None = None  # None also if a layer ran by itself afterwards
+        self.is_unused = False  # it has ended, and no loss was made of it
         self.versions: list[tuple[Tensor, int]] = []
         self.autocast: Autocast | None = None
         self.random: RandomState | None = None
@@ -100,7 +101,7 @@ class Recorder:
         self.kind = 0  # of the current pass: 1 with gradients
         self.passes = (Pass(), Pass())
         self.was_replaced = False  # an unused pass with gradients was replaced by another
-        self.calls_left: int | None = None  # of captured layers, before the pass ends
+        self.layers_left: int | None = None  # to be called before the pass ends
 
     def is_recording(self) -> bool:
         """Whether hooks act: not while paused, nor where a backward reruns a checkpoint."""
@@ -116,7 +117,7 @@ class Recorder:
 
 
 class CallHook:
-    """Two hooks of the model itself: a pass begins, and ends."""
+    """Three hooks of the model itself: a pass begins, leaves the model, and was whole."""
 
     def __init__(self, recorder: Recorder, hooks: list[Hook]) -> None:
         self.recorder = recorder
@@ -130,8 +131,9 @@ class CallHook:
         kind = int(torch.is_grad_enabled())
         recorder.in_call, recorder.kind = True, kind
         latest = recorder.passes[kind]
-        if kind and latest.call is not None:
+        if kind and latest.is_unused:
             recorder.was_replaced = True
+        latest.is_unused = False
         for hook in self.hooks:
             hook.start(kind)
         latest.call = Call(_copied(inputs), _copied(keywords))
@@ -143,9 +145,15 @@ class CallHook:
         if recorder.keeps_random:
             latest.random = RandomState.now(tensors)
 
-    def end(self, *_: Any) -> None:
-        """The forward hook."""
+    def leave(self, *_: Any) -> None:
+        """The forward hook that also runs after an exception."""
         self.recorder.in_call = False
+
+    def end(self, *_: Any) -> None:
+        """The forward hook that does not."""
+        recorder = self.recorder
+        if recorder.is_recording():
+            recorder.passes[recorder.kind].is_unused = True
 
 
 class LayerCell:
@@ -168,7 +176,6 @@ class LayerHook:
     def __init__(self, name: str, recorder: Recorder) -> None:
         self.name = name
         self.recorder = recorder
-        self.limit = 0  # the calls that Recorder.calls_left counts
         self.cells = (LayerCell(), LayerCell())
 
     def start(self, kind: int) -> None:
@@ -184,6 +191,7 @@ class LayerHook:
         in_checkpoint = _in_reentrant_checkpoint()
         if not recorder.in_call:
             recorder.kind = int(torch.is_grad_enabled() or in_checkpoint)
+            recorder.passes[recorder.kind].call = None  # it is not of these outputs
         cell = self.cells[recorder.kind]
         tensor = first_tensor(output)
         cell.output = output if tensor is None else tensor
@@ -193,9 +201,9 @@ class LayerHook:
         cell.calls += 1
         if tensor is not None:
             recorder.passes[recorder.kind].autocast = _autocast(tensor.device.type)
-        if recorder.calls_left is not None and cell.calls <= self.limit:
-            recorder.calls_left -= 1
-            if recorder.calls_left == 0:
+        if recorder.layers_left is not None and cell.calls == 1:
+            recorder.layers_left -= 1
+            if recorder.layers_left == 0:
                 raise PassEnd
 
     def __getstate__(self) -> dict[str, Any]:

@@ -9,12 +9,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _global_forward_hooks
 from torch.utils.checkpoint import set_device_states
 
 from .adapters import without_adapters
 from .capture import FeatureCapture
-from .forward_pass import LABELS, evaluating, innermost, parameters, unwrapped
-from .hooks import Call, LayerHook, Pass, PassEnd, RandomState
+from .forward_pass import LABELS, evaluating, parameters, unwrapped
+from .hooks import Call, CallHook, LayerHook, Pass, PassEnd, RandomState
+from .layer_names import modules_by_name
 from .placement import is_placed_by_hooks
 from .training_warnings import TrainingWarnings
 
@@ -53,8 +55,12 @@ class TeacherPass:
         self._model = unwrapped(student if teacher is None else teacher)
         self._names = names
         self._forward = forward
-        is_same_class = type(innermost(self._model)) is type(innermost(student))
-        self._may_end_early = is_same_class and not is_placed_by_hooks(self._model)
+        modules = modules_by_name(self._model)
+        layers = {modules[name] for name in capture.layers}
+        self._around = [m for m in self._model.modules() if not layers.isdisjoint(m.modules())]
+        # The user's function may use what the pass returns.
+        self._may_end_early = forward is None and not is_placed_by_hooks(self._model)
+        self._called_once = False  # each layer, in a pass that did not end early
 
     def features(
         self,
@@ -78,14 +84,15 @@ class TeacherPass:
                 "replay_rng must be False where the student itself was not called, or is compiled "
                 "as a part of another model: its random state is not known"
             )
-        ends_early = self._may_end_early and all(calls.values())
-        by_teacher = {self._names[name]: count for name, count in calls.items()}
+        ends_early = self._ends_early(calls)
         own_masks = {self._names[name]: masks.get(name) for name in calls}
 
         def run() -> dict[str, Tensor]:
             adapters_off = without_adapters(self._student) if self._is_student else nullcontext()
-            with adapters_off, self.capture.fresh(by_teacher if ends_early else None) as capture:
+            with adapters_off, self.capture.fresh(ends_early) as capture:
                 self._run(call, latest)
+                if not ends_early:
+                    self._called_once = all(count == 1 for count in capture.calls().values())
                 return capture.features(own_masks)
 
         before = RandomState.now(call.tensors()) if warnings.is_first_step else None
@@ -94,6 +101,16 @@ class TeacherPass:
             # Numbers that are drawn need not be used: a second pass tells.
             warnings.warn_of_random_numbers(features, run())
         return {name: features[theirs] for name, theirs in self._names.items()}
+
+    def _ends_early(self, calls: Mapping[str, int]) -> bool:
+        """Whether the pass may end after the last layer, as the student called its layers.
+
+        Only if each layer is known to run once, because the latest of its outputs counts, and if
+        no hook is skipped, which may undo what another did before.
+        """
+        is_once = self._called_once and all(count <= 1 for count in calls.values())
+        has_hooks = bool(_global_forward_hooks) or any(map(_has_forward_hooks, self._around))
+        return self._may_end_early and is_once and not has_hooks
 
     def _run(self, call: Call, latest: Pass) -> None:
         """Run the teacher in eval mode and without gradients."""
@@ -120,9 +137,10 @@ def _recorded(latest: Pass) -> Call:
     """
     if latest.call is None:
         raise RuntimeError(
-            "the student itself was not called, only parts of it, so the teacher's arguments are "
-            "not known: call rift(...) with them (a RIFTCallback has inputs= for that), and set "
-            "forward= if the teacher, too, is to run in parts"
+            "the student itself was not called, only parts of it, or one of its layers again after "
+            "it, so the teacher's arguments are not known: call rift(...) with them (a "
+            "RIFTCallback has inputs= for that), and set forward= if the teacher, too, is to run "
+            "in parts"
         )
     for name in _CACHES:
         if latest.call.keywords.get(name) is not None:
@@ -137,6 +155,14 @@ def _recorded(latest: Pass) -> Call:
             "would see another: call rift(...) with the arguments for the teacher"
         )
     return latest.call
+
+
+def _has_forward_hooks(module: nn.Module) -> bool:
+    """Whether a module has hooks, not of a capture, that do not run after an exception."""
+    always = module._forward_hooks_always_called
+    hooks = [hook for key, hook in module._forward_hooks.items() if key not in always]
+    owners = [getattr(hook, "__self__", hook) for hook in hooks]
+    return not all(isinstance(owner, CallHook | LayerHook) for owner in owners)
 
 
 @contextmanager

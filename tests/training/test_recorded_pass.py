@@ -279,15 +279,68 @@ def test_the_teachers_pass_ends_after_the_last_layer() -> None:
     for _ in range(2):
         student(inputs()[:, 0])
         rift()
-    assert seen == ["0", "1", "2"] * 2
+    assert seen == ["0", "1", "2", "3", "0", "1", "2"]  # the first shows that each runs once
     # Another class may call its layers in another order, or more often.
     teacher = nn.ModuleList(blocks())
     teacher.forward = lambda x: [layer(x) for layer in (*teacher, teacher[0])]
     rift = rk.RIFTRegularizer(student, teacher, layers=["0", "2"])
     seen = calls(teacher)
-    student(inputs()[:, 0])
-    rift()
-    assert seen == ["0", "1", "2", "3", "0"]
+    for _ in range(2):
+        student(inputs()[:, 0])
+        rift()
+    assert seen == ["0", "1", "2", "3", "0"] * 2
+
+
+def test_a_pass_that_others_wait_for_runs_to_its_end() -> None:
+    student = blocks()
+    for is_global in (False, True):
+        teacher, stack = copy.deepcopy(student), []
+        rift = rk.RIFTRegularizer(student, teacher, layers="1")
+        push, pop = (lambda *_, s=stack: s.append(0)), (lambda *_, s=stack: s.clear())
+        hooks = nn.modules.module if is_global else teacher
+        before = "register_module_forward_pre_hook" if is_global else "register_forward_pre_hook"
+        handles = [getattr(hooks, before)(push), getattr(hooks, before.replace("pre_", ""))(pop)]
+        for _ in range(2):
+            student(inputs()[:, 0])
+            rift()
+            assert not stack
+        for handle in handles:
+            handle.remove()
+    logits: list[Tensor] = []
+    teacher = copy.deepcopy(student)
+    rift = rk.RIFTRegularizer(
+        student, teacher, layers="1", forward=lambda model, x: logits.append(model(x))
+    )
+    for _ in range(2):
+        student(inputs()[:, 0])
+        rift()
+    assert len(logits) == 2
+
+
+def test_a_layer_that_runs_more_often_in_the_teacher() -> None:
+    """Its latest output is compared, not that of the student's number of calls."""
+
+    class Repeated(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.times = nn.Linear(6, 6), 1
+
+        def forward(self, x: Tensor) -> Tensor:
+            for _ in range(self.times):
+                x = self.layer(x).tanh()
+            return x
+
+    torch.manual_seed(0)
+    student = Repeated()
+    teacher = perturbed(student)
+    teacher.times = 3
+    x = inputs()[:, 0]
+    latest = teacher.layer(teacher.layer(teacher.layer(x).tanh()).tanh())
+    expected = rk.RIFTLoss()(student.layer(x), latest.detach())
+    rift = rk.RIFTRegularizer(student, teacher, layers="layer")
+    for _ in range(2):
+        student(x)
+        torch.testing.assert_close(rift(), expected)
 
 
 def test_a_layer_that_runs_several_times() -> None:
@@ -311,7 +364,7 @@ def test_a_layer_that_runs_several_times() -> None:
     for times in (3, 2, 4):
         student(inputs()[:, 0], times)
         assert float(rift().detach()) == pytest.approx(0, abs=1e-6)
-    assert seen == ["layer"] * 9
+    assert seen == [*["layer"] * 3, "after", *["layer"] * 2, "after", *["layer"] * 4, "after"]
 
 
 @pytest.mark.usefixtures("one_process")
@@ -325,16 +378,18 @@ def test_a_teacher_whose_parameters_move_runs_to_its_end() -> None:
         fully_shard(part, mesh=mesh)
     rift = rk.RIFTRegularizer(student, teacher, layers="0")
     seen = calls(teacher)
-    student(inputs()[:, 0])
-    assert float(rift().detach()) == pytest.approx(0, abs=1e-6)
-    assert seen == ["0", "1", "2", "3"]
+    for _ in range(2):
+        student(inputs()[:, 0])
+        assert float(rift().detach()) == pytest.approx(0, abs=1e-6)
+    assert seen == ["0", "1", "2", "3"] * 2
     accelerate = pytest.importorskip("accelerate", reason="needs accelerate")
     teacher = accelerate.cpu_offload(blocks(), torch.device("cpu"))
     rift = rk.RIFTRegularizer(student, teacher, layers="0")
     seen = calls(teacher)
-    student(inputs()[:, 0])
-    rift()
-    assert seen == ["0", "1", "2", "3"]
+    for _ in range(2):
+        student(inputs()[:, 0])
+        rift()
+    assert seen == ["0", "1", "2", "3"] * 2
 
 
 def test_the_teacher_keeps_no_cache() -> None:
