@@ -244,6 +244,7 @@ class RIFTRegularizer(nn.Module):
         """
         given = Call(inputs, keywords) if inputs or keywords else None
         outputs, latest = self._student.outputs(), self._student.latest
+        latest.is_unused = False
         if not outputs and latest.call is None:
             raise RuntimeError(nothing_captured(self.layers, was_called=False))
         call = latest.call if given is None else given

@@ -86,6 +86,39 @@ def test_a_replaced_pass_warns_once() -> None:
     assert rift.step == 2
 
 
+@pytest.mark.parametrize("with_gradients", [True, False])
+def test_a_pass_that_failed_is_no_pass(with_gradients) -> None:
+    student, rift = gated(forward=lambda teacher, x: teacher(x))
+    with torch.set_grad_enabled(with_gradients), pytest.raises(RuntimeError, match="must match"):
+        student(torch.randn(5, 5, 6), mask=torch.randn(5, 4))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        student.head(student.features(inputs()))
+        loss = rift(inputs())
+        student(inputs())
+        torch.testing.assert_close(rift(), loss)
+    # Nor is one that the loss has refused.
+    student(inputs()[:2])
+    with pytest.raises(ValueError, match="at least 4 rows"):
+        rift()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        student(inputs())
+        torch.testing.assert_close(rift(), loss)
+
+
+def test_a_layer_that_ran_by_itself_after_a_pass() -> None:
+    """Its inputs are not those of the pass."""
+    student, rift = gated()
+    student(inputs(seed=2))
+    student.head(student.features(inputs()))
+    with pytest.raises(RuntimeError, match="the student itself was not called, only parts of it"):
+        rift()
+    loss = rift(inputs())
+    student(inputs())
+    torch.testing.assert_close(rift(), loss)
+
+
 def test_two_regularisers_on_one_student_with_adapters() -> None:
     """The teacher's pass of one is not captured by the other."""
     peft = pytest.importorskip("peft", reason="needs peft")
