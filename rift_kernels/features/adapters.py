@@ -80,7 +80,8 @@ def _adapted(model: nn.Module) -> list[Any]:
         raise ValueError(
             "teacher must not be None for a student without adapters (a PEFT model, or a "
             "transformers model with add_adapter); use copy.deepcopy(student) from before "
-            f"finetuning; got None for {type(model).__name__}"
+            f"finetuning; got None for {type(model).__name__}. If a trainer adds the adapters, "
+            "give it rift=lambda model: rk.RIFTRegularizer(model, ...)"
         )
     return found
 
