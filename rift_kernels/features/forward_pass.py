@@ -77,14 +77,13 @@ def parameters(model: nn.Module) -> tuple[list[str], bool]:
 
 
 def named_arguments(model: nn.Module, call: Call) -> dict[str, Any]:
-    """The arguments of a call by name, those in a mapping given as the first included."""
+    """The arguments of a call by name, and those in the first one, if it is a batch with names."""
     try:
         signature = inspect.signature(innermost(model).forward)
         named = dict(signature.bind_partial(*call.inputs).arguments)
     except TypeError:  # the model itself raises a better error for wrong inputs
         named = {}
-    inner = call.inputs[0] if call.inputs and isinstance(call.inputs[0], Mapping) else {}
-    return {**inner, **named, **call.keywords}
+    return {**call.in_first(), **named, **call.keywords}
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

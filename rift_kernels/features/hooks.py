@@ -12,13 +12,15 @@ dictionary.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from types import FrameType
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import get_device_states
+
+from . import containers
 
 
 class Call(NamedTuple):
@@ -29,12 +31,17 @@ class Call(NamedTuple):
 
     def tensors(self) -> list[Tensor]:
         """All tensors among the arguments, those in containers included."""
-        return [value for value in _values(self) if isinstance(value, Tensor)]
+        return [value for value in containers.values(self) if isinstance(value, Tensor)]
+
+    def in_first(self) -> dict[str, Any]:
+        """The values by name in the first argument, if it is a batch that has them."""
+        first = next(iter((*self.inputs, *self.keywords.values())), None)
+        return containers.named(first)
 
     def batch_sizes(self) -> frozenset[int]:
         """The first axes of all tensors, and the lengths of lists, which may be batches, too."""
         arguments = (*self.inputs, *self.keywords.values())
-        values = [value for argument in arguments for value in _values(argument)]
+        values = [value for argument in arguments for value in containers.values(argument)]
         tensors = {
             x.shape[0] for x in values if isinstance(x, Tensor) and x.dim() and not x.is_nested
         }
@@ -249,19 +256,5 @@ def _autocast(device_type: str) -> Autocast | None:
 
 
 def _copied(value: Any) -> Any:
-    """The containers of a value copied: models add their outputs to the dictionary they get."""
-    if type(value) is dict:
-        return {key: _copied(each) for key, each in value.items()}
-    if type(value) in (list, tuple):
-        return type(value)([_copied(each) for each in value])
-    return value.copy() if isinstance(value, Mapping) and hasattr(value, "copy") else value
-
-
-def _values(value: Any) -> Iterator[Any]:
-    """A value, and all values in it if it is a container."""
-    yield value
-    if isinstance(value, Mapping):
-        value = list(value.values())
-    if isinstance(value, tuple | list):
-        for each in value:
-            yield from _values(each)
+    """The containers of a value copied: models add their outputs to the batch that they get."""
+    return containers.mapped(lambda each: each, value)

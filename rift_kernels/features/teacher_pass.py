@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _global_forward_hooks
 from torch.utils.checkpoint import set_device_states
 
+from . import containers
 from .adapters import without_adapters
 from .capture import FeatureCapture
 from .forward_pass import LABELS, evaluating, parameters, unwrapped
@@ -221,20 +222,19 @@ def _accepted(teacher: nn.Module, student: nn.Module, call: Call) -> Call:
     dtypes = _dtypes(teacher)
     if len(dtypes) != 1 or dtypes == _dtypes(student):
         return accepted
-    return Call(*_cast(accepted, *dtypes))
+    return _cast(accepted, *dtypes)
 
 
 def _dtypes(model: nn.Module) -> set[torch.dtype]:
     return {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
 
 
-def _cast(value: Any, dtype: torch.dtype) -> Any:
-    """Arguments with floating tensors in a dtype, unless autocast casts them."""
-    if isinstance(value, Tensor):
-        is_cast = value.is_floating_point() and not torch.is_autocast_enabled(value.device.type)
-        return value.to(dtype) if is_cast else value
-    if isinstance(value, Mapping):
-        return {name: _cast(each, dtype) for name, each in value.items()}
-    if isinstance(value, tuple | list):
-        return [_cast(each, dtype) for each in value]
-    return value
+def _cast(call: Call, dtype: torch.dtype) -> Call:
+    """A call with its floating tensors in a dtype, unless autocast casts them."""
+
+    def cast(value: Any) -> Any:
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            return value
+        return value if torch.is_autocast_enabled(value.device.type) else value.to(dtype)
+
+    return Call(*containers.mapped(cast, tuple(call)))

@@ -78,18 +78,18 @@ class MaskHook:
             return
         if not recorder.in_call:
             recorder.kind = int(torch.is_grad_enabled())
-        self.cells[recorder.kind].seen = self.look(inputs, keywords)
+        self.cells[recorder.kind].seen = self.look(Call(inputs, keywords))
 
-    def look(self, inputs: Sequence[Any], keywords: Mapping[str, Any]) -> Seen:
+    def look(self, call: Call) -> Seen:
         """What these arguments say."""
-        values = [*inputs, *keywords.values()]
-        named = dict(keywords)
+        values = [*call.inputs, *call.keywords.values()]
+        named = dict(call.keywords)
         for name, position in self.positions.items():
-            if position < len(inputs):
-                named[name] = inputs[position]
-        if inputs and isinstance(inputs[0], Mapping):  # a batch, as sentence-transformers has it
-            named = {**inputs[0], **named}
-            values += inputs[0].values()
+            if position < len(call.inputs):
+                named[name] = call.inputs[position]
+        batch = call.in_first()  # as sentence-transformers has it
+        named = {**batch, **named}
+        values += batch.values()
         tensors = [value for value in values if isinstance(value, Tensor)]
         leading = tuple(
             (x.shape[0], x.shape[1]) for x in tensors if x.dim() > 1 and not x.is_nested
@@ -157,7 +157,7 @@ class TokenMasks:
                 continue
             seen = {path: hook.cells[kind].seen for path, hook in self._hooks.items()}
             if call is not None and not is_recorded and "" in self._hooks:
-                seen[""] = self._hooks[""].look(*call)
+                seen[""] = self._hooks[""].look(call)
             chain = [(path, seen[path]) for path in _paths_to(layer) if seen.get(path)]
             labels = call.keywords.get("labels") if call is not None else None
             masks[layer] = _nearest(chain, labels, output)  # type: ignore[arg-type]

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import inspect
 import warnings
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -232,6 +233,58 @@ def test_models_that_write_into_their_batch() -> None:
     student(batch)
     assert float(rift().detach()) == pytest.approx(0, abs=1e-6)
     assert batch["out"].requires_grad
+
+
+class NamedBatch(NamedTuple):
+    x: Tensor
+    attention_mask: Tensor
+
+
+@dataclasses.dataclass
+class DataBatch:
+    x: Tensor
+    attention_mask: Tensor
+
+
+class Batched(Gated):
+    """A model whose batch has attributes; one that is not frozen gets the output, too."""
+
+    def forward(self, batch: Any) -> Tensor:
+        output = super().forward(batch.x)
+        if isinstance(batch, DataBatch):
+            batch.x = output
+        return output
+
+
+@pytest.mark.parametrize("kind", [NamedBatch, DataBatch])
+def test_batches_with_attributes(kind) -> None:
+    student = Batched()
+    mask = torch.arange(5) < torch.arange(12).remainder(4)[:, None] + 1
+    teacher = copy.deepcopy(student).double()
+    rift = rk.RIFTRegularizer(student, teacher, layers="head", pooling="mean")
+    losses = []
+    for padding in (3.0, -3.0):
+        x = inputs()
+        student(kind(torch.where(mask[..., None], x, padding), mask))
+        losses.append(float(rift().detach()))
+    assert losses == pytest.approx([0, 0], abs=1e-6)
+    assert rift.token_masks == {"head": "attention_mask"}
+    x = inputs()
+    student(kind(x, mask))
+    x.add_(1)
+    with pytest.raises(RuntimeError, match="changed in place"):
+        rift()
+
+
+def test_outputs_of_an_encoder_keep_their_type_in_another_dtype() -> None:
+    student = tiny_models.t5()
+    teacher = copy.deepcopy(student).double()
+    rift = rk.RIFTRegularizer(student, teacher, layers="decoder.block.1", pooling="mean")
+    with torch.no_grad():
+        encoded = student.encoder(**tiny_models.text())
+    mask = tiny_models.text()["attention_mask"]
+    student(encoder_outputs=encoded, attention_mask=mask, labels=tiny_models.labels())
+    assert float(rift().detach()) == pytest.approx(0, abs=1e-6)
 
 
 def test_inputs_that_changed_are_not_used() -> None:
