@@ -60,7 +60,7 @@ class RIFTRegularizer(nn.Module):
       because the covariance of a few rows is noisy.
 
     The teacher's pass gets what the student's got, but for three things: ``labels`` where its
-    forward has no such argument, ``use_cache=False`` where it has one, and ``torch.nn``'s inference
+    forward does not take them, ``use_cache=False`` where it has one, and ``torch.nn``'s inference
     path, which is off. From the second on, it ends once the compared layers have run, if each runs
     once in a pass, without ``forward=``, and where no hooks around these layers await its end (the
     user's, or those of FSDP, DeepSpeed and accelerate).

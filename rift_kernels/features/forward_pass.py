@@ -59,21 +59,25 @@ def without_unused_labels(model: nn.Module, keywords: Mapping[str, Any]) -> dict
 
     Models of transformers that encode and decode make the decoder's inputs from labels.
     """
-    names, takes_any = parameters(model)
+    names, takes_rest = parameters(model)
     config = getattr(innermost(model), "config", None)
+    takes_any = takes_rest and not names
     only_for_loss = config is not None and not getattr(config, "is_encoder_decoder", False)
     return {
         name: value
         for name, value in keywords.items()
-        if name not in LABELS or not (only_for_loss or (name not in names and not takes_any))
+        if name not in LABELS or (not only_for_loss and (name in names or takes_any))
     }
 
 
 def parameters(model: nn.Module) -> tuple[list[str], bool]:
-    """The names of the parameters of the model's forward, and whether it only passes any on."""
-    signature = inspect.signature(innermost(model).forward).parameters
-    names = [p.name for p in signature.values() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
-    return names, not names
+    """The names of the parameters of the model's forward, and whether it takes others, too."""
+    try:
+        found = list(inspect.signature(innermost(model).forward).parameters.values())
+    except (TypeError, ValueError):  # compiled by TorchScript
+        return [], True
+    names = [p.name for p in found if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    return names, any(p.kind is p.VAR_KEYWORD for p in found)
 
 
 def named_arguments(model: nn.Module, call: Call) -> dict[str, Any]:
@@ -81,7 +85,7 @@ def named_arguments(model: nn.Module, call: Call) -> dict[str, Any]:
     try:
         signature = inspect.signature(innermost(model).forward)
         named = dict(signature.bind_partial(*call.inputs).arguments)
-    except TypeError:  # the model itself raises a better error for wrong inputs
+    except (TypeError, ValueError):  # the model itself raises a better error for wrong inputs
         named = {}
     return {**call.in_first(), **named, **call.keywords}
 

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import set_device_states
 from . import containers
 from .adapters import without_adapters
 from .capture import FeatureCapture
-from .forward_pass import LABELS, evaluating, parameters, unwrapped
+from .forward_pass import LABELS, evaluating, innermost, parameters, unwrapped
 from .hooks import Call, CallHook, LayerHook, Pass, PassEnd, RandomState
 from .layer_names import modules_by_name
 from .placement import is_placed_by_hooks
@@ -209,11 +209,14 @@ def _replayed(state: RandomState) -> Iterator[None]:
 
 def _accepted(teacher: nn.Module, student: nn.Module, call: Call) -> Call:
     """The arguments that the teacher takes: without a cache, and labels only where it has them."""
-    names, takes_any = parameters(teacher)
+    names, takes_rest = parameters(teacher)
+    # Of another class, it may ignore the rest, or hand it to functions that know no labels.
+    is_same_class = type(innermost(teacher)) is type(innermost(student))
+    takes_labels = takes_rest and (is_same_class or not names)
     keywords = {
         name: value
         for name, value in call.keywords.items()
-        if name not in LABELS or name in names or takes_any
+        if name not in LABELS or name in names or takes_labels
     }
     # Without a cache, transformers reads from positions which sequences are packed into one.
     if "use_cache" in names[len(call.inputs) :] and call.keywords.get("position_ids") is None:

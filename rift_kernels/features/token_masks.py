@@ -7,7 +7,6 @@ was called with. Every module around a captured layer is therefore watched.
 
 from __future__ import annotations
 
-import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .capture import FeatureCapture
-from .forward_pass import innermost, named_arguments, unwrapped
+from .forward_pass import named_arguments, parameters, unwrapped
 from .hooks import Call, Recorder
 from .layer_names import modules_by_name
 
@@ -218,10 +217,7 @@ def _paths_to(layer: str) -> list[str]:
 
 
 def _positions(module: nn.Module) -> dict[str, int]:
-    try:
-        names = list(inspect.signature(innermost(module).forward).parameters)
-    except (TypeError, ValueError):  # compiled by TorchScript
-        return {}
+    names, _ = parameters(module)
     return {n: i for i, n in enumerate(names) if n in _MARKS_PADDING or n in _ATTENDED}
 
 

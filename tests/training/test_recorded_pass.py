@@ -235,6 +235,18 @@ def test_models_that_write_into_their_batch() -> None:
     assert batch["out"].requires_grad
 
 
+def test_labels_reach_a_model_that_takes_any_keyword() -> None:
+    class Shifted(Gated):
+        def forward(self, x: Tensor, **keywords: Tensor) -> Tensor:
+            return super().forward(x + keywords["labels"])
+
+    student = Shifted()
+    rift = rk.RIFTRegularizer(student, copy.deepcopy(student), layers="head", pooling="mean")
+    for given in ({}, {"x": inputs(), "labels": inputs(seed=3)}):
+        student(inputs(), labels=inputs(seed=3))
+        assert float(rift(**given).detach()) == pytest.approx(0, abs=1e-6)
+
+
 class NamedBatch(NamedTuple):
     x: Tensor
     attention_mask: Tensor
