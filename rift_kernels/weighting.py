@@ -26,7 +26,9 @@ class AdaptiveWeight(nn.Module):
         rift = rk.RIFTLoss("cka", weight=rk.AdaptiveWeight(target_similarity=0.9))
 
     Args:
-        target_similarity: target for the mean similarity over layers, in (0, 1].
+        target_similarity: target for the mean similarity over layers, in (0, 1]. Choose one below
+            the similarity of the untrained student in training mode, which dropout lowers;
+            otherwise the weight grows to ``maximum``.
         initial: the weight at the start.
         rate: change of the weight in one step for each unit of missing similarity. A larger rate
             reaches the target sooner and makes the weight oscillate more around it.

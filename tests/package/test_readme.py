@@ -25,18 +25,22 @@ BLOCKS = [
 # Words of each block, by the test that runs it.
 WORDS = {
     "loop": "for images, labels in loader",
-    "regulariser": 'layers=["encoder.layer.5"',
+    "regulariser": 'layers=["vit.layers.5"',
     "adapters": "peft.get_peft_model",
     "statistics": "rk.collect_teacher_statistics",
     "masks": "token_mask={",
-    "weight": "rk.AdaptiveWeight",
+    "first step": "print(rift.token_masks)",
+    "weight": "margin=0.1",
+    "checkpoint": "torch.save",
     "transformers": "trainer = RIFTTrainer(model=model",
     "model_init": "model_init=load",
     "trl": "trl.SFTTrainer",
+    "peft_config": "peft_config=",
+    "sentences": "sentence_embedding",
     "lightning": "RIFTCallback(rift)",
     "accelerate": "accelerator.prepare",
     "losses": "teacher_features = pretrained.features(batch)",
-    "layers": "list_of_student_layers",
+    "similarities": "similarities = rk.linear_cka",
 }
 
 
@@ -84,12 +88,12 @@ class Encoder(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.encoder = nn.Module()
-        self.encoder.layer = nn.ModuleList(nn.Linear(8, 8) for _ in range(12))
+        self.vit = nn.Module()
+        self.vit.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(12))
         self.head = nn.Linear(8, 2)
 
     def features(self, x: Tensor) -> Tensor:
-        for layer in self.encoder.layer:
+        for layer in self.vit.layers:
             x = x + layer(x).tanh()
         return x
 
@@ -98,17 +102,17 @@ class Encoder(nn.Module):
 
 
 def test_training_loop() -> None:
-    model = Encoder()
+    model = twelve_layers()
     before = [parameter.detach().clone() for parameter in model.parameters()]
     names: dict[str, Any] = {
         "model": model,
-        "loader": [(torch.randn(12, 8), torch.arange(12) % 2) for _ in range(3)],
+        "loader": [(torch.randn(12, 3, 8, 8), torch.arange(12) % 2) for _ in range(3)],
         "optimizer": torch.optim.SGD(model.parameters(), 0.1),
         "cross_entropy": cross_entropy,
     }
     exec(block("loop"), names)
-    assert set(names["rift"].metrics()) == {"rift/similarity/encoder.layer.11", "rift/weight"}
-    assert names["rift"].metrics()["rift/similarity/encoder.layer.11"] < 1
+    assert set(names["rift"].metrics()) == {"rift/similarity/vit.layers.11", "rift/weight"}
+    assert names["rift"].metrics()["rift/similarity/vit.layers.11"] < 1
     after = list(model.parameters())
     assert not any(torch.equal(old, new) for old, new in zip(before, after, strict=True))
 
@@ -122,7 +126,7 @@ def test_regulariser_and_weight() -> None:
     for rift in (*regularizers, names["rift"]):
         model(x)
         assert rift().item() == pytest.approx(0, abs=1e-5)
-    assert list(regularizers[0].distances) == ["encoder.layer.5", "encoder.layer.11"]
+    assert list(regularizers[0].distances) == ["vit.layers.5", "vit.layers.11"]
     assert names["rift"].step == 1
     assert names["rift"].schedule(50) == 0.5
 
@@ -151,13 +155,11 @@ def test_adapters(monkeypatch) -> None:
     peft = pytest.importorskip("peft", reason="needs peft")
     transformers = pytest.importorskip("transformers", reason="needs transformers")
     monkeypatch.setattr(transformers.integrations.peft, "check_peft_version", lambda **_: None)
-    model = twelve_layers()
-    names: dict[str, Any] = {"peft": peft, "rk": rk, "model": model}
+    names: dict[str, Any] = {"peft": peft, "rk": rk, "model": causal_lm()}
     exec(block("adapters"), names)
     assert any("lora" in name for name, _ in names["model"].named_parameters())
-    pixels = torch.randn(6, 3, 8, 8)
-    names["model"](pixels)
-    assert names["rift"](pixels).item() == pytest.approx(0, abs=1e-5)
+    names["model"](torch.randint(VOCABULARY, (6, 5)))
+    assert names["rift"]().item() == pytest.approx(0, abs=1e-5)
 
 
 def test_statistics(tmp_path, monkeypatch) -> None:
@@ -188,17 +190,93 @@ def test_losses() -> None:
     }
     exec(block("losses"), names)
     names["loss"].backward()
-    layers = [torch.randn(12, 4), torch.randn(12, 6)]
-    names |= {"list_of_student_layers": layers, "list_of_teacher_layers": layers}
-    exec(block("layers"), names)
+
+
+def test_similarities() -> None:
+    names: dict[str, Any] = {"rk": rk, "torch": torch, "batch": tokens()}
+    names["model"] = names["pretrained"] = small("Bert", "Model").eval()
+    exec(block("similarities"), names)
+    torch.testing.assert_close(names["similarities"], torch.ones(12))
+    names["pretrained"] = small("Bert", "Model").eval()
+    exec(block("similarities"), names)
+    similarities = names["similarities"]
+    assert similarities.max() < 0.999
+    names["batch"]["input_ids"] += 1 - names["batch"]["attention_mask"]  # other padding
+    exec(block("similarities"), names)
+    torch.testing.assert_close(names["similarities"], similarities)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_first_step(dropout, capsys) -> None:
+    """The similarity of copies is 1, unless dropout lowers it, as the page says."""
+    model = small(
+        "Bert",
+        "ForSequenceClassification",
+        hidden_dropout_prob=dropout,
+        attention_probs_dropout_prob=dropout,
+        num_labels=3,
+    ).train()
+    rift = rk.RIFTRegularizer(model, copy.deepcopy(model), layers="*layer.11", pooling="mean")
+    batch = tokens() | {"labels": torch.arange(8) % 3}
+    exec(block("first step"), {"model": model, "rift": rift, "batch": batch})
+    assert "'bert.encoder.layer.11': 'bert.attention_mask'" in capsys.readouterr().out
+    similarity = rift.metrics()["rift/similarity/bert.encoder.layer.11"]
+    assert similarity < 0.95 if dropout else similarity == pytest.approx(1, abs=1e-5)
+
+
+def test_checkpoint(tmp_path, monkeypatch) -> None:
+    """The script that resumes takes the step that the other takes next."""
+    monkeypatch.chdir(tmp_path)
+    pretrained = Encoder()
+    model = copy.deepcopy(pretrained)
+    names: dict[str, Any] = {"copy": copy, "rk": rk, "torch": torch, "model": model}
+    names["load_pretrained"] = lambda: copy.deepcopy(pretrained)
+    names["optimizer"] = torch.optim.AdamW(model.parameters())
+    names["rift"] = rk.RIFTRegularizer(
+        model, pretrained, layers="vit.layers.11", weight=rk.AdaptiveWeight(0.9)
+    )
+    x = torch.randn(12, 8)
+
+    def step(names: dict[str, Any]) -> float:
+        loss = names["model"](x).square().mean() + names["rift"]()
+        names["optimizer"].zero_grad()
+        loss.backward()
+        names["optimizer"].step()
+        return loss.item()
+
+    for _ in range(3):
+        step(names)
+    before = dict(names)
+    exec(block("checkpoint"), names)
+    assert names["model"] is not model
+    assert names["rift"].step == 3
+    assert [step(names), step(names)] == [step(before), step(before)]
+
+
+VOCABULARY = 32
+
+
+def small(family: str, head: str, **more: Any) -> nn.Module:
+    """A model of transformers with twelve layers."""
+    transformers = pytest.importorskip("transformers", reason="needs transformers")
+    sizes = {"hidden_size": 8, "num_hidden_layers": 12, "num_attention_heads": 2}
+    config = getattr(transformers, f"{family}Config")(intermediate_size=8, **sizes, **more)
+    return getattr(transformers, f"{family}{head}")(config)
 
 
 def twelve_layers() -> nn.Module:
-    from transformers import ViTConfig, ViTForImageClassification
+    return small("ViT", "ForImageClassification", image_size=8, patch_size=4, num_labels=3)
 
-    sizes = {"hidden_size": 8, "num_hidden_layers": 12, "num_attention_heads": 2}
-    config = ViTConfig(image_size=8, patch_size=4, intermediate_size=8, num_labels=3, **sizes)
-    return ViTForImageClassification(config)
+
+def causal_lm() -> nn.Module:
+    return small("Llama", "ForCausalLM", vocab_size=VOCABULARY)
+
+
+def tokens() -> dict[str, Tensor]:
+    """Eight texts, of which some are padded."""
+    mask = torch.ones(8, 5).long()
+    mask[3:, 4:] = 0
+    return {"input_ids": torch.randint(VOCABULARY, (8, 5)) * mask, "attention_mask": mask}
 
 
 def test_transformers(tmp_path) -> None:
@@ -236,19 +314,40 @@ def test_model_init(tmp_path) -> None:
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_trl(tmp_path) -> None:
     trl = pytest.importorskip("trl", reason="needs trl")
+    peft = pytest.importorskip("peft", reason="needs peft")
     datasets = pytest.importorskip("datasets", reason="needs datasets")
-    transformers = pytest.importorskip("transformers", reason="needs transformers")
     from rift_kernels.integrations.transformers import RIFTTrainer
-    from tests.support.trainers import VOCABULARY, settings, texts, tokenizer
+    from tests.support.trainers import settings, texts, tokenizer
 
-    sizes = {"hidden_size": 8, "num_hidden_layers": 12, "num_attention_heads": 2}
-    config = transformers.LlamaConfig(vocab_size=VOCABULARY, intermediate_size=8, **sizes)
-    names = {"rk": rk, "copy": copy, "trl": trl, "RIFTTrainer": RIFTTrainer}
-    names |= {"model": transformers.LlamaForCausalLM(config), "tokenizer": tokenizer()}
+    names: dict[str, Any] = {"rk": rk, "copy": copy, "trl": trl, "peft": peft}
+    names |= {"RIFTTrainer": RIFTTrainer, "model": causal_lm(), "tokenizer": tokenizer()}
     names |= {"args": trl.SFTConfig(**settings(tmp_path))}
     names |= {"data": datasets.Dataset.from_dict({"text": texts()})}
     exec(block("trl"), names)
     names["trainer"].train()
+    assert names["rift"].step == 1
+    exec(block("peft_config"), names | {"model": causal_lm()}, names)
+    names["trainer"].train()
+    assert names["trainer"].rift.step == 1
+    assert isinstance(names["trainer"].rift.student, peft.PeftModel)
+
+
+def test_sentences(tmp_path) -> None:
+    library = pytest.importorskip("sentence_transformers", reason="needs sentence-transformers")
+    from tests.support.trainers import texts, tokenizer
+
+    small(
+        "Bert", "Model", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
+    ).save_pretrained(tmp_path)
+    tokenizer().save_pretrained(tmp_path)
+    modules = library.sentence_transformer.modules
+    parts = [modules.Transformer(str(tmp_path)), modules.Pooling(8)]
+    names: dict[str, Any] = {"rk": rk, "copy": copy, "objective": cross_entropy}
+    names["model"] = library.SentenceTransformer(modules=parts, device="cpu").train()
+    names["loader"] = [(texts(8), torch.arange(8))]
+    exec(block("sentences"), names)
+    assert names["rift"].metrics()["rift/similarity/1"] == pytest.approx(1, abs=1e-5)
+    names["loss"].backward()
     assert names["rift"].step == 1
 
 
