@@ -49,7 +49,7 @@ class Call(NamedTuple):
 
 
 class Autocast(NamedTuple):
-    """The autocast under which a layer ran."""
+    """The autocast under which a model ran."""
 
     device_type: str
     dtype: torch.dtype
@@ -144,10 +144,11 @@ class CallHook:
         for hook in self.hooks:
             hook.start(kind)
         latest.call = Call(_copied(inputs), _copied(keywords))
-        latest.autocast = latest.random = None
+        tensors = latest.call.tensors()
+        latest.autocast = _autocast(tensors[0].device.type) if tensors else None
+        latest.random = None
         if torch.compiler.is_compiling():
             return
-        tensors = latest.call.tensors()
         latest.versions = [(x, x._version) for x in tensors if not x.is_inference()]
         if recorder.keeps_random:
             latest.random = RandomState.now(tensors)
@@ -206,8 +207,11 @@ class LayerHook:
         if torch.compiler.is_compiling():
             return
         cell.calls += 1
-        if tensor is not None:
-            recorder.passes[recorder.kind].autocast = _autocast(tensor.device.type)
+        # A model's forward may begin an autocast of its own, as accelerate's do, or end one.
+        latest = recorder.passes[recorder.kind]
+        is_known = recorder.in_call and latest.autocast is not None and latest.autocast.enabled
+        if tensor is not None and not is_known:
+            latest.autocast = _autocast(tensor.device.type)
         if recorder.layers_left is not None and cell.calls == 1:
             recorder.layers_left -= 1
             if recorder.layers_left == 0:

@@ -517,6 +517,55 @@ def test_sequences_packed_into_one() -> None:
         assert float(rift().detach()) == pytest.approx(0, abs=1e-6)
 
 
+# --- autocast
+
+
+def dtypes_of(layer: nn.Module) -> list[torch.dtype]:
+    """The dtypes of the layer's outputs from now on."""
+    seen: list[torch.dtype] = []
+    layer.register_forward_hook(lambda _, __, output: seen.append(output.dtype))
+    return seen
+
+
+class Mixed(Gated):
+    """A model that computes its head in float32."""
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        x = self.features(x)
+        with torch.autocast("cpu", enabled=False):
+            return self.head(x.float())
+
+
+def test_a_layer_that_switches_autocast_off() -> None:
+    student = Mixed()
+    teacher = copy.deepcopy(student)
+    rift = rk.RIFTRegularizer(student, teacher, layers=["features", "head"], pooling="mean")
+    seen = dtypes_of(teacher.features)
+    with torch.autocast("cpu", torch.bfloat16):
+        student(inputs())
+    assert float(rift().detach()) == pytest.approx(0, abs=1e-6)
+    assert seen == [torch.bfloat16]
+
+
+@pytest.mark.parametrize("way", ["the student", "in place", "around it"])
+def test_autocast_of_a_compiled_student(way) -> None:
+    torch.compiler.reset()
+    student: Any = Gated()
+    teacher = copy.deepcopy(student)
+    settings = {"backend": "eager", "fullgraph": True}
+    if way == "in place":
+        student.compile(**settings)
+    compiled = student if way == "in place" else torch.compile(student, **settings)
+    captured = compiled if way == "the student" else student
+    rift = rk.RIFTRegularizer(captured, teacher, layers="features", pooling="mean")
+    seen = dtypes_of(teacher.features)
+    for is_on in (True, False):
+        with torch.autocast("cpu", torch.bfloat16, enabled=is_on):
+            compiled(inputs())
+        rift()
+    assert seen == [torch.bfloat16, torch.float32]
+
+
 # --- compiled
 
 
