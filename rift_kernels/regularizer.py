@@ -338,8 +338,10 @@ class RIFTRegularizer(nn.Module):
             if never:
                 raise RuntimeError(nothing_captured(never, was_called=True))
             return {name: teacher[self._names[name]] for name in students}
-        features = self._teacher.features(given, self._student, masks, self._warnings)
-        common = _to_common_dtype([features[name] for name in students])
+        features = self._teacher.features(
+            given, self._student, list(students), masks, self._warnings
+        )
+        common = _to_common_dtype(list(features.values()))
         return {
             name: theirs.to(own.device)
             for (name, own), theirs in zip(students.items(), common, strict=True)

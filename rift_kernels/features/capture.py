@@ -215,11 +215,15 @@ class FeatureCapture:
                 row of ``"mean"`` or ``"last"`` has no valid token (on a CPU; on a GPU, the row is
                 NaN).
         """
+        return self.pooled(self.all_outputs(), mask)
+
+    def all_outputs(self) -> dict[str, Any]:
+        """The captured outputs of all layers; RuntimeError if one was not called."""
         outputs = self.outputs()
         missing = [name for name in self.layers if name not in outputs]
         if missing:
             raise RuntimeError(nothing_captured(missing, self.latest.call is not None))
-        return self.pooled(outputs, mask)
+        return outputs
 
     def outputs(self) -> dict[str, Any]:
         """The captured outputs of the layers that were called."""

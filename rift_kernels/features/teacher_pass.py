@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -67,15 +67,17 @@ class TeacherPass:
         self,
         given: Call | None,
         student: FeatureCapture,
+        compared: Sequence[str],
         masks: Mapping[str, Tensor | None],
         warnings: TrainingWarnings,
     ) -> dict[str, Tensor]:
-        """The teacher's features of all layers, by the names of the student's.
+        """The teacher's features of the compared layers, by the names of the student's.
 
         Args:
             given: the user's arguments for the teacher; None for those of the student's pass.
             student: what was captured of that pass.
-            masks: of the tokens of each of the student's layers.
+            compared: the layers that the student called. The teacher must call all that it has.
+            masks: of the tokens of each of these.
             warnings: are told of random numbers in the first step.
         """
         latest, calls = student.latest, student.calls()
@@ -86,7 +88,7 @@ class TeacherPass:
                 "as a part of another model: its random state is not known"
             )
         ends_early = self._ends_early(calls)
-        own_masks = {self._names[name]: masks.get(name) for name in calls}
+        own_masks = {self._names[name]: masks.get(name) for name in compared}
 
         def run() -> dict[str, Tensor]:
             adapters_off = without_adapters(self._student) if self._is_student else nullcontext()
@@ -94,14 +96,15 @@ class TeacherPass:
                 self._run(call, latest)
                 if not ends_early:
                     self._called_once = all(count == 1 for count in capture.calls().values())
-                return capture.features(own_masks)
+                outputs = capture.all_outputs()
+                return capture.pooled({name: outputs[name] for name in own_masks}, own_masks)
 
         before = RandomState.now(call.tensors()) if warnings.is_first_step else None
         features = run()
         if before is not None and not before.equals(RandomState.now(call.tensors())):
             # Numbers that are drawn need not be used: a second pass tells.
             warnings.warn_of_random_numbers(features, run())
-        return {name: features[theirs] for name, theirs in self._names.items()}
+        return {name: features[self._names[name]] for name in compared}
 
     def _ends_early(self, calls: Mapping[str, int]) -> bool:
         """Whether the pass may end after the last layer, as the student called its layers.

@@ -530,7 +530,7 @@ def dtypes_of(layer: nn.Module) -> list[torch.dtype]:
 class Mixed(Gated):
     """A model that computes its head in float32."""
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, _: Tensor | None = None) -> Tensor:
         x = self.features(x)
         with torch.autocast("cpu", enabled=False):
             return self.head(x.float())

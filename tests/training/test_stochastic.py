@@ -57,6 +57,22 @@ def test_a_skipped_layer_leaves_the_loss_of_its_step(skipped) -> None:
         assert torch.equal(loss, expected())
 
 
+def test_a_skipped_layer_is_not_pooled() -> None:
+    """It has no mask, without which a function as pooling may not work."""
+    student = Skipping()
+    rift = rk.RIFTRegularizer(
+        student,
+        copy.deepcopy(student),
+        layers="layers.*",
+        pooling=lambda x, mask: (x * mask.unsqueeze(-1)).sum(1),
+        token_mask=lambda _: torch.ones(12, 2, dtype=torch.bool),
+    )
+    student.skipped = {2}
+    student(torch.stack([inputs(), -inputs()], 1))
+    assert float(rift().detach()) == pytest.approx(0, abs=1e-6)
+    assert len(rift.distances) == 2
+
+
 def test_a_step_that_skips_all_layers_has_no_loss() -> None:
     student = Skipping()
     rift = rk.RIFTRegularizer(student, perturbed(student), layers="layers.1")
