@@ -136,16 +136,17 @@ class FeatureCapture:
 
     def __getstate__(self) -> dict[str, Any]:
         """Everything but the weak references; a copy has copies of the model and its hooks."""
-        state = {**vars(self), "_model": self._model(), "_alive": self._finalizer.alive}
+        is_on = self._finalizer.alive and self.recorder.on
+        state = {**vars(self), "_model": self._model(), "_is_on": is_on}
         del state["_finalizer"]
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        model, alive = state.pop("_model"), state.pop("_alive")
+        model, is_on = state.pop("_model"), state.pop("_is_on")
         vars(self).update(state)
         self._model = weakref.ref(model)
         self._remove_at_deletion()
-        self.recorder.on = alive
+        self.recorder.on = is_on
 
     def watch(self, module: nn.Module, hook: Hook) -> None:
         """Also run this hook before a module of the model is called."""

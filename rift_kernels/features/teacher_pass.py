@@ -53,6 +53,8 @@ class TeacherPass:
         self.capture = capture
         self._student = student
         self._is_student = teacher is None
+        if teacher is not None:  # outside of its passes, nothing of its calls is kept
+            capture.recorder.on = False
         self._model = unwrapped(student if teacher is None else teacher)
         self._names = names
         self._forward = forward

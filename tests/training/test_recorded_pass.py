@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import inspect
 import warnings
+import weakref
 from typing import Any, NamedTuple
 
 import pytest
@@ -387,6 +388,18 @@ def test_the_teachers_pass_ends_after_the_last_layer() -> None:
         student(inputs()[:, 0])
         rift()
     assert seen == ["0", "1", "2", "3", "0"] * 2
+
+
+def test_a_teacher_that_the_user_calls_too_is_not_captured_then() -> None:
+    _, rift = gated()
+    for regularizer in (rift, copy.deepcopy(rift)):
+        teacher = regularizer._models[1]
+        outputs: list[weakref.ref[Tensor]] = []
+        teacher.head.register_forward_hook(lambda _, __, x, o=outputs: o.append(weakref.ref(x)))
+        teacher(inputs())
+        assert outputs[0]() is None
+        regularizer.student(inputs())
+        assert float(regularizer().detach()) > 1e-3
 
 
 def test_a_pass_that_others_wait_for_runs_to_its_end() -> None:
