@@ -12,7 +12,7 @@ dictionary.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import FrameType
 from typing import Any, NamedTuple, Protocol
 
@@ -21,6 +21,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import get_device_states
 
 from . import containers
+
+# Arguments that are no batch, or one whose tensors are found.
+_PLAIN = (Tensor, Mapping, tuple, list, str, bytes, complex, float, int, type(None))
 
 
 class Call(NamedTuple):
@@ -39,9 +42,14 @@ class Call(NamedTuple):
         return containers.named(first)
 
     def batch_sizes(self) -> frozenset[int]:
-        """The first axes of all tensors, and the lengths of lists, which may be batches, too."""
+        """The first axes of all tensors, and the lengths of lists, which may be batches, too.
+
+        Empty, for unknown, if an argument may hold a batch that is not seen, as a graph does.
+        """
         arguments = (*self.inputs, *self.keywords.values())
         values = [value for argument in arguments for value in containers.values(argument)]
+        if not all(isinstance(x, _PLAIN) or containers.named(x) for x in values):
+            return frozenset()
         tensors = {
             x.shape[0] for x in values if isinstance(x, Tensor) and x.dim() and not x.is_nested
         }
@@ -111,8 +119,8 @@ class Recorder:
         self.layers_left: int | None = None  # to be called before the pass ends
 
     def is_recording(self) -> bool:
-        """Whether hooks act: not while paused, nor where a backward reruns a checkpoint."""
-        return self.on and not _in_backward()
+        """Whether hooks act: not if paused, exported, or where a backward reruns a checkpoint."""
+        return self.on and not torch.compiler.is_exporting() and not _in_backward()
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy has no pass, and is off until a copy of its capture switches it on."""

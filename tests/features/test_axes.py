@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from rift_kernels.features.axes import LayerAxes, layer_axes
-from rift_kernels.features.hooks import first_tensor
+from rift_kernels.features.hooks import Call, first_tensor
 from rift_kernels.features.layer_names import modules_by_name
 
 BATCH, TOKENS, WIDTH = 6, 5, 16
@@ -301,6 +301,12 @@ def test_unknown_sizes_of_the_batch_are_not_checked() -> None:
     axes_of(nn.Identity()).check((3, 4), frozenset({1, 3}))
     with pytest.raises(ValueError, match="the model's inputs have 1 or 2 rows"):
         axes_of(nn.Identity()).check((3, 4), frozenset({1, 2}))
+
+
+def test_a_batch_that_is_not_seen_has_no_known_size() -> None:
+    x = torch.zeros(3, 4)
+    assert Call((x, None, 0.5, {"a": [x[0]]}), {"name": "b"}).batch_sizes() == {1, 3, 4}
+    assert Call((object(),), {"temperature": x}).batch_sizes() == frozenset()
 
 
 def test_square_outputs_of_attention_are_ambiguous_until_a_batch_tells() -> None:

@@ -88,6 +88,15 @@ def test_a_replaced_pass_warns_once() -> None:
     assert rift.step == 2
 
 
+@pytest.mark.parametrize("strict", [False, True])
+def test_an_export_is_no_pass(strict) -> None:
+    """Its tensors are fake."""
+    student, rift = gated()
+    torch.export.export(student, (inputs(),), strict=strict)
+    with pytest.raises(RuntimeError, match="nothing was captured"):
+        rift()
+
+
 @pytest.mark.parametrize("with_gradients", [True, False])
 def test_a_pass_that_failed_is_no_pass(with_gradients) -> None:
     student, rift = gated(forward=lambda teacher, x: teacher(x))
