@@ -123,6 +123,23 @@ def test_a_mask_by_position_is_found_in_wrappers() -> None:
     assert torch.equal(*losses)
 
 
+def test_virtual_tokens_are_not_the_teachers() -> None:
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(vocab_size=30, n_embd=16, n_layer=2, n_head=2)
+    base = transformers.GPT2LMHeadModel(config)
+    teacher = copy.deepcopy(base)
+    prompts = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    student = peft.get_peft_model(base, prompts)
+    for pooling in ("cls", "mean", "tokens"):
+        with pytest.raises(ValueError, match=r"'last' or a function .* 3 virtual tokens.*got"):
+            rk.RIFTRegularizer(student, teacher, layers="*h.1", pooling=pooling)
+    rift = rk.RIFTRegularizer(student, teacher, layers="*h.1", pooling="last")
+    student(input_ids=torch.randint(0, 30, (6, 7)))
+    loss = rift()
+    loss.backward()
+    assert loss > 1e-4
+
+
 @pytest.mark.parametrize("adapt", [with_peft, with_transformers])
 def test_frozen_parameters_stay_frozen(adapt: Callable) -> None:
     """PEFT unfreezes an adapter that it enables again, after the teacher's pass or an error."""

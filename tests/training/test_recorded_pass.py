@@ -154,6 +154,21 @@ def test_two_regularisers_on_one_student_with_adapters() -> None:
     assert min(losses[0]) > 1e-3
 
 
+def test_two_regularisers_in_a_validation() -> None:
+    """The teacher's pass of one is a pass without gradients, as the student's is now."""
+    peft = pytest.importorskip("peft", reason="needs peft")
+    student = peft.get_peft_model(
+        tiny_models.bert(), peft.LoraConfig(target_modules=["query", "value"])
+    )
+    for name, parameter in student.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter)
+    first, second = (rk.RIFTRegularizer(student, layers="*layer.1") for _ in range(2))
+    with torch.no_grad():
+        student(**tiny_models.text())
+        assert float(first()) == float(second()) > 1e-3
+
+
 # --- what the teacher is called with
 
 
@@ -191,6 +206,29 @@ def test_decoders_get_their_labels(name) -> None:
         losses.append(rift().detach())
     torch.testing.assert_close(*losses, rtol=1e-4, atol=1e-6)
     assert float(losses[0]) > 1e-4
+
+
+def test_statistics_of_a_decoder_need_its_labels() -> None:
+    teacher = tiny_models.t5()
+    batch = {**tiny_models.text(), "labels": tiny_models.labels()}
+    settings = {"layers": "decoder.block.1", "pooling": "tokens", "progress": False}
+    (statistics,) = rk.collect_teacher_statistics(teacher, [batch], **settings).values()
+    assert float(statistics.count) == int((batch["labels"] != -100).sum())
+
+
+@pytest.mark.parametrize("layer", ["*decoder.layers.1", "*decoder.layers.1.fc1"])
+def test_a_decoders_own_mask_comes_before_labels(layer) -> None:
+    student = tiny_models.bart()
+    rift = rk.RIFTRegularizer(student, perturbed(student), layers=layer, pooling="mean")
+    batch = {**tiny_models.text(), "labels": tiny_models.labels()}
+    student(**batch)
+    rift()
+    assert list(rift.token_masks.values()) == ["labels != -100"]
+    mask = torch.ones_like(batch["labels"])
+    mask[:, 5:] = 0
+    student(**batch, decoder_attention_mask=mask)
+    rift()
+    assert list(rift.token_masks.values()) == ["model.decoder.attention_mask"]
 
 
 def test_a_teacher_without_labels() -> None:

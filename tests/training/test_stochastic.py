@@ -232,6 +232,18 @@ def test_features_that_are_the_same_in_every_row_are_named_once() -> None:
     assert student.transformer.h[1].mlp.c_fc.weight.grad.abs().sum() > 0
 
 
+def test_later_steps_are_not_searched() -> None:
+    """Looking for constants reads all features, and waits for a GPU."""
+    student = Skipping()
+    rift = rk.RIFTRegularizer(student, perturbed(student), layers="layers.1")
+    student(inputs())
+    rift()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        student(inputs()[:1].expand(12, 6))
+        rift()
+
+
 def test_running_statistics_that_the_teacher_shares() -> None:
     peft = pytest.importorskip("peft", reason="needs peft")
     student = nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6), nn.Linear(6, 6))
