@@ -61,9 +61,10 @@ class RIFTRegularizer(nn.Module):
 
     The teacher's pass gets what the student's got, but for three things: ``labels`` where its
     forward does not take them, ``use_cache=False`` where it has one, and ``torch.nn``'s inference
-    path, which is off. From the second on, it ends once the compared layers have run, if each runs
-    once in a pass, without ``forward=``, and where no hooks around these layers await its end (the
-    user's, or those of FSDP, DeepSpeed and accelerate).
+    path, which is off. From the second step on, it ends once the compared layers have run. This is
+    left out where they run more than once in a pass, where their outputs are changed in place, with
+    ``forward=``, and where hooks around them await the end of a pass (the user's, or those of FSDP,
+    DeepSpeed and accelerate).
 
     Args:
         student: the model to be trained. Wrap it first (DDP, FSDP, PEFT); if it is compiled, it

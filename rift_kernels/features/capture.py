@@ -235,6 +235,10 @@ class FeatureCapture:
         """How often each layer was called, 0 also where torch.compile ran it."""
         return {name: cell.calls for name, cell in self._cells().items()}
 
+    def are_final(self) -> bool:
+        """Whether no later part of the pass changed what was captured first."""
+        return all(cell.is_final() for cell in self._cells().values())
+
     def detached(self) -> list[str]:
         """The layers whose output a reentrant checkpoint detached from its graph."""
         # The output of the checkpointed module itself gets its gradient when the checkpoint ends.

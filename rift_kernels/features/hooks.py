@@ -177,8 +177,15 @@ class LayerCell:
 
     def __init__(self) -> None:
         self.output: Any = None  # a tensor, or what has none, for a function as pooling
+        self.version: int | None = None  # of that tensor, when the layer ended
         self.calls = 0
         self.in_checkpoint = False
+
+    def is_final(self) -> bool:
+        """Whether the layer was called once, and its output not changed in place since."""
+        return (
+            self.calls == 1 and self.version is not None and _version(self.output) == self.version
+        )
 
     def is_detached(self) -> bool:
         """Whether a checkpoint detached the output from its graph."""
@@ -215,6 +222,7 @@ class LayerHook:
         if torch.compiler.is_compiling():
             return
         cell.calls += 1
+        cell.version = _version(tensor)
         # A model's forward may begin an autocast of its own, as accelerate's do, or end one.
         latest = recorder.passes[recorder.kind]
         is_known = recorder.in_call and latest.autocast is not None and latest.autocast.enabled
@@ -240,6 +248,11 @@ def first_tensor(output: Any) -> Tensor | None:
     elif hasattr(output, "to_tuple"):  # a transformers ModelOutput
         values = (getattr(output, "last_hidden_state", None), *output.to_tuple())
     return next((value for value in values if isinstance(value, Tensor)), None)
+
+
+def _version(x: Any) -> int | None:
+    """The number of changes in place of a tensor that counts them."""
+    return x._version if isinstance(x, Tensor) and not x.is_inference() else None
 
 
 def _in_backward() -> bool:

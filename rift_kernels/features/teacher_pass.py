@@ -63,7 +63,7 @@ class TeacherPass:
         self._around = [m for m in self._model.modules() if not layers.isdisjoint(m.modules())]
         # The user's function may use what the pass returns.
         self._may_end_early = forward is None and not is_placed_by_hooks(self._model)
-        self._called_once = False  # each layer, in a pass that did not end early
+        self._are_final = False  # the first outputs of layers, in a pass that did not end early
 
     def features(
         self,
@@ -97,7 +97,7 @@ class TeacherPass:
             with adapters_off, self.capture.fresh(ends_early) as capture:
                 self._run(call, latest)
                 if not ends_early:
-                    self._called_once = all(count == 1 for count in capture.calls().values())
+                    self._are_final = capture.are_final()
                 outputs = capture.all_outputs()
                 return capture.pooled({name: outputs[name] for name in own_masks}, own_masks)
 
@@ -111,12 +111,12 @@ class TeacherPass:
     def _ends_early(self, calls: Mapping[str, int]) -> bool:
         """Whether the pass may end after the last layer, as the student called its layers.
 
-        Only if each layer is known to run once, because the latest of its outputs counts, and if
-        no hook is skipped, which may undo what another did before.
+        Only if nothing after it is known to change an output: another call of its layer, or an
+        operation in place; and if no hook is skipped, which may undo what another did before.
         """
-        is_once = self._called_once and all(count <= 1 for count in calls.values())
+        are_final = self._are_final and all(count <= 1 for count in calls.values())
         has_hooks = bool(_global_forward_hooks) or any(map(_has_forward_hooks, self._around))
-        return self._may_end_early and is_once and not has_hooks
+        return self._may_end_early and are_final and not has_hooks
 
     def _run(self, call: Call, latest: Pass) -> None:
         """Run the teacher in eval mode and without gradients."""

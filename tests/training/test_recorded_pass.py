@@ -475,6 +475,16 @@ def test_a_pass_that_others_wait_for_runs_to_its_end() -> None:
     assert len(logits) == 2
 
 
+def test_an_output_that_is_changed_in_place() -> None:
+    """It is compared as it is at the end of both passes, also where it is the last one."""
+    torch.manual_seed(0)
+    student = nn.Sequential(nn.Linear(6, 6), nn.ReLU(inplace=True), nn.Linear(6, 6))
+    rift = rk.RIFTRegularizer(student, copy.deepcopy(student), layers="0")
+    for _ in range(2):
+        student(inputs()[:, 0])
+        assert float(rift().detach()) == pytest.approx(0, abs=1e-6)
+
+
 def test_a_layer_that_runs_more_often_in_the_teacher() -> None:
     """Its latest output is compared, not that of the student's number of calls."""
 
