@@ -159,7 +159,8 @@ class Step:
         with self.finetuning.autocast():
             call = hooks.Call((), {"pixel_values": self.finetuning.images})
             rift = self.rift
-            features = rift._teacher.features(call, rift._student, {}, rift._warnings)
+            teacher, student = rift._teacher, rift._student
+            features = teacher.features(call, student, rift.layers, {}, rift._warnings)
         return list(features.values())
 
     def outputs(self) -> list[Tensor]:
