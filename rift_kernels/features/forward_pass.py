@@ -24,17 +24,17 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     Only the flag is set, because ``train`` and ``eval`` of some models also merge weights. The
     inference path of ``torch.nn`` is off: it drops padding and calls no submodules.
     """
-    modes = [(module, module.training) for module in model.modules()]
+    trained = [module for module in model.modules() if module.training]
     has_inference_path = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
-    for module, _ in modes:
+    for module in trained:
         module.training = False
     try:
         yield
     finally:
         torch.backends.mha.set_fastpath_enabled(has_inference_path)
-        for module, training in modes:
-            module.training = training
+        for module in trained:
+            module.training = True
 
 
 def arguments(batch: Any, advice: str) -> Call:

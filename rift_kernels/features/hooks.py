@@ -83,7 +83,7 @@ class RandomState(NamedTuple):
 
 
 class PassEnd(BaseException):
-    """Ends a pass whose captured layers have all run. No model catches a BaseException."""
+    """Ends a pass whose captured layers have all run. A model that catches it just runs on."""
 
 
 class Pass:
