@@ -100,6 +100,7 @@ class FeatureCapture:
         check_pooling(pooling)
         modules = modules_by_name(model)
         self.layers = matching_names(layers, modules)
+        _refuse_scripted(model, [modules[name] for name in self.layers])
         self.pooling = pooling
         self._axes = layer_axes(self.layers, modules)
         self._warned = False
@@ -326,6 +327,15 @@ def _check_tensor(name: str, output: Any) -> None:
         raise ValueError(
             f"the output of layer {name!r} must not be nested, as torch.nn's inference path makes "
             "it: torch.backends.mha.set_fastpath_enabled(False) switches it off"
+        )
+
+
+def _refuse_scripted(model: nn.Module, layers: Sequence[nn.Module]) -> None:
+    scripted = [module for module in model.modules() if isinstance(module, torch.jit.ScriptModule)]
+    if any(layer in module.modules() for module in scripted for layer in layers):
+        raise TypeError(
+            "layers must not be in a module that is compiled by TorchScript, which runs no hooks; "
+            f"got a {type(scripted[0]).__name__}: give the model that it was made of"
         )
 
 

@@ -263,3 +263,14 @@ def test_copies_of_a_hooked_model(copy_model) -> None:
     assert torch.equal(capture.features()[""], before)
     torch.save(model.state_dict(), io.BytesIO())
     assert list(model.state_dict()) == list(net().state_dict())
+
+
+@pytest.mark.parametrize(
+    "compiled", [lambda model: torch.jit.trace(model, tokens()), torch.jit.script]
+)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_torchscript_is_refused(compiled) -> None:
+    """It runs no hooks of the modules inside."""
+    model = compiled(nn.Sequential(nn.Linear(4, 4), nn.Tanh()))
+    with pytest.raises(TypeError, match=r"layers must not be in a module .* TorchScript"):
+        rk.FeatureCapture(model, "0")
