@@ -111,7 +111,8 @@ class FeatureCapture:
         self._hooks: list[Hook] = [*self._layers]
         root, call = unwrapped(model), CallHook(self.recorder, self._hooks)
         self._handles = [
-            root.register_forward_pre_hook(call, with_kwargs=True),
+            # First, because a teacher has the other hooks that change arguments, too.
+            root.register_forward_pre_hook(call, with_kwargs=True, prepend=True),
             *(modules[layer.name].register_forward_hook(layer) for layer in self._layers),
             root.register_forward_hook(call.leave, always_call=True),
             root.register_forward_hook(call.end),

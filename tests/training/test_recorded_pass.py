@@ -283,6 +283,32 @@ def test_models_that_write_into_their_batch() -> None:
     assert batch["out"].requires_grad
 
 
+def test_hooks_that_change_the_arguments() -> None:
+    """A copy has them, too: they change what the user gave, once."""
+    student = Gated()
+    student.register_forward_pre_hook(lambda _, args: (args[0].tanh(), *args[1:]))
+    rift = rk.RIFTRegularizer(student, copy.deepcopy(student), layers="head", pooling="mean")
+    student(inputs())
+    assert float(rift().detach()) == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.usefixtures("one_process")
+def test_fsdp_that_casts_the_students_inputs() -> None:
+    from torch import distributed
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    student = Gated()
+    teacher = copy.deepcopy(student)
+    mesh = distributed.device_mesh.init_device_mesh("cpu", (1,))
+    fully_shard(student, mesh=mesh, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
+    rift = rk.RIFTRegularizer(student, teacher, layers="head", pooling="mean")
+    seen: list[Tensor] = []
+    teacher.features.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    student(inputs())
+    rift()
+    assert torch.equal(seen[0], inputs())
+
+
 def test_labels_reach_a_model_that_takes_any_keyword() -> None:
     class Shifted(Gated):
         def forward(self, x: Tensor, **keywords: Tensor) -> Tensor:
