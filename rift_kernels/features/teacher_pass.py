@@ -139,7 +139,7 @@ def _recorded(latest: Pass) -> Call:
     """The arguments that the student's pass was called with, if they are still those.
 
     Raises:
-        RuntimeError: the student itself was not called, or has changed its inputs.
+        RuntimeError: the student itself was not called, or has changed or used up its inputs.
     """
     if latest.call is None:
         raise RuntimeError(
@@ -155,6 +155,11 @@ def _recorded(latest: Pass) -> Call:
                 f"got {type(latest.call.keywords[name]).__name__}: call rift(...) with the "
                 "teacher's arguments"
             )
+    if any(isinstance(value, Iterator) for value in containers.values(latest.call)):
+        raise RuntimeError(
+            "the student's arguments must not be iterators, which its pass has used up: call "
+            "rift(...) with the teacher's arguments"
+        )
     if any(tensor._version != version for tensor, version in latest.versions):
         raise RuntimeError(
             "an input of the student was changed in place after its pass began, so the teacher "

@@ -387,6 +387,19 @@ def test_inputs_that_changed_are_not_used() -> None:
     assert float(rift(inputs()).detach()) == pytest.approx(0, abs=1e-6)
 
 
+def test_inputs_that_are_used_up_are_not_used() -> None:
+    class Stacked(Gated):
+        def forward(self, rows: Any) -> Tensor:
+            return super().forward(torch.stack(list(rows)))
+
+    student = Stacked()
+    rift = rk.RIFTRegularizer(student, copy.deepcopy(student), layers="head", pooling="mean")
+    student(iter(inputs()))
+    with pytest.raises(RuntimeError, match="must not be iterators"):
+        rift()
+    assert float(rift(iter(inputs())).detach()) == pytest.approx(0, abs=1e-6)
+
+
 def test_a_cache_that_the_pass_filled_is_not_used() -> None:
     transformers = pytest.importorskip("transformers", reason="needs transformers")
     student = tiny_models.gpt2()
