@@ -88,11 +88,10 @@ def test_a_replaced_pass_warns_once() -> None:
     assert rift.step == 2
 
 
-@pytest.mark.parametrize("strict", [False, True])
-def test_an_export_is_no_pass(strict) -> None:
+def test_an_export_is_no_pass() -> None:
     """Its tensors are fake."""
     student, rift = gated()
-    torch.export.export(student, (inputs(),), strict=strict)
+    torch.export.export(student, (inputs(),), strict=False)
     with pytest.raises(RuntimeError, match="nothing was captured"):
         rift()
 
