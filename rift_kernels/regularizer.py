@@ -39,7 +39,8 @@ class RIFTRegularizer(nn.Module):
     The student's features are captured while *you* run it, and so is its call. ``rift()`` runs the
     teacher on the same arguments, in eval mode, without gradients and under the same autocast, and
     compares. It does not run the student again. Call it once after each pass of the student that
-    gradients flow through. A pass without gradients never takes the place of one with them.
+    gradients flow through, and add it to the loss before the backward. A pass without gradients
+    never takes the place of one with them.
 
     ``rift(*args, **kwargs)`` calls the teacher with other arguments. It has to be used where the
     student is run in parts (``model.features(x)``, ``model.head(...)``), changes its inputs in

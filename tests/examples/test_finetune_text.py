@@ -73,13 +73,13 @@ def test_learns_stays_similar_and_writes(files, tmp_path, capsys) -> None:
 
 def test_padding_is_not_compared(files, tmp_path, monkeypatch) -> None:
     masks = []
-    features = rk.FeatureCapture.features
+    pooled = rk.FeatureCapture.pooled
 
-    def spy(self, mask=None):
-        masks.append(mask)
-        return features(self, mask)
+    def spy(self, outputs, mask=None):
+        masks.extend(mask.values())
+        return pooled(self, outputs, mask)
 
-    monkeypatch.setattr(rk.FeatureCapture, "features", spy)
+    monkeypatch.setattr(rk.FeatureCapture, "pooled", spy)
     run(files, tmp_path, "--epochs", "1")
     # Two models, in eight training passes and two full validation batches.
     assert len(masks) == 2 * (8 + 2)
