@@ -120,7 +120,7 @@ class Recorder:
 
     def is_recording(self) -> bool:
         """Whether hooks act: not if paused, exported, or where a backward reruns a checkpoint."""
-        return self.on and not torch.compiler.is_exporting() and not _in_backward()
+        return self.on and not _in_export() and not _in_backward()
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy has no pass, and is off until a copy of its capture switches it on."""
@@ -255,6 +255,12 @@ def _version(x: Any) -> int | None:
     return x._version if isinstance(x, Tensor) and not x.is_inference() else None
 
 
+def _in_export() -> bool:
+    """Whether torch.export traces the model, with fake tensors."""
+    # Inside torch.compile, older versions of torch say so, too.
+    return torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
+
+
 def _in_backward() -> bool:
     """Whether autograd runs a backward, in which activation checkpointing reruns layers."""
     # torch has no public test for this; torch.utils.checkpoint calls the same function.
@@ -274,7 +280,7 @@ def _in_reentrant_checkpoint() -> bool:
 
 
 def _autocast(device_type: str) -> Autocast | None:
-    if not torch.amp.is_autocast_available(device_type):
+    if device_type == "meta":  # has none, which torch 2.11 cannot tell inside torch.compile
         return None
     enabled = torch.is_autocast_enabled(device_type)
     return Autocast(device_type, torch.get_autocast_dtype(device_type), enabled)
