@@ -40,6 +40,7 @@ class LayerMask(NamedTuple):
 
     mask: Tensor | None
     source: str
+    is_chosen: bool = False  # by the user
     was_dropped: bool = False  # a mask of the model's, which is not of this layer's tokens
 
 
@@ -175,7 +176,7 @@ class TokenMasks:
             layers = [
                 layer
                 for layer, found in masks.items()
-                if found.mask is None and _is_auto(self._settings[layer])
+                if found.mask is None and not found.is_chosen
                 if value.shape == outputs[layer].shape[:2]
             ]
             if layers:
@@ -249,7 +250,7 @@ def _nearest(chain: Sequence[tuple[str, Seen]], labels: Any, output: Tensor) -> 
             f"token_mask must say which tokens are valid, which {unusable} does not: got 'auto'. "
             "Give a boolean mask (batch, tokens), True = valid, or None if there is no padding"
         )
-    return LayerMask(mask, source, was_dropped)
+    return LayerMask(mask, source, was_dropped=was_dropped)
 
 
 def _is_another_input(seen: Seen, outer: Seen, mask: Tensor) -> bool:
@@ -276,9 +277,9 @@ def _is_added_form(mask: Tensor, outer: Tensor) -> bool:
 def _chosen(setting: OneMask, call: Call | None, model: nn.Module) -> LayerMask:
     """The mask that the user's setting chooses."""
     if setting is None:
-        return LayerMask(None, "none")
+        return LayerMask(None, "none", is_chosen=True)
     if isinstance(setting, Tensor):
-        return LayerMask(setting, "token_mask")
+        return LayerMask(setting, "token_mask", is_chosen=True)
     if call is None:
         raise RuntimeError(
             f"token_mask={setting!r} needs the student's arguments, and the student itself was not "
@@ -287,7 +288,7 @@ def _chosen(setting: OneMask, call: Call | None, model: nn.Module) -> LayerMask:
     named = named_arguments(model, call)
     if not isinstance(setting, str):
         try:
-            return LayerMask(setting(named), "token_mask")
+            return LayerMask(setting(named), "token_mask", is_chosen=True)
         except KeyError as error:
             error.add_note(f"token_mask: the arguments are {', '.join(map(repr, named)) or 'none'}")
             raise
@@ -297,7 +298,8 @@ def _chosen(setting: OneMask, call: Call | None, model: nn.Module) -> LayerMask:
             f"{setting!r}, which is not one of {', '.join(map(repr, named)) or 'its (none)'}"
         )
     mask = named[setting]
-    return LayerMask(None if mask is None else _as_booleans(mask, setting), setting)
+    mask = None if mask is None else _as_booleans(mask, setting)
+    return LayerMask(mask, setting, is_chosen=True)
 
 
 def _as_booleans(mask: Any, name: str) -> Tensor:

@@ -337,6 +337,16 @@ def test_an_argument_that_may_be_the_mask_warns_once(dtype) -> None:
             loss_of(student, perturbed(student), batch, "first", token_mask=setting)
 
 
+@pytest.mark.parametrize("setting", [None, MASK])
+def test_what_the_call_says_of_masks_is_no_oversight(setting) -> None:
+    student = Text()
+    rift = rk.RIFTRegularizer(student, perturbed(student), layers="second", pooling="mean")
+    student(torch.randn(8, 5, 4), valid=MASK)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        rift(token_mask=setting)
+
+
 def test_a_function_that_asks_for_what_is_not_there() -> None:
     with pytest.raises(KeyError, match="padding") as caught:
         text_loss(lambda call: call["padding"])
