@@ -102,8 +102,8 @@ class RIFTRegularizer(nn.Module):
         forward: calls the teacher in another way: ``lambda teacher, *args, **kwargs:
             teacher.encode(*args)``. The return value is ignored.
         replay_rng: give the teacher's pass the random numbers of the student's. For models that
-            draw some in eval mode, too, such as masked autoencoders, and for those drawn before
-            any dropout. The student must not be compiled as a part of another model.
+            draw some in eval mode, too, such as masked autoencoders. The numbers are the same up
+            to the student's first dropout. It must not be compiled as a part of another model.
 
     Attributes:
         layers: the names of the compared layers of the student.

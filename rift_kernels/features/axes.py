@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
+
+from .layer_names import paths_to
 
 _SEQUENCE_MODULES = (nn.MultiheadAttention, nn.RNNBase)  # what batch_first is an attribute of
 _SEQUENCE_CONTAINERS = (
@@ -124,22 +126,14 @@ def layer_axes(names: Iterable[str], modules: Mapping[str, nn.Module]) -> dict[s
     widths: dict[str, _Widths] = {}
     axes = {}
     for name in names:
-        enclosing = list(_enclosing(name))
-        for outer in enclosing:
+        paths = paths_to(name)[::-1]
+        for outer in paths:
             if outer not in widths:
                 widths[outer] = _Widths.of(modules[outer])
         axes[name] = LayerAxes(
-            name, [modules[outer] for outer in enclosing], [widths[outer] for outer in enclosing]
+            name, [modules[outer] for outer in paths], [widths[outer] for outer in paths]
         )
     return axes
-
-
-def _enclosing(name: str) -> Iterator[str]:
-    """The layer, its parent, and so on; last, the model."""
-    while name:
-        yield name
-        name = name.rpartition(".")[0]
-    yield ""
 
 
 def _is_sequence_first(module: nn.Module) -> bool:

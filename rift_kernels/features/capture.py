@@ -73,10 +73,10 @@ class FeatureCapture:
     The captured output is the layer's own tensor, still differentiable. It is the output itself,
     the first tensor of a tuple or list, or ``last_hidden_state`` (else the first tensor) of a
     transformers ``ModelOutput``; of anything else, a function as ``pooling`` can make rows.
-    In-place operations on it change the features. The outputs are
-    those of the model's latest pass, and of a layer's latest call in it, and are kept until
-    :meth:`clear`. A pass with gradients and one without are kept apart: with gradients enabled,
-    :meth:`features` returns those of the former, if there is one.
+    In-place operations on it change the features. The outputs are those of the model's latest pass,
+    and of a layer's latest call in it, and are kept until :meth:`clear`. A pass with gradients and
+    one without are kept apart: with gradients enabled, :meth:`features` returns those of the
+    former, if there is one.
 
     A pooling by name refuses outputs whose axes are not those of its table, as far as the modules
     around the layer and the sizes of the model's inputs tell.

@@ -122,6 +122,12 @@ class Recorder:
         """Whether hooks act: not if paused, exported, or where a backward reruns a checkpoint."""
         return self.on and not _in_export() and not _in_backward()
 
+    def find_kind(self) -> int:
+        """The kind of the current pass; a part that runs by itself has that of its own."""
+        if not self.in_call:
+            self.kind = int(torch.is_grad_enabled() or _in_reentrant_checkpoint())
+        return self.kind
+
     def __getstate__(self) -> dict[str, Any]:
         """A copy has no pass, and is off until a copy of its capture switches it on."""
         return {"keeps_random": self.keeps_random}
@@ -211,20 +217,18 @@ class LayerHook:
         recorder = self.recorder
         if not recorder.is_recording():
             return
-        in_checkpoint = _in_reentrant_checkpoint()
+        kind = recorder.find_kind()
+        cell, latest = self.cells[kind], recorder.passes[kind]
         if not recorder.in_call:
-            recorder.kind = int(torch.is_grad_enabled() or in_checkpoint)
-            recorder.passes[recorder.kind].call = None  # it is not of these outputs
-        cell = self.cells[recorder.kind]
+            latest.call = None  # it is not of these outputs
         tensor = first_tensor(output)
         cell.output = output if tensor is None else tensor
-        cell.in_checkpoint = in_checkpoint
+        cell.in_checkpoint = _in_reentrant_checkpoint()
         if torch.compiler.is_compiling():
             return
         cell.calls += 1
         cell.version = _version(tensor)
         # A model's forward may begin an autocast of its own, as accelerate's do, or end one.
-        latest = recorder.passes[recorder.kind]
         is_known = recorder.in_call and latest.autocast is not None and latest.autocast.enabled
         if tensor is not None and not is_known:
             latest.autocast = _autocast(tensor.device.type)

@@ -31,6 +31,12 @@ def modules_by_name(model: nn.Module) -> dict[str, nn.Module]:
     return modules
 
 
+def paths_to(layer: str) -> list[str]:
+    """The names of the modules around a layer and of itself, outermost first: the model is ""."""
+    parts = layer.split(".") if layer else []
+    return [".".join(parts[:i]) for i in range(len(parts) + 1)]
+
+
 def wrapped_in(module: nn.Module) -> nn.Module | None:
     """The module that this one wraps, or None if it is no wrapper."""
     children = module.named_children()

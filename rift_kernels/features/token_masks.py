@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from .capture import FeatureCapture
 from .forward_pass import named_arguments, parameters, unwrapped
 from .hooks import Call, Recorder
-from .layer_names import modules_by_name
+from .layer_names import modules_by_name, paths_to
 
 OneMask = str | Tensor | None | Callable[[Mapping[str, Any]], Tensor | None]
 TokenMask = OneMask | Mapping[str, OneMask]
@@ -76,9 +76,7 @@ class MaskHook:
         recorder = self.recorder
         if not recorder.is_recording():
             return
-        if not recorder.in_call:
-            recorder.kind = int(torch.is_grad_enabled())
-        self.cells[recorder.kind].seen = self.look(Call(inputs, keywords))
+        self.cells[recorder.find_kind()].seen = self.look(Call(inputs, keywords))
 
     def look(self, call: Call) -> Seen:
         """What these arguments say."""
@@ -121,7 +119,7 @@ class TokenMasks:
         for layer, each in self._settings.items():
             if not _is_auto(each) or self._pooling == "cls":
                 continue
-            for path in _paths_to(layer):
+            for path in paths_to(layer):
                 if path in modules and path not in self._hooks:
                     module = modules[path] if path else unwrapped(model)
                     hook = MaskHook(capture.recorder, _positions(module))
@@ -158,7 +156,7 @@ class TokenMasks:
             seen = {path: hook.cells[kind].seen for path, hook in self._hooks.items()}
             if call is not None and not is_recorded and "" in self._hooks:
                 seen[""] = self._hooks[""].look(call)
-            chain = [(path, seen[path]) for path in _paths_to(layer) if seen.get(path)]
+            chain = [(path, seen[path]) for path in paths_to(layer) if seen.get(path)]
             labels = call.keywords.get("labels") if call is not None else None
             masks[layer] = _nearest(chain, labels, output)  # type: ignore[arg-type]
         return masks
@@ -209,12 +207,6 @@ def _by_layer(setting: TokenMask, layers: Sequence[str] | Mapping[str, Any]) -> 
         matches = [each for name, each in setting.items() if fnmatchcase(layer, name)]
         settings[layer] = _by_layer(matches[0], [layer])[layer] if matches else AUTO
     return settings
-
-
-def _paths_to(layer: str) -> list[str]:
-    """The names of the modules around a layer and of itself, outermost first."""
-    parts = layer.split(".") if layer else []
-    return [".".join(parts[:i]) for i in range(len(parts) + 1)]
 
 
 def _positions(module: nn.Module) -> dict[str, int]:
