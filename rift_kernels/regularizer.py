@@ -103,7 +103,8 @@ class RIFTRegularizer(nn.Module):
             teacher.encode(*args)``. The return value is ignored.
         replay_rng: give the teacher's pass the random numbers of the student's. For models that
             draw some in eval mode, too, such as masked autoencoders. The numbers are the same up
-            to the student's first dropout. It must not be compiled as a part of another model.
+            to the student's first dropout. The student must not be compiled as a part of another
+            model.
 
     Attributes:
         layers: the names of the compared layers of the student.

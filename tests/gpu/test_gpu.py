@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 from functools import partial
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import rift_kernels as rk
 from rift_kernels.backends import cuda
@@ -101,6 +102,24 @@ def test_peak_memory(device) -> None:
     rk.linear_cka(x, y).backward()
     extra = torch.cuda.max_memory_allocated() - before - x.grad.nbytes
     assert extra < x.nbytes / 2
+
+
+@pytest.mark.parametrize("pooling", ["mean", "tokens", "last"])
+def test_a_step_of_a_regulariser_does_not_wait(pooling, device) -> None:
+    """From the second step on; the first also looks for constant features."""
+    student = nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 64)).to(device)
+    valid = torch.arange(5, device=device) < torch.arange(1, 41, device=device)[:, None]
+    settings = {"layers": ["0", "2"], "pooling": pooling, "token_mask": lambda _: valid}
+    rift = rk.RIFTRegularizer(student, copy.deepcopy(student).bfloat16(), **settings)
+    x = torch.randn(40, 5, 64, device=device)
+    try:
+        for mode in ("default", "error", "error"):
+            torch.cuda.set_sync_debug_mode(mode)
+            student(x)
+            rift().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert rift.step == 3
 
 
 def test_layers_share_a_launch(device) -> None:

@@ -62,6 +62,16 @@ def bert(**settings: Any) -> nn.Module:
     return _model("BertForSequenceClassification", "BertConfig", **settings)
 
 
+def bert_with_lora() -> nn.Module:
+    """A BERT with adapters that have an effect, as after some steps."""
+    peft = pytest.importorskip("peft", reason="needs peft")
+    student = peft.get_peft_model(bert(), peft.LoraConfig(target_modules=["query", "value"]))
+    for name, parameter in student.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter)
+    return student
+
+
 def gpt2() -> nn.Module:
     dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
     ids = {"bos_token_id": 0, "eos_token_id": 0}

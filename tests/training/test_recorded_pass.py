@@ -131,13 +131,7 @@ def test_a_layer_that_ran_by_itself_after_a_pass() -> None:
 
 def test_two_regularisers_on_one_student_with_adapters() -> None:
     """The teacher's pass of one is not captured by the other."""
-    peft = pytest.importorskip("peft", reason="needs peft")
-    student = peft.get_peft_model(
-        tiny_models.bert(), peft.LoraConfig(target_modules=["query", "value"])
-    )
-    for name, parameter in student.named_parameters():
-        if "lora_B" in name:
-            nn.init.normal_(parameter)
+    student = tiny_models.bert_with_lora()
     first = rk.RIFTRegularizer(student, layers="*layer.0")
     second = rk.RIFTRegularizer(student, layers="*layer.1", pooling="mean")
     capture = rk.FeatureCapture(student, "*layer.1")
@@ -155,13 +149,7 @@ def test_two_regularisers_on_one_student_with_adapters() -> None:
 
 def test_two_regularisers_in_a_validation() -> None:
     """The teacher's pass of one is a pass without gradients, as the student's is now."""
-    peft = pytest.importorskip("peft", reason="needs peft")
-    student = peft.get_peft_model(
-        tiny_models.bert(), peft.LoraConfig(target_modules=["query", "value"])
-    )
-    for name, parameter in student.named_parameters():
-        if "lora_B" in name:
-            nn.init.normal_(parameter)
+    student = tiny_models.bert_with_lora()
     first, second = (rk.RIFTRegularizer(student, layers="*layer.1") for _ in range(2))
     with torch.no_grad():
         student(**tiny_models.text())

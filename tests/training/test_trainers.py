@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import rift_kernels as rk
+from tests.support.tiny_models import bart, perturbed, t5
 
 transformers = pytest.importorskip("transformers", reason="needs transformers")
 pytest.importorskip("accelerate", reason="needs accelerate")
@@ -34,16 +35,6 @@ def vit() -> nn.Module:
         num_labels=3,
     )
     return transformers.ViTForImageClassification(config)
-
-
-def perturbed(model: nn.Module) -> nn.Module:
-    """A teacher that differs from the student, so that the loss has a gradient."""
-    other = copy.deepcopy(model)
-    generator = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for parameter in other.parameters():
-            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-    return other
 
 
 class Plain(nn.Module):
@@ -366,40 +357,6 @@ def test_transformers_needs_a_learned_rotation_in_the_optimizer(tmp_path) -> Non
     trainer.optimizer = torch.optim.SGD(model.parameters(), RATE)
     with pytest.raises(ValueError, match="optimizers must have the parameters of rift"):
         trainer.train()
-
-
-def t5() -> nn.Module:
-    config = transformers.T5Config(
-        vocab_size=32,
-        d_model=16,
-        d_kv=8,
-        d_ff=32,
-        num_layers=2,
-        num_heads=2,
-        dropout_rate=0.0,
-        decoder_start_token_id=0,
-    )
-    return transformers.T5ForConditionalGeneration(config)
-
-
-def bart() -> nn.Module:
-    config = transformers.BartConfig(
-        vocab_size=32,
-        d_model=16,
-        encoder_layers=2,
-        decoder_layers=2,
-        encoder_attention_heads=2,
-        decoder_attention_heads=2,
-        encoder_ffn_dim=32,
-        decoder_ffn_dim=32,
-        dropout=0.0,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-        decoder_start_token_id=2,
-        forced_eos_token_id=2,
-    )
-    return transformers.BartForConditionalGeneration(config)
 
 
 class Pairs(torch.utils.data.Dataset):
