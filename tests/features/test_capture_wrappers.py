@@ -15,6 +15,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
     checkpoint_wrapper,
 )
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.utils.checkpoint import checkpoint
 
 import rift_kernels as rk
 from tests.support.captured import net, tokens
@@ -164,6 +165,17 @@ def test_checkpoints_are_captured_once(use_reentrant) -> None:
         plain(tokens())
     expected.features()["blocks.1"].sum().backward()
     torch.testing.assert_close(model.embed.weight.grad, plain.embed.weight.grad)
+
+
+def test_a_part_in_a_reentrant_checkpoint_is_a_pass_with_gradients() -> None:
+    """Though its forward runs without them, a pass that has none does not replace it."""
+    model, x = net(), tokens().requires_grad_()
+    capture = rk.FeatureCapture(model, "blocks.1.attn", "mean")
+    checkpoint(model.blocks[1], x, use_reentrant=True)
+    before = capture.outputs()["blocks.1.attn"]
+    with torch.no_grad():
+        model.blocks[1](2 * x)
+    assert capture.outputs()["blocks.1.attn"] is before
 
 
 def test_features_detached_by_a_checkpoint_warn_once() -> None:
