@@ -20,7 +20,7 @@ import torch
 
 from rift_kernels.backends import cuda
 
-from . import kernel_tables, measure, predict
+from . import kernel_tables, measure, performance
 from .measure import Call, Task, Timed
 from .providers import OURS, Provider, providers
 from .tables import markdown
@@ -55,7 +55,7 @@ def main() -> int:
         print(f"kernel_times is not done: {candidates()[0].reason}")
         return 0
     rows = []
-    for n, d, layers, _ in predict.SHAPES:
+    for n, d, layers, _ in performance.SHAPES:
         workload = Workload("cka_biased", n, d, BFLOAT16, layers)
         inputs = features(workload, GPU)
         for provider in (provider for provider in able if provider.can_do(workload)):

@@ -1,8 +1,8 @@
 """``python -m benchmarks.predict``: write the documents' tables that come from no benchmark.
 
-Two models: what the Triton kernels should take on an H200, by launch, and what a batch over many
-GPUs should cost. The other tables are those of :mod:`benchmarks.kernel_tables`. ``--check`` writes
-nothing, and exits with 1 where a page differs.
+Two models: what kernels should take on an H200, by launch (:mod:`benchmarks.performance`), and what
+a batch over many GPUs should cost. The other tables are those of :mod:`benchmarks.kernel_tables`.
+``--check`` writes nothing, and exits with 1 where a page differs.
 """
 
 from __future__ import annotations
@@ -18,24 +18,14 @@ import torch
 from rift_kernels.dispatch import plan, shared_batch
 from rift_kernels.dispatch.checks import Layers
 
-from . import environment, kernel_tables, report
+from . import environment, kernel_tables, performance, report
 from .files import RESULTS
+from .performance import FLOPS, duration
 from .tables import markdown
 
 KERNELS, DISTRIBUTED, STATUS = "docs/kernels.md", "docs/distributed.md", "docs/status.md"
 COMPILED = RESULTS / "triton-resources.json"
 COMPILED_CUDA = RESULTS / "cuda-resources.json"
-# Measured on an H200: products of bfloat16 and bytes, a second. Seconds from launch to launch.
-FLOPS, BYTES, L2_BYTES, GAP = 790e12, 4.3e12, 50e6, 1e-6
-BLOCK = 128
-# Rows, width, layers and the target in seconds.
-SHAPES = (
-    (64, 768, 1, None),
-    (256, 768, 12, None),
-    (12608, 768, 1, 95e-6),
-    (50432, 1024, 1, 680e-6),
-    (65536, 4096, 1, 13.5e-3),
-)
 RANKS = (8, 64, 512, 4096)
 NODE = 8  # GPUs that share fast links
 # Bytes a second that a GPU receives, within a node and between nodes, and seconds a hop.
@@ -50,59 +40,6 @@ FEATURES = {
     "tokens of ViT-B": (64 * 197, 768),
     "tokens of a language model": (8192, 4096),
 }
-
-
-def launches(n: int, d: int, layers: int) -> dict[str, tuple[float, float]]:
-    """Floating point operations and bytes of forward and student gradient, by kernel.
-
-    Biased linear CKA, bfloat16, student near its teacher.
-    """
-    features, gram = 2 * n * d * layers, 4 * n * n * layers
-    gram_backward = {"gram_backward": (4 * n * n * d * layers, 2 * features + 2 * gram)}
-    if n <= 128:
-        # Features are split in two: each side has three products.
-        small = 12 * n * n * d * layers, 2 * features + 2 * gram
-        return {"gram_cka_small": small, **gram_backward}
-    # Column programs read everything once, before the tile programs. Where it fits, it is in the
-    # cache for those.
-    columns = {"raw_moments, columns": (0, 2 * features)}
-    again = 0 if 2 * features < L2_BYTES else 2 * features
-    if n < 2 * d:
-        blocks = -(-n // BLOCK)
-        tiles = blocks * (blocks + 1) * layers
-        partial = 4 * tiles * BLOCK**2
-        moments = {"raw_moments, tiles": (2 * tiles * BLOCK**2 * d, again + partial)}
-        return {**columns, **moments, "gram_cka": (0, partial + 2 * gram), **gram_backward}
-    blocks = -(-d // BLOCK)
-    tiles = blocks * (2 * blocks + 1) * layers
-    partial, planes = 4 * tiles * BLOCK**2, 8 * (blocks * BLOCK) ** 2 * layers
-    return {
-        **columns,
-        "raw_moments, tiles": (2 * tiles * BLOCK**2 * n, again + partial),
-        "covariance_cka": (0, partial + 4 * blocks**2 * BLOCK**2 * layers + planes),
-        # Near its teacher, only the high halves count.
-        "covariance_backward": (4 * n * d * d * layers, 3 * features + planes / 2),
-    }
-
-
-def floors() -> str:
-    """A row a launch: nothing is assumed to be lost."""
-    rows = []
-    for n, d, layers, target in SHAPES:
-        label, total = f"{layers} layers of {n} x {d}" if layers > 1 else f"{n} x {d}", 0.0
-        for kernel, (flops, size) in launches(n, d, layers).items():
-            floor = max(flops / FLOPS, size / BYTES) + GAP
-            numbers = [f"{flops / 1e9:.3g}", f"{size / 1e6:.3g}", _time(floor)]
-            rows.append([label, kernel, *numbers, "", "", ""])
-            label, total = "", total + floor
-        share = f"{total / target:.0%} of the floor's rate" if target else "-"
-        rows[-1][-3:] = [_time(total), _time(target) if target else "-", share]
-    header = ["features", "launch", "GFLOP", "MB", "floor", "sum", "target", "target allows"]
-    return (
-        f"Floors of forward and student gradient on an H200 at {FLOPS / 1e12:.0f} TFLOP/s and "
-        f"{BYTES / 1e12:.1f} TB/s, {GAP * 1e6:.0f} us a launch; bfloat16, biased linear CKA, "
-        f"student near its teacher. Not measured.\n\n{markdown(header, rows)}"
-    )
 
 
 class Cost(NamedTuple):
@@ -142,7 +79,7 @@ def traffic() -> str:
             for c in costs:
                 size = f"{c.bytes / 1e9:.3g} GB" if c.bytes >= 1e9 else f"{c.bytes / 1e6:.3g} MB"
                 row += [f"**{size}**" if c.bytes == least else size]
-                row += [f"{_time(c.moving)} + {_time(c.computing)}"]
+                row += [f"{duration(c.moving)} + {duration(c.computing)}"]
             rows.append(row)
     header = ["features of a rank", "ranks"]
     header += ["gathered: received", "moving + computing", "summed: received", "moving + computing"]
@@ -154,17 +91,13 @@ def traffic() -> str:
     )
 
 
-def _time(seconds: float) -> str:
-    unit, size = ("s", 1) if seconds >= 1 else ("ms", 1e-3) if seconds >= 1e-3 else ("us", 1e-6)
-    return f"{seconds / size:.3g} {unit}"
-
-
 def main(arguments: Sequence[str] | None = None, root: Path = environment.ROOT) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.predict", description=__doc__)
     parser.add_argument("--check", action="store_true", help="write nothing; 1 if it would change")
     check = parser.parse_args(arguments).check
     texts = {
-        (KERNELS, "predicted"): floors(),
+        (KERNELS, "predicted"): performance.predicted(),
+        (KERNELS, "counted"): performance.compiled_code(),
         (KERNELS, "resources"): kernel_tables.triton_resources(COMPILED),
         (KERNELS, "cuda-resources"): kernel_tables.cuda_resources(COMPILED_CUDA),
         (DISTRIBUTED, "traffic"): traffic(),

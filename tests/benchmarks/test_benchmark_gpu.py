@@ -14,7 +14,7 @@ from benchmarks import (
     files,
     kernel_times,
     measure,
-    predict,
+    performance,
     providers,
     run,
     schema,
@@ -111,7 +111,7 @@ def test_the_time_of_each_kernel(monkeypatch, capsys) -> None:
     (eager,) = (p for p in every if p.name == "rift_kernels eager")
     monkeypatch.setattr(kernel_times, "candidates", lambda: [eager])
     monkeypatch.setattr(measure, "device_events", events)
-    monkeypatch.setattr(predict, "SHAPES", [(16, 8, 2, None), (32, 8, 1, None)])
+    monkeypatch.setattr(performance, "SHAPES", [(16, 8, 2, None), (32, 8, 1, None)])
     assert kernel_times.main() == 0
     cells = [line.strip("| ").split("|") for line in capsys.readouterr().out.splitlines()[2:]]
     rows = [[cell.strip() for cell in row] for row in cells]

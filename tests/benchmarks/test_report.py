@@ -217,12 +217,3 @@ def test_alt_texts_have_the_numbers(smoke) -> None:
     (picture,) = pictures.of(times)
     assert re.search(rf"at rows N = 16: .*?{EAGER} {1e3 * last:.3g}", picture.alt)
     assert f"![{picture.alt}]" in pictures.summary(times)
-
-
-def test_predicted_floors() -> None:
-    """By hand, of the largest: 4 N D^2 operations each way, as many tiles as the triangle has."""
-    kernels = predict.launches(65536, 4096, 1)
-    assert kernels["raw_moments, columns"][1] == 2 * 2 * 65536 * 4096
-    assert kernels["raw_moments, tiles"][0] == 2 * (32 * 65) * 128**2 * 65536
-    assert kernels["covariance_backward"][0] == 4 * 65536 * 4096**2
-    assert kernels["covariance_cka"][0] == 0
