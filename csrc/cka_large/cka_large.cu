@@ -5,6 +5,7 @@
 #include "cka_large/head.cuh"
 #include "cka_large/moments.h"
 #include "cka_large/row_terms.cuh"
+#include "cka_large/statistics.cuh"
 #include "common/launch.h"
 
 namespace rift {
@@ -17,14 +18,16 @@ Matrix make_matrix(const CkaLargeSide& side, int rows) {
 }  // namespace
 
 void cka_large_forward(const CkaLargeArguments& arguments, cudaStream_t stream) {
-  launch(
-      {"statistics", arguments.statistics_blocks(), STATISTICS_THREADS, sizeof(StatisticsScratch)},
-      stream, statistics_kernel, arguments);
+  launch({"statistics", arguments.statistics_blocks(), STATISTICS_THREADS,
+          sizeof(StatisticsScratch)},
+         stream, statistics_kernel, arguments);
+  launch({"means", 2 * arguments.width / MEANS_THREADS, MEANS_THREADS, sizeof(MeansScratch)}, stream,
+         means_kernel, arguments);
   if (arguments.debiased) {
-    launch({"longest", arguments.row_blocks, STATISTICS_THREADS, longest_shared(arguments.width)},
-           stream, longest_kernel, arguments);
-    launch({"row_terms", arguments.row_blocks + arguments.patch_blocks(), STATISTICS_THREADS,
-            row_terms_shared(arguments.width)},
+    launch({"longest", arguments.row_blocks, ROW_THREADS, sizeof(LongestScratch)}, stream,
+           longest_kernel, arguments);
+    launch({"row_terms", arguments.row_blocks + arguments.patch_blocks(), ROW_THREADS,
+            sizeof(RowScratch)},
            stream, row_terms_kernel, arguments);
   }
   const MomentsArguments moments{arguments.schedule,  arguments.tiles,   arguments.spill,

@@ -12,77 +12,62 @@
 #pragma once
 
 #include "cka_large/head.h"
-#include "cka_large/longest.cuh"
+#include "cka_large/long_rows.cuh"
 #include "cka_large/strip.cuh"
 
 namespace rift {
 
-// Scales of X and Y to unit norm, and the regression coefficient of the scaled sides.
-struct UnitScales {
-  float x, y, t;
-};
-
-// Subtracts from a strip of C t times the same strip of A or B.
-__device__ inline void subtract_own(const CkaLargeArguments& arguments, const LongRows& long_rows,
-                                    const UnitScales& scales, const MomentTile& tile, int strip,
-                                    bool is_y, const float (&cross)[HEAD_ROWS],
-                                    float (&difference)[HEAD_ROWS], HeadScratch& scratch) {
-  const int offset = is_y ? arguments.schedule.blocks_x : 0;
-  const TileCoord own_tile{offset + min(tile.i, tile.j), offset + max(tile.i, tile.j)};
-  const int i = tile.i * MOMENT_BLOCK + strip * STRIP, j = tile.j * MOMENT_BLOCK;
-  read_strip(arguments, own_tile, strip, tile.i > tile.j, difference, scratch);
-  const int row = threadIdx.x / MOMENT_BLOCK * HEAD_ROWS, column = threadIdx.x % MOMENT_BLOCK;
-  const float scale = is_y ? scales.y : scales.x;
-  const auto n = static_cast<float>(remaining_rows(arguments, long_rows));
-  const float mean_j = column_mean(arguments, long_rows, is_y, j + column);
-  __syncthreads();
-  if (threadIdx.x < STRIP) {
-    scratch.own_mean_i[threadIdx.x] = column_mean(arguments, long_rows, is_y, i + threadIdx.x);
-  }
-  __syncthreads();
+// Centers and scales a strip of a tile.
+__device__ inline void center(StripElements& x, float n, const float (&mean_i)[HEAD_ROWS],
+                              const float (&mean_j)[HEAD_VECTOR], float scale_i, float scale_j) {
 #pragma unroll
   for (int k = 0; k < HEAD_ROWS; ++k) {
-    const float mean_i = scratch.own_mean_i[row + k];
-    difference[k] = cross[k] - scales.t * ((difference[k] - n * mean_i * mean_j) * scale * scale);
+    const float outer = n * mean_i[k];
+#pragma unroll
+    for (int e = 0; e < HEAD_VECTOR; ++e) {
+      x[k][e] = (x[k][e] - outer * mean_j[e]) * scale_i * scale_j;
+    }
+  }
+}
+
+// A strip of C minus t times the same strip of A or B.
+__device__ inline void subtract_own(const CkaLargeArguments& arguments, float n,
+                                    const UnitScales& scales, const MomentTile& tile, int strip,
+                                    bool is_y, const StripElements& cross,
+                                    StripElements& difference, HeadScratch& scratch) {
+  const int offset = is_y ? arguments.schedule.blocks_x : 0;
+  const TileCoord own_tile{offset + min(tile.i, tile.j), offset + max(tile.i, tile.j)};
+  float mean_i[HEAD_ROWS], mean_j[HEAD_VECTOR];
+  read_means(arguments, is_y, tile.i * MOMENT_BLOCK + strip * STRIP + head_row(), mean_i);
+  read_means(arguments, is_y, tile.j * MOMENT_BLOCK + head_column(), mean_j);
+  read_strip(arguments, own_tile, strip, tile.i > tile.j, difference, scratch);
+  const float scale = is_y ? scales.y : scales.x;
+  center(difference, n, mean_i, mean_j, scale, scale);
+#pragma unroll
+  for (int k = 0; k < HEAD_ROWS; ++k) {
+#pragma unroll
+    for (int e = 0; e < HEAD_VECTOR; ++e) {
+      difference[k][e] = cross[k][e] - scales.t * difference[k][e];
+    }
   }
 }
 
 __device__ inline void process_strip(const CkaLargeArguments& arguments, const UnitScales& scales,
-                                     double (&sums)[HEAD_SUMS], HeadScratch& scratch) {
+                                     HeadScratch& scratch) {
   const int slot = blockIdx.x / STRIPS, strip = blockIdx.x % STRIPS;
   const MomentTile tile = arguments.schedule.tile(slot);
   const int i = tile.i * MOMENT_BLOCK + strip * STRIP, j = tile.j * MOMENT_BLOCK;
-  const int row = threadIdx.x / MOMENT_BLOCK * HEAD_ROWS, column = threadIdx.x % MOMENT_BLOCK;
-  const LongRows long_rows = read_long_rows(arguments);
-  if (threadIdx.x < STRIP) {
-    scratch.mean_i[threadIdx.x] =
-        column_mean(arguments, long_rows, tile.left_is_y, i + threadIdx.x);
-  }
-  if (threadIdx.x < MOMENT_BLOCK) {
-    scratch.mean_j[threadIdx.x] =
-        column_mean(arguments, long_rows, tile.right_is_y, j + threadIdx.x);
-  }
-  __syncthreads();
-  float x[HEAD_ROWS];
+  const auto n = static_cast<float>(arguments.rows - read_long_rows(arguments).count);
+  float mean_i[HEAD_ROWS], mean_j[HEAD_VECTOR];
+  read_means(arguments, tile.left_is_y, i + head_row(), mean_i);
+  read_means(arguments, tile.right_is_y, j + head_column(), mean_j);
+  StripElements x;
   read_strip(arguments, tile_coord(slot), strip, false, x, scratch);
-  const float scale_i = tile.left_is_y ? scales.y : scales.x;
-  const float scale_j = tile.right_is_y ? scales.y : scales.x;
-  const auto n = static_cast<float>(remaining_rows(arguments, long_rows));
-#pragma unroll
-  for (int k = 0; k < HEAD_ROWS; ++k) {
-    const float outer = n * scratch.mean_i[row + k];
-    x[k] = (x[k] - outer * scratch.mean_j[column]) * scale_i * scale_j;
-  }
-  double square = sum_of_squares(x);
+  center(x, n, mean_i, mean_j, tile.left_is_y ? scales.y : scales.x,
+         tile.right_is_y ? scales.y : scales.x);
   if (tile.left_is_y == tile.right_is_y) {
-    square *= tile.i == tile.j ? 1 : 2;
-    if (tile.i == tile.j && threadIdx.x < STRIP) {
-      arguments.means[tile.left_is_y * arguments.width + i + threadIdx.x] =
-          scratch.mean_i[threadIdx.x];
-    }
+    set_square(tile.left_is_y ? SQUARE_B : SQUARE_A, x, tile.i == tile.j ? 1 : 2, scratch);
     unsigned short* plane = tile.left_is_y ? arguments.planes_y : arguments.planes_x;
-    sums[SQUARE_A] = tile.left_is_y ? 0 : square;
-    sums[SQUARE_B] = tile.left_is_y ? square : 0;
     if (plane) {
       store_direct(arguments, plane, i, j, x);
       // The mirror image of the tile; a tile on the diagonal contains its own.
@@ -90,45 +75,50 @@ __device__ inline void process_strip(const CkaLargeArguments& arguments, const U
     }
     return;
   }
-  sums[SQUARE_C] = square;
+  set_square(SQUARE_C, x, 1, scratch);
   const bool equal_widths = arguments.x.width == arguments.y.width;
   const long long below = static_cast<long long>(arguments.width) * arguments.width;
-  float f[HEAD_ROWS];
+#pragma unroll 1
+  for (int side = 0; side < 2; ++side) {
+    unsigned short* plane = side ? arguments.planes_y : arguments.planes_x;
+    if (!plane) continue;
+    StripElements f;
+    if (equal_widths) {
+      subtract_own(arguments, n, scales, tile, strip, side, x, f, scratch);
+    } else {
 #pragma unroll
-  for (int k = 0; k < HEAD_ROWS; ++k) f[k] = x[k];
-  if (arguments.planes_x) {
-    if (equal_widths) subtract_own(arguments, long_rows, scales, tile, strip, false, x, f, scratch);
-    sums[SQUARE_FX] = sum_of_squares(f);
-    store_transposed(arguments, arguments.planes_x + below, i, j, f, scratch);
-    store_shift_x(arguments, tile.j, i, scratch);
-  }
-  if (arguments.planes_y) {
-    if (equal_widths) subtract_own(arguments, long_rows, scales, tile, strip, true, x, f, scratch);
-    sums[SQUARE_FY] = sum_of_squares(f);
-    store_direct(arguments, arguments.planes_y + below, i, j, f);
-    store_shift_y(arguments, tile.i * STRIPS + strip, j, f, scratch);
+      for (int k = 0; k < HEAD_ROWS; ++k) {
+#pragma unroll
+        for (int e = 0; e < HEAD_VECTOR; ++e) f[k][e] = x[k][e];
+      }
+    }
+    set_square(side ? SQUARE_FY : SQUARE_FX, f, 1, scratch);
+    if (side == 0) {
+      store_transposed(arguments, plane + below, i, j, f, scratch);
+      store_shift_x(arguments, tile.j, i, f);
+    } else {
+      store_direct(arguments, plane + below, i, j, f);
+      store_shift_y(arguments, tile.i * STRIPS + strip, j, f, scratch);
+    }
   }
 }
 
 // Computes the value and the scalars of the gradient, with the last block.
 __device__ inline void write_value(const CkaLargeArguments& arguments, const UnitScales& scales,
-                                   const double (&statistics)[STATISTICS], HeadScratch& scratch) {
-  CkaLargeSums sums{};
-#pragma unroll
-  for (int kind = 0; kind < HEAD_SUMS; ++kind) {
-    for (int i = threadIdx.x; i < arguments.strip_blocks(); i += HEAD_THREADS) {
-      sums.elements[kind] += arguments.head_sums[static_cast<long long>(i) * HEAD_SUMS + kind];
-    }
-  }
-  block_sums(sums.elements, scratch.sums);
+                                   HeadScratch& scratch) {
+  CkaLargeSums& sums = scratch.totals;
+  const double of_elements =
+      sum_of_blocks<HEAD_SUMS>(arguments.head_sums, arguments.strip_blocks(), scratch.sums);
+  if (threadIdx.x < HEAD_SUMS) sums.elements[threadIdx.x] = of_elements;
   if (arguments.debiased) {
-#pragma unroll
-    for (int kind = 0; kind < ROW_SUMS; ++kind) {
-      for (int i = threadIdx.x; i < arguments.row_blocks; i += HEAD_THREADS) {
-        sums.rows[kind] += arguments.row_sums[i * ROW_SUMS + kind];
-      }
-    }
-    block_sums(sums.rows, scratch.sums);
+    const double of_rows =
+        sum_of_blocks<ROW_SUMS>(arguments.row_sums, arguments.row_blocks, scratch.sums);
+    if (threadIdx.x < ROW_SUMS) sums.rows[threadIdx.x] = of_rows;
+  }
+  __syncthreads();
+  if (threadIdx.x > 0) return;
+  sums.long_x = sums.long_y = 0;
+  if (arguments.debiased) {
     const LongRows long_rows = read_long_rows(arguments);
     const float* energies = arguments.row_terms + static_cast<long long>(ENERGY) * arguments.rows;
 #pragma unroll
@@ -138,39 +128,33 @@ __device__ inline void write_value(const CkaLargeArguments& arguments, const Uni
       sums.long_y += energies[arguments.rows + long_rows.rows[s]];
     }
   }
-  sums.pivot_energy_x = statistics[PIVOT_ENERGY_X];
-  sums.pivot_energy_y = statistics[PIVOT_ENERGY_Y];
-  if (threadIdx.x == 0) {
-    *arguments.value =
-        cka_large_head(sums, arguments.rows, scales.x, scales.y, scales.t, arguments.debiased,
-                       arguments.distance, arguments.may_use_low_halves, arguments.scalars);
-  }
+  sums.pivot_energy_x = arguments.pivot_energies[0];
+  sums.pivot_energy_y = arguments.pivot_energies[1];
+  *arguments.value =
+      cka_large_head(sums, arguments.rows, scales.x, scales.y, scales.t, arguments.debiased,
+                     arguments.distance, arguments.may_use_low_halves, arguments.scalars);
 }
 
-__global__ void __launch_bounds__(HEAD_THREADS)
+__global__ void __launch_bounds__(HEAD_THREADS, 3)
     cka_large_head_kernel(const __grid_constant__ CkaLargeArguments arguments) {
   auto& scratch = *reinterpret_cast<HeadScratch*>(shared_memory());
-  double statistics[STATISTICS];
-  read_statistics(arguments, statistics, scratch.sums);
-  UnitScales scales{inverse_scale(statistics[ENERGY_X], statistics[PIVOT_ENERGY_X]),
-                    inverse_scale(statistics[ENERGY_Y], statistics[PIVOT_ENERGY_Y]), 0};
-  if (arguments.x.width == arguments.y.width) {
-    // With features of unit norm, X on Y and Y on X have the same regression coefficient.
-    scales.t = static_cast<float>(statistics[ENERGY_XY] * scales.x * scales.y);
-  }
+  const UnitScales scales = *arguments.scales;
   if (static_cast<int>(blockIdx.x) < arguments.strip_blocks()) {
-    double sums[HEAD_SUMS] = {};
-    process_strip(arguments, scales, sums, scratch);
-    block_sums(sums, scratch.sums);
-    if (threadIdx.x == 0) {
+    clear_squares(scratch);
+    process_strip(arguments, scales, scratch);
+    __syncthreads();
+    if (threadIdx.x < HEAD_SUMS) {
+      double total = 0;
 #pragma unroll
-      for (int kind = 0; kind < HEAD_SUMS; ++kind) {
-        arguments.head_sums[static_cast<long long>(blockIdx.x) * HEAD_SUMS + kind] = sums[kind];
+      for (int warp = 0; warp < HEAD_WARPS; ++warp) {
+        total += scratch.sums[threadIdx.x * HEAD_WARPS + warp];
       }
+      arguments.head_sums[threadIdx.x * arguments.strip_blocks() + blockIdx.x] = total;
     }
   } else {
     const int index = (blockIdx.x - arguments.strip_blocks()) * HEAD_THREADS + threadIdx.x;
     float total = 0;
+#pragma unroll 16
     for (int block = 0; block < arguments.row_blocks; ++block) {
       total +=
           arguments.weighted_parts[static_cast<long long>(block) * 4 * arguments.width + index];
@@ -187,7 +171,7 @@ __global__ void __launch_bounds__(HEAD_THREADS)
   }
   __syncthreads();
   if (!scratch.last) return;
-  write_value(arguments, scales, statistics, scratch);
+  write_value(arguments, scales, scratch);
 }
 
 }  // namespace rift

@@ -1,6 +1,6 @@
 // Arguments of the launches that compute linear CKA of many rows, in covariance form:
 //
-//   statistics, [longest, row_terms], moments_sm80 or _sm90, cka_large_head, backward_sm80 or _sm90
+//   statistics, means, [longest, row_terms], moments_sm80 or _sm90, cka_large_head, backward_sm80 or _sm90
 #pragma once
 
 #include "cka_large/moments_layout.h"
@@ -15,7 +15,7 @@ struct CkaLargeSide {
 };
 
 // Columns that a block of `statistics` owns.
-constexpr int STATISTICS_COLUMNS = 64;
+constexpr int STATISTICS_COLUMNS = 128;
 // Rows of a tile that a block of `cka_large_head` owns.
 constexpr int STRIP = 32;
 constexpr int STRIPS = MOMENT_BLOCK / STRIP;
@@ -23,6 +23,12 @@ constexpr int STRIPS = MOMENT_BLOCK / STRIP;
 // rows, the MAX_LONG_ROWS longest are long, whatever their energy; see longest.cuh.
 constexpr float LONG_SHARE = 4;
 constexpr int ALWAYS_LONG_BELOW = 64;
+
+// Scales of X and Y to unit norm, and the regression coefficient of the scaled sides, 0 if their
+// widths differ.
+struct UnitScales {
+  float x, y, t;
+};
 
 // Sums over all elements, computed by `statistics`. An energy is a sum of squares.
 enum Statistic {
@@ -87,20 +93,23 @@ struct CkaLargeArguments {
   float* pivots;      // [2][width]
   float* sums;        // [2][segments][width], of columns minus their pivots
   float* statistics;  // [STATISTICS][statistics_blocks()]
-  float* tiles;       // see MomentsArguments
+  UnitScales* scales;
+  double* pivot_energies;  // [2]
+  float* tiles;            // see MomentsArguments
   float* spill;
-  float* means;                    // [2][width]
-  float* shares;                   // [rows], of a side's energy: the larger of both sides
+  // [2][width], of all rows; once `longest` has found long rows, of the others.
+  float* means;
   unsigned long long* candidates;  // [row_blocks][MAX_LONG_ROWS]
   int* long_rows;                  // [MAX_LONG_ROWS], rows or -1
+  unsigned short* long_features;   // [2][MAX_LONG_ROWS][width], those of long rows
   unsigned short* patches;         // see MomentsArguments
   float* row_terms;                // [ROW_TERMS][rows], of scaled, centered rows
-  double* row_sums;                // [row_blocks][ROW_SUMS]
+  double* row_sums;                // [ROW_SUMS][row_blocks]
   // [row_blocks][4][width]: sums over the rows of a block, of X weighted with k, X with l, Y with l
   // and Y with k.
   float* weighted_parts;
   float* weighted_sums;  // [4][width]: of all parts
-  double* head_sums;     // [strip_blocks()][HEAD_SUMS]
+  double* head_sums;     // [HEAD_SUMS][strip_blocks()]
   unsigned* counters;    // [2]
   // [2 halves][2 width][width]: A above F = C^T - t A for X, B above F = C - t B for Y; null if no
   // gradient is wanted.
@@ -183,14 +192,17 @@ RIFT_HOST_DEVICE constexpr CkaLargeArguments cka_large_arguments(const CkaLargeC
   arguments.pivots = scratch.take<float>(2LL * width);
   arguments.sums = scratch.take<float>(2LL * arguments.segments * width);
   arguments.statistics = scratch.take<float>(1LL * STATISTICS * arguments.statistics_blocks());
+  arguments.scales = scratch.take<UnitScales>(1);
+  arguments.pivot_energies = scratch.take<double>(2);
   arguments.tiles = scratch.take<float>(1LL * arguments.schedule.tiles() * MOMENT_TILE);
   arguments.spill = scratch.take<float>(spill_floats(arguments.schedule));
   arguments.row_sums = scratch.take<double>(row_blocks * ROW_SUMS);
   arguments.weighted_parts = scratch.take<float>(row_blocks * 4 * width);
   arguments.head_sums = scratch.take<double>(1LL * arguments.strip_blocks() * HEAD_SUMS);
   arguments.counters = scratch.take<unsigned>(2);
-  arguments.shares = scratch.take<float>(debiased * call.rows);
   arguments.candidates = scratch.take<unsigned long long>(row_blocks * MAX_LONG_ROWS);
+  arguments.long_features =
+      scratch.take<unsigned short>(debiased * 2 * MAX_LONG_ROWS * width);
   arguments.patches = scratch.take<unsigned short>(debiased * 2 * PATCH_ROWS * width);
   arguments.planes_x = saved.take<unsigned short>(call.student * plane);
   arguments.planes_y = saved.take<unsigned short>(call.teacher * plane);

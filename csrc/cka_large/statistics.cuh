@@ -7,142 +7,128 @@
 // Memory traffic: the features once.
 #pragma once
 
-#include "cka_large/layout.h"
-#include "common/elements.cuh"
+#include "cka_large/feature_stream.cuh"
 #include "common/reduce.cuh"
 
 namespace rift {
 
 constexpr int STATISTICS_THREADS = 256;
+constexpr int STATISTICS_SLOTS = 4;
+using StatisticsStream = FeatureStream<STATISTICS_THREADS, 1, STATISTICS_SLOTS>;
 
-struct StatisticsScratch {
-  float parts[STATISTICS_THREADS / 32][5][STATISTICS_COLUMNS];
-  double sums[STATISTICS * STATISTICS_THREADS / 32];
+union StatisticsScratch {
+  unsigned char stream[StatisticsStream::BYTES];
+  struct {
+    float parts[STATISTICS_THREADS / 32][5][STATISTICS_COLUMNS];
+    double sums[STATISTICS * STATISTICS_THREADS / 32];
+  } end;
 };
 
 __device__ inline float median(float a, float b, float c) {
   return max(min(a, b), min(max(a, b), c));
 }
 
-// A block owns 64 columns of both sides in a segment of rows, and a warp every 8th of these rows.
-__global__ void __launch_bounds__(STATISTICS_THREADS)
+// A block owns 128 columns of both sides in a segment of rows, and a thread 8 of these columns in
+// every 16th row.
+__global__ void __launch_bounds__(STATISTICS_THREADS, 2)
     statistics_kernel(const __grid_constant__ CkaLargeArguments arguments) {
   constexpr int WARPS = STATISTICS_THREADS / 32, COLUMNS = STATISTICS_COLUMNS, KINDS = 5;
+  constexpr int VECTORS = COLUMNS / FEATURE_VECTOR, STEP = STATISTICS_THREADS / VECTORS;
+  static_assert(VECTORS == 16);
   auto& scratch = *reinterpret_cast<StatisticsScratch*>(shared_memory());
+  const StatisticsStream stream{scratch.stream};
   const int blocks = arguments.width / COLUMNS;
   const int block = blockIdx.x % blocks, segment = blockIdx.x / blocks;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   if (blockIdx.x == 0 && threadIdx.x < 2) arguments.counters[threadIdx.x] = 0;
-  const int length = (arguments.rows + arguments.segments - 1) / arguments.segments;
+  const int length = ceil_div(arguments.rows, arguments.segments);
   const int begin = min(segment * length, arguments.rows);
   const int end = min(begin + length, arguments.rows);
-  const auto* x = static_cast<const Bf16*>(arguments.x.features);
-  const auto* y = static_cast<const Bf16*>(arguments.y.features);
-  const auto read = [&](const Bf16* features, const CkaLargeSide& side, int row, int column) {
-    return column < side.width ? to_float(features[row * side.stride + column]) : 0;
+  const int local_column = threadIdx.x % VECTORS * FEATURE_VECTOR;
+  const int column = block * COLUMNS + local_column;
+  const FeatureColumns columns_x = feature_columns(arguments.x, column);
+  const FeatureColumns columns_y = feature_columns(arguments.y, column);
+  const auto fetch = [&](int slot, int row, bool exists) {
+    stream.fetch(slot, 0, 0, columns_x, row * arguments.x.stride, exists);
+    stream.fetch(slot, 0, 1, columns_y, row * arguments.y.stride, exists);
+    commit_copies();
   };
+  float pivots[2][FEATURE_VECTOR];
+  fetch(0, 0, true);
+  fetch(1, arguments.rows / 3, true);
+  fetch(2, 2 * arguments.rows / 3, true);
+  wait_copies<0>();
 #pragma unroll
-  for (int k = 0; k < 2; ++k) {
-    const int local_column = lane + 32 * k, column = block * COLUMNS + local_column;
-    const int second = arguments.rows / 3, third = 2 * arguments.rows / 3;
-    const auto pivot = [&](const Bf16* features, const CkaLargeSide& side) {
-      return median(read(features, side, 0, column), read(features, side, second, column),
-                    read(features, side, third, column));
-    };
-    const float pivot_x = pivot(x, arguments.x), pivot_y = pivot(y, arguments.y);
-    if (segment == 0 && warp == 0) {
-      arguments.pivots[column] = pivot_x;
-      arguments.pivots[arguments.width + column] = pivot_y;
-    }
-    float kinds[KINDS] = {};
-#pragma unroll 4
-    for (int row = begin + warp; row < end; row += WARPS) {
-      const float a = read(x, arguments.x, row, column) - pivot_x;
-      const float b = read(y, arguments.y, row, column) - pivot_y;
-      kinds[0] += a;
-      kinds[1] += b;
-      kinds[2] += a * a;
-      kinds[3] += b * b;
-      kinds[4] += a * b;
-    }
+  for (int side = 0; side < 2; ++side) {
+    float rows[3][FEATURE_VECTOR];
 #pragma unroll
-    for (int kind = 0; kind < KINDS; ++kind) scratch.parts[warp][kind][local_column] = kinds[kind];
+    for (int i = 0; i < 3; ++i) stream.read(i, 0, side, rows[i]);
+#pragma unroll
+    for (int i = 0; i < FEATURE_VECTOR; ++i) {
+      pivots[side][i] = median(rows[0][i], rows[1][i], rows[2][i]);
+    }
+    if (segment == 0 && threadIdx.x < VECTORS) {
+      store_floats(arguments.pivots + side * arguments.width + column, pivots[side]);
+    }
+  }
+  const int first = begin + static_cast<int>(threadIdx.x) / VECTORS;
+#pragma unroll
+  for (int slot = 0; slot < STATISTICS_SLOTS; ++slot) {
+    fetch(slot, first + slot * STEP, first + slot * STEP < end);
+  }
+  float kinds[KINDS][FEATURE_VECTOR] = {};
+  for (int row = first, slot = 0; row < end; row += STEP, slot = (slot + 1) % STATISTICS_SLOTS) {
+    float x[FEATURE_VECTOR], y[FEATURE_VECTOR];
+    wait_copies<STATISTICS_SLOTS - 1>();
+    stream.read(slot, 0, 0, x);
+    stream.read(slot, 0, 1, y);
+    fetch(slot, row + STATISTICS_SLOTS * STEP, row + STATISTICS_SLOTS * STEP < end);
+#pragma unroll
+    for (int i = 0; i < FEATURE_VECTOR; ++i) {
+      const float a = x[i] - pivots[0][i], b = y[i] - pivots[1][i];
+      kinds[0][i] += a;
+      kinds[1][i] += b;
+      kinds[2][i] += a * a;
+      kinds[3][i] += b * b;
+      kinds[4][i] += a * b;
+    }
+  }
+  wait_copies<0>();
+  __syncthreads();
+#pragma unroll
+  for (int kind = 0; kind < KINDS; ++kind) {
+    // Lanes 0 to 15 receive the sums of both rows of the warp.
+#pragma unroll
+    for (int i = 0; i < FEATURE_VECTOR; ++i) {
+      kinds[kind][i] += __shfl_xor_sync(0xffffffffu, kinds[kind][i], VECTORS);
+    }
+    if (lane < VECTORS) store_floats(scratch.end.parts[warp][kind] + local_column, kinds[kind]);
   }
   __syncthreads();
   double totals[STATISTICS] = {};
   if (threadIdx.x < COLUMNS) {
-    float kinds[KINDS] = {};
+    float sums[KINDS] = {};
 #pragma unroll
     for (int kind = 0; kind < KINDS; ++kind) {
+#pragma unroll
       for (int other = 0; other < WARPS; ++other) {
-        kinds[kind] += scratch.parts[other][kind][threadIdx.x];
+        sums[kind] += scratch.end.parts[other][kind][threadIdx.x];
       }
     }
-    float* sums = arguments.sums + segment * arguments.width + block * COLUMNS + threadIdx.x;
-    sums[0] = kinds[0];
-    sums[arguments.segments * arguments.width] = kinds[1];
+    float* out = arguments.sums + segment * arguments.width + block * COLUMNS + threadIdx.x;
+    out[0] = sums[0];
+    out[arguments.segments * arguments.width] = sums[1];
     const float inverse_count = end > begin ? 1 / static_cast<float>(end - begin) : 0;
-    totals[PIVOT_ENERGY_X] = kinds[2];
-    totals[PIVOT_ENERGY_Y] = kinds[3];
-    totals[ENERGY_X] = kinds[2] - kinds[0] * kinds[0] * inverse_count;
-    totals[ENERGY_Y] = kinds[3] - kinds[1] * kinds[1] * inverse_count;
-    totals[ENERGY_XY] = kinds[4] - kinds[0] * kinds[1] * inverse_count;
+    totals[PIVOT_ENERGY_X] = sums[2];
+    totals[PIVOT_ENERGY_Y] = sums[3];
+    totals[ENERGY_X] = sums[2] - sums[0] * sums[0] * inverse_count;
+    totals[ENERGY_Y] = sums[3] - sums[1] * sums[1] * inverse_count;
+    totals[ENERGY_XY] = sums[4] - sums[0] * sums[1] * inverse_count;
   }
-  block_sums(totals, scratch.sums);
+  const double total = block_sum_of_thread(totals, scratch.end.sums);
   if (threadIdx.x < STATISTICS) {
-#pragma unroll
-    for (int kind = 0; kind < STATISTICS; ++kind) {
-      if (threadIdx.x == static_cast<unsigned>(kind)) {
-        arguments.statistics[kind * gridDim.x + blockIdx.x] = static_cast<float>(totals[kind]);
-      }
-    }
+    arguments.statistics[threadIdx.x * gridDim.x + blockIdx.x] = static_cast<float>(total);
   }
-}
-
-// Sums the statistics of all blocks; every thread receives the totals.
-__device__ inline void read_statistics(const CkaLargeArguments& arguments,
-                                       double (&totals)[STATISTICS], double* scratch) {
-  const int blocks = arguments.statistics_blocks();
-#pragma unroll
-  for (int kind = 0; kind < STATISTICS; ++kind) {
-    totals[kind] = 0;
-    for (int i = threadIdx.x; i < blocks; i += blockDim.x) {
-      totals[kind] += arguments.statistics[kind * blocks + i];
-    }
-  }
-  block_sums(totals, scratch);
-}
-
-// About 1 / the norm of the centered features, which scales the elements of A, B and C to the order
-// of 1.
-__device__ inline float inverse_scale(double energy, double pivot_energy) {
-  const double e = energy > 0 ? energy : pivot_energy;
-  return e == 0 ? 1 : static_cast<float>(1 / sqrt(e));
-}
-
-__device__ inline float pivot_of(const CkaLargeArguments& arguments, bool is_y, int column) {
-  return arguments.pivots[is_y * arguments.width + column];
-}
-
-// The sum of a column's differences from its pivot.
-__device__ inline double column_sum(const CkaLargeArguments& arguments, bool is_y, int column) {
-  const float* sums = arguments.sums + (is_y ? arguments.segments * arguments.width : 0) + column;
-  double total = 0;
-  for (int segment = 0; segment < arguments.segments; ++segment) {
-    total += static_cast<double>(sums[segment * arguments.width]);
-  }
-  return total;
-}
-
-// The rows that a block of `longest` or `row_terms` owns.
-struct RowRun {
-  int begin, end;
-};
-
-__device__ inline RowRun row_run(const CkaLargeArguments& arguments) {
-  const int length = (arguments.rows + arguments.row_blocks - 1) / arguments.row_blocks;
-  const int begin = min(static_cast<int>(blockIdx.x) * length, arguments.rows);
-  return {begin, min(begin + length, arguments.rows)};
 }
 
 }  // namespace rift

@@ -12,6 +12,55 @@ __device__ inline T warp_sum(T x, int width = 32) {
   return x;
 }
 
+// Sums of COUNT values over a warp, in the order of warp_sum: lane l receives that of value
+// l / (32 / COUNT). Each step adds half of the values for the other half of the lanes.
+template <int COUNT>
+__device__ inline float warp_sums(float (&x)[COUNT]) {
+#pragma unroll
+  for (int step = 0; step < 5; ++step) {
+    const int bit = 16 >> step, count = COUNT >> (step + 1);
+    const bool upper = threadIdx.x & bit;
+#pragma unroll
+    for (int i = 0; i < COUNT / 2; ++i) {
+      if (i >= count) continue;
+      const float other = __shfl_xor_sync(0xffffffffu, upper ? x[i] : x[i + count], bit);
+      x[i] = (upper ? x[i + count] : x[i]) + other;
+    }
+    if (count == 0) x[0] += __shfl_xor_sync(0xffffffffu, x[0], bit);
+  }
+  return x[0];
+}
+
+// Sums over the block: each of the first COUNT threads receives that of its own value.
+template <int COUNT>
+__device__ inline double block_sum_of_thread(const double (&x)[COUNT], double* scratch) {
+  const int warps = blockDim.x / 32;
+  __syncthreads();
+#pragma unroll
+  for (int i = 0; i < COUNT; ++i) {
+    const double sum = warp_sum(x[i]);
+    if (threadIdx.x % 32 == 0) scratch[i * warps + threadIdx.x / 32] = sum;
+  }
+  __syncthreads();
+  double total = 0;
+  for (int warp = 0; threadIdx.x < COUNT && warp < warps; ++warp) {
+    total += scratch[threadIdx.x * warps + warp];
+  }
+  return total;
+}
+
+// Sums of parts that blocks have left, [COUNT][blocks]: each of the first COUNT threads receives one.
+template <int COUNT, typename T>
+__device__ inline double sum_of_blocks(const T* parts, int blocks, double* scratch) {
+  double sums[COUNT] = {};
+#pragma unroll(24 / COUNT)
+  for (int i = threadIdx.x; i < blocks; i += static_cast<int>(blockDim.x)) {
+#pragma unroll
+    for (int kind = 0; kind < COUNT; ++kind) sums[kind] += parts[kind * blocks + i];
+  }
+  return block_sum_of_thread(sums, scratch);
+}
+
 // Sums over the block; every thread receives them.
 template <int COUNT>
 __device__ inline void block_sums(double (&x)[COUNT], double* scratch) {

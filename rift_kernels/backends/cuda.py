@@ -7,7 +7,8 @@ Few rows (Gram form), all layers in one launch; no features are kept:
 
 Many bfloat16 rows (covariance form), one layer after another, with separate kernels for Hopper:
 
-    cka_fwd      statistics, longest and row_terms (debiased), moments_sm80 or _sm90, cka_large_head
+    cka_fwd      statistics, means, longest and row_terms (debiased), moments_sm80 or _sm90,
+                 cka_large_head
     cka_bwd      backward_sm80 or _sm90
 """
 
@@ -26,6 +27,8 @@ from torch._subclasses import FakeTensor
 # As in csrc/cka_small/layout.h.
 MAX_ROWS = 128
 MAX_LAYERS = 24
+# As in csrc/bindings.cpp: the largest width of many rows.
+MAX_COLUMNS = 1 << 15
 _LARGEST_CLUSTER = 8
 _LARGEST_GROUP = 16
 _TILE_ROWS = 16
@@ -37,8 +40,6 @@ _SHARED_BYTES = {
     **dict.fromkeys(((9, 0), (10, 0), (10, 3)), 227 * 1024),
 }
 _LEAST_SHARED_BYTES = 99 * 1024
-# As in csrc/cka_large: the scratch of row_terms.cuh for sums, and the columns of a tile.
-_ROW_SUM_BYTES, _TILE_COLUMNS = 768, 128
 _TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 
 
@@ -79,12 +80,6 @@ def fits(device: torch.device, rows: int, width: int) -> bool:
         while blocks > processors:
             blocks //= 2
     return shared_bytes(rows, width, blocks) <= _SHARED_BYTES.get(capability, _LEAST_SHARED_BYTES)
-
-
-def most_columns(device: torch.device) -> int:
-    """The largest width of many rows: a block's shared memory holds the means of both sides."""
-    limit = _SHARED_BYTES.get(torch.cuda.get_device_capability(device), _LEAST_SHARED_BYTES)
-    return (limit - _ROW_SUM_BYTES) // 8 // _TILE_COLUMNS * _TILE_COLUMNS
 
 
 def shared_bytes(rows: int, width: int, blocks: int) -> int:

@@ -81,7 +81,7 @@ def _reason_against_problem(
             "RIFT_KERNELS_CUDA_ARCHS".format(*capability)
         )
     if not all(problem.gram):
-        return _reason_against_many_rows(dtypes, problem, cuda.most_columns(device))
+        return _reason_against_many_rows(dtypes, problem, cuda.MAX_COLUMNS)
     if problem.rows > cuda.MAX_ROWS:
         return f"the CUDA kernels take up to {cuda.MAX_ROWS} rows; got {problem.rows}"
     if not cuda.fits(device, problem.rows, problem.width):
@@ -90,7 +90,7 @@ def _reason_against_problem(
 
 
 def _reason_against_many_rows(
-    dtypes: Sequence[torch.dtype], problem: Problem, most_columns: int
+    dtypes: Sequence[torch.dtype], problem: Problem, max_columns: int
 ) -> str | None:
     """Why the CUDA kernels for covariance form cannot compute this."""
     if any(problem.gram):
@@ -101,10 +101,9 @@ def _reason_against_many_rows(
         return f"the CUDA kernels for many rows take bfloat16; got {' and '.join(map(str, dtypes))}"
     if problem.masked:
         return "the CUDA kernels for many rows take no mask"
-    if problem.width > most_columns:
+    if problem.width > max_columns:
         return (
-            f"the CUDA kernels for many rows take up to {most_columns} columns on this GPU; got "
-            f"{problem.width}"
+            f"the CUDA kernels for many rows take up to {max_columns} columns; got {problem.width}"
         )
     return None
 

@@ -131,6 +131,19 @@ def test_long_rows_near_the_teacher() -> None:
     assert_matches_oracle(cases.CKA, x, (x.float() * (1 + 1e-2 * noise)).bfloat16())
 
 
+def test_more_columns_than_a_block_holds() -> None:
+    """Beyond 4096 of them, their sums take one pass and their weighting another."""
+    x, y = with_long_rows(cases.Case("", 70, 4104, 8), (5,))
+    y.requires_grad_()
+    value = rk.linear_cka(x, y)
+    value.backward()
+    exact_y = y.detach().double().requires_grad_()
+    expected = cases.CKA.reference(x.double(), exact_y)
+    expected.backward()
+    assert abs(float(value) - float(expected)) <= cases.VALUE_TOLERANCE[torch.bfloat16]
+    assert cases.relative_error(y.grad, exact_y.grad) <= cases.GRADIENT_TOLERANCE[torch.bfloat16]
+
+
 @pytest.mark.parametrize("rows", [4, 5, 8, 9, 12])
 def test_few_rows(rows) -> None:
     """All rows may be long, so that none is left for the moments."""

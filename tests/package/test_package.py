@@ -258,7 +258,7 @@ def test_reasons_against_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     many = {"gram": (False,), "rows": 4096}
     assert reason(**many) is None
     assert "take no mask" in reason(**many, masked=True)
-    assert "up to 28928 columns on this GPU; got 30000" in reason(**many, width=30000)
+    assert "up to 32768 columns; got 40000" in reason(**many, width=40000)
     assert "bfloat16; got torch.float32" in reason(**many, dtypes=(torch.float32,))
     assert "64 rows of 100000 columns do not fit" in reason(width=100000)
     gpu, few_rows = torch.device("cuda"), availability.Problem("cka", (True,), 64, 768)

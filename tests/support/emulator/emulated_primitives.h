@@ -30,14 +30,17 @@ inline void __threadfence() {
 }
 
 template <typename T>
-T __shfl_xor_sync(unsigned, T x, int lane_mask) {
+T __shfl_sync(unsigned, T x, int lane) {
   emulator::Warp& warp = emulator::grid->warp();
-  const unsigned lane = threadIdx.x % 32;
-  warp.value[lane] = static_cast<double>(x);
+  warp.value[threadIdx.x % 32] = static_cast<double>(x);
   emulator::wait(warp.barrier);
-  const T result = static_cast<T>(warp.value[lane ^ static_cast<unsigned>(lane_mask)]);
+  const T result = static_cast<T>(warp.value[lane]);
   emulator::wait(warp.barrier);
   return result;
+}
+template <typename T>
+T __shfl_xor_sync(unsigned mask, T x, int lane_mask) {
+  return __shfl_sync(mask, x, static_cast<int>(threadIdx.x % 32) ^ lane_mask);
 }
 
 inline unsigned atomicAdd(unsigned* counter, unsigned value) {
