@@ -21,8 +21,8 @@ void cka_large_forward(const CkaLargeArguments& arguments, cudaStream_t stream) 
   launch({"statistics", arguments.statistics_blocks(), STATISTICS_THREADS,
           sizeof(StatisticsScratch)},
          stream, statistics_kernel, arguments);
-  launch({"means", 2 * arguments.width / MEANS_THREADS, MEANS_THREADS, sizeof(MeansScratch)}, stream,
-         means_kernel, arguments);
+  launch({"means", 2 * arguments.width / MEANS_THREADS, MEANS_THREADS, sizeof(MeansScratch)},
+         stream, means_kernel, arguments);
   if (arguments.debiased) {
     launch({"longest", arguments.row_blocks, ROW_THREADS, sizeof(LongestScratch)}, stream,
            longest_kernel, arguments);

@@ -34,7 +34,8 @@ __device__ inline void store_floats(float* to, const float (&x)[FEATURE_VECTOR])
   values[1] = {x[4], x[5], x[6], x[7]};
 }
 
-// The vectors of a side that begin at one column: the first row's, and the bytes of each that exist.
+// The vectors of a side that begin at one column: that of the first row, and their bytes within the
+// width.
 struct FeatureColumns {
   const Bf16* first;
   int bytes;
@@ -57,8 +58,8 @@ struct FeatureStream {
     return vectors + ((slot * ROWS + row) * 2 + side) * THREADS + threadIdx.x;
   }
 
-  // Starts to fetch a vector, `offset` elements after that of the first row. Zeros take the place of
-  // columns beyond the width, and of a row that does not exist: nothing of it is read.
+  // Starts to fetch a vector, `offset` elements after that of the first row. Zeros take the place
+  // of columns beyond the width, and of a row that does not exist: nothing of it is read.
   __device__ void fetch(int slot, int row, int side, const FeatureColumns& columns,
                         long long offset, bool exists) const {
     copy_async(vector(slot, row, side), columns.first + offset, exists ? columns.bytes : 0);

@@ -1,6 +1,7 @@
 // Arguments of the launches that compute linear CKA of many rows, in covariance form:
 //
-//   statistics, means, [longest, row_terms], moments_sm80 or _sm90, cka_large_head, backward_sm80 or _sm90
+//   statistics, means, [longest, row_terms], moments_sm80 or _sm90, cka_large_head,
+//   backward_sm80 or _sm90
 #pragma once
 
 #include "cka_large/moments_layout.h"
@@ -42,8 +43,8 @@ enum Statistic {
 };
 // Sums of squares that blocks of `cka_large_head` leave to the last one; see head.h.
 enum HeadSum { SQUARE_A, SQUARE_B, SQUARE_C, SQUARE_FX, SQUARE_FY, HEAD_SUMS };
-// Sums that blocks of `row_terms` leave to `cka_large_head`. For each row, k and l are the sums of
-// its products with all other rows; r and q are its energies in X and Y.
+// Sums that blocks of `longest` or `row_terms` leave to `cka_large_head`. For each row, k and l are
+// the sums of its products with all other rows; r and q are its energies in X and Y.
 enum RowSum {
   SUM_K,
   SUM_L,
@@ -59,7 +60,7 @@ enum RowSum {
   MEAN_Y,
   ROW_SUMS
 };
-// What `row_terms` stores for each row. Entries are pairs, X before Y.
+// What they store for each row. Entries are pairs, X before Y.
 enum RowTerm {
   ENERGY,            // r, q
   ROW_SUM = 2,       // k, l

@@ -17,12 +17,6 @@
 
 namespace rift {
 
-// The number of rows of R.
-__device__ inline int remaining_rows(const CkaLargeArguments& arguments,
-                                     const LongRows& long_rows) {
-  return arguments.rows - long_rows.count;
-}
-
 // Sort key of a long row: larger shares of the total energy rank higher, then smaller indices. 0:
 // the row is not long.
 using LengthKey = unsigned long long;
@@ -82,7 +76,7 @@ __device__ inline void find_longest(int begin, int end, Read read, Store store,
 
 // Replaces the means by those of R, unless R is empty, and copies the long rows.
 __device__ inline void leave_out(const CkaLargeArguments& arguments, const LongRows& long_rows) {
-  const int width = arguments.width, remaining = remaining_rows(arguments, long_rows);
+  const int width = arguments.width, remaining = arguments.rows - long_rows.count;
   for (int i = threadIdx.x; i < 2 * width; i += ROW_THREADS) {
     const bool is_y = i >= width;
     const CkaLargeSide& side = is_y ? arguments.y : arguments.x;

@@ -1,13 +1,14 @@
 // One pass over all rows, centered about the means of R: their energies, their products with the
 // long rows S, the sums of their products with all other rows, k and l, and the columns of R
-// weighted with these sums. About the means of R the rows of R add up to 0, so that
+// weighted with these sums. About the means of R, the rows of R add up to 0. So the row sums take
+// no pass of their own:
 //
-//   k_i = sum_{s in S} x_i x_s - (x_i x_i if i is in R, else x_i x_i, which the sum contains)
+//   k_i = sum over s in S of x_i x_s, without s = i, minus x_i x_i if i is in R
 //
-// A block owns a run of rows. Threads own vectors of columns, the same ones of X and Y, and several
-// rows are processed at once by as many groups of threads if the features are narrow. A row's
-// features stay in registers until its sums are known and weight them. Only features of more than
-// 4096 columns are read again for that, and those beside long rows, for lack of registers.
+// A block owns a run of rows. Its threads own vectors of columns, the same ones of X and Y. If they
+// are more than the vectors, they form teams that process different rows. A row's features stay in
+// registers until its sums are known, which weight its columns. Features of more than 4096 columns
+// are read again for that, and so are those beside long rows, whose products take the registers.
 //
 // Memory traffic: the features once; 16 bytes for each row, 80 with long rows.
 #pragma once
@@ -165,8 +166,8 @@ struct RowPass {
   }
 
   // Completes the sums of a round's rows over their teams and stores their terms. Lane l has the
-  // energy of row l / 8 % 2 of side l / 16, and its product with the long row l % 8. It returns k or
-  // l of this row, 0 for a row of S.
+  // energy of row l / 8 % 2 of side l / 16, and its product with the long row l % 8. It returns k
+  // or l of this row, 0 for a row of S.
   __device__ float finish_rows(int round, float (&energies)[2 * ROWS_AT_ONCE],
                                RowProducts& products) const {
     static_assert(2 * ROWS_AT_ONCE * MAX_LONG_ROWS == 32);
@@ -241,13 +242,14 @@ struct RowPass {
       memory[(2 * kind + 1) * ROW_THREADS + (threadIdx.x ^ 4)] = {x[4], x[5], x[6], x[7]};
     }
     __syncthreads();
-    float* out = arguments.weighted_parts + static_cast<long long>(blockIdx.x) * 4 * arguments.width;
+    const int width = arguments.width;
+    float* out = arguments.weighted_parts + static_cast<long long>(blockIdx.x) * 4 * width;
     const int vectors = 32 * team_warps;
     for (int i = threadIdx.x; i < 8 * vectors; i += ROW_THREADS) {
       // Neighbours store both halves of a vector.
       const int kind = i / (2 * vectors), half = i % 2, of_vector = i / 2 % vectors;
       const int first = (chunk * ROW_THREADS + of_vector) * FEATURE_VECTOR + 4 * half;
-      if (first >= arguments.width) continue;
+      if (first >= width) continue;
       Vector<float, 4> total = {};
       for (int other = 0; other < teams; ++other) {
         const Vector<float, 4> part =
@@ -255,7 +257,7 @@ struct RowPass {
 #pragma unroll
         for (int j = 0; j < 4; ++j) total.elements[j] += part.elements[j];
       }
-      *reinterpret_cast<Vector<float, 4>*>(out + kind * arguments.width + first) = total;
+      *reinterpret_cast<Vector<float, 4>*>(out + kind * width + first) = total;
     }
     __syncthreads();
   }
@@ -349,7 +351,8 @@ struct RowPass {
       totals[REST_X] += r;
       totals[REST_Y] += q;
     }
-    // A pair of a long and another row counts for both orders. A pair of long rows is visited twice.
+    // A pair of a long and another row counts for both orders. A pair of long rows is visited
+    // twice.
     const double orders = is_long ? 1 : 2;
 #pragma unroll
     for (int s = 0; HAS_LONG && s < MAX_LONG_ROWS; ++s) {
@@ -370,7 +373,8 @@ struct RowPass {
     // The energies of the means, from one block.
     const int width = arguments.width;
     for (int i = threadIdx.x; i < 2 * width && blockIdx.x == 0; i += ROW_THREADS) {
-      const double mean = static_cast<double>(arguments.means[i]) * (i < width ? scales.x : scales.y);
+      const double scale = i < width ? scales.x : scales.y;
+      const double mean = arguments.means[i] * scale;
       totals[MEAN_X] += i < width ? mean * mean : 0;
       totals[MEAN_Y] += i < width ? 0 : mean * mean;
     }

@@ -1,6 +1,6 @@
-// What the long rows change (longest.cuh): the terms of all rows, about the means of the others, and
-// the moments, which need patches: the chunks of long rows without these rows. Without long rows,
-// this launch does nothing.
+// What long rows change (longest.cuh): the terms of all rows, which are about the means of the
+// others, and the moments, which need patches: the chunks of long rows without these rows. Without
+// long rows, this launch does nothing.
 //
 // Memory traffic: the features twice; 80 bytes for each row; the patches.
 #pragma once

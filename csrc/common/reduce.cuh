@@ -49,7 +49,7 @@ __device__ inline double block_sum_of_thread(const double (&x)[COUNT], double* s
   return total;
 }
 
-// Sums of parts that blocks have left, [COUNT][blocks]: each of the first COUNT threads receives one.
+// Sums of what blocks have left, [COUNT][blocks]: each of the first COUNT threads receives one.
 template <int COUNT, typename T>
 __device__ inline double sum_of_blocks(const T* parts, int blocks, double* scratch) {
   double sums[COUNT] = {};
