@@ -26,9 +26,8 @@ void cka_large_forward(const CkaLargeArguments& arguments, cudaStream_t stream) 
   if (arguments.debiased) {
     launch({"longest", arguments.row_blocks, ROW_THREADS, sizeof(LongestScratch)}, stream,
            longest_kernel, arguments);
-    launch({"row_terms", arguments.row_blocks + arguments.patch_blocks(), ROW_THREADS,
-            sizeof(RowScratch)},
-           stream, row_terms_kernel, arguments);
+    launch({"row_terms", arguments.row_blocks, ROW_THREADS, sizeof(RowScratch)}, stream,
+           row_terms_kernel, arguments);
   }
   const MomentsArguments moments{arguments.schedule,  arguments.tiles,   arguments.spill,
                                  arguments.long_rows, arguments.patches, arguments.width};

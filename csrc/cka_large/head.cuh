@@ -147,7 +147,7 @@ __global__ void __launch_bounds__(HEAD_THREADS, 3)
       double total = 0;
 #pragma unroll
       for (int warp = 0; warp < HEAD_WARPS; ++warp) {
-        total += scratch.sums[threadIdx.x * HEAD_WARPS + warp];
+        total += scratch.sums[warp * HEAD_SUMS + threadIdx.x];
       }
       arguments.head_sums[threadIdx.x * arguments.strip_blocks() + blockIdx.x] = total;
     }

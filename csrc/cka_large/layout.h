@@ -123,8 +123,8 @@ struct CkaLargeArguments {
     return width / STATISTICS_COLUMNS * segments;
   }
   RIFT_HOST_DEVICE constexpr int strip_blocks() const { return schedule.tiles() * STRIPS; }
-  // The last blocks of `row_terms` make patches, 128 columns each.
-  RIFT_HOST_DEVICE constexpr int patch_blocks() const {
+  // Pieces of patches, 128 columns each, that the blocks of `row_terms` share.
+  RIFT_HOST_DEVICE constexpr int patch_pieces() const {
     return 2 * MAX_LONG_ROWS * (width / MOMENT_BLOCK);
   }
   // The last blocks of `cka_large_head` sum `weighted_parts`.

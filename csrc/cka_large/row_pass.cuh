@@ -79,7 +79,7 @@ struct RowPass {
 
   __device__ int rounds() const { return ceil_div(run.end - run.begin, ROWS_AT_ONCE * teams); }
   __device__ int row(int round, int i) const {
-    return run.begin + (round * ROWS_AT_ONCE + i) * teams + team;
+    return run.begin + (round * teams + team) * ROWS_AT_ONCE + i;
   }
   __device__ bool exists(int row) const { return team < teams && row < run.end; }
   __device__ int column(int chunk) const {
@@ -149,10 +149,10 @@ struct RowPass {
       for (int s = 0; s < MAX_LONG_ROWS; ++s) {
         if (s >= long_rows.count) continue;
         const long long long_row = side * MAX_LONG_ROWS + s;
+        const auto features = *reinterpret_cast<const FeatureVector*>(
+            arguments.long_features + long_row * arguments.width + column(chunk));
         float p[FEATURE_VECTOR];
-        unpack(*reinterpret_cast<const FeatureVector*>(arguments.long_features +
-                                                       long_row * arguments.width + column(chunk)),
-               p);
+        unpack(features, p);
 #pragma unroll
         for (int j = 0; j < FEATURE_VECTOR; ++j) {
           p[j] -= means[side][j];
@@ -250,14 +250,14 @@ struct RowPass {
       const int kind = i / (2 * vectors), half = i % 2, of_vector = i / 2 % vectors;
       const int first = (chunk * ROW_THREADS + of_vector) * FEATURE_VECTOR + 4 * half;
       if (first >= width) continue;
-      Vector<float, 4> total = {};
+      float x[4] = {};
       for (int other = 0; other < teams; ++other) {
         const Vector<float, 4> part =
             memory[(2 * kind + half) * ROW_THREADS + other * vectors + (of_vector ^ 4 * half)];
 #pragma unroll
-        for (int j = 0; j < 4; ++j) total.elements[j] += part.elements[j];
+        for (int j = 0; j < 4; ++j) x[j] += part.elements[j];
       }
-      *reinterpret_cast<Vector<float, 4>*>(out + kind * width + first) = total;
+      *reinterpret_cast<Vector<float, 4>*>(out + kind * width + first) = {x[0], x[1], x[2], x[3]};
     }
     __syncthreads();
   }

@@ -11,37 +11,44 @@ namespace rift {
 
 // Copies 128 columns of the chunk of a long row and replaces the long rows in it by 0.
 __device__ inline void make_patch(const CkaLargeArguments& arguments, const LongRows& long_rows,
-                                  int index) {
+                                  const RowStream& stream, int piece) {
+  constexpr int VECTORS = MOMENT_BLOCK / FEATURE_VECTOR, STEP = ROW_THREADS / VECTORS;
+  static_assert(STEP * ROWS_AT_ONCE == MOMENT_CHUNK);
   const int blocks = arguments.width / MOMENT_BLOCK;
-  const int slot = index / (2 * blocks), is_y = index / blocks % 2;
-  const CkaLargeSide& side = is_y ? arguments.y : arguments.x;
-  const auto* features = static_cast<const Bf16*>(side.features);
-  const long long offset = is_y ? 1LL * PATCH_ROWS * arguments.width : 0;
-  unsigned short* patches = arguments.patches + offset;
+  const int slot = piece / (2 * blocks), is_y = piece / blocks % 2;
   const int long_row = arguments.long_rows[slot];
   if (long_row < 0) return;
-  const int first = long_row / MOMENT_CHUNK * MOMENT_CHUNK;
-  const int column = index % blocks * MOMENT_BLOCK + static_cast<int>(threadIdx.x) % MOMENT_BLOCK;
-#pragma unroll 4
-  for (int i = threadIdx.x / MOMENT_BLOCK; i < MOMENT_CHUNK; i += blockDim.x / MOMENT_BLOCK) {
-    const int row = first + i;
-    const bool included = row < arguments.rows && column < side.width && !long_rows.has(row);
-    patches[static_cast<long long>(slot * MOMENT_CHUNK + i) * arguments.width + column] =
-        included ? features[row * side.stride + column].bits : uint16_t{0};
+  const CkaLargeSide& side = is_y ? arguments.y : arguments.x;
+  const int thread = threadIdx.x, patch_row = thread / VECTORS;
+  const int column = piece % blocks * MOMENT_BLOCK + thread % VECTORS * FEATURE_VECTOR;
+  const FeatureColumns columns = feature_columns(side, column);
+#pragma unroll
+  for (int i = 0; i < ROWS_AT_ONCE; ++i) {
+    const int row = long_row / MOMENT_CHUNK * MOMENT_CHUNK + patch_row + i * STEP;
+    const bool included = row < arguments.rows && !long_rows.has(row);
+    stream.fetch(0, i, 0, columns, row * side.stride, included);
+  }
+  commit_copies();
+  wait_copies<0>();
+  const long long first = (is_y * MAX_LONG_ROWS + slot) * MOMENT_CHUNK + patch_row;
+  unsigned short* patch = arguments.patches + first * arguments.width + column;
+#pragma unroll
+  for (int i = 0; i < ROWS_AT_ONCE; ++i) {
+    *reinterpret_cast<FeatureVector*>(patch + i * STEP * arguments.width) = *stream.vector(0, i, 0);
   }
 }
 
-// A block owns a run of rows, or some columns of a patch.
+// A block owns a run of rows, and some pieces of patches.
 __global__ void __launch_bounds__(ROW_THREADS)
     row_terms_kernel(const __grid_constant__ CkaLargeArguments arguments) {
   const LongRows long_rows = read_long_rows(arguments);
   if (long_rows.count == 0) return;
-  if (static_cast<int>(blockIdx.x) >= arguments.row_blocks) {
-    make_patch(arguments, long_rows, static_cast<int>(blockIdx.x) - arguments.row_blocks);
-    return;
-  }
   auto& scratch = *reinterpret_cast<RowScratch*>(shared_memory());
-  RowPass<true>(arguments, long_rows, scratch).execute();
+  const RowPass<true> pass(arguments, long_rows, scratch);
+  for (int piece = blockIdx.x; piece < arguments.patch_pieces(); piece += arguments.row_blocks) {
+    make_patch(arguments, long_rows, pass.stream, piece);
+  }
+  pass.execute();
 }
 
 }  // namespace rift

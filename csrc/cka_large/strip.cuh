@@ -226,12 +226,12 @@ __device__ inline void store_shift_y(const CkaLargeArguments& arguments, int str
   arguments.shift_y[which * half + strip * arguments.width + j + column] = total;
 }
 
-// Each warp's sums of squares in scratch.sums, [HEAD_SUMS][HEAD_WARPS].
+// Each warp's sums of squares in scratch.sums, [HEAD_WARPS][HEAD_SUMS].
 __device__ inline void clear_squares(HeadScratch& scratch) {
   if (threadIdx.x % 32 > 0) return;
 #pragma unroll
   for (int kind = 0; kind < HEAD_SUMS; ++kind) {
-    scratch.sums[kind * HEAD_WARPS + threadIdx.x / 32] = 0;
+    scratch.sums[threadIdx.x / 32 * HEAD_SUMS + kind] = 0;
   }
 }
 
@@ -246,7 +246,7 @@ __device__ inline void set_square(HeadSum kind, const StripElements& x, int fact
     }
   }
   sum = factor * warp_sum(sum);
-  if (threadIdx.x % 32 == 0) scratch.sums[kind * HEAD_WARPS + threadIdx.x / 32] = sum;
+  if (threadIdx.x % 32 == 0) scratch.sums[threadIdx.x / 32 * HEAD_SUMS + kind] = sum;
 }
 
 }  // namespace rift

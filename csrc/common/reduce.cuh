@@ -39,12 +39,12 @@ __device__ inline double block_sum_of_thread(const double (&x)[COUNT], double* s
 #pragma unroll
   for (int i = 0; i < COUNT; ++i) {
     const double sum = warp_sum(x[i]);
-    if (threadIdx.x % 32 == 0) scratch[i * warps + threadIdx.x / 32] = sum;
+    if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32 * COUNT + i] = sum;
   }
   __syncthreads();
   double total = 0;
   for (int warp = 0; threadIdx.x < COUNT && warp < warps; ++warp) {
-    total += scratch[threadIdx.x * warps + warp];
+    total += scratch[warp * COUNT + threadIdx.x];
   }
   return total;
 }
