@@ -38,12 +38,17 @@ __device__ inline void arrive(Mbarrier* barrier) {
 }
 
 // Arrives at the barrier with the same address in the cluster's block with this rank.
+//
+// Its release is of this block's scope, the default. `.release.cluster` would compile to a fence of
+// the whole GPU. None is needed to hand back a stage that was only read: the reads are complete,
+// because products were waited for and loaded registers were used. There is nothing to make
+// visible to the other block's copy engine, which writes next.
 __device__ inline void arrive_remote(Mbarrier* barrier, int rank) {
   asm volatile(
       "{\n\t"
       ".reg .b32 remote;\n\t"
       "mapa.shared::cluster.u32 remote, %0, %1;\n\t"
-      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote];\n\t"
+      "mbarrier.arrive.shared::cluster.b64 _, [remote];\n\t"
       "}" ::"r"(shared_address(barrier)),
       "r"(rank)
       : "memory");

@@ -380,6 +380,9 @@ def test_what_the_kernels_compile_to(compiled) -> None:
         assert all(needs["bulk"] and needs["multicast"] for needs in hopper)
         # At least four products per wait: the compiler has not serialised them.
         assert all(needs["warpgroup"] > 2 * needs["waits"] for needs in hopper)
+        # A fence between products would keep the tensor cores waiting for memory.
+        assert all(needs["fences_among_products"] == 0 for needs in hopper)
+        assert all(needs["fences"] <= 4 for needs in hopper)
         assert len(hopper) in (0, 2)
 
 

@@ -27,7 +27,10 @@ INSTRUCTIONS = {
     "copies": r"\sLDGSTS\.",  # asynchronous copies by threads
     "local": r"\s(?:LDL|STL)\b",  # accesses to local memory
     "clusters": r"\sUCGABAR_",  # barriers of a cluster
+    "fences": r"\sMEMBAR\.",  # that wait for earlier accesses to memory
 }
+# Fences between the first and the last product of a warpgroup.
+FENCES_AMONG_PRODUCTS = "fences_among_products"
 # By architecture and kernel.
 Resources = dict[str, dict[str, dict[str, Any]]]
 
@@ -59,11 +62,11 @@ def kernel_resources(extension: Path) -> Resources:
         arch = next_arch or arch
         if name and int(registers) > EMPTY_REGISTERS:
             needs = {"registers": int(registers), "stack": int(stack)}
-            needs |= dict.fromkeys(INSTRUCTIONS, 0)
+            needs |= dict.fromkeys((*INSTRUCTIONS, FENCES_AMONG_PRODUCTS), 0)
             by_mangled_name[arch, name] = needs
             resources.setdefault(arch, {})[_demangled(name)] = needs
     counted = "|".join(f"(?P<{name}>{pattern})" for name, pattern in INSTRUCTIONS.items())
-    needs = {}
+    needs, fences_before = {}, 0
     for match in re.finditer(
         rf"^arch = (\w+)|Function : (\S+)|{counted}", _cuobjdump("-sass", extension), re.M
     ):
@@ -73,6 +76,9 @@ def kernel_resources(extension: Path) -> Resources:
             needs = by_mangled_name.get((arch, match[2]), dict.fromkeys(INSTRUCTIONS, 0))
         else:
             needs[str(match.lastgroup)] += 1
+            if match.lastgroup == "warpgroup":
+                fences_before = needs["fences"] if needs["warpgroup"] == 1 else fences_before
+                needs[FENCES_AMONG_PRODUCTS] = needs["fences"] - fences_before
     return {arch: dict(sorted(kernels.items())) for arch, kernels in resources.items()}
 
 
