@@ -39,14 +39,32 @@ struct BackwardArguments {
   }
 
   __device__ float scalar(Scalar which) const { return forward.scalars[side * SCALARS + which]; }
+  __device__ float w_other() const { return equal_widths() ? scalar(W_OTHER) : 0; }
   __device__ bool uses_low_halves() const { return scalar(USES_LOW_HALVES) != 0; }
-  // The offset of a row in U-centering of alpha K + beta L, from its row sums in both.
-  __device__ float row_offset(float own_sum, float other_sum) const {
-    return (scalar(ROW_OWN) * own_sum + scalar(ROW_OTHER) * other_sum) /
+  // The factors of sums of products, and of the result. Their product may exceed float32's range.
+  __device__ float product_scale() const { return scalar(SCALE) * scalar(INVERSE_OTHER); }
+  __device__ float gradient_scale() const { return scalar(INVERSE_OWN) * *incoming; }
+  // Element of alpha K + beta L, or a sum of elements, from those of K and L.
+  __device__ float combined(float own, float other) const {
+    return scalar(ROW_OWN) * own + scalar(ROW_OTHER) * other;
+  }
+  __device__ float row_term(int kind, int row) const {
+    return forward.row_terms[kind * static_cast<long long>(forward.rows) + row];
+  }
+  // The offset of a row in U-centering of alpha K + beta L.
+  __device__ float row_offset(int row) const {
+    return combined(row_term(ROW_SUM + side, row), row_term(ROW_SUM + 1 - side, row)) /
            static_cast<float>(forward.rows - 2);
   }
+  // The long row with this index, or -1.
+  __device__ int long_row(int s) const {
+    return forward.debiased && s < MAX_LONG_ROWS ? forward.long_rows[s] : -1;
+  }
   __device__ const float* own_means() const { return forward.means + side * forward.width; }
-  __device__ const float* other_means() const { return forward.means + (1 - side) * forward.width; }
+  // Those that W needs. If the widths differ, any will do: c_other is 0.
+  __device__ const float* other_means() const {
+    return forward.means + (equal_widths() ? 1 - side : side) * forward.width;
+  }
 };
 
 // A range of the inner dimension that is multiplied at once.
@@ -83,96 +101,253 @@ __device__ inline BackwardSteps backward_steps(const BackwardArguments& argument
           uses_low_halves ? 2 : 1};
 }
 
-// What store_gradient needs of a column: the contribution of the means, m, and the long rows.
-struct BackwardColumn {
-  float shift, offset_weighted_sum;
-  uint16_t long_rows[MAX_LONG_ROWS];
-};
-
-__device__ inline BackwardColumn backward_column(const BackwardArguments& arguments, int column) {
-  const CkaLargeArguments& forward = arguments.forward;
-  const int width = forward.width;
-  BackwardColumn result = {};
-  if (column >= width) return result;
-  const float* shift = (arguments.is_y() ? forward.shift_y : forward.shift_x) + column;
-  const int parts =
-      arguments.is_y() ? ceil_div(forward.x.width, STRIP) : ceil_div(forward.y.width, MOMENT_BLOCK);
-  const long long low = static_cast<long long>(width / STRIP) * width;
-  for (int part = 0; part < parts; ++part) {
-    result.shift += shift[part * width];
-    if (arguments.uses_low_halves()) result.shift += shift[low + part * width];
-  }
-  if (!forward.debiased) return result;
-  const float* sums = forward.weighted_sums + 2 * arguments.side * width + column;
-  result.offset_weighted_sum = arguments.row_offset(sums[0], sums[width]);
-  const CkaLargeSide& side = arguments.own_side();
-  const auto* features = static_cast<const Bf16*>(side.features);
-  for (int s = 0; s < MAX_LONG_ROWS; ++s) {
-    const int row = forward.long_rows[s];
-    const bool exists = row >= 0 && column < side.width;
-    if (exists) result.long_rows[s] = features[row * side.stride + column].bits;
-  }
-  return result;
+// The high or low halves of two adjacent elements of W, from features and from what the means
+// contribute. Near the teacher, Own and Other nearly cancel, so that only one sum is rounded much.
+__device__ inline uint32_t form_pair(uint32_t own, uint32_t other, float c_own, float c_other,
+                                     Vector<float, 2> constants, bool is_low) {
+  const float first = (constants.elements[0] + c_other * bits_to_float(other << 16)) +
+                      c_own * bits_to_float(own << 16);
+  const float second = (constants.elements[1] + c_other * bits_to_float(other & 0xFFFF0000)) +
+                       c_own * bits_to_float(own & 0xFFFF0000);
+  uint32_t high, low;
+  split_pair(first, second, high, low);
+  return is_low ? low : high;
 }
 
-// The w and the V of a row.
-struct BackwardRow {
-  float weight, long_rows[MAX_LONG_ROWS];
-};
-
-__device__ inline BackwardRow backward_row(const BackwardArguments& arguments,
-                                           const LongRows& long_rows, int row) {
-  BackwardRow result = {};
-  const CkaLargeArguments& forward = arguments.forward;
-  if (!forward.debiased) return result;
-  const float alpha = arguments.scalar(ROW_OWN), beta = arguments.scalar(ROW_OTHER);
-  const int side = arguments.side;
-  const auto term = [&](int kind, int index) {
-    return forward.row_terms[kind * static_cast<long long>(forward.rows) + index];
-  };
-  const auto row_offset = [&](int index) {
-    return arguments.row_offset(term(ROW_SUM + side, index), term(ROW_SUM + 1 - side, index));
-  };
-  const float offset = row_offset(row), total = arguments.scalar(ROW_TOTAL);
-  if (!long_rows.has(row)) {
-    const float energy = alpha * term(ENERGY + side, row) + beta * term(ENERGY + 1 - side, row);
-    result.weight = 2 * offset - energy - total;
-  }
-#pragma unroll
-  for (int s = 0; s < MAX_LONG_ROWS; ++s) {
-    if (s >= long_rows.count || long_rows.rows[s] == row) continue;
-    const float k = term(ROW_PRODUCTS + side * MAX_LONG_ROWS + s, row);
-    const float l = term(ROW_PRODUCTS + (1 - side) * MAX_LONG_ROWS + s, row);
-    result.long_rows[s] = alpha * k + beta * l - offset - row_offset(long_rows.rows[s]) + total;
-  }
-  return result;
+template <int SIZE>
+__device__ inline Vector<float, SIZE> load_floats(const float* first) {
+  return *reinterpret_cast<const Vector<float, SIZE>*>(first);
 }
 
-// Stores an element of the gradient; `sum` is that of the products.
-__device__ inline void store_gradient(const BackwardArguments& arguments, float incoming, int row,
-                                      int column, float sum, const BackwardRow& of_row,
-                                      int long_count, const BackwardColumn& of_column) {
-  const CkaLargeSide& side = arguments.own_side();
-  if (column >= side.width) return;
-  const float inverse = arguments.scalar(INVERSE_OWN);
-  float value = (sum - of_column.shift) * (inverse * arguments.scalar(SCALE)) *
-                arguments.scalar(INVERSE_OTHER);
-  if (arguments.forward.debiased) {
-    const auto* features = static_cast<const Bf16*>(side.features);
-    const float mean = arguments.own_means()[column];
-    const float x = to_float(features[row * side.stride + column]) - mean;
-    float debiasing = of_row.weight * (inverse * x) - of_column.offset_weighted_sum * inverse;
-    if (long_count > 0) {
-#pragma unroll
-      for (int s = 0; s < MAX_LONG_ROWS; ++s) {
-        const float p = (bf16_to_float(of_column.long_rows[s]) - mean) * inverse;
-        if (s < long_count) debiasing += of_row.long_rows[s] * p;
+// What all elements of a column or of a row have in common, for a tile.
+template <int COLUMNS>
+struct BackwardTerms {
+  // What is added to scaled sums, and the means of Own.
+  float constants[COLUMNS], means[COLUMNS];
+  // Factors of centered features.
+  float weights[BACKWARD_ROWS];
+};
+
+// Of the long rows: scaled, centered features, and V.
+template <int COLUMNS>
+struct BackwardLongRows {
+  float features[MAX_LONG_ROWS][COLUMNS], weights[MAX_LONG_ROWS][BACKWARD_ROWS];
+};
+
+// A tile of the gradient. It takes the place of the features that it is made of: boxes of 64
+// columns in shared memory, whose rows are swizzled as by the copy engine.
+template <int COLUMNS>
+struct BackwardTile {
+  const BackwardArguments& arguments;
+  BackwardTerms<COLUMNS>& terms;
+  BackwardLongRows<COLUMNS>& long_rows;
+  unsigned char* first_box;
+  int next_box;  // bytes from one box to the next
+  int row, column;
+
+  // Computes the terms of columns by some threads, four columns at once.
+  __device__ void compute_columns(int thread, int threads) const {
+#pragma unroll 1
+    for (int i = 4 * thread; i < COLUMNS && column + i < forward().width; i += 4 * threads) {
+      *reinterpret_cast<Four*>(terms.constants + i) = four_constants(column + i);
+      *reinterpret_cast<Four*>(terms.means + i) = load_floats<4>(arguments.own_means() + column + i);
+    }
+  }
+
+  __device__ void compute_rows(int thread, int threads) const {
+#pragma unroll 1
+    for (int i = thread; i < BACKWARD_ROWS && row + i < forward().rows; i += threads) {
+      terms.weights[i] = weight(row + i);
+    }
+  }
+
+  __device__ void compute_long_columns(int thread, int threads) const {
+    const auto* features = static_cast<const Bf16*>(own().features);
+#pragma unroll 1
+    for (int s = 0; arguments.long_row(s) >= 0; ++s) {
+      const long long offset = arguments.long_row(s) * own().stride + column;
+#pragma unroll 1
+      for (int i = thread; i < COLUMNS && column + i < own().width; i += threads) {
+        const float x = to_float(features[offset + i]) - arguments.own_means()[column + i];
+        long_rows.features[s][i] = x * arguments.scalar(INVERSE_OWN);
       }
     }
-    value += debiasing * inverse;
   }
-  arguments.grad[static_cast<long long>(row) * side.width + column] =
-      round_to_bf16(value * incoming);
-}
+
+  __device__ void compute_long_weights(int thread, int threads) const {
+#pragma unroll 1
+    for (int s = 0; arguments.long_row(s) >= 0; ++s) {
+#pragma unroll 1
+      for (int i = thread; i < BACKWARD_ROWS && row + i < forward().rows; i += threads) {
+        long_rows.weights[s][i] = long_weight(s, row + i);
+      }
+    }
+  }
+
+  __device__ unsigned char* element(int tile_row, int tile_column) const {
+    const int vector = tile_column / 8 % 8 ^ tile_row % 8;
+    return first_box + tile_column / BOX_COLUMNS * next_box + tile_row * 128 + vector * 16 +
+           tile_column % 8 * 2;
+  }
+
+  // Turns a warp's sums of products into the gradient, in DOWN x ACROSS matrices of 16 x 16. Eight
+  // sums of each follow one another: as in multiply_add, of the left half and of the right half.
+  template <int DOWN, int ACROSS>
+  __device__ void finish(float* c, int first_row, int first_column) const {
+    const int lane = threadIdx.x % 32, lane_row = first_row + lane / 4;
+    const int lane_column = first_column + lane % 4 * 2;
+    const float product_scale = arguments.product_scale();
+#pragma unroll
+    for (int down = 0; down < DOWN; ++down) {
+      const float weights[2] = {terms.weights[lane_row + 16 * down],
+                                terms.weights[lane_row + 16 * down + 8]};
+#pragma unroll
+      for (int across = 0; across < ACROSS; ++across) {
+        uint32_t features[4];
+        load_matrices(features, matrix_row(first_row + 16 * down, first_column + 16 * across));
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const int column_of_pair = lane_column + 16 * across + 8 * half;
+          const auto constants = load_floats<2>(terms.constants + column_of_pair);
+          const auto means = load_floats<2>(terms.means + column_of_pair);
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            const uint32_t pair = features[2 * half + i / 2];
+            const float x = bits_to_float(i % 2 ? pair & 0xFFFF0000 : pair << 16);
+            float& sum = c[(down * ACROSS + across) * 8 + 4 * half + i];
+            sum = sum * product_scale + constants.elements[i % 2];
+            sum += weights[i / 2] * (x - means.elements[i % 2]);
+          }
+        }
+      }
+    }
+    for (int s = 0; arguments.long_row(s) >= 0; ++s) {
+#pragma unroll
+      for (int down = 0; down < DOWN; ++down) {
+        const float* weights = long_rows.weights[s] + lane_row + 16 * down;
+#pragma unroll
+        for (int eighth = 0; eighth < 2 * ACROSS; ++eighth) {
+          const auto features = load_floats<2>(long_rows.features[s] + lane_column + 8 * eighth);
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            c[(down * ACROSS * 2 + eighth) * 4 + i] +=
+                weights[i / 2 * 8] * features.elements[i % 2];
+          }
+        }
+      }
+    }
+    const float gradient_scale = arguments.gradient_scale();
+#pragma unroll
+    for (int down = 0; down < DOWN; ++down) {
+#pragma unroll
+      for (int across = 0; across < ACROSS; ++across) {
+        uint32_t pairs[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const float* sums = c + (down * ACROSS + across) * 8 + 2 * i;
+          pairs[i] = round_to_bf16_pair(sums[0] * gradient_scale, sums[1] * gradient_scale);
+        }
+        store_matrices(pairs, matrix_row(first_row + 16 * down, first_column + 16 * across));
+      }
+    }
+  }
+
+  // Writes 16 rows by a warp, in vectors to whose size the rows are aligned.
+  __device__ void store(int first_row) const {
+    const int width = own().width;
+    if (width % 8 == 0) {
+      store_vectors<8>(first_row);
+    } else if (width % 4 == 0) {
+      store_vectors<4>(first_row);
+    } else if (width % 2 == 0) {
+      store_vectors<2>(first_row);
+    } else {
+      store_vectors<1>(first_row);
+    }
+  }
+
+ private:
+  using Four = Vector<float, 4>;
+
+  __device__ const CkaLargeArguments& forward() const { return arguments.forward; }
+  __device__ const CkaLargeSide& own() const { return arguments.own_side(); }
+
+  // The contribution of the means of Other, and m, for four columns.
+  __device__ Four four_constants(int grad_column) const {
+    const int width = forward().width;
+    const float* shifts = (arguments.is_y() ? forward().shift_y : forward().shift_x) + grad_column;
+    const int parts = arguments.is_y() ? ceil_div(forward().x.width, STRIP)
+                                       : ceil_div(forward().y.width, MOMENT_BLOCK);
+    const float* low_shifts = shifts + static_cast<long long>(width / STRIP) * width;
+    const bool uses_low_halves = arguments.uses_low_halves();
+    Four sum = {};
+#pragma unroll 2
+    for (int part = 0; part < parts; ++part) {
+      const Four high = load_floats<4>(shifts + part * width);
+      const Four low = uses_low_halves ? load_floats<4>(low_shifts + part * width) : Four{};
+#pragma unroll
+      for (int k = 0; k < 4; ++k) sum.elements[k] += high.elements[k] + low.elements[k];
+    }
+    Four result;
+#pragma unroll
+    for (int k = 0; k < 4; ++k) result.elements[k] = -sum.elements[k] * arguments.product_scale();
+    if (!forward().debiased) return result;
+    const float* sums = forward().weighted_sums + 2 * arguments.side * width + grad_column;
+    const Four own_sums = load_floats<4>(sums), other_sums = load_floats<4>(sums + width);
+    const float scale = arguments.scalar(INVERSE_OWN) / static_cast<float>(forward().rows - 2);
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      result.elements[k] -=
+          arguments.combined(own_sums.elements[k], other_sums.elements[k]) * scale;
+    }
+    return result;
+  }
+
+  // w, as a factor of features that are centered but not scaled.
+  __device__ float weight(int grad_row) const {
+    if (!forward().debiased) return 0;
+#pragma unroll 1
+    for (int s = 0; arguments.long_row(s) >= 0; ++s) {
+      if (arguments.long_row(s) == grad_row) return 0;
+    }
+    const int side = arguments.side;
+    const float energy = arguments.combined(arguments.row_term(ENERGY + side, grad_row),
+                                            arguments.row_term(ENERGY + 1 - side, grad_row));
+    return (2 * arguments.row_offset(grad_row) - energy - arguments.scalar(ROW_TOTAL)) *
+           arguments.scalar(INVERSE_OWN);
+  }
+
+  // An element of V.
+  __device__ float long_weight(int s, int grad_row) const {
+    const int side = arguments.side, long_row = arguments.long_row(s);
+    if (long_row == grad_row) return 0;
+    const int own_term = ROW_PRODUCTS + side * MAX_LONG_ROWS + s;
+    const int other_term = ROW_PRODUCTS + (1 - side) * MAX_LONG_ROWS + s;
+    const float product = arguments.combined(arguments.row_term(own_term, grad_row),
+                                             arguments.row_term(other_term, grad_row));
+    return product - arguments.row_offset(grad_row) - arguments.row_offset(long_row) +
+           arguments.scalar(ROW_TOTAL);
+  }
+
+  // The row of a 16 x 16 matrix whose address this lane passes to ldmatrix or stmatrix.
+  __device__ unsigned char* matrix_row(int tile_row, int tile_column) const {
+    return element(tile_row + threadIdx.x % 16, tile_column + threadIdx.x % 32 / 16 * 8);
+  }
+
+  template <int SIZE>
+  __device__ void store_vectors(int first_row) const {
+    using Elements = Vector<uint16_t, SIZE>;
+    const int rows = forward().rows, width = own().width;
+#pragma unroll 4
+    for (int i = threadIdx.x % 32; i < 16 * COLUMNS / SIZE; i += 32) {
+      const int tile_row = first_row + i / (COLUMNS / SIZE);
+      const int tile_column = i % (COLUMNS / SIZE) * SIZE;
+      if (row + tile_row >= rows || column + tile_column >= width) continue;
+      unsigned short* out = arguments.grad + static_cast<long long>(row + tile_row) * width;
+      *reinterpret_cast<Elements*>(out + column + tile_column) =
+          *reinterpret_cast<const Elements*>(element(tile_row, tile_column));
+    }
+  }
+};
 
 }  // namespace rift

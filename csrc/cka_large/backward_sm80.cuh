@@ -2,11 +2,12 @@
 // backward.cuh.
 //
 // A block owns 128 x 128 elements of the gradient and sums both products in one accumulator. All
-// its threads prefetch steps of 32 by cp.async into a circular buffer of stages. W is formed in
-// registers.
+// its threads prefetch steps of 32 by cp.async into a circular buffer of stages. One step ahead,
+// they replace own features by W, which all warps multiply. The features of the tile itself come
+// after the last step, and the gradient takes their place before it is written.
 //
 // Memory traffic for each tile: own and other features once for W, other features once more; P and
-// R once, or also their low halves.
+// R once, or also their low halves; the tile's features once.
 #pragma once
 
 #include "cka_large/backward.cuh"
@@ -19,9 +20,11 @@ constexpr int BACKWARD_RING_STAGES = 4;
 constexpr int BACKWARD_RING_OPERAND = TILE * BACKWARD_RING_STEP * 2;
 constexpr int BACKWARD_RING_STAGE = 3 * BACKWARD_RING_OPERAND;
 static_assert(TILE == BACKWARD_ROWS);
-// The stages and the columns after them fit the 99 KiB of sm_86 and sm_89.
+static_assert(TILE * BOX_COLUMNS * 2 <= BACKWARD_RING_STAGE);
+static_assert(sizeof(BackwardLongRows<TILE>) <= BACKWARD_RING_STAGE);
+// The stages and the terms after them fit the 99 KiB of sm_86 and sm_89.
 constexpr int BACKWARD_RING_SHARED =
-    BACKWARD_RING_STAGES * BACKWARD_RING_STAGE + TILE * static_cast<int>(sizeof(BackwardColumn));
+    BACKWARD_RING_STAGES * BACKWARD_RING_STAGE + static_cast<int>(sizeof(BackwardTerms<TILE>));
 static_assert(BACKWARD_RING_SHARED <= 99 * 1024);
 
 RIFT_HOST_DEVICE constexpr int backward_tiles(const CkaLargeArguments& forward, int side) {
@@ -40,110 +43,93 @@ struct BackwardRing {
   BackwardSteps steps;
   int row, column;
 
-  __device__ unsigned char* own_features(int stage) const {
-    return memory + stage * BACKWARD_RING_STAGE;
+  __device__ unsigned char* stage(int step) const {
+    return memory + step % BACKWARD_RING_STAGES * BACKWARD_RING_STAGE;
   }
-  __device__ unsigned char* other_features(int stage) const {
-    return own_features(stage) + BACKWARD_RING_OPERAND;
+  __device__ unsigned char* other_features(int step) const {
+    return stage(step) + BACKWARD_RING_OPERAND;
   }
-  __device__ unsigned char* plane(int stage) const {
-    return other_features(stage) + BACKWARD_RING_OPERAND;
-  }
-  __device__ BackwardColumn* columns() const {
-    return reinterpret_cast<BackwardColumn*>(own_features(BACKWARD_RING_STAGES));
+  __device__ unsigned char* plane(int step) const {
+    return other_features(step) + BACKWARD_RING_OPERAND;
   }
 
-  // Starts to fetch a step. If there is none, it commits an empty group, so that groups can still
-  // be counted.
+  // The tile's features are two steps after the last, and the long rows are in the next stage.
+  __device__ BackwardTile<TILE> tile() const {
+    const int count = steps.count();
+    auto& terms = *reinterpret_cast<BackwardTerms<TILE>*>(
+        memory + BACKWARD_RING_STAGES * BACKWARD_RING_STAGE);
+    auto& long_rows = *reinterpret_cast<BackwardLongRows<TILE>*>(stage(count + 2));
+    const auto next = static_cast<int>(stage(count + 1) - stage(count));
+    return {arguments, terms, long_rows, stage(count), next, row, column};
+  }
+
+  // Starts to fetch a step, if there is one, as a group.
   __device__ void fetch(int i) const {
-    if (i < steps.count()) {
+    const int beyond = i - steps.count();
+    if (beyond < 0) {
       constexpr int STEP = BACKWARD_RING_STEP;
       const BackwardStep step = steps.at(i);
-      const int stage = i % BACKWARD_RING_STAGES;
-      if (step.is_own) fetch_tile<TILE, STEP>(own_features(stage), matrices.own, row, step.inner);
+      if (step.is_own) fetch_tile<TILE, STEP>(stage(i), matrices.own, row, step.inner);
       if (!step.is_own || arguments.equal_widths()) {
-        fetch_tile<TILE, STEP>(other_features(stage), matrices.other, row, step.inner);
+        fetch_tile<TILE, STEP>(other_features(i), matrices.other, row, step.inner);
       }
-      fetch_tile<STEP, TILE>(plane(stage), matrices.planes, step.plane_row(arguments.forward.width),
+      fetch_tile<STEP, TILE>(plane(i), matrices.planes, step.plane_row(arguments.forward.width),
                              column);
+    } else if (beyond < TILE / BOX_COLUMNS) {
+      fetch_tile<TILE, BOX_COLUMNS>(stage(i), matrices.own, row, column + beyond * BOX_COLUMNS);
     }
     commit_copies();
   }
 
-  // Forms the high or low halves of 16 columns of W for this warp's 64 rows.
-  __device__ void form(Fragments& fragments, const BackwardStep& step, int stage, int inner) const {
-    const float c_own = arguments.scalar(W_OWN);
-    const float c_other = arguments.equal_widths() ? arguments.scalar(W_OTHER) : 0;
-    // Means of this lane's columns: two adjacent ones, and the same 8 columns further.
-    float mean_own[2][2], mean_other[2][2] = {};
+  // Replaces own features by the high or low halves of W.
+  __device__ void form(int i) const {
+    const BackwardStep step = steps.at(i);
+    if (!step.is_own) return;
+    using Layout = TileLayout<BACKWARD_RING_STEP>;
+    using Pairs = Vector<uint32_t, VECTOR / 2>;
+    const float c_own = arguments.scalar(W_OWN), c_other = arguments.w_other();
+    const int vector = threadIdx.x % Layout::VECTORS;
+    const int inner = step.inner + vector * VECTOR;
+    float constants[VECTOR];
 #pragma unroll
-    for (int n = 0; n < 4; ++n) {
-      const int mean_column = step.inner + inner + threadIdx.x % 4 * 2 + n / 2 * 8 + n % 2;
-      mean_own[n / 2][n % 2] = arguments.own_means()[mean_column];
-      if (arguments.equal_widths()) mean_other[n / 2][n % 2] = arguments.other_means()[mean_column];
+    for (int k = 0; k < VECTOR; k += 4) {
+      const auto own_means = load_floats<4>(arguments.own_means() + inner + k);
+      const auto other_means = load_floats<4>(arguments.other_means() + inner + k);
+#pragma unroll
+      for (int n = 0; n < 4; ++n) {
+        constants[k + n] =
+            -(c_own * own_means.elements[n] + c_other * other_means.elements[n]);
+      }
     }
+    // If the widths differ, c_other is 0.
+    const int other_offset = arguments.equal_widths() ? BACKWARD_RING_OPERAND : 0;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      uint32_t x[4], y[4] = {};
-      load_inner_columns<BACKWARD_RING_STEP>(x, own_features(stage), warp_row() + 16 * i, inner);
-      if (arguments.equal_widths()) {
-        load_inner_columns<BACKWARD_RING_STEP>(y, other_features(stage), warp_row() + 16 * i,
-                                               inner);
+    for (int tile_row = threadIdx.x / Layout::VECTORS; tile_row < TILE;
+         tile_row += TILE_THREADS / Layout::VECTORS) {
+      unsigned char* own = stage(i) + Layout::offset(tile_row, vector);
+      const Pairs x = *reinterpret_cast<const Pairs*>(own);
+      const Pairs y = *reinterpret_cast<const Pairs*>(own + other_offset);
+      Pairs w;
+#pragma unroll
+      for (int k = 0; k < VECTOR / 2; ++k) {
+        w.elements[k] = form_pair(x.elements[k], y.elements[k], c_own, c_other,
+                                  {constants[2 * k], constants[2 * k + 1]}, step.pass == 2);
       }
-#pragma unroll
-      for (int part = 0; part < 4; ++part) {
-        float sum[2];
-#pragma unroll
-        for (int pair = 0; pair < 2; ++pair) {
-          const float own_x = bits_to_float(pair ? x[part] & 0xFFFF0000 : x[part] << 16);
-          const float other_x = bits_to_float(pair ? y[part] & 0xFFFF0000 : y[part] << 16);
-          sum[pair] = c_own * (own_x - mean_own[part / 2][pair]);
-          if (arguments.equal_widths())
-            sum[pair] += c_other * (other_x - mean_other[part / 2][pair]);
-        }
-        uint32_t high, low;
-        split_pair(sum[0], sum[1], high, low);
-        fragments.a[i][part] = step.pass == 2 ? low : high;
-      }
+      *reinterpret_cast<Pairs*>(own) = w;
     }
   }
 
-  __device__ void multiply(float (&c)[4][4][4], int step_number) const {
-    const BackwardStep step = steps.at(step_number);
-    const int stage = step_number % BACKWARD_RING_STAGES;
+  __device__ void multiply(float (&c)[4][4][4], int i) const {
+    const unsigned char* left = steps.at(i).is_own ? stage(i) : other_features(i);
 #pragma unroll
     for (int inner = 0; inner < BACKWARD_RING_STEP; inner += 16) {
       Fragments fragments;
-      load_right(fragments, plane(stage), inner);
-      if (step.is_own) {
-        form(fragments, step, stage, inner);
-      } else {
+      load_right(fragments, plane(i), inner);
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          load_inner_columns<BACKWARD_RING_STEP>(fragments.a[i], other_features(stage),
-                                                 warp_row() + 16 * i, inner);
-        }
+      for (int k = 0; k < 4; ++k) {
+        load_inner_columns<BACKWARD_RING_STEP>(fragments.a[k], left, warp_row() + 16 * k, inner);
       }
       multiply_add(c, fragments);
-    }
-  }
-
-  __device__ void store(const float (&c)[4][4][4]) const {
-    const float incoming = *arguments.incoming;
-    const int lane = threadIdx.x % 32;
-    const LongRows long_rows = read_long_rows(arguments.forward);
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      const int grad_row = row + warp_row() + 8 * i + lane / 4;
-      if (grad_row >= arguments.forward.rows) continue;
-      const BackwardRow of_row = backward_row(arguments, long_rows, grad_row);
-#pragma unroll
-      for (int j = 0; j < 8; ++j) {
-        const int tile_column = warp_column() + 8 * (j / 2) + lane % 4 * 2 + j % 2;
-        store_gradient(arguments, incoming, grad_row, column + tile_column,
-                       c[i / 2][j / 2][i % 2 * 2 + j % 2], of_row, long_rows.count,
-                       columns()[tile_column]);
-      }
     }
   }
 };
@@ -160,22 +146,32 @@ __global__ void __launch_bounds__(TILE_THREADS, 1)
   constexpr int AHEAD = BACKWARD_RING_STAGES - 1;
 #pragma unroll
   for (int i = 0; i < AHEAD; ++i) ring.fetch(i);
-  // The barriers below make these visible to all threads.
-  if (threadIdx.x < TILE) {
-    ring.columns()[threadIdx.x] =
-        backward_column(arguments, column + static_cast<int>(threadIdx.x));
-  }
+  const BackwardTile<TILE> tile = ring.tile();
+  tile.compute_columns(threadIdx.x, TILE_THREADS);
+  tile.compute_rows(threadIdx.x, TILE_THREADS);
+  wait_copies<AHEAD - 1>();
+  __syncthreads();
+  ring.form(0);
   float c[4][4][4] = {};
   for (int i = 0; i < steps.count(); ++i) {
-    // After this, the step is in shared memory, and no thread uses the previous one, so that its
-    // stage is free.
-    wait_copies<AHEAD - 1>();
+    // After this, W of this step and the features of the next are in shared memory, and no thread
+    // uses the previous step, so that its stage is free.
+    wait_copies<AHEAD - 2>();
     __syncthreads();
     ring.fetch(i + AHEAD);
+    ring.form(i + 1);
     ring.multiply(c, i);
   }
-  ring.store(c);
   wait_copies<0>();
+  __syncthreads();
+  if (arguments.long_row(0) >= 0) {
+    tile.compute_long_columns(threadIdx.x, TILE_THREADS);
+    tile.compute_long_weights(threadIdx.x, TILE_THREADS);
+    __syncthreads();
+  }
+  tile.finish<4, 2>(&c[0][0][0], warp_row(), warp_column());
+  __syncthreads();
+  tile.store(threadIdx.x / 32 * 16);
 }
 
 }  // namespace rift

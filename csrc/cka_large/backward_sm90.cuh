@@ -1,12 +1,20 @@
 // One side's gradient of linear CKA in covariance form on Hopper; see backward.cuh.
 //
-// A block owns 128 x 256 elements of the gradient; the two blocks of a cluster own the same
-// columns. The producer thread of a block copies this block's rows of features, and half of P and R
-// for both blocks (multicast). Two consumer warpgroups compute 64 rows each and sum both products
-// in one accumulator. They form W in registers, while the previous products are still running.
+// The two blocks of a cluster compute tiles of 128 x 256 elements with the same columns, one pair
+// of tiles after another. Each multiprocessor runs one block. Its warps have roles:
+//
+//   warp 0       copies this block's rows of features, and half of P and R for both blocks
+//                (multicast), into a circular buffer of stages
+//   warp 1       computes the constant terms of W
+//   warps 2, 3   compute what a tile's columns and its rows have in common
+//   warps 4-11   two consumer warpgroups: compute 64 rows each, and sum both products in one
+//                accumulator. They form W in registers, while earlier products are running
+//
+// The last stage of a tile has the features of the tile itself. The gradient takes their place
+// before it is written, while the stages of the next tile are filled.
 //
 // Memory traffic for each tile: own and other features once for W, other features once more; half
-// of P and R once, or also their low halves.
+// of P and R once, or also their low halves; the tile's features once.
 #pragma once
 
 #include "cka_large/backward.cuh"
@@ -18,23 +26,33 @@ namespace rift {
 
 constexpr int BACKWARD_COLUMNS = CLUSTER_SIZE * MOMENT_BLOCK;
 constexpr int BACKWARD_STAGES = 3;
+constexpr int CONSUMER_WARPS = 8;
 // 64 columns of 128 rows of features, and 64 rows of 256 columns of a plane.
 constexpr int FEATURES_BYTES = BACKWARD_ROWS * BOX_COLUMNS * 2;
 constexpr int PLANE_BYTES = CLUSTER_SIZE * OPERAND_BYTES;
 constexpr int BACKWARD_STAGE_BYTES = 2 * FEATURES_BYTES + PLANE_BYTES;
+static_assert(BACKWARD_COLUMNS / BOX_COLUMNS * FEATURES_BYTES <= BACKWARD_STAGE_BYTES);
 
 // What lies after the stages in shared memory.
 struct BackwardScratch {
-  Mbarrier full[BACKWARD_STAGES], empty[BACKWARD_STAGES];
-  BackwardColumn columns[BACKWARD_COLUMNS];
+  Mbarrier full[BACKWARD_STAGES], empty[BACKWARD_STAGES], terms_full, terms_empty;
+  float constants[BACKWARD_STAGES][BOX_COLUMNS];  // of W
+  BackwardTerms<BACKWARD_COLUMNS> terms;
+  BackwardLongRows<BACKWARD_COLUMNS> long_rows;
 };
 constexpr int BACKWARD_SHARED =
     1024 + BACKWARD_STAGES * BACKWARD_STAGE_BYTES + static_cast<int>(sizeof(BackwardScratch));
+static_assert(BACKWARD_SHARED <= 227 * 1024);
 
-// The number of clusters.
-RIFT_HOST_DEVICE constexpr int backward_clusters(const CkaLargeArguments& forward, int side) {
+// Pairs of tiles, of which each cluster computes one after another.
+RIFT_HOST_DEVICE constexpr int backward_pairs(const CkaLargeArguments& forward, int side) {
   const int width = side == 0 ? forward.x.width : forward.y.width;
   return ceil_div(forward.rows, CLUSTER_SIZE * BACKWARD_ROWS) * ceil_div(width, BACKWARD_COLUMNS);
+}
+
+RIFT_HOST_DEVICE constexpr int backward_clusters(const CkaLargeArguments& forward, int side) {
+  const int pairs = backward_pairs(forward, side);
+  return pairs < forward.schedule.programs ? pairs : forward.schedule.programs;
 }
 
 struct BackwardMaps {
@@ -42,10 +60,12 @@ struct BackwardMaps {
 };
 
 struct BackwardBlock {
+  const BackwardArguments& arguments;
+  const BackwardMaps& maps;
   unsigned char* stages;
   BackwardScratch* scratch;
   BackwardSteps steps;
-  int row, column, rank;
+  int rank, pairs;
 
   __device__ unsigned char* own_features(int stage) const {
     return stages + stage * BACKWARD_STAGE_BYTES;
@@ -56,115 +76,145 @@ struct BackwardBlock {
   __device__ unsigned char* plane(int stage) const {
     return other_features(stage) + FEATURES_BYTES;
   }
-};
 
-// The producer thread.
-__device__ inline void fetch_backward(const BackwardArguments& arguments, const BackwardMaps& maps,
-                                      const BackwardBlock& block) {
-  PipelineState<BACKWARD_STAGES> state;
-  for (int i = 0; i < block.steps.count(); ++i, state.advance()) {
-    const BackwardStep step = block.steps.at(i);
-    Mbarrier* full = block.scratch->full + state.stage;
-    wait_barrier(block.scratch->empty + state.stage, state.parity ^ 1);
-    const bool has_other = !step.is_own || arguments.equal_widths();
-    arrive_expect_tx(full, PLANE_BYTES + (step.is_own + has_other) * FEATURES_BYTES);
-    if (step.is_own)
-      copy_box(block.own_features(state.stage), &maps.own, step.inner, block.row, full);
-    if (has_other)
-      copy_box(block.other_features(state.stage), &maps.other, step.inner, block.row, full);
-#pragma unroll
-    for (int k = 0; k < 2; ++k) {
-      const int box = 2 * block.rank + k;
-      copy_box_multicast(block.plane(state.stage) + box * BOX_BYTES, &maps.planes,
-                         block.column + box * BOX_COLUMNS, step.plane_row(arguments.forward.width),
-                         full);
+  __device__ BackwardTile<BACKWARD_COLUMNS> tile(int pair, int stage) const {
+    // Clusters with the same rows run at the same time, so that these are in the L2 cache.
+    const int across = ceil_div(arguments.own_side().width, BACKWARD_COLUMNS);
+    const int row = (pair / across * CLUSTER_SIZE + rank) * BACKWARD_ROWS;
+    const int column = pair % across * BACKWARD_COLUMNS;
+    return {arguments, scratch->terms, scratch->long_rows, own_features(stage), FEATURES_BYTES,
+            row,       column};
+  }
+
+  // Calls a function for each of this block's tiles.
+  template <typename Function>
+  __device__ void for_each_pair(Function function) const {
+    const int clusters = static_cast<int>(gridDim.x) / CLUSTER_SIZE;
+    for (int pair = static_cast<int>(blockIdx.x) / CLUSTER_SIZE; pair < pairs; pair += clusters) {
+      function(pair);
     }
   }
-}
 
-// Reads two adjacent features of a row from a swizzled box.
-__device__ inline void read_features(const unsigned char* box, int row, int column, float (&x)[2]) {
-  const int offset = row * 128 + column * 2;
-  const auto pair = *reinterpret_cast<const uint32_t*>(box + (offset ^ (row % 8) << 4));
-  x[0] = bits_to_float(pair << 16);
-  x[1] = bits_to_float(pair & 0xFFFF0000);
-}
+  // Warp 0, of which one thread copies.
+  __device__ void fetch() const {
+    PipelineState<BACKWARD_STAGES> state;
+    for_each_pair([&](int pair) {
+      const auto target = tile(pair, 0);
+      for (int i = 0; i <= steps.count(); ++i, state.advance()) {
+        Mbarrier* full = scratch->full + state.stage;
+        wait_barrier(scratch->empty + state.stage, state.parity ^ 1);
+        if (i == steps.count()) {
+          constexpr int BOXES = BACKWARD_COLUMNS / BOX_COLUMNS;
+          arrive_expect_tx(full, BOXES * FEATURES_BYTES);
+#pragma unroll
+          for (int box = 0; box < BOXES; ++box) {
+            copy_box(own_features(state.stage) + box * FEATURES_BYTES, &maps.own,
+                     target.column + box * BOX_COLUMNS, target.row, full);
+          }
+        } else {
+          fetch_step(steps.at(i), target.row, target.column, state.stage);
+        }
+      }
+    });
+  }
 
-// The means that a thread needs for 64 columns: those of two adjacent columns out of every eight.
-struct StepMeans {
-  float own[BOX_COLUMNS / 8][2], other[BOX_COLUMNS / 8][2];
+  __device__ void fetch_step(const BackwardStep& step, int row, int column, int stage) const {
+    Mbarrier* full = scratch->full + stage;
+    const bool has_other = !step.is_own || arguments.equal_widths();
+    arrive_expect_tx(full, PLANE_BYTES + (step.is_own + has_other) * FEATURES_BYTES);
+    if (step.is_own) copy_box(own_features(stage), &maps.own, step.inner, row, full);
+    if (has_other) copy_box(other_features(stage), &maps.other, step.inner, row, full);
+#pragma unroll
+    for (int k = 0; k < 2; ++k) {
+      const int box = 2 * rank + k;
+      copy_box_multicast(plane(stage) + box * BOX_BYTES, &maps.planes, column + box * BOX_COLUMNS,
+                         step.plane_row(arguments.forward.width), full);
+    }
+  }
+
+  // Warp 1: what W subtracts for the means.
+  __device__ void compute_constants() const {
+    const int lane = threadIdx.x % 32;
+    const float c_own = arguments.scalar(W_OWN), c_other = arguments.w_other();
+    PipelineState<BACKWARD_STAGES> state;
+    for_each_pair([&](int) {
+      for (int i = 0; i <= steps.count(); ++i, state.advance()) {
+        wait_barrier(scratch->empty + state.stage, state.parity ^ 1);
+        if (i < steps.own_count()) {
+#pragma unroll
+          for (int column = lane; column < BOX_COLUMNS; column += 32) {
+            const int inner = steps.at(i).inner + column;
+            scratch->constants[state.stage][column] =
+                -(c_own * arguments.own_means()[inner] + c_other * arguments.other_means()[inner]);
+          }
+        }
+        __syncwarp();
+        if (lane == 0) arrive(scratch->full + state.stage);
+      }
+    });
+  }
+
+  // Warps 2 and 3: the terms of a tile's columns, and those of its rows.
+  template <bool OF_ROWS>
+  __device__ void compute_terms() const {
+    const int lane = static_cast<int>(threadIdx.x) % 32;
+    unsigned parity = 0;
+    for_each_pair([&](int pair) {
+      wait_barrier(&scratch->terms_empty, parity ^ 1);
+      parity ^= 1;
+      const auto target = tile(pair, 0);
+      if (OF_ROWS) {
+        target.compute_rows(lane, 32);
+        target.compute_long_weights(lane, 32);
+      } else {
+        target.compute_columns(lane, 32);
+        target.compute_long_columns(lane, 32);
+      }
+      __syncwarp();
+      if (lane == 0) arrive(&scratch->terms_full);
+    });
+  }
 };
 
 // A consumer warpgroup.
 struct BackwardConsumer {
-  const BackwardArguments& arguments;
   const BackwardBlock& block;
   int half;  // index of its 64 rows in the block
+  float c_own, c_other;
+  PipelineState<BACKWARD_STAGES> state;
 
-  __device__ int first_row() const {
-    return half * 64 + threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4;
-  }
+  // The first of this warp's 16 rows in the tile.
+  __device__ int first_row() const { return half * 64 + threadIdx.x / 32 % 4 * 16; }
 
-  // Prepares what store() needs of the columns, one column per thread.
-  __device__ void prepare() const {
-    const int thread = threadIdx.x - 128;
-    block.scratch->columns[thread] = backward_column(arguments, block.column + thread);
-    consumer_barrier();
-  }
-
-  __device__ StepMeans step_means(const BackwardStep& step) const {
-    const int column = step.inner + threadIdx.x % 4 * 2;
-    const float* own_means = arguments.own_means() + column;
-    const float* other_means = arguments.other_means() + column;
-    StepMeans result = {};
-#pragma unroll
-    for (int k = 0; k < BOX_COLUMNS / 8; ++k) {
-#pragma unroll
-      for (int pair = 0; pair < 2; ++pair) {
-        result.own[k][pair] = own_means[8 * k + pair];
-        if (arguments.equal_widths()) result.other[k][pair] = other_means[8 * k + pair];
-      }
-    }
-    return result;
-  }
-
-  // Forms the high or low halves of 64 rows and columns of W, as operands of WGMMA.
-  __device__ void form(const BackwardStep& step, const StepMeans& means, int stage,
-                       uint32_t (&w)[BOX_COLUMNS / 16][4]) const {
-    const float c_own = arguments.scalar(W_OWN);
-    const float c_other = arguments.equal_widths() ? arguments.scalar(W_OTHER) : 0;
+  // Forms the high or low halves of 16 rows and 64 columns of W, as operands of WGMMA.
+  template <bool LOW>
+  __device__ void form(uint32_t (&w)[BOX_COLUMNS / 16][4]) const {
+    const int lane = threadIdx.x % 32, row = first_row() + lane % 16;
+    const unsigned char* own = block.own_features(state.stage) + row * 128;
+    // If the widths differ, c_other is 0.
+    const unsigned char* other =
+        own + (block.arguments.equal_widths() ? FEATURES_BYTES : 0);
+    const float* constants = block.scratch->constants[state.stage] + lane % 4 * 2;
 #pragma unroll
     for (int k = 0; k < BOX_COLUMNS / 16; ++k) {
+      const int offset = ((2 * k + lane / 16) ^ row % 8) * 16;
+      uint32_t x[4], y[4];
+      load_matrices(x, own + offset);
+      load_matrices(y, other + offset);
 #pragma unroll
       for (int part = 0; part < 4; ++part) {
-        const int eighth = 2 * k + part / 2, column = 8 * eighth + threadIdx.x % 4 * 2;
-        const int row = first_row() + part % 2 * 8;
-        float x[2], y[2] = {}, sum[2];
-        read_features(block.own_features(stage), row, column, x);
-        if (arguments.equal_widths()) read_features(block.other_features(stage), row, column, y);
-#pragma unroll
-        for (int pair = 0; pair < 2; ++pair) {
-          sum[pair] = c_own * (x[pair] - means.own[eighth][pair]);
-          if (arguments.equal_widths()) {
-            sum[pair] += c_other * (y[pair] - means.other[eighth][pair]);
-          }
-        }
-        uint32_t high, low;
-        split_pair(sum[0], sum[1], high, low);
-        w[k][part] = step.pass == 2 ? low : high;
+        w[k][part] = form_pair(x[part], y[part], c_own, c_other,
+                               load_floats<2>(constants + 16 * k + part / 2 * 8), LOW);
       }
     }
   }
 
   // Starts the products of one step of W P. They read `w` until they are complete, which they are
   // one step later.
-  __device__ void begin_own(int i, const PipelineState<BACKWARD_STAGES>& state, float (&c)[128],
-                            uint32_t (&w)[BOX_COLUMNS / 16][4]) const {
-    const BackwardStep step = block.steps.at(i);
-    // Read while the features are still being copied.
-    const StepMeans means = step_means(step);
+  template <bool LOW>
+  __device__ void begin_own(float (&c)[128], uint32_t (&w)[BOX_COLUMNS / 16][4]) const {
     wait_barrier(block.scratch->full + state.stage, state.parity);
-    form(step, means, state.stage, w);
+    form<LOW>(w);
     const uint64_t plane = matrix_descriptor(block.plane(state.stage), BOX_BYTES);
     warpgroup_fence();
 #pragma unroll
@@ -173,7 +223,7 @@ struct BackwardConsumer {
   }
 
   // Starts the products of one step of Other R.
-  __device__ void begin_other(const PipelineState<BACKWARD_STAGES>& state, float (&c)[128]) const {
+  __device__ void begin_other(float (&c)[128]) const {
     wait_barrier(block.scratch->full + state.stage, state.parity);
     const uint64_t features =
         matrix_descriptor(block.other_features(state.stage) + half * 64 * 128, 0);
@@ -187,96 +237,108 @@ struct BackwardConsumer {
     warpgroup_commit();
   }
 
-  // W P and Other R have separate loops: where a branch lies between products, the compiler inserts
-  // waits.
-  __device__ void run() const {
-    prepare();
-    float c[128] = {};
+  // Waits for the products of the step before.
+  __device__ void end_previous(int& previous) {
+    warpgroup_wait<1>();
+    if (previous >= 0) release(previous);
+    previous = state.stage;
+    state.advance();
+  }
+
+  // The steps have separate loops by kind: where a branch lies between products, the compiler
+  // inserts waits.
+  template <bool LOW>
+  __device__ void multiply_own(float (&c)[128], int count) {
     uint32_t even[BOX_COLUMNS / 16][4], odd[BOX_COLUMNS / 16][4];
-    PipelineState<BACKWARD_STAGES> state;
     int previous = -1;
-    const auto finish_previous = [&] {
-      warpgroup_wait<1>();
-      if (previous >= 0) release(previous);
-      previous = state.stage;
-      state.advance();
-    };
-    const int own_count = block.steps.own_count(), count = block.steps.count();
-    for (int i = 0; i < own_count; i += 2) {
-      begin_own(i, state, c, even);
-      finish_previous();
-      if (i + 1 == own_count) break;
-      begin_own(i + 1, state, c, odd);
-      finish_previous();
+    for (int i = 0; i < count; i += 2) {
+      begin_own<LOW>(c, even);
+      end_previous(previous);
+      if (i + 1 == count) break;
+      begin_own<LOW>(c, odd);
+      end_previous(previous);
     }
     warpgroup_wait<0>();
-    for (int i = own_count; i < count; ++i) {
-      begin_other(state, c);
-      finish_previous();
+    if (previous >= 0) release(previous);
+  }
+
+  __device__ void multiply_other(float (&c)[128], int count) {
+    int previous = -1;
+    for (int i = 0; i < count; ++i) {
+      begin_other(c);
+      end_previous(previous);
     }
     warpgroup_wait<0>();
     release(previous);
-    store(c);
+  }
+
+  __device__ void run() {
+    const BackwardSteps& steps = block.steps;
+    const int low_count = steps.own_passes == 3 ? steps.own_steps : 0;
+    unsigned parity = 0;
+    block.for_each_pair([&](int pair) {
+      float c[128] = {};
+      multiply_own<false>(c, steps.own_count() - low_count);
+      multiply_own<true>(c, low_count);
+      multiply_other(c, steps.count() - steps.own_count());
+      wait_barrier(&block.scratch->terms_full, parity);
+      parity ^= 1;
+      wait_barrier(block.scratch->full + state.stage, state.parity);
+      const auto tile = block.tile(pair, state.stage);
+      tile.template finish<1, BACKWARD_COLUMNS / 16>(c, first_row(), 0);
+      __syncwarp();
+      if (threadIdx.x % 32 == 0) arrive(&block.scratch->terms_empty);
+      tile.store(first_row());
+      // The copy engine writes to this stage next.
+      fence_async_proxy();
+      __syncwarp();
+      release(state.stage);
+      state.advance();
+    });
   }
 
   __device__ void release(int stage) const {
     const int lane = threadIdx.x % 32;
     if (lane < CLUSTER_SIZE) arrive_remote(block.scratch->empty + stage, lane);
   }
-
-  __device__ void store(const float (&c)[128]) const {
-    const float incoming = *arguments.incoming;
-    const LongRows long_rows = read_long_rows(arguments.forward);
-#pragma unroll
-    for (int below = 0; below < 2; ++below) {
-      const int row = block.row + first_row() + 8 * below;
-      if (row >= arguments.forward.rows) continue;
-      const BackwardRow of_row = backward_row(arguments, long_rows, row);
-#pragma unroll
-      for (int n = 0; n < 64; ++n) {
-        const int column = n / 2 * 8 + threadIdx.x % 4 * 2 + n % 2;
-        store_gradient(arguments, incoming, row, block.column + column,
-                       c[n / 2 * 4 + 2 * below + n % 2], of_row, long_rows.count,
-                       block.scratch->columns[column]);
-      }
-    }
-  }
 };
 
 __device__ inline void run_backward(const BackwardArguments& arguments, const BackwardMaps& maps) {
   unsigned char* memory = shared_memory();
   memory += (1024 - shared_address(memory) % 1024) % 1024;
-  // Clusters with the same rows run at the same time, so that these are in the L2 cache.
-  const int across = ceil_div(arguments.own_side().width, BACKWARD_COLUMNS);
-  const int cluster = static_cast<int>(blockIdx.x) / CLUSTER_SIZE;
-  BackwardBlock block{};
-  block.stages = memory;
-  block.scratch =
+  auto* scratch =
       reinterpret_cast<BackwardScratch*>(memory + BACKWARD_STAGES * BACKWARD_STAGE_BYTES);
-  block.steps = backward_steps(arguments, BOX_COLUMNS);
-  block.rank = static_cast<int>(blockIdx.x) % CLUSTER_SIZE;
-  block.row = (cluster / across * CLUSTER_SIZE + block.rank) * BACKWARD_ROWS;
-  block.column = cluster % across * BACKWARD_COLUMNS;
+  const int rank = static_cast<int>(blockIdx.x) % CLUSTER_SIZE;
+  const BackwardBlock block{
+      arguments, maps, memory, scratch, backward_steps(arguments, BOX_COLUMNS), rank,
+      backward_pairs(arguments.forward, arguments.side)};
+  const int warp = static_cast<int>(threadIdx.x) / 32;
   if (threadIdx.x == 0) {
     prefetch_tensor_map(&maps.own);
     prefetch_tensor_map(&maps.other);
     prefetch_tensor_map(&maps.planes);
     for (int stage = 0; stage < BACKWARD_STAGES; ++stage) {
-      init_barrier(block.scratch->full + stage, 1);
+      // The thread that copies, and warp 1.
+      init_barrier(scratch->full + stage, 2);
       // One thread of each consumer warp arrives, in both blocks.
-      init_barrier(block.scratch->empty + stage, CLUSTER_SIZE * 8);
+      init_barrier(scratch->empty + stage, CLUSTER_SIZE * CONSUMER_WARPS);
     }
+    init_barrier(&scratch->terms_full, 2);
+    init_barrier(&scratch->terms_empty, CONSUMER_WARPS);
     fence_barrier_init();
   }
   __syncwarp();
   cluster_barrier();
-  const int group = threadIdx.x / 128;
-  if (group == 0) {
-    deallocate_registers();
-    if (threadIdx.x == 0) fetch_backward(arguments, maps, block);
-  } else {
+  if (warp >= 4) {
     allocate_registers();
-    BackwardConsumer{arguments, block, group - 1}.run();
+    const int half = uniform(warp / 4 - 1);
+    BackwardConsumer{block, half, arguments.scalar(W_OWN), arguments.w_other(), {}}.run();
+  } else {
+    deallocate_registers();
+    if (threadIdx.x == 0) block.fetch();
+    if (warp == 1) block.compute_constants();
+    if (warp == 2) block.compute_terms<false>();
+    if (warp == 3) block.compute_terms<true>();
   }
   // A block must not exit while the other may still access its shared memory.
   __syncwarp();

@@ -8,6 +8,9 @@
 // inner dimension, which WGMMA accepts. The next launch subtracts the means. That is accurate,
 // because products of bfloat16 are exact in float32 and sums of runs nearly so (runs.cuh).
 //
+// A square on the diagonal is symmetric, and what its lower tile would need is not multiplied. Each
+// block then has one strip of 64 rows in the upper tiles and one in the lower.
+//
 // Memory traffic: for 128 x 256 sums of 64 products, 32 KiB from the L2 cache, or half of it on the
 // diagonal; 64 KiB for each part of a tile.
 #pragma once
@@ -89,38 +92,61 @@ struct Moments {
     }
   }
 
-  // A consumer warpgroup; `half` is the index of its 64 rows in the block.
-  __device__ void multiply(int half) const {
+  // 64 rows of a square.
+  struct Strip {
+    TileCoord first;  // tile of the square
+    int index;
+    bool is_diagonal;
+  };
+
+  // A consumer warpgroup, the first or second of its block.
+  __device__ void multiply(int warpgroup) const {
     PipelineState<MOMENT_STAGES> state;
     for (int index = 0;; ++index) {
       const Piece piece = arguments.schedule.piece(program, index);
       if (piece.begin == piece.end) return;
       const TileCoord tile = first_tile(piece.square);
-      float c[128] = {};
-      Totals<128> totals;
-      const int count = piece.end - piece.begin;
-      for (int done = 0; done < count;) {
-        const int run = next_run(done, count - done);
-        multiply_run(c, run, tile, half, state);
-        done += run;
-        totals.end_run(c, done, next_run(done, count - done));
+      const bool is_diagonal = uniform(tile.i == tile.j);
+      if (is_diagonal && warpgroup == 1) {
+        multiply_strip<1>({tile, 3 - rank, true}, piece, state);
+      } else {
+        const int strip = is_diagonal ? rank : 2 * rank + warpgroup;
+        multiply_strip<0>({tile, strip, is_diagonal}, piece, state);
       }
-      store(c, totals, {tile.i + rank, tile.j}, piece, half);
     }
   }
 
+  // Computes a strip from this column of tiles on.
+  template <int ACROSS>
+  __device__ void multiply_strip(Strip strip, const Piece& piece,
+                                 PipelineState<MOMENT_STAGES>& state) const {
+    constexpr int SIZE = (CLUSTER_SIZE - ACROSS) * MOMENT_BLOCK / 2;
+    float c[SIZE] = {};
+    Totals<SIZE> totals;
+    const int count = piece.end - piece.begin;
+    for (int done = 0; done < count;) {
+      const int run = next_run(done, count - done);
+      multiply_run<ACROSS>(c, run, strip, state);
+      done += run;
+      totals.end_run(c, done, next_run(done, count - done));
+    }
+    store<ACROSS>(c, totals, strip, piece);
+  }
+
   // Multiplies the chunks of a run. No products are pending before and after it.
-  __device__ void multiply_run(float (&c)[128], int chunks, TileCoord tile, int half,
+  template <int ACROSS, int SIZE>
+  __device__ void multiply_run(float (&c)[SIZE], int chunks, Strip strip,
                                PipelineState<MOMENT_STAGES>& state) const {
     const int lane = threadIdx.x % 32;
     int previous = -1;
     for (int chunk = 0; chunk < chunks; ++chunk, state.advance()) {
       wait_barrier(pipeline.full + state.stage, state.parity);
       const unsigned char* right = pipeline.right(state.stage);
-      const unsigned char* left =
-          tile.i == tile.j ? right + rank * OPERAND_BYTES : pipeline.left(state.stage);
-      const uint64_t a = matrix_descriptor(left + half * BOX_BYTES, BOX_BYTES);
-      const uint64_t b = matrix_descriptor(right, BOX_BYTES);
+      const unsigned char* left = strip.is_diagonal
+                                      ? right + strip.index * BOX_BYTES
+                                      : pipeline.left(state.stage) + strip.index % 2 * BOX_BYTES;
+      const uint64_t a = matrix_descriptor(left, BOX_BYTES);
+      const uint64_t b = matrix_descriptor(right + ACROSS * OPERAND_BYTES, BOX_BYTES);
       warpgroup_fence();
 #pragma unroll
       for (int step = 0; step < MOMENT_CHUNK / 16; ++step) {
@@ -137,19 +163,20 @@ struct Moments {
     if (lane < CLUSTER_SIZE) arrive_remote(pipeline.empty + previous, lane);
   }
 
-  __device__ void store(const float (&c)[128], const Totals<128>& totals, TileCoord tile,
-                        const Piece& piece, int half) const {
+  template <int ACROSS, int SIZE>
+  __device__ void store(const float (&c)[SIZE], const Totals<SIZE>& totals, Strip strip,
+                        const Piece& piece) const {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
 #pragma unroll
-    for (int across = 0; across < CLUSTER_SIZE; ++across) {
-      const TileCoord coord{tile.i, tile.j + across};
-      // Skips tiles below the diagonal and beyond the last column.
-      if (coord.i > coord.j || coord.j >= arguments.schedule.blocks()) continue;
-      float* out = arguments.part_address(coord, piece.square, piece.part);
-      out += (half * 64 + warp * 16 + lane / 4) * MOMENT_BLOCK + lane % 4 * 2;
+    for (int across = ACROSS; across < CLUSTER_SIZE; ++across) {
+      const TileCoord tile{strip.first.i + strip.index / 2, strip.first.j + across};
+      // Skips tiles beyond the last column.
+      if (tile.i >= arguments.schedule.blocks() || tile.j >= arguments.schedule.blocks()) continue;
+      float* out = arguments.part_address(tile, piece.square, piece.part);
+      out += (strip.index % 2 * 64 + warp * 16 + lane / 4) * MOMENT_BLOCK + lane % 4 * 2;
 #pragma unroll
       for (int n = 0; n < 16; ++n) {
-        const int k = 4 * (16 * across + n);
+        const int k = 4 * (16 * (across - ACROSS) + n);
         *reinterpret_cast<Vector<float, 2>*>(out + 8 * n) = {totals.sum(c, k),
                                                              totals.sum(c, k + 1)};
         *reinterpret_cast<Vector<float, 2>*>(out + 8 * MOMENT_BLOCK + 8 * n) = {
@@ -185,7 +212,7 @@ __device__ inline void run_moments(const MomentsArguments& arguments, const Mome
     if (threadIdx.x == 0) moments.fetch();
   } else {
     allocate_registers();
-    moments.multiply(group - 1);
+    moments.multiply(uniform(group - 1));
   }
   // A block must not exit while the other may still access its shared memory.
   __syncwarp();

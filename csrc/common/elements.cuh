@@ -17,10 +17,9 @@ __device__ inline void from_float(float x, Half* out) { out->bits = round_to_hal
 
 // Splits each of two floats into a sum of two bfloat16; packs the high halves and the low halves.
 __device__ inline void split_pair(float first, float second, uint32_t& high, uint32_t& low) {
-  const uint32_t h0 = round_to_bf16(first), h1 = round_to_bf16(second);
-  high = h0 | h1 << 16;
-  const uint32_t l0 = round_to_bf16(first - bf16_to_float(static_cast<uint16_t>(h0)));
-  low = l0 | uint32_t{round_to_bf16(second - bf16_to_float(static_cast<uint16_t>(h1)))} << 16;
+  high = round_to_bf16_pair(first, second);
+  low = round_to_bf16_pair(first - bits_to_float(high << 16),
+                           second - bits_to_float(high & 0xFFFF0000));
 }
 
 // Adjacent elements that one instruction reads or writes.

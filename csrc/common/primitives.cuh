@@ -73,6 +73,24 @@ __device__ inline void load_matrices_transposed(uint32_t (&r)[4], const void* ro
                : "memory");
 }
 
+// Stores four 8 x 8 matrices, the opposite of load_matrices.
+__device__ inline void store_matrices(const uint32_t (&r)[4], void* row) {
+  const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(row));
+#if __CUDA_ARCH__ >= 900
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address),
+               "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3])
+               : "memory");
+#else
+  // Each lane stores its own pairs.
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int matrix = 0; matrix < 4; ++matrix) {
+    const uint32_t start = __shfl_sync(0xFFFFFFFFu, address, matrix * 8 + lane / 4);
+    asm volatile("st.shared.b32 [%0], %1;" ::"r"(start + lane % 4 * 4), "r"(r[matrix]) : "memory");
+  }
+#endif
+}
+
 // c += a b, where a is (16, 16) and b (16, 8), both bfloat16, and c is float32. With g = l / 4 and
 // t = 2 (l % 4), lane l holds:
 //   a  (g, t), (g + 8, t), (g, t + 8), (g + 8, t + 8), each with its right neighbour

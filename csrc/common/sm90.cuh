@@ -98,12 +98,16 @@ __device__ inline void copy_box_multicast(void* target, const TensorMap* map, in
       : "memory");
 }
 
+// A value that is the same in all lanes, so that the compiler knows. It then computes with it, and
+// with descriptors, once for the warp.
+__device__ inline int uniform(int x) { return __shfl_sync(0xFFFFFFFFu, x, 0); }
+
 // The producer warpgroup gives registers to the consumers.
 __device__ inline void deallocate_registers() {
-  asm volatile("setmaxnreg.dec.sync.aligned.u32 40;" ::: "memory");
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 56;" ::: "memory");
 }
 __device__ inline void allocate_registers() {
-  asm volatile("setmaxnreg.inc.sync.aligned.u32 232;" ::: "memory");
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 224;" ::: "memory");
 }
 
 __device__ inline void prefetch_tensor_map(const TensorMap* map) {
@@ -129,8 +133,10 @@ __device__ inline void warpgroup_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(GROUPS) : "memory");
 }
 
-// A named barrier of the 256 consumer threads, without the producer.
-__device__ inline void consumer_barrier() { asm volatile("bar.sync 1, 256;" ::: "memory"); }
+// Orders this thread's accesses to shared memory before later ones of the copy engine.
+__device__ inline void fence_async_proxy() {
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
 
 #define RIFT_C8(n)                                                                            \
   "+f"(c[n]), "+f"(c[n + 1]), "+f"(c[n + 2]), "+f"(c[n + 3]), "+f"(c[n + 4]), "+f"(c[n + 5]), \
@@ -138,11 +144,13 @@ __device__ inline void consumer_barrier() { asm volatile("bar.sync 1, 256;" ::: 
 #define RIFT_C64(n)                                                                               \
   RIFT_C8(n), RIFT_C8(n + 8), RIFT_C8(n + 16), RIFT_C8(n + 24), RIFT_C8(n + 32), RIFT_C8(n + 40), \
       RIFT_C8(n + 48), RIFT_C8(n + 56)
+#define RIFT_64_REGISTERS                                                            \
+  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "           \
+  "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
+  "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
+  "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
 #define RIFT_C_REGISTERS                                                                         \
-  "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "                      \
-  "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "             \
-  "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "             \
-  "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, "             \
+  "{" RIFT_64_REGISTERS ", "                                                                     \
   "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, "             \
   "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, "             \
   "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, " \
@@ -156,6 +164,16 @@ __device__ inline void multiply_add(float (&c)[128], uint64_t a, uint64_t b) {
       "wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16 " RIFT_C_REGISTERS
       "%128, %129, accumulate, 1, 1, 1, 1;\n\t}"
       : RIFT_C64(0), RIFT_C64(64)
+      : "l"(a), "l"(b), "r"(1));
+}
+
+// The same with 128 columns of b.
+__device__ inline void multiply_add(float (&c)[64], uint64_t a, uint64_t b) {
+  asm volatile(
+      "{\n\t.reg .pred accumulate;\n\tsetp.ne.b32 accumulate, %66, 0;\n\t"
+      "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {" RIFT_64_REGISTERS "}, "
+      "%64, %65, accumulate, 1, 1, 1, 1;\n\t}"
+      : RIFT_C64(0)
       : "l"(a), "l"(b), "r"(1));
 }
 
@@ -182,6 +200,7 @@ __device__ inline void multiply_add(float (&c)[128], const uint32_t (&a)[4], uin
 
 #undef RIFT_C8
 #undef RIFT_C64
+#undef RIFT_64_REGISTERS
 #undef RIFT_C_REGISTERS
 
 }  // namespace rift

@@ -142,6 +142,21 @@ def test_work_is_shared_evenly(emulated_extension, rows, width_x, width_y, proce
         assert max(chunks.values()) <= 1.25 * share + 8
 
 
+@pytest.mark.parametrize("hopper", [True, False])
+@pytest.mark.parametrize(("rows", "width"), [(12608, 768), (50432, 1024), (65536, 4096)], ids=str)
+def test_few_products_are_superfluous(emulated_extension, rows, width, hopper):
+    """Those below the diagonal of tiles on it, at sizes that tiles divide."""
+    schedule = emulated_extension.moments_schedule(rows, width, width, 132, hopper)
+    # Of a square of 2 x 2 tiles on the diagonal, moments_sm90 computes three.
+    on_diagonal = {_pair_index(i, i) for i in range(schedule.squares)}
+    tiles = sum(
+        (end - begin) * (schedule.square_side**2 - (hopper and square in on_diagonal))
+        for _, square, _, begin, end in pieces(schedule)
+    )
+    needed = rows * width * (2 * width + 1)
+    assert needed <= tiles * CHUNK * BLOCK**2 <= 1.1 * needed
+
+
 @given(width_x=st.integers(1, 3000), width_y=st.integers(1, 3000))
 def test_tiles_are_those_on_and_above_the_diagonal(emulated_extension, width_x, width_y):
     schedule = emulated_extension.moments_schedule(1, width_x, width_y, 1, False)

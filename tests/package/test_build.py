@@ -382,7 +382,8 @@ def test_what_the_kernels_compile_to(compiled) -> None:
         assert all(needs["warpgroup"] > 2 * needs["waits"] for needs in hopper)
         # A fence between products would keep the tensor cores waiting for memory.
         assert all(needs["fences_among_products"] == 0 for needs in hopper)
-        assert all(needs["fences"] <= 4 for needs in hopper)
+        # Two for each of two barriers of the cluster, and one before the copy engine overwrites.
+        assert all(needs["fences"] <= 5 for needs in hopper)
         assert len(hopper) in (0, 2)
 
 

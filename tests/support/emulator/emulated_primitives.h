@@ -97,20 +97,28 @@ T* remote_address(T* local, int rank) {
   return reinterpret_cast<T*>(emulator::grid->neighbour(rank).shared.bytes.get() + offset);
 }
 
-// ldmatrix. Throws if a row is misaligned or rows of a matrix lie in the same bank.
-inline void load_matrices(uint32_t (&r)[4], const void* row, bool transposed) {
+// The rows of four 8 x 8 matrices, of which each lane gives one. Throws if one is misaligned or if
+// rows of a matrix lie in the same bank: they are accessed at once.
+inline emulator::Warp& matrix_rows(const void* row) {
   if (reinterpret_cast<uintptr_t>(row) % 16 != 0) throw std::runtime_error("a row is misaligned");
   emulator::Warp& warp = emulator::grid->warp();
-  const unsigned lane = threadIdx.x % 32;
-  warp.address[lane] = row;
+  warp.address[threadIdx.x % 32] = row;
   emulator::wait(warp.barrier);
   for (unsigned matrix = 0; matrix < 4; ++matrix) {
-    // The eight rows are read at once, which needs eight different banks of 16 bytes.
     unsigned banks = 0;
     for (unsigned i = 0; i < 8; ++i) {
       banks |= 1u << reinterpret_cast<uintptr_t>(warp.address[matrix * 8 + i]) / 16 % 8;
     }
     if (banks != 0xFF) throw std::runtime_error("rows of a matrix lie in the same bank");
+  }
+  return warp;
+}
+
+// ldmatrix.
+inline void load_matrices(uint32_t (&r)[4], const void* row, bool transposed) {
+  emulator::Warp& warp = matrix_rows(row);
+  const unsigned lane = threadIdx.x % 32;
+  for (unsigned matrix = 0; matrix < 4; ++matrix) {
     uint32_t pair = 0;
     for (unsigned i = 0; i < 2; ++i) {
       const unsigned g = lane / 4, t = 2 * (lane % 4) + i;
@@ -126,6 +134,17 @@ inline void load_matrices(uint32_t (&r)[4], const void* row, bool transposed) {
 inline void load_matrices(uint32_t (&r)[4], const void* row) { load_matrices(r, row, false); }
 inline void load_matrices_transposed(uint32_t (&r)[4], const void* row) {
   load_matrices(r, row, true);
+}
+
+// stmatrix.
+inline void store_matrices(const uint32_t (&r)[4], void* row) {
+  emulator::Warp& warp = matrix_rows(row);
+  const unsigned lane = threadIdx.x % 32;
+  for (unsigned matrix = 0; matrix < 4; ++matrix) {
+    const auto* start = static_cast<const unsigned char*>(warp.address[matrix * 8 + lane / 4]);
+    std::memcpy(const_cast<unsigned char*>(start) + lane % 4 * 4, r + matrix, 4);
+  }
+  emulator::wait(warp.barrier);
 }
 
 // The copy is made when it is waited for, and the target is NaN until then. That reveals both

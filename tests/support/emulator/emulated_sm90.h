@@ -98,6 +98,8 @@ inline void copy_box_multicast(void* target, const TensorMap* map, int column, i
   for (int rank = 0; rank < 2; ++rank) copy_box_to(rank, target, map, column, row, barrier);
 }
 
+inline int uniform(int x) { return x; }
+
 inline void deallocate_registers() {}
 inline void allocate_registers() {}
 
@@ -117,7 +119,7 @@ void warpgroup_wait() {
   emulator::complete(emulator::grid->current->products, GROUPS);
 }
 
-inline void consumer_barrier() { emulator::wait(emulator::grid->block().consumers); }
+inline void fence_async_proxy() {}
 
 // The bfloat16 at an address before swizzling.
 inline float swizzled_element(uint32_t address) {
@@ -151,16 +153,16 @@ inline float column_operand(uint64_t bits, int inner, int column) {
                           inner / 8 * operand.eight_rows + inner % 8 * 128 + column % 64 * 2);
 }
 
-// Multiplies at once. `left(half, k)` returns element k of this thread's two rows of the left
-// operand.
-template <typename Left>
+// Multiplies at once, with 2 * SIZE columns of b. `left(half, k)` returns element k of this thread's
+// two rows of the left operand.
+template <int SIZE, typename Left>
 void multiply_now(float* c, Left left, uint64_t b) {
   const int lane = threadIdx.x % 32;
   double rows[2][16], column[16];
   for (int half = 0; half < 2; ++half) {
     for (int k = 0; k < 16; ++k) rows[half][k] = left(half, k);
   }
-  for (int n = 0; n < 32; ++n) {
+  for (int n = 0; n < SIZE / 4; ++n) {
     for (int i = 0; i < 2; ++i) {
       for (int k = 0; k < 16; ++k) column[k] = column_operand(b, k, 8 * n + lane % 4 * 2 + i);
       for (int half = 0; half < 2; ++half) {
@@ -172,16 +174,17 @@ void multiply_now(float* c, Left left, uint64_t b) {
 }
 
 // Multiplies when it is waited for. All 128 threads of the warpgroup must take part.
-template <typename Left>
-void multiply_later(float (&c)[128], Left left, uint64_t b) {
+template <int SIZE, typename Left>
+void multiply_later(float (&c)[SIZE], Left left, uint64_t b) {
   emulator::wait(emulator::grid->block().warpgroups[threadIdx.x / 128]);
   float* sums = c;
-  emulator::grid->current->products.back().push_back([=] { multiply_now(sums, left, b); });
+  emulator::grid->current->products.back().push_back([=] { multiply_now<SIZE>(sums, left, b); });
 }
 
 inline int first_row() { return threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4; }
 
-inline void multiply_add(float (&c)[128], uint64_t a, uint64_t b) {
+template <int SIZE>
+void multiply_add(float (&c)[SIZE], uint64_t a, uint64_t b) {
   multiply_later(
       c, [=](int half, int k) { return column_operand(a, k, first_row() + 8 * half); }, b);
 }

@@ -70,7 +70,6 @@ struct Block {
   SharedMemory shared;
   std::vector<Warp> warps;
   std::vector<Barrier> warpgroups;
-  Barrier consumers;  // named barrier of the threads that multiply
 };
 
 // Asynchronous work of a thread in groups, of which the last is still open.
@@ -139,7 +138,6 @@ struct Grid {
       block.running = shape.threads;
       block.shared.allocate(shape.shared_bytes);
       block.warpgroups.resize((shape.threads + 127) / 128);
-      block.consumers.expected = 256;
       for (Barrier& warpgroup : block.warpgroups) warpgroup.expected = 128;
       block.warps.resize(shape.threads / 32);
       for (Warp& warp : block.warps) warp.barrier.expected = 32;
