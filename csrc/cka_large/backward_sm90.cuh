@@ -44,15 +44,29 @@ constexpr int BACKWARD_SHARED =
     1024 + BACKWARD_STAGES * BACKWARD_STAGE_BYTES + static_cast<int>(sizeof(BackwardScratch));
 static_assert(BACKWARD_SHARED <= 227 * 1024);
 
-// Pairs of tiles, of which each cluster computes one after another.
-RIFT_HOST_DEVICE constexpr int backward_pairs(const CkaLargeArguments& forward, int side) {
-  const int width = side == 0 ? forward.x.width : forward.y.width;
-  return ceil_div(forward.rows, CLUSTER_SIZE * BACKWARD_ROWS) * ceil_div(width, BACKWARD_COLUMNS);
-}
+// Pairs of tiles are dealt out to clusters in rounds. If at most half of all clusters would have one
+// in the last round, pairs of this round are cut in two: of each tile, only the first warpgroup
+// computes its 64 rows.
+struct BackwardUnits {
+  int clusters;
+  int whole;  // pairs that are not cut
+  int count;
 
-RIFT_HOST_DEVICE constexpr int backward_clusters(const CkaLargeArguments& forward, int side) {
-  const int pairs = backward_pairs(forward, side);
-  return pairs < forward.schedule.programs ? pairs : forward.schedule.programs;
+  RIFT_HOST_DEVICE constexpr int pair(int unit) const {
+    return is_half(unit) ? whole + (unit - whole) / 2 : unit;
+  }
+  RIFT_HOST_DEVICE constexpr bool is_half(int unit) const { return unit >= whole; }
+};
+
+RIFT_HOST_DEVICE constexpr BackwardUnits backward_units(const CkaLargeArguments& forward,
+                                                        int side) {
+  const int width = side == 0 ? forward.x.width : forward.y.width;
+  const int pairs =
+      ceil_div(forward.rows, CLUSTER_SIZE * BACKWARD_ROWS) * ceil_div(width, BACKWARD_COLUMNS);
+  const int clusters = forward.schedule.programs, last_round = pairs % clusters;
+  const bool is_cut = 2 * last_round <= clusters;
+  const int whole = is_cut ? pairs - last_round : pairs, count = 2 * pairs - whole;
+  return {count < clusters ? count : clusters, whole, count};
 }
 
 struct BackwardMaps {
@@ -65,7 +79,8 @@ struct BackwardBlock {
   unsigned char* stages;
   BackwardScratch* scratch;
   BackwardSteps steps;
-  int rank, pairs;
+  BackwardUnits units;
+  int rank;
 
   __device__ unsigned char* own_features(int stage) const {
     return stages + stage * BACKWARD_STAGE_BYTES;
@@ -77,29 +92,31 @@ struct BackwardBlock {
     return other_features(stage) + FEATURES_BYTES;
   }
 
-  __device__ BackwardTile<BACKWARD_COLUMNS> tile(int pair, int stage) const {
+  __device__ BackwardTile<BACKWARD_COLUMNS> tile(int unit, int stage) const {
     // Clusters with the same rows run at the same time, so that these are in the L2 cache.
     const int across = ceil_div(arguments.own_side().width, BACKWARD_COLUMNS);
-    const int row = (pair / across * CLUSTER_SIZE + rank) * BACKWARD_ROWS;
+    const int pair = units.pair(unit);
+    int row = (pair / across * CLUSTER_SIZE + rank) * BACKWARD_ROWS;
+    if (units.is_half(unit)) row += (unit - units.whole) % 2 * (BACKWARD_ROWS / 2);
     const int column = pair % across * BACKWARD_COLUMNS;
     return {arguments, scratch->terms, scratch->long_rows, own_features(stage), FEATURES_BYTES,
             row,       column};
   }
 
-  // Calls a function for each of this block's tiles.
+  // Calls a function for each unit of this cluster.
   template <typename Function>
-  __device__ void for_each_pair(Function function) const {
-    const int clusters = static_cast<int>(gridDim.x) / CLUSTER_SIZE;
-    for (int pair = static_cast<int>(blockIdx.x) / CLUSTER_SIZE; pair < pairs; pair += clusters) {
-      function(pair);
+  __device__ void for_each_unit(Function function) const {
+    for (int unit = static_cast<int>(blockIdx.x) / CLUSTER_SIZE; unit < units.count;
+         unit += units.clusters) {
+      function(unit);
     }
   }
 
   // Warp 0, of which one thread copies.
   __device__ void fetch() const {
     PipelineState<BACKWARD_STAGES> state;
-    for_each_pair([&](int pair) {
-      const auto target = tile(pair, 0);
+    for_each_unit([&](int unit) {
+      const auto target = tile(unit, 0);
       for (int i = 0; i <= steps.count(); ++i, state.advance()) {
         Mbarrier* full = scratch->full + state.stage;
         wait_barrier(scratch->empty + state.stage, state.parity ^ 1);
@@ -137,7 +154,7 @@ struct BackwardBlock {
     const int lane = threadIdx.x % 32;
     const float c_own = arguments.scalar(W_OWN), c_other = arguments.w_other();
     PipelineState<BACKWARD_STAGES> state;
-    for_each_pair([&](int) {
+    for_each_unit([&](int) {
       for (int i = 0; i <= steps.count(); ++i, state.advance()) {
         wait_barrier(scratch->empty + state.stage, state.parity ^ 1);
         if (i < steps.own_count()) {
@@ -159,10 +176,10 @@ struct BackwardBlock {
   __device__ void compute_terms() const {
     const int lane = static_cast<int>(threadIdx.x) % 32;
     unsigned parity = 0;
-    for_each_pair([&](int pair) {
+    for_each_unit([&](int unit) {
       wait_barrier(&scratch->terms_empty, parity ^ 1);
       parity ^= 1;
-      const auto target = tile(pair, 0);
+      const auto target = tile(unit, 0);
       if (OF_ROWS) {
         target.compute_rows(lane, 32);
         target.compute_long_weights(lane, 32);
@@ -181,7 +198,8 @@ struct BackwardConsumer {
   const BackwardBlock& block;
   int half;  // index of its 64 rows in the block
   float c_own, c_other;
-  PipelineState<BACKWARD_STAGES> state;
+  PipelineState<BACKWARD_STAGES> state = {};
+  unsigned terms_parity = 0;
 
   // The first of this warp's 16 rows in the tile.
   __device__ int first_row() const { return half * 64 + threadIdx.x / 32 % 4 * 16; }
@@ -275,26 +293,53 @@ struct BackwardConsumer {
   __device__ void run() {
     const BackwardSteps& steps = block.steps;
     const int low_count = steps.own_passes == 3 ? steps.own_steps : 0;
-    unsigned parity = 0;
-    block.for_each_pair([&](int pair) {
+    block.for_each_unit([&](int unit) {
+      if (half == 1 && block.units.is_half(unit)) {
+        skip();
+        return;
+      }
       float c[128] = {};
       multiply_own<false>(c, steps.own_count() - low_count);
       multiply_own<true>(c, low_count);
       multiply_other(c, steps.count() - steps.own_count());
-      wait_barrier(&block.scratch->terms_full, parity);
-      parity ^= 1;
+      finish(c, unit);
+    });
+  }
+
+  // Hands back what belongs to a unit in which this warpgroup has no rows.
+  __device__ void skip() {
+    for (int i = 0; i <= block.steps.count(); ++i) {
       wait_barrier(block.scratch->full + state.stage, state.parity);
-      const auto tile = block.tile(pair, state.stage);
-      tile.template finish<1, BACKWARD_COLUMNS / 16>(c, first_row(), 0);
-      __syncwarp();
-      if (threadIdx.x % 32 == 0) arrive(&block.scratch->terms_empty);
-      tile.store(first_row());
-      // The copy engine writes to this stage next.
-      fence_async_proxy();
-      __syncwarp();
       release(state.stage);
       state.advance();
-    });
+    }
+    wait_terms();
+    release_terms();
+  }
+
+  __device__ void finish(float (&c)[128], int unit) {
+    wait_terms();
+    wait_barrier(block.scratch->full + state.stage, state.parity);
+    const auto tile = block.tile(unit, state.stage);
+    tile.template finish<1, BACKWARD_COLUMNS / 16>(c, first_row(), 0);
+    release_terms();
+    tile.store(first_row());
+    // The copy engine writes to this stage next.
+    fence_async_proxy();
+    __syncwarp();
+    release(state.stage);
+    state.advance();
+  }
+
+  __device__ void wait_terms() {
+    wait_barrier(&block.scratch->terms_full, terms_parity);
+    terms_parity ^= 1;
+  }
+
+  // Also makes the gradient in shared memory visible to the warp.
+  __device__ void release_terms() const {
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) arrive(&block.scratch->terms_empty);
   }
 
   __device__ void release(int stage) const {
@@ -310,8 +355,8 @@ __device__ inline void run_backward(const BackwardArguments& arguments, const Ba
       reinterpret_cast<BackwardScratch*>(memory + BACKWARD_STAGES * BACKWARD_STAGE_BYTES);
   const int rank = static_cast<int>(blockIdx.x) % CLUSTER_SIZE;
   const BackwardBlock block{
-      arguments, maps, memory, scratch, backward_steps(arguments, BOX_COLUMNS), rank,
-      backward_pairs(arguments.forward, arguments.side)};
+      arguments, maps, memory, scratch, backward_steps(arguments, BOX_COLUMNS),
+      backward_units(arguments.forward, arguments.side), rank};
   const int warp = static_cast<int>(threadIdx.x) / 32;
   if (threadIdx.x == 0) {
     prefetch_tensor_map(&maps.own);
@@ -332,7 +377,7 @@ __device__ inline void run_backward(const BackwardArguments& arguments, const Ba
   if (warp >= 4) {
     allocate_registers();
     const int half = uniform(warp / 4 - 1);
-    BackwardConsumer{block, half, arguments.scalar(W_OWN), arguments.w_other(), {}}.run();
+    BackwardConsumer{block, half, arguments.scalar(W_OWN), arguments.w_other()}.run();
   } else {
     deallocate_registers();
     if (threadIdx.x == 0) block.fetch();

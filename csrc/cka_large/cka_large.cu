@@ -46,9 +46,9 @@ void backward_sm90(const BackwardArguments& arguments, const BackwardMatrices& m
   const BackwardMaps maps{encode_tensor_map(matrices.own, BACKWARD_ROWS, NAME),
                           encode_tensor_map(matrices.other, BACKWARD_ROWS, NAME),
                           encode_tensor_map(matrices.planes, BOX_COLUMNS, NAME)};
-  launch({NAME, CLUSTER_SIZE * backward_clusters(arguments.forward, arguments.side), MOMENT_THREADS,
-          BACKWARD_SHARED, CLUSTER_SIZE},
-         stream, backward_sm90_kernel, arguments, maps);
+  const int clusters = backward_units(arguments.forward, arguments.side).clusters;
+  launch({NAME, CLUSTER_SIZE * clusters, MOMENT_THREADS, BACKWARD_SHARED, CLUSTER_SIZE}, stream,
+         backward_sm90_kernel, arguments, maps);
 }
 
 void backward_sm80(const BackwardArguments& arguments, const BackwardMatrices& matrices,
