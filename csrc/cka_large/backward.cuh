@@ -90,7 +90,8 @@ struct BackwardSteps {
     const bool is_own = step < own_count();
     const int index = is_own ? step : step - own_count();
     const int steps = is_own ? own_steps : other_steps;
-    return {is_own, index / steps, index % steps * size};
+    const int pass = (index >= steps) + (index >= 2 * steps);
+    return {is_own, pass, (index - pass * steps) * size};
   }
 };
 
@@ -103,15 +104,16 @@ __device__ inline BackwardSteps backward_steps(const BackwardArguments& argument
 
 // The high or low halves of two adjacent elements of W, from features and from what the means
 // contribute. Near the teacher, Own and Other nearly cancel, so that only one sum is rounded much.
+template <bool LOW>
 __device__ inline uint32_t form_pair(uint32_t own, uint32_t other, float c_own, float c_other,
-                                     Vector<float, 2> constants, bool is_low) {
+                                     Vector<float, 2> constants) {
   const float first = (constants.elements[0] + c_other * bits_to_float(other << 16)) +
                       c_own * bits_to_float(own << 16);
   const float second = (constants.elements[1] + c_other * bits_to_float(other & 0xFFFF0000)) +
                        c_own * bits_to_float(own & 0xFFFF0000);
   uint32_t high, low;
   split_pair(first, second, high, low);
-  return is_low ? low : high;
+  return LOW ? low : high;
 }
 
 template <int SIZE>

@@ -84,12 +84,17 @@ struct BackwardRing {
   // Replaces own features by the high or low halves of W.
   __device__ void form(int i) const {
     const BackwardStep step = steps.at(i);
-    if (!step.is_own) return;
+    if (step.is_own && step.pass < 2) form<false>(i, step.inner);
+    if (step.is_own && step.pass == 2) form<true>(i, step.inner);
+  }
+
+  template <bool LOW>
+  __device__ void form(int i, int first_inner) const {
     using Layout = TileLayout<BACKWARD_RING_STEP>;
     using Pairs = Vector<uint32_t, VECTOR / 2>;
     const float c_own = arguments.scalar(W_OWN), c_other = arguments.w_other();
     const int vector = threadIdx.x % Layout::VECTORS;
-    const int inner = step.inner + vector * VECTOR;
+    const int inner = first_inner + vector * VECTOR;
     float constants[VECTOR];
 #pragma unroll
     for (int k = 0; k < VECTOR; k += 4) {
@@ -112,8 +117,8 @@ struct BackwardRing {
       Pairs w;
 #pragma unroll
       for (int k = 0; k < VECTOR / 2; ++k) {
-        w.elements[k] = form_pair(x.elements[k], y.elements[k], c_own, c_other,
-                                  {constants[2 * k], constants[2 * k + 1]}, step.pass == 2);
+        w.elements[k] = form_pair<LOW>(x.elements[k], y.elements[k], c_own, c_other,
+                                       {constants[2 * k], constants[2 * k + 1]});
       }
       *reinterpret_cast<Pairs*>(own) = w;
     }

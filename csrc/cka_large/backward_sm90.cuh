@@ -221,8 +221,8 @@ struct BackwardConsumer {
       load_matrices(y, other + offset);
 #pragma unroll
       for (int part = 0; part < 4; ++part) {
-        w[k][part] = form_pair(x[part], y[part], c_own, c_other,
-                               load_floats<2>(constants + 16 * k + part / 2 * 8), LOW);
+        w[k][part] = form_pair<LOW>(x[part], y[part], c_own, c_other,
+                                    load_floats<2>(constants + 16 * k + part / 2 * 8));
       }
     }
   }
