@@ -10,7 +10,7 @@
 // R once, or also their low halves; the tile's features once.
 #pragma once
 
-#include "cka_large/backward.cuh"
+#include "cka_large/backward_tile.cuh"
 #include "cka_large/tiles_sm80.cuh"
 
 namespace rift {
@@ -102,8 +102,7 @@ struct BackwardRing {
       const auto other_means = load_floats<4>(arguments.other_means() + inner + k);
 #pragma unroll
       for (int n = 0; n < 4; ++n) {
-        constants[k + n] =
-            -(c_own * own_means.elements[n] + c_other * other_means.elements[n]);
+        constants[k + n] = -(c_own * own_means.elements[n] + c_other * other_means.elements[n]);
       }
     }
     // If the widths differ, c_other is 0.

@@ -17,7 +17,7 @@
 // of P and R once, or also their low halves; the tile's features once.
 #pragma once
 
-#include "cka_large/backward.cuh"
+#include "cka_large/backward_tile.cuh"
 #include "common/elements.cuh"
 #include "common/pipeline_state.h"
 #include "common/sm90.cuh"
@@ -44,9 +44,9 @@ constexpr int BACKWARD_SHARED =
     1024 + BACKWARD_STAGES * BACKWARD_STAGE_BYTES + static_cast<int>(sizeof(BackwardScratch));
 static_assert(BACKWARD_SHARED <= 227 * 1024);
 
-// Pairs of tiles are dealt out to clusters in rounds. If at most half of all clusters would have one
-// in the last round, pairs of this round are cut in two: of each tile, only the first warpgroup
-// computes its 64 rows.
+// Pairs of tiles are dealt out to clusters in rounds. If at most half of all clusters would have a
+// pair in the last round, its pairs are cut in two: of each tile, only the first warpgroup computes
+// its 64 rows.
 struct BackwardUnits {
   int clusters;
   int whole;  // pairs that are not cut

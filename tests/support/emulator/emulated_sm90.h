@@ -153,8 +153,8 @@ inline float column_operand(uint64_t bits, int inner, int column) {
                           inner / 8 * operand.eight_rows + inner % 8 * 128 + column % 64 * 2);
 }
 
-// Multiplies at once, with 2 * SIZE columns of b. `left(half, k)` returns element k of this thread's
-// two rows of the left operand.
+// Multiplies at once, with 2 * SIZE columns of b. `left(half, k)` returns element k of this
+// thread's two rows of the left operand.
 template <int SIZE, typename Left>
 void multiply_now(float* c, Left left, uint64_t b) {
   const int lane = threadIdx.x % 32;
