@@ -14,33 +14,32 @@ from torch import Tensor
 from . import raw_moments
 from .config import configuration
 from .layers import Layers
-from .tiles import sum_partials, tile_of
+from .tiles import shared_of, sum_partials, tile_of
 
 
-@triton.jit(do_not_specialize=["n", "d1", "d2", "tile_programs", "slots", "spills"])
+@triton.jit(do_not_specialize=["n", "d1", "d2", "slots", "spills"])
 def blocks_kernel(
-    n, d1, d2, tiles_ptr, spill_ptr, xx_ptr, xy_ptr, yy_ptr, tile_programs, slots, spills,
+    n, d1, d2, tiles_ptr, xx_ptr, xy_ptr, yy_ptr,
+    tile_programs, shares, lengths, slots, spills,
     XX: tl.constexpr, YY: tl.constexpr,
-    GRAM: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, SUB: tl.constexpr,
+    GRAM: tl.constexpr, BLOCK: tl.constexpr, SUB: tl.constexpr,
 ):  # fmt: skip
     """One program owns SUB rows of one tile."""
     program = tl.program_id(0)
     entry = tl.program_id(1)
     SIZE: tl.constexpr = BLOCK * BLOCK
     PARTS: tl.constexpr = BLOCK // SUB
-    tiles_ptr += entry.to(tl.int64) * slots * SIZE
-    spill_ptr += entry.to(tl.int64) * spills * SIZE
+    tiles_ptr += entry.to(tl.int64) * (slots + spills) * SIZE
     first, second = (n, n) if GRAM else (d1, d2)
     blocks_x, blocks_y = tl.cdiv(first, BLOCK), tl.cdiv(second, BLOCK)
-    chunks = tl.cdiv(tl.maximum(d1, d2) if GRAM else n, BLOCK_K)
-    share = tl.cdiv(slots * chunks, tile_programs)
+    shared, share, length = shared_of(slots, tile_programs, shares, lengths, 0)
     slot, part = program // PARTS, program % PARTS
     left_is_y, block_i, right_is_y, block_j = tile_of(slot, blocks_x, blocks_y, XX, YY)
     within_i = part * SUB + tl.arange(0, SUB)
     within_j = tl.arange(0, BLOCK)
     i, j = block_i * BLOCK + within_i, block_j * BLOCK + within_j
     offsets = within_i[:, None] * BLOCK + within_j[None, :]
-    tile = sum_partials(tiles_ptr, spill_ptr, slot, chunks, share, offsets, SIZE)
+    tile = sum_partials(tiles_ptr, slot, slots, shared, share, length, offsets, SIZE)
     height = tl.where(left_is_y, second, first)
     width = tl.where(right_is_y, second, first)
     out = tl.where(left_is_y, yy_ptr, tl.where(right_is_y, xy_ptr, xx_ptr))
@@ -68,11 +67,11 @@ def second_moments(layers: Layers, form: str, wanted: str) -> tuple[Tensor | Non
         moments = raw_moments.launch(layers, config, form, wanted)
         placeholder = next(iter(results.values()))
         blocks_kernel[(moments.slots * (config.block // config.sub), layers.entries)](
-            n, d1, d2, moments.tiles, moments.spill,
+            n, d1, d2, moments.tiles,
             *(results.get(name, placeholder) for name in shapes),
-            moments.tile_programs, moments.slots, moments.tile_programs,
+            *moments.deal, moments.slots, moments.spills,
             XX="xx" in wanted, YY="yy" in wanted, GRAM=is_gram,
-            BLOCK=config.block, BLOCK_K=config.block_k, SUB=config.sub,
+            BLOCK=config.block, SUB=config.sub,
             num_warps=config.head_warps,
         )  # fmt: skip
     return tuple(results.get(name) for name in shapes)

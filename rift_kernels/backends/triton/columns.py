@@ -28,6 +28,7 @@ def column_statistics(
     x_ptr, y_ptr, mask_ptr, n, d1, d2, stride_xn, stride_xd, stride_yn, stride_yd,
     longest, sums_ptr, statistics_ptr, program, segments, blocks, width,
     HAS_MASK: tl.constexpr, APART: tl.constexpr, BLOCK: tl.constexpr, BLOCK_R: tl.constexpr,
+    VECTOR: tl.constexpr,
 ):  # fmt: skip
     """Sums and energies of one block of columns over one segment of rows.
 
@@ -45,31 +46,36 @@ def column_statistics(
         y_ptr + first.to(tl.int64) * stride_yn + columns.to(tl.int64) * stride_yd,
         mask=(columns < d2) & (first < n), other=0.0,
     ).to(tl.float32)  # fmt: skip
-    zero = tl.zeros([BLOCK], tl.float32)
+    # Enough bytes on their way. Wider features and addresses of single elements take registers.
+    UNROLL: tl.constexpr = 2 if VECTOR == 8 else 1
+    # Every thread adds up its own rows. Adding up those of all threads in each step would take
+    # longer than the loads.
+    zero = tl.zeros([BLOCK_R, BLOCK], tl.float32)
+    sums_x, sums_y, squares_x, squares_y, products = zero, zero, zero, zero, zero
     count = tl.zeros([BLOCK_R], tl.float32)
-    sum_x, sum_y, shifted_x, shifted_y = zero, zero, zero, zero
-    square_x, square_y, product = zero, zero, zero
     length = tl.cdiv(tl.cdiv(n, segments), BLOCK_R) * BLOCK_R
-    for start in range(segment * length, tl.minimum(n, (segment + 1) * length), BLOCK_R):
+    end = tl.minimum(n, (segment + 1) * length)
+    for start in tl.range(segment * length, end, BLOCK_R, loop_unroll_factor=UNROLL):
         rows = start + tl.arange(0, BLOCK_R)
         valid = kept_rows(mask_ptr, longest, rows, n, HAS_MASK, APART)
         x = load_features(x_ptr, stride_xn, stride_xd, rows, valid, columns, d1)
         y = load_features(y_ptr, stride_yn, stride_yd, rows, valid, columns, d2)
         x, y = x.to(tl.float32), y.to(tl.float32)
-        sum_x += tl.sum(x, 0)
-        sum_y += tl.sum(y, 0)
+        sums_x += x
+        sums_y += y
         x = tl.where(valid[:, None], x - pivot_x[None, :], 0.0)
         y = tl.where(valid[:, None], y - pivot_y[None, :], 0.0)
-        shifted_x += tl.sum(x, 0)
-        shifted_y += tl.sum(y, 0)
-        square_x += tl.sum(x * x, 0)
-        square_y += tl.sum(y * y, 0)
-        product += tl.sum(x * y, 0)
+        squares_x += x * x
+        squares_y += y * y
+        products += x * y
         count += valid.to(tl.float32)
+    sum_x, sum_y = tl.sum(sums_x, 0), tl.sum(sums_y, 0)
+    square_x, square_y = tl.sum(squares_x, 0), tl.sum(squares_y, 0)
+    product, segment_rows = tl.sum(products, 0), tl.sum(count, 0)
     tl.store(sums_ptr + segment * width + columns, sum_x, mask=columns < width)
     sums_ptr += segments * width
     tl.store(sums_ptr + segment * width + columns, sum_y, mask=columns < width)
-    segment_rows = tl.sum(count, 0)
+    shifted_x, shifted_y = sum_x - segment_rows * pivot_x, sum_y - segment_rows * pivot_y
     share = tl.where(segment_rows > 0, 1 / segment_rows, 0.0)
     programs = blocks * segments
     out = statistics_ptr + program

@@ -71,28 +71,29 @@ from .device import (
 from .layers import Layers
 from .raw_moments import RawMoments
 from .row_terms import sums_of_rows, weighted_sums
-from .tiles import sum_partials, tile_of, triangle_index
+from .tiles import shared_of, sum_partials, tile_of, triangle_index
 
 
 @triton.jit(
     do_not_specialize=[
         *("stride_xb", "stride_yb", "stride_mb"),
-        *("tile_programs", "column_programs", "segments", "slots", "spills"),
+        *("column_programs", "segments", "slots", "spills"),
         *("max_rows", "row_programs"),
     ]
 )
 def covariance_cka_kernel(
     xs, ys, masks, rows, widths_x, widths_y, strides_xn, strides_xd, strides_yn, strides_yd,
     stride_xb, stride_yb, stride_mb,
-    longest_ptr, tiles_ptr, spill_ptr, sums_ptr, statistics_ptr, counters_ptr,
+    longest_ptr, tiles_ptr, sums_ptr, statistics_ptr, counters_ptr,
     values_ptr, scalars_ptr, planes_x_ptr, planes_y_ptr, shift_x_ptr, shift_y_ptr,
     means_ptr, row_sums_ptr, products_ptr, weighted_ptr, partial_ptr,
-    tile_programs, column_programs, segments, width, slots, spills, max_rows, row_programs,
+    tile_programs, shares, lengths,
+    column_programs, segments, width, slots, spills, max_rows, row_programs,
     LAYERS: tl.constexpr, HAS_MASK: tl.constexpr, DTYPE: tl.constexpr, VECTOR: tl.constexpr,
     SPLIT: tl.constexpr, NEAR: tl.constexpr, SHIFT: tl.constexpr,
     DEBIASED: tl.constexpr, DISTANCE: tl.constexpr,
     STUDENT: tl.constexpr, TEACHER: tl.constexpr, LOW_HALVES: tl.constexpr,
-    BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, SUB: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK: tl.constexpr, SUB: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """One program owns SUB rows of one tile of A, B or C, or a run of feature rows."""
     program = tl.program_id(0)
@@ -105,8 +106,7 @@ def covariance_cka_kernel(
     sums_x = sums_ptr + entry.to(tl.int64) * (2 * segments * width)
     sums_y = sums_x + segments * width
     statistics_ptr += entry * STATISTICS * column_programs
-    tiles_ptr += entry.to(tl.int64) * slots * SIZE
-    spill_ptr += entry.to(tl.int64) * spills * SIZE
+    tiles_ptr += entry.to(tl.int64) * (slots + spills) * SIZE
     scalars_ptr += entry * 2 * SCALARS
     partial_ptr += entry.to(tl.int64) * programs * FIELDS
     count = statistic(statistics_ptr, COUNT, column_programs)
@@ -127,8 +127,7 @@ def covariance_cka_kernel(
     blocks_x, blocks_y = tl.cdiv(d1, BLOCK), tl.cdiv(d2, BLOCK)
     count_x = blocks_x * (blocks_x + 1) // 2
     tiles = count_x + blocks_y * (blocks_y + 1) // 2 + blocks_x * blocks_y
-    chunks = tl.cdiv(n, BLOCK_K)
-    share = tl.cdiv(tiles * chunks, tile_programs)
+    shared, share, length = shared_of(tiles, tile_programs, shares, lengths, layer)
     field = tl.arange(0, FIELDS)
     sums = tl.zeros([FIELDS], tl.float64)
     within_i = tl.arange(0, SUB)
@@ -147,7 +146,7 @@ def covariance_cka_kernel(
             flipped_offsets = (part * SUB + within_i)[:, None] + within_j[None, :] * BLOCK
             i = block_i * BLOCK + part * SUB + within_i
             j = block_j * BLOCK + within_j
-            tile = sum_partials(tiles_ptr, spill_ptr, slot, chunks, share, offsets, SIZE)
+            tile = sum_partials(tiles_ptr, slot, slots, shared, share, length, offsets, SIZE)
             sums_i = tl.where(left_is_y, sums_y, sums_x)
             sums_j = tl.where(right_is_y, sums_y, sums_x)
             mean_i = column_mean(sums_i, i, segments, width, n_float, i < width, SUB)
@@ -188,7 +187,7 @@ def covariance_cka_kernel(
                     remainder = tile
                     if NEAR:
                         own = sum_partials(
-                            tiles_ptr, spill_ptr, pair, chunks, share, own_offsets, SIZE
+                            tiles_ptr, pair, slots, shared, share, length, own_offsets, SIZE
                         )
                         if not SPLIT:
                             mean = column_mean(
@@ -206,8 +205,8 @@ def covariance_cka_kernel(
                     remainder = tile
                     if NEAR:
                         own = sum_partials(
-                            tiles_ptr, spill_ptr, count_x + pair, chunks, share, own_offsets,
-                            SIZE,
+                            tiles_ptr, count_x + pair, slots, shared, share, length,
+                            own_offsets, SIZE,
                         )  # fmt: skip
                         if not SPLIT:
                             mean = column_mean(sums_y, i, segments, width, n_float, i < width, SUB)
@@ -301,14 +300,14 @@ def launch(
     partial = layers.empty(layers.entries * programs * FIELDS.value, dtype=torch.float64)
     covariance_cka_kernel[(programs, layers.entries)](
         *layers.arguments, saved.longest if debiased else None,
-        moments.tiles, moments.spill, moments.sums, moments.statistics, moments.counters,
+        moments.tiles, moments.sums, moments.statistics, moments.counters,
         values, *saved[:-1], partial,
-        moments.tile_programs, moments.column_programs, moments.segments, moments.width,
-        moments.slots, moments.tile_programs, layers.max_rows, row_programs,
+        *moments.deal, moments.column_programs, moments.segments, moments.width,
+        moments.slots, moments.spills, layers.max_rows, row_programs,
         **layers.feature_options,
         SPLIT=layers.is_split, NEAR=layers.x.widths == layers.y.widths,
         SHIFT=not layers.is_split, DEBIASED=debiased, DISTANCE=distance,
         STUDENT=student, TEACHER=teacher, LOW_HALVES=low_halves,
-        BLOCK=config.block, BLOCK_K=config.block_k, SUB=config.sub, BLOCK_R=config.block_r,
+        BLOCK=config.block, SUB=config.sub, BLOCK_R=config.block_r,
         num_warps=config.head_warps,
     )  # fmt: skip

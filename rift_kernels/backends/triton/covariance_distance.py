@@ -24,7 +24,7 @@ from .covariance_saved import SCALARS, Saved, store_halves, store_shift, store_s
 from .device import arrive, layer_of, over_programs, size, square_sum
 from .layers import Layers
 from .raw_moments import RawMoments
-from .tiles import sum_partials, triangle
+from .tiles import shared_of, sum_partials, triangle
 
 SQUARE_DIFFERENCE = tl.constexpr(0)
 SQUARE_B = tl.constexpr(1)
@@ -95,16 +95,16 @@ def _store_shifts(
             tl.store(shift_ptr + half + offsets, tl.zeros([SUB], tl.float32))
 
 
-@triton.jit(do_not_specialize=["tile_programs", "column_programs", "segments", "slots", "spills"])
+@triton.jit(do_not_specialize=["column_programs", "segments", "slots", "spills"])
 def covariance_distance_kernel(
     rows, widths,
-    tiles_ptr, spill_ptr, sums_ptr, statistics_ptr, counters_ptr,
+    tiles_ptr, sums_ptr, statistics_ptr, counters_ptr,
     values_ptr, scalars_ptr, planes_x_ptr, planes_y_ptr, shift_x_ptr, shift_y_ptr, means_ptr,
     partial_ptr,
-    mean_weight, tile_programs, column_programs, segments, width, slots, spills,
+    mean_weight, tile_programs, shares, lengths, column_programs, segments, width, slots, spills,
     LAYERS: tl.constexpr, SPLIT: tl.constexpr, SHIFT: tl.constexpr,
     KIND: tl.constexpr, STUDENT: tl.constexpr, TEACHER: tl.constexpr,
-    BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, SUB: tl.constexpr,
+    BLOCK: tl.constexpr, SUB: tl.constexpr,
 ):  # fmt: skip
     """One program owns SUB rows of one tile of A - B on or above the diagonal."""
     program = tl.program_id(0)
@@ -117,8 +117,7 @@ def covariance_distance_kernel(
     sums_x = sums_ptr + entry.to(tl.int64) * (2 * segments * width)
     sums_y = sums_x + segments * width
     statistics_ptr += entry * STATISTICS * column_programs
-    tiles_ptr += entry.to(tl.int64) * slots * SIZE
-    spill_ptr += entry.to(tl.int64) * spills * SIZE
+    tiles_ptr += entry.to(tl.int64) * (slots + spills) * SIZE
     partial_ptr += entry.to(tl.int64) * programs * FIELDS
     plane = width.to(tl.int64) * width
     planes_x_ptr += entry * 2 * plane
@@ -132,8 +131,7 @@ def covariance_distance_kernel(
     n_float = count.to(tl.float32)
     blocks = tl.cdiv(d, BLOCK)
     tiles = blocks * (blocks + 1) // 2
-    chunks = tl.cdiv(n, BLOCK_K)
-    share = tl.cdiv(2 * tiles * chunks, tile_programs)
+    shared, share, length = shared_of(2 * tiles, tile_programs, shares, lengths, layer)
     field = tl.arange(0, FIELDS)
     sums = tl.zeros([FIELDS], tl.float64)
     slot, part = program // PARTS, program % PARTS
@@ -143,8 +141,8 @@ def covariance_distance_kernel(
         within_j = tl.arange(0, BLOCK)
         offsets = within_i[:, None] * BLOCK + within_j[None, :]
         i, j = block_i * BLOCK + within_i, block_j * BLOCK + within_j
-        a = sum_partials(tiles_ptr, spill_ptr, slot, chunks, share, offsets, SIZE)
-        b = sum_partials(tiles_ptr, spill_ptr, tiles + slot, chunks, share, offsets, SIZE)
+        a = sum_partials(tiles_ptr, slot, slots, shared, share, length, offsets, SIZE)
+        b = sum_partials(tiles_ptr, tiles + slot, slots, shared, share, length, offsets, SIZE)
         x_i = column_mean(sums_x, i, segments, width, n_float, i < width, SUB)
         y_i = column_mean(sums_y, i, segments, width, n_float, i < width, SUB)
         x_j = column_mean(sums_x, j, segments, width, n_float, j < width, BLOCK)
@@ -210,13 +208,13 @@ def launch(
     partial = layers.empty(layers.entries * programs * FIELDS.value, dtype=torch.float64)
     covariance_distance_kernel[(programs, layers.entries)](
         layers.row_counts, layers.x.columns,
-        moments.tiles, moments.spill, moments.sums, moments.statistics, moments.counters,
+        moments.tiles, moments.sums, moments.statistics, moments.counters,
         values, saved.scalars, saved.planes_x, saved.planes_y, saved.shift_x, saved.shift_y,
         saved.means, partial,
-        mean_weight, moments.tile_programs, moments.column_programs, moments.segments,
-        moments.width, moments.slots, moments.tile_programs,
+        mean_weight, *moments.deal, moments.column_programs, moments.segments,
+        moments.width, moments.slots, moments.spills,
         LAYERS=len(layers.rows), SPLIT=layers.is_split,
         SHIFT=not layers.is_split, KIND=KINDS[scale], STUDENT=student, TEACHER=teacher,
-        BLOCK=config.block, BLOCK_K=config.block_k, SUB=config.sub,
+        BLOCK=config.block, SUB=config.sub,
         num_warps=config.head_warps,
     )  # fmt: skip

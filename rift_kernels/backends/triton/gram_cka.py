@@ -38,19 +38,12 @@ from .gram_cka_head import (
 from .gram_saved import SCALARS, Saved, edge_of, grams_of, stride_of
 from .layers import Layers
 from .raw_moments import RawMoments
-from .tiles import sum_partials, triangle, triangle_index
-
-
-@triton.jit
-def _begins_within(program, share, chunks, tiles):
-    """Whether a program left a spill, because it began in the middle of a tile."""
-    begin = program * share
-    return (begin % chunks != 0) & (begin < tiles * chunks)
+from .tiles import shared_of, spills_of, sum_partials, triangle, triangle_index
 
 
 @triton.jit
 def _row_sums(
-    sums_ptr, first_slot, block, blocks, within, chunks, share, slots, BLOCK: tl.constexpr
+    sums_ptr, first_slot, block, blocks, within, shared, share, length, slots, BLOCK: tl.constexpr
 ):
     """Row sums of some rows of K, over the tiles of their block's row and column."""
     total = tl.zeros(within.shape, tl.float32)
@@ -59,14 +52,14 @@ def _row_sums(
         side = tl.where(other < block, BLOCK, 0)
         slot = first_slot + pair
         total += tl.load(sums_ptr + slot * (2 * BLOCK) + side + within)
-        begin = slot * chunks
-        for program in range(begin // share + 1, (begin + chunks - 1) // share + 1):
+        first, last = spills_of(slot, shared, share, length)
+        for program in range(first, last):
             total += tl.load(sums_ptr + (slots + program) * (2 * BLOCK) + side + within)
     return total
 
 
 @triton.jit
-def _total(totals_ptr, first_slot, tiles, chunks, share, slots, spills, all_tiles):
+def _total(totals_ptr, first_slot, tiles, shared, share, length, slots, spills, all_tiles):
     """The sum of all elements of K."""
     lanes = tl.arange(0, 256)
     total = tl.zeros([256], tl.float64)
@@ -75,27 +68,31 @@ def _total(totals_ptr, first_slot, tiles, chunks, share, slots, spills, all_tile
         total += tl.load(totals_ptr + slot, mask=start + lanes < tiles, other=0.0)
     for start in range(0, spills, 256):
         program = start + lanes
-        slot = program * share // chunks
-        mask = (slot >= first_slot) & (slot < first_slot + tiles) & (program < spills)
-        mask = mask & _begins_within(program, share, chunks, all_tiles)
+        begin = program * share
+        slot = shared + begin // length
+        mask = (slot >= first_slot) & (slot < first_slot + tiles) & (slot < all_tiles)
+        # A program left a spill where it began in the middle of a tile.
+        mask = mask & (begin % length != 0)
         total += tl.load(totals_ptr + slots + program, mask=mask, other=0.0)
     return tl.sum(total, 0).to(tl.float32)
 
 
 @triton.jit
 def _centered_tile(
-    tiles_ptr, spill_ptr, row_sums_ptr, totals_ptr, first_slot, pair, block_i, block_j,
-    within_i, within_j, offsets, diagonal, included, n, scale, blocks, tiles, chunks, share,
+    tiles_ptr, row_sums_ptr, totals_ptr, first_slot, pair, block_i, block_j,
+    within_i, within_j, offsets, diagonal, included, n, scale, blocks, tiles, shared, share, length,
     slots, spills, DEBIASED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A tile of one side's K, centered and scaled, and its largest element on the diagonal."""
-    k = sum_partials(tiles_ptr, spill_ptr, first_slot + pair, chunks, share, offsets, BLOCK * BLOCK)
-    total = _total(totals_ptr, first_slot, tiles, chunks, share, slots, spills, 2 * tiles)
+    k = sum_partials(
+        tiles_ptr, first_slot + pair, slots, shared, share, length, offsets, BLOCK * BLOCK
+    )
+    total = _total(totals_ptr, first_slot, tiles, shared, share, length, slots, spills, 2 * tiles)
     sums_i = _row_sums(
-        row_sums_ptr, first_slot, block_i, blocks, within_i, chunks, share, slots, BLOCK
+        row_sums_ptr, first_slot, block_i, blocks, within_i, shared, share, length, slots, BLOCK
     )
     sums_j = _row_sums(
-        row_sums_ptr, first_slot, block_j, blocks, within_j, chunks, share, slots, BLOCK
+        row_sums_ptr, first_slot, block_j, blocks, within_j, shared, share, length, slots, BLOCK
     )
     peak = tl.max(tl.max(tl.where(diagonal, k, 0.0), 1), 0) * scale
     k = k - center_offset(sums_i, total, n, DEBIASED)[:, None]
@@ -105,17 +102,17 @@ def _centered_tile(
 
 @triton.jit(
     do_not_specialize=[
-        *("stride_mb", "tile_programs", "column_programs", "segments", "slots", "spills"),
+        *("stride_mb", "column_programs", "segments", "slots", "spills"),
     ]
 )
 def gram_cka_kernel(
-    masks, rows, widths_x, widths_y, stride_mb,
-    tiles_ptr, spill_ptr, row_sums_ptr, sums_ptr, statistics_ptr, counters_ptr,
+    masks, rows, stride_mb,
+    tiles_ptr, row_sums_ptr, sums_ptr, statistics_ptr, counters_ptr,
     values_ptr, saved_ptr, means_ptr, partial_ptr,
-    tile_programs, column_programs, segments, width, slots, spills, stride,
+    tile_programs, shares, lengths, column_programs, segments, width, slots, spills, stride,
     LAYERS: tl.constexpr, HAS_MASK: tl.constexpr,
     DEBIASED: tl.constexpr, DISTANCE: tl.constexpr, STORE: tl.constexpr,
-    BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, SUB: tl.constexpr,
+    BLOCK: tl.constexpr, SUB: tl.constexpr,
 ):  # fmt: skip
     """One program owns SUB rows of one tile of both Kx and Ky."""
     program = tl.program_id(0)
@@ -126,8 +123,7 @@ def gram_cka_kernel(
     SIZE: tl.constexpr = BLOCK * BLOCK
     PARTS: tl.constexpr = BLOCK // SUB
     statistics_ptr += entry * STATISTICS * column_programs
-    tiles_ptr += entry.to(tl.int64) * slots * SIZE
-    spill_ptr += entry.to(tl.int64) * spills * SIZE
+    tiles_ptr += entry.to(tl.int64) * (slots + spills) * SIZE
     row_sums_ptr += entry.to(tl.int64) * (slots + spills) * (2 * BLOCK + 1)
     totals_ptr = row_sums_ptr + (slots + spills) * (2 * BLOCK)
     partial_ptr += entry.to(tl.int64) * programs * FIELDS
@@ -138,8 +134,7 @@ def gram_cka_kernel(
     n_float = count.to(tl.float32)
     blocks = tl.cdiv(n, BLOCK)
     tiles = blocks * (blocks + 1) // 2
-    chunks = tl.cdiv(tl.maximum(size(widths_x, layer), size(widths_y, layer)), BLOCK_K)
-    share = tl.cdiv(2 * tiles * chunks, tile_programs)
+    shared, share, length = shared_of(2 * tiles, tile_programs, shares, lengths, layer)
     if STORE:
         # The backward reads means.
         for block in range(program, width // BLOCK, programs):
@@ -172,14 +167,14 @@ def gram_cka_kernel(
         bounds = (i < edge)[:, None] & (j < edge)[None, :]
         scale_x, scale_y = inverse_x * inverse_x, inverse_y * inverse_y
         kx, peak_x = _centered_tile(
-            tiles_ptr, spill_ptr, row_sums_ptr, totals_ptr, 0, pair, block_i, block_j,
+            tiles_ptr, row_sums_ptr, totals_ptr, 0, pair, block_i, block_j,
             within_i, within_j, offsets, inside & diagonal, included, n_float, scale_x,
-            blocks, tiles, chunks, share, slots, spills, DEBIASED, BLOCK,
+            blocks, tiles, shared, share, length, slots, spills, DEBIASED, BLOCK,
         )  # fmt: skip
         ky, peak_y = _centered_tile(
-            tiles_ptr, spill_ptr, row_sums_ptr, totals_ptr, tiles, pair, block_i, block_j,
+            tiles_ptr, row_sums_ptr, totals_ptr, tiles, pair, block_i, block_j,
             within_i, within_j, offsets, inside & diagonal, included, n_float, scale_y,
-            blocks, tiles, chunks, share, slots, spills, DEBIASED, BLOCK,
+            blocks, tiles, shared, share, length, slots, spills, DEBIASED, BLOCK,
         )  # fmt: skip
         if STORE:
             tl.store(grams_ptr + direct, kx, mask=bounds)
@@ -224,11 +219,10 @@ def launch(
     programs = moments.slots // 2 * (config.block // config.sub)
     partial = layers.empty(layers.entries * programs * FIELDS.value, dtype=torch.float64)
     gram_cka_kernel[(programs, layers.entries)](
-        layers.mask_addresses, layers.row_counts, layers.x.columns, layers.y.columns,
-        layers.stride_mb, *moments.tensors,
+        layers.mask_addresses, layers.row_counts, layers.stride_mb, *moments.tensors,
         values, saved.grams, saved.means, partial,
-        moments.tile_programs, moments.column_programs, moments.segments, moments.width,
-        moments.slots, moments.tile_programs, stride_of(layers),
+        *moments.deal, moments.column_programs, moments.segments, moments.width,
+        moments.slots, moments.spills, stride_of(layers),
         **layers.options, DEBIASED=debiased, DISTANCE=distance, STORE=store,
-        BLOCK=config.block, BLOCK_K=config.block_k, SUB=config.sub, num_warps=config.head_warps,
+        BLOCK=config.block, SUB=config.sub, num_warps=config.head_warps,
     )  # fmt: skip

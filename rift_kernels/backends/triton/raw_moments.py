@@ -4,8 +4,9 @@
     Gram form         X X^T and Y Y^T (or X Y^T), contracted over the columns
 
 Only wanted tiles on or above the diagonal exist. Tile programs share their (tile, chunk) pairs
-evenly, whatever the number of tiles (stream-K). The next launch adds partial sums in a fixed order,
-so that no program waits and results repeat to the last bit.
+evenly, whatever the number of tiles, and read the same chunks at the same time (``tiles.deal``).
+The next launch adds partial sums in a fixed order, so that no program waits and results repeat to
+the last bit.
 
 bfloat16 features are multiplied as they are, with products that are exact in float32, and means
 are subtracted afterwards. Wider features are centered first and split into two bfloat16 numbers
@@ -37,9 +38,9 @@ from .device import (
     valid_rows,
 )
 from .launch import descriptors_of, padded_width, processors
-from .layers import Layers
+from .layers import Layers, encoded
 from .tile_products import accumulate
-from .tiles import tile_of
+from .tiles import deals, piece_of, tile_of, work_of
 
 # Tensor cores truncate: products two bits below a float32 sum, then the sum itself. A sum of N
 # terms of one sign thus loses about N 2^-24 of itself. If means are large, that loss exceeds the
@@ -48,7 +49,7 @@ from .tiles import tile_of
 # then cancels. In a run of 2048 rows, the sum is at most 1024 terms. Products of bfloat16 numbers
 # of this size end above the truncated bits. In Gram form terms are few, and centering removes what
 # all sums lose alike. Centered features that are loaded element by element take more programs
-# instead, with at most a run's rows each.
+# instead, with at most a run's rows of a tile each.
 RUN = tl.constexpr(2048)
 # A run is at most this many times as long as all before it, because few rows may not be typical.
 GROWTH = tl.constexpr(8)
@@ -67,21 +68,22 @@ def _rows(mask_ptr, begin, end, n, HAS_MASK: tl.constexpr):
 @triton.jit(
     do_not_specialize=[
         *("stride_xb", "stride_yb", "stride_mb"),
-        *("tile_programs", "column_programs", "launch_columns", "segments", "blocks", "slots"),
-        *("spills",),
+        *("column_programs", "launch_columns", "segments", "blocks", "slots", "spills"),
     ]
 )
 def raw_moments_kernel(
     xs, ys, masks, rows, widths_x, widths_y, strides_xn, strides_xd, strides_yn, strides_yd,
     stride_xb, stride_yb, stride_mb, x_descriptor, y_descriptor, longest_ptr,
-    tiles_ptr, spill_ptr, row_sums_ptr, sums_ptr, statistics_ptr, counters_ptr,
-    tile_programs, column_programs, launch_columns, segments, blocks, width, slots, spills,
+    tiles_ptr, row_sums_ptr, sums_ptr, statistics_ptr, counters_ptr,
+    tile_programs, shares, lengths,
+    column_programs, launch_columns, segments, blocks, width, slots, spills,
     LAYERS: tl.constexpr, HAS_MASK: tl.constexpr, DTYPE: tl.constexpr, VECTOR: tl.constexpr,
     APART: tl.constexpr, GRAM: tl.constexpr, XX: tl.constexpr, YY: tl.constexpr, XY: tl.constexpr,
     SPLIT: tl.constexpr, OFF_DIAGONAL: tl.constexpr,
     DESCRIPTORS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """One tile program owns a run of (tile, chunk) pairs, one column program a block of columns."""
+    """One tile program owns whole tiles and part of a shared one, one column program a block of
+    columns."""
     program = tl.program_id(0)
     entry = tl.program_id(1)
     layer, batch = layer_of(entry, LAYERS), batch_of(entry, LAYERS)
@@ -108,12 +110,11 @@ def raw_moments_kernel(
         column_statistics(
             x_ptr, y_ptr, mask_ptr, n, d1, d2, stride_xn, stride_xd, stride_yn, stride_yd,
             longest, sums_ptr, statistics_ptr, program, segments, blocks, width,
-            HAS_MASK, APART, BLOCK, BLOCK_R,
+            HAS_MASK, APART, BLOCK, BLOCK_R, VECTOR,
         )  # fmt: skip
     else:
         program -= launch_columns
-        tiles_ptr += entry.to(tl.int64) * slots * (BLOCK * BLOCK)
-        spill_ptr += entry.to(tl.int64) * spills * (BLOCK * BLOCK)
+        tiles_ptr += entry.to(tl.int64) * (slots + spills) * (BLOCK * BLOCK)
         row_sums_ptr += entry.to(tl.int64) * (slots + spills) * (2 * BLOCK + 1)
         blocks_x = tl.cdiv(n if GRAM else d1, BLOCK)
         blocks_y = tl.cdiv(n if GRAM else d2, BLOCK)
@@ -125,17 +126,18 @@ def raw_moments_kernel(
         if XY:
             tiles += blocks_x * blocks_y
         chunks = tl.cdiv(tl.maximum(d1, d2) if GRAM else n, BLOCK_K)
-        share = tl.cdiv(tiles * chunks, tile_programs)
-        pair = program * share
-        end = tl.minimum(pair + share, tiles * chunks)
+        programs, share = size(tile_programs, layer), size(shares, layer)
+        length = size(lengths, layer)
         local = tl.arange(0, BLOCK)
         count = n.to(tl.float32)
         if SPLIT:
             count = statistic(statistics_ptr, COUNT, column_programs).to(tl.float32)
-        while pair < end:
-            slot = pair // chunks
-            first = pair - slot * chunks
-            last = tl.minimum(chunks, first + end - pair)
+        turns, whole, shared, start, stop = work_of(program, tiles, chunks, programs, share, length)
+        for turn in range(turns):
+            slot, first, last = piece_of(
+                turn, program, programs, chunks, turns, whole, shared, start, stop
+            )
+            part = tl.where(first == 0, slot, slots + program)
             a_is_y, a_block, b_is_y, b_block = tile_of(slot, blocks_x, blocks_y, XX, YY)
             a_side, b_side = a_block * BLOCK + local, b_block * BLOCK + local
             acc = tl.zeros([BLOCK, BLOCK], tl.float32)
@@ -152,8 +154,8 @@ def raw_moments_kernel(
                 rows_before = (n * 0).to(tl.float32)
                 begin = first
                 while begin < last:
-                    length = (rows_before * (GROWTH / BLOCK_K)).to(tl.int32)
-                    stop = begin + tl.minimum(tl.maximum(length, 1), RUN // BLOCK_K)
+                    growth = (rows_before * (GROWTH / BLOCK_K)).to(tl.int32)
+                    stop = begin + tl.minimum(tl.maximum(growth, 1), RUN // BLOCK_K)
                     stop = tl.minimum(stop, last)
                     run_rows = _rows(mask_ptr, begin * BLOCK_K, stop * BLOCK_K, n, HAS_MASK)
                     weight = run_rows / (2 * tl.maximum(rows_before, 1))
@@ -170,13 +172,7 @@ def raw_moments_kernel(
                     rows_before += run_rows
                     begin = stop
             offsets = local[:, None] * BLOCK + local[None, :]
-            if first == 0:
-                out = tiles_ptr + slot.to(tl.int64) * (BLOCK * BLOCK)
-                part = slot
-            else:
-                out = spill_ptr + program.to(tl.int64) * (BLOCK * BLOCK)
-                part = slots + program
-            tl.store(out + offsets, acc)
+            tl.store(tiles_ptr + part.to(tl.int64) * (BLOCK * BLOCK) + offsets, acc)
             if GRAM and not XY:
                 if OFF_DIAGONAL:
                     acc = tl.where(a_side[:, None] == b_side[None, :], 0.0, acc)
@@ -187,28 +183,29 @@ def raw_moments_kernel(
                 tl.debug_barrier()
                 total = tl.sum(tl.load(sums_out), 0) * tl.where(a_block == b_block, 1.0, 2.0)
                 tl.store(row_sums_ptr + (slots + spills) * (2 * BLOCK) + part, total)
-            pair += last - first
 
 
 class RawMoments(NamedTuple):
     """What the first launch leaves to the next ones."""
 
-    tiles: Tensor  # a sum per slot, from the program that began the tile
-    spill: Tensor  # a sum per tile program that began in the middle of a tile
+    # A sum per slot, from the program that began the tile, and one per program that began in the
+    # middle of a tile.
+    tiles: Tensor
     row_sums: Tensor  # in Gram form: sums of the rows, the columns and all of these
     sums: Tensor  # of columns, per segment of rows
     statistics: Tensor  # see columns.py
     counters: Tensor  # of programs that arrived in the next launch
-    tile_programs: int
+    deal: tuple[tuple[int, ...], ...]  # the fields of tiles.Deal, one number a layer, encoded
     column_programs: int
     segments: int
     width: int
     slots: int  # tiles of the layer that has most
+    spills: int  # tile programs of the layer that has most
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         """The tensors, in the order in which kernels take them."""
-        return self[:6]
+        return self[:5]
 
 
 def _count_tiles(first: int, second: int, wanted: str) -> int:
@@ -239,43 +236,46 @@ def launch(
     width, entries, size = padded_width(layers, config), layers.entries, block * block
     shapes = list(zip(layers.rows, layers.x.widths, layers.y.widths, strict=True))
     sides = [(n, n) if is_gram else (d1, d2) for n, d1, d2 in shapes]
-    slots = max(_count_tiles(-(-a // block), -(-b // block), wanted) for a, b in sides)
-    steps = max(-(-(max(d1, d2) if is_gram else n) // config.block_k) for n, d1, d2 in shapes)
+    counts = [_count_tiles(-(-a // block), -(-b // block), wanted) for a, b in sides]
+    chunks = [-(-(max(d1, d2) if is_gram else n) // config.block_k) for n, d1, d2 in shapes]
     available = processors(layers.device)
-    tile_programs = max(1, min(-(-available // entries), slots * steps))
+    most = None
     if layers.is_split and layers.vector <= 1 and not is_gram:
-        tile_programs = max(tile_programs, -(-slots * steps // (RUN.value // config.block_k)))
+        most = RUN.value // config.block_k
+    own = slice(layers.layer_count)
+    dealt = deals(counts[own], chunks[own], entries, available, most)
+    slots, spills = max(counts), max(deal.programs for deal in dealt)
     blocks = width // block
     # In Gram form the inner loop reads the means of split features, and must hold no other loop.
     segments = 1
     if not (is_gram and layers.is_split):
         segments = max(1, min(-(-layers.max_rows // (4 * config.block_r)), -(-available // blocks)))
     column_programs = blocks * segments
-    parts = entries * (slots + tile_programs) if is_gram else 0
+    parts = entries * (slots + spills) if is_gram else 0
     moments = RawMoments(
-        layers.empty(entries * slots * size),
-        layers.empty(entries * tile_programs * size),
+        layers.empty(entries * (slots + spills) * size),
         layers.empty(parts * (2 * block + 1)),
         layers.empty(entries * 2 * segments * width),
         layers.empty(entries * STATISTICS.value * column_programs),
         layers.empty(entries, dtype=torch.int32),
-        tile_programs,
+        tuple(map(encoded, zip(*layers.padded(tuple(dealt)), strict=True))),
         column_programs,
         segments,
         width,
         slots,
+        spills,
     )
-    launches = [(tile_programs, column_programs)]
+    launches = [(spills, column_programs)]
     if layers.is_split:
         # Means come first, because features are centered before the products.
-        launches = [(0, column_programs), (tile_programs, 0)]
+        launches = [(0, column_programs), (spills, 0)]
     tile = (block, config.block_k) if is_gram else (config.block_k, block)
     descriptors = descriptors_of(layers, (layers.x, layers.y), tile)
     for tile_count, column_count in launches:
         raw_moments_kernel[(tile_count + column_count, entries)](
             *layers.arguments, *(descriptors or (None, None)), longest,
-            *moments.tensors, tile_count, column_programs, column_count, segments, blocks, width,
-            slots, tile_programs,
+            *moments.tensors, *moments.deal,
+            column_programs, column_count, segments, blocks, width, slots, spills,
             **layers.feature_options, APART=longest is not None, GRAM=is_gram,
             XX="xx" in wanted, YY="yy" in wanted, XY="xy" in wanted,
             SPLIT=layers.is_split, OFF_DIAGONAL=off_diagonal,
