@@ -189,7 +189,7 @@ def entry(place: str, shapes: str, values: dict[str, Any]) -> Config:
     config = Config(**hashable)
     parts = {"sub": config.sub}
     if shapes.startswith("covariance"):
-        parts |= {"backward's columns": config.backward[1], "backward's depth": config.backward[2]}
+        parts |= {"backward's depth": config.backward[2]}
     for name, part in parts.items():
         # Kernels read and write planes, which are padded to whole blocks and no further.
         if config.block % part:

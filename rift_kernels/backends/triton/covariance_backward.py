@@ -70,13 +70,78 @@ def _features(
 
 
 @triton.jit
-def _matrix(ptr, descriptor, first_row, row, first, column, width, DESCRIPTORS: tl.constexpr):
+def _weighted(
+    own_ptr, own_descriptor, own_n, own_d, mean_own_ptr, d_own, c_own,
+    other_ptr, other_descriptor, other_n, other_d, mean_other_ptr, d_other, c_other,
+    first_row, row, valid, first, column, NEAR: tl.constexpr, DESCRIPTORS: tl.constexpr,
+):  # fmt: skip
+    """A tile of W in float32. Masked rows and columns outside hold finite numbers, because those
+    rows of the gradient are 0, and so are the rows of the planes."""
+    own = _features(
+        own_ptr, own_descriptor, own_n, own_d, first_row, row, valid, first, column, d_own,
+        DESCRIPTORS,
+    )  # fmt: skip
+    w = c_own * (own.to(tl.float32) - tl.load(mean_own_ptr + column)[None, :])
+    if NEAR:
+        other = _features(
+            other_ptr, other_descriptor, other_n, other_d, first_row, row, valid, first, column,
+            d_other, DESCRIPTORS,
+        )  # fmt: skip
+        w += c_other * (other.to(tl.float32) - tl.load(mean_other_ptr + column)[None, :])
+    return w
+
+
+@triton.jit
+def _matrix(ptr, descriptor, first_row, inner, first, column, width, DESCRIPTORS: tl.constexpr):
     """A tile of the planes, which are padded to whole tiles."""
     if DESCRIPTORS:
         tile = descriptor.load([first_row, first])
     else:
-        tile = tl.load(ptr + row.to(tl.int64)[:, None] * width + column[None, :])
+        # Registers would run out with an address in 64 bits for every load.
+        ptr += first_row.to(tl.int64) * width
+        tile = tl.load(ptr + (inner[:, None] * width + column[None, :]))
     return tile
+
+
+@triton.jit
+def _store_gradient(
+    acc, first, row, valid, n, d_own, d_other, own_ptr, own_n, own_d, grad_ptr,
+    mean_own_ptr, mean_other_ptr, incoming_ptr, scalars_ptr, shift_ptr,
+    row_sums_ptr, products_ptr, weighted_ptr, longest_ptr,
+    entry, width, parts, max_rows, row_programs,
+    SIDE: tl.constexpr, DEBIASED: tl.constexpr, BIAS: tl.constexpr, SPLIT: tl.constexpr,
+    SHIFT_STEP: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Complete the sums of both products over the columns from ``first`` on, and store them."""
+    column = first + tl.arange(0, BLOCK_N)
+    inside = column < d_own
+    if not SPLIT:
+        half = parts * width
+        first_ptr = shift_ptr + entry.to(tl.int64) * 2 * half + column
+        shift = tl.zeros([BLOCK_N], tl.float32)
+        low_halves = tl.load(scalars_ptr + LOW_HALVES) != 0
+        for step in range(tl.cdiv(d_other, SHIFT_STEP)):
+            shift += tl.load(first_ptr + step * width, mask=inside, other=0.0)
+            low = tl.load(first_ptr + half + step * width, mask=inside, other=0.0)
+            shift += tl.where(low_halves, low, 0.0)
+        acc -= shift[None, :]
+    inverse_own = tl.load(scalars_ptr + INVERSE_OWN)
+    acc *= inverse_own * tl.load(scalars_ptr + SCALE)
+    acc *= tl.load(scalars_ptr + INVERSE_OTHER)
+    if DEBIASED:
+        acc = add_row_gradients(
+            acc, row, valid, column, d_own, own_ptr, own_n, own_d, mean_own_ptr, inverse_own,
+            scalars_ptr, row_sums_ptr, products_ptr, weighted_ptr, longest_ptr,
+            entry, width, max_rows, row_programs, SIDE, BLOCK_N,
+        )  # fmt: skip
+    if BIAS:
+        difference = tl.load(mean_own_ptr + column) - tl.load(mean_other_ptr + column)
+        acc += (tl.load(scalars_ptr + ROW) * difference)[None, :]
+    acc *= tl.load(incoming_ptr + entry).to(tl.float32)
+    acc = tl.where(valid[:, None], acc, 0.0)
+    offsets = row.to(tl.int64)[:, None] * d_own + column[None, :]
+    bounds = (row < n)[:, None] & inside[None, :]
+    tl.store(grad_ptr + offsets, acc.to(grad_ptr.dtype.element_ty), mask=bounds)
 
 
 @triton.jit(
@@ -114,7 +179,6 @@ def covariance_backward_kernel(
         other_ptr, other_n, other_d = features_of(
             others, strides_other_n, strides_other_d, stride_other_b, layer, batch, DTYPE, VECTOR
         )
-        grad_ptr = pick(grads, layer) + batch * multiple(stride_grad_b, VECTOR)
         mask_ptr = mask_of(masks, stride_mb, layer, batch, own_ptr, HAS_MASK)
         mean_own_ptr = means_ptr + (entry * 2 + SIDE) * width
         mean_other_ptr = means_ptr + (entry * 2 + 1 - SIDE) * width
@@ -140,34 +204,40 @@ def covariance_backward_kernel(
         first_m, first_n = block_m * BLOCK_M, block_n * BLOCK_N
         if OWN_BLOCK:
             steps = tl.cdiv(d_own, BLOCK_K)
-            # High times high, high times low, low times high.
-            passes = tl.where(low_halves, 3, 1)
+            for step in range(steps):
+                first_k = step * BLOCK_K
+                k = first_k + inner
+                w = _weighted(
+                    own_ptr, own_descriptor, own_n, own_d, mean_own_ptr, d_own, c_own,
+                    other_ptr, other_descriptor, other_n, other_d, mean_other_ptr, d_other,
+                    c_other, first_m, row, valid, first_k, k, NEAR, DESCRIPTORS,
+                )  # fmt: skip
+                right = _matrix(
+                    planes_ptr, planes_descriptor, top + first_k, inner, first_n, column,
+                    width, DESCRIPTORS,
+                )  # fmt: skip
+                acc = tl.dot(w.to(tl.bfloat16), right, acc)
+            # High times low, low times high. Apart, because forming low halves takes longer than
+            # the products.
+            passes = tl.where(low_halves, 2, 0)
             if SPLIT:
-                passes = 3
+                passes = 2
             for step in range(passes * steps):
                 product = step // steps
                 first_k = (step - product * steps) * BLOCK_K
                 k = first_k + inner
-                own = _features(
-                    own_ptr, own_descriptor, own_n, own_d, first_m, row, valid, first_k, k, d_own,
-                    DESCRIPTORS,
+                w = _weighted(
+                    own_ptr, own_descriptor, own_n, own_d, mean_own_ptr, d_own, c_own,
+                    other_ptr, other_descriptor, other_n, other_d, mean_other_ptr, d_other,
+                    c_other, first_m, row, valid, first_k, k, NEAR, DESCRIPTORS,
                 )  # fmt: skip
-                w = c_own * (own.to(tl.float32) - tl.load(mean_own_ptr + k)[None, :])
-                if NEAR:
-                    other = _features(
-                        other_ptr, other_descriptor, other_n, other_d, first_m, row, valid,
-                        first_k, k, d_other, DESCRIPTORS,
-                    )  # fmt: skip
-                    w += c_other * (other.to(tl.float32) - tl.load(mean_other_ptr + k)[None, :])
-                w = tl.where(valid[:, None] & (k < d_own)[None, :], w, 0.0)
                 high, low = split(w)
-                left = tl.where(product == 2, low, high)
-                plane = top + tl.where(product == 1, height, 0)
+                plane = top + tl.where(product == 0, height, 0)
                 right = _matrix(
-                    planes_ptr, planes_descriptor, plane + first_k, plane + k, first_n, column,
+                    planes_ptr, planes_descriptor, plane + first_k, inner, first_n, column,
                     width, DESCRIPTORS,
                 )  # fmt: skip
-                acc = tl.dot(left, right, acc)
+                acc = tl.dot(tl.where(product == 0, high, low), right, acc)
             top += width
 
         steps = tl.cdiv(d_other, BLOCK_K)
@@ -189,38 +259,35 @@ def covariance_backward_kernel(
                 other = tl.where(product == 2, low, high)
             plane = top + tl.where(product == 1, height, 0)
             right = _matrix(
-                planes_ptr, planes_descriptor, plane + first_k, plane + k, first_n, column, width,
+                planes_ptr, planes_descriptor, plane + first_k, inner, first_n, column, width,
                 DESCRIPTORS,
             )  # fmt: skip
             acc = tl.dot(other, right, acc)
 
-        inside = column < d_own
-        if not SPLIT:
-            half = parts * width
-            first_ptr = shift_ptr + entry.to(tl.int64) * 2 * half + column
-            shift = tl.zeros([BLOCK_N], tl.float32)
-            for step in range(tl.cdiv(d_other, SHIFT_STEP)):
-                shift += tl.load(first_ptr + step * width, mask=inside, other=0.0)
-                low = tl.load(first_ptr + half + step * width, mask=inside, other=0.0)
-                shift += tl.where(low_halves, low, 0.0)
-            acc -= shift[None, :]
-        inverse_own = tl.load(scalars_ptr + INVERSE_OWN)
-        acc *= inverse_own * tl.load(scalars_ptr + SCALE)
-        acc *= tl.load(scalars_ptr + INVERSE_OTHER)
-        if DEBIASED:
-            acc = add_row_gradients(
-                acc, row, valid, column, d_own, own_ptr, own_n, own_d, mean_own_ptr, inverse_own,
-                scalars_ptr, row_sums_ptr, products_ptr, weighted_ptr, longest_ptr,
-                entry, width, max_rows, row_programs, SIDE, BLOCK_N,
+        # What follows comes so late in order not to hold registers before.
+        grad_ptr = pick(grads, layer) + batch * multiple(stride_grad_b, VECTOR)
+        valid = valid_rows(mask_ptr, row, n, HAS_MASK)
+        if BLOCK_N > BLOCK_M:
+            # A half at a time, because registers hold no more beside the accumulator.
+            halves = tl.permute(tl.reshape(acc, [BLOCK_M, 2, BLOCK_N // 2]), (0, 2, 1))
+            left, right = tl.split(halves)
+            HALF: tl.constexpr = BLOCK_N // 2
+            for side in tl.static_range(2):
+                _store_gradient(
+                    left if side == 0 else right, first_n + side * HALF, row, valid, n, d_own,
+                    d_other, own_ptr, own_n, own_d, grad_ptr, mean_own_ptr, mean_other_ptr,
+                    incoming_ptr, scalars_ptr, shift_ptr, row_sums_ptr, products_ptr, weighted_ptr,
+                    longest_ptr, entry, width, parts, max_rows, row_programs,
+                    SIDE, DEBIASED, BIAS, SPLIT, SHIFT_STEP, HALF,
+                )  # fmt: skip
+        else:
+            _store_gradient(
+                acc, first_n, row, valid, n, d_own,
+                d_other, own_ptr, own_n, own_d, grad_ptr, mean_own_ptr, mean_other_ptr,
+                incoming_ptr, scalars_ptr, shift_ptr, row_sums_ptr, products_ptr, weighted_ptr,
+                longest_ptr, entry, width, parts, max_rows, row_programs,
+                SIDE, DEBIASED, BIAS, SPLIT, SHIFT_STEP, BLOCK_N,
             )  # fmt: skip
-        if BIAS:
-            difference = tl.load(mean_own_ptr + column) - tl.load(mean_other_ptr + column)
-            acc += (tl.load(scalars_ptr + ROW) * difference)[None, :]
-        acc *= tl.load(incoming_ptr + entry).to(tl.float32)
-        acc = tl.where(valid[:, None], acc, 0.0)
-        offsets = row.to(tl.int64)[:, None] * d_own + column[None, :]
-        bounds = (row < n)[:, None] & inside[None, :]
-        tl.store(grad_ptr + offsets, acc.to(grad_ptr.dtype.element_ty), mask=bounds)
 
 
 def launch(
@@ -251,8 +318,11 @@ def launch(
     if layers.idle:
         return grads
     block_m, block_n, block_k = config.backward
-    grid = (-(-layers.max_rows // block_m) * -(-width // block_n), entries)
     descriptors = None if is_split else descriptors_of(layers, (own, cross), (block_m, block_k))
+    if not descriptors or width % block_n:
+        # Addresses need the registers of wide tiles, and planes are padded to this block.
+        block_n = min(block_n, config.block)
+    grid = (-(-layers.max_rows // block_m) * -(-width // block_n), entries)
     if descriptors:
         matrix = planes.view(-1, width)
         descriptors.append(TensorDescriptor.from_tensor(matrix, [block_k, block_n]))
