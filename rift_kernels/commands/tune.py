@@ -76,7 +76,8 @@ def groups(shapes: str) -> list[list[Fields]]:
             [{backward: (64, n, 64), f"{backward}_warps": w} for n, w in tiles],
         ]
     moments = product((64, 128), (32, 64, 128), warps, (2, 3, 4, 5))
-    products = product(columns, columns, depths, warps, (1, 2, 3, 4))
+    widths = columns if form == "gram" else (*columns, 256)
+    products = product(columns, widths, depths, warps, (1, 2, 3, 4))
     heads = product((16, 32, 64), (2, 4, 8))
     return [
         [{"block": b, "block_k": k, "warps": w, "stages": s} for b, k, w, s in moments],
@@ -97,9 +98,9 @@ def candidates(shapes: str, base: Config, group: Sequence[Fields], limit: int) -
     for fields in group:
         changed = base._replace(**fields)
         if form == "covariance" and "block" in fields:
-            # The blocks of the backward must divide it.
-            m, n, k = (min(part, changed.block) for part in changed.backward)
-            changed = changed._replace(backward=(m, n, k))
+            # The depth of the backward must divide it.
+            m, n, k = changed.backward
+            changed = changed._replace(backward=(m, n, min(k, changed.block)))
         if "block" in fields:
             changed = changed._replace(sub=min(changed.sub, changed.block))
         if changed == base or shared_bytes(shapes, changed) > limit:

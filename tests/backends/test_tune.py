@@ -55,10 +55,9 @@ def test_candidates_can_run(shapes: str) -> None:
 
 
 def test_smaller_blocks_shrink_those_of_the_backward() -> None:
-    base = config.lookup("sm90", LARGE)
-    assert base.backward[1] == 128
+    base = config.lookup("sm90", LARGE)._replace(backward=(64, 64, 128))
     candidates = tune.candidates(LARGE, base, tune.groups(LARGE)[0], LIMIT)
-    assert {c.backward[1] for c in candidates if c.block == 64} == {64}
+    assert {c.backward[2] for c in candidates if c.block == 64} == {64}
 
 
 def test_less_memory_leaves_fewer_candidates() -> None:

@@ -97,8 +97,7 @@ def _store_shifts(
 
 @triton.jit(do_not_specialize=["column_programs", "segments", "slots", "spills"])
 def covariance_distance_kernel(
-    rows, widths,
-    tiles_ptr, sums_ptr, statistics_ptr, counters_ptr,
+    widths, tiles_ptr, sums_ptr, statistics_ptr, counters_ptr,
     values_ptr, scalars_ptr, planes_x_ptr, planes_y_ptr, shift_x_ptr, shift_y_ptr, means_ptr,
     partial_ptr,
     mean_weight, tile_programs, shares, lengths, column_programs, segments, width, slots, spills,
@@ -111,7 +110,7 @@ def covariance_distance_kernel(
     entry = tl.program_id(1)
     programs = tl.num_programs(0)
     layer = layer_of(entry, LAYERS)
-    n, d = size(rows, layer), size(widths, layer)
+    d = size(widths, layer)
     SIZE: tl.constexpr = BLOCK * BLOCK
     PARTS: tl.constexpr = BLOCK // SUB
     sums_x = sums_ptr + entry.to(tl.int64) * (2 * segments * width)
@@ -207,8 +206,7 @@ def launch(
     programs = moments.slots // 2 * (config.block // config.sub)
     partial = layers.empty(layers.entries * programs * FIELDS.value, dtype=torch.float64)
     covariance_distance_kernel[(programs, layers.entries)](
-        layers.row_counts, layers.x.columns,
-        moments.tiles, moments.sums, moments.statistics, moments.counters,
+        layers.x.columns, moments.tiles, moments.sums, moments.statistics, moments.counters,
         values, saved.scalars, saved.planes_x, saved.planes_y, saved.shift_x, saved.shift_y,
         saved.means, partial,
         mean_weight, *moments.deal, moments.column_programs, moments.segments,
