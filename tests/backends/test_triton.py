@@ -199,7 +199,7 @@ def long_rows(x: Tensor, y: Tensor, mask: Tensor | None = None) -> tuple[list[in
     """Rows that a launch finds, the longest first, and the chunks of 32 rows that hold them."""
     masks = [] if mask is None else [mask]
     packed = layers.pack([x.detach()], [y], masks)
-    record = torch.full((32,), -7, dtype=torch.int32, device=x.device)
+    record = torch.full((longest.LONG_FIELDS.value,), -7, dtype=torch.int32, device=x.device)
     longest.launch(packed, config.configuration(packed, "covariance"), record)
     count = int(record[8])
     assert record[count:8].tolist() == [-1] * (8 - count)

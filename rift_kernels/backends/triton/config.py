@@ -72,19 +72,24 @@ def configuration(layers: Layers, form: str) -> Config:
         kind = "split" if layers.is_split else "bf16"
         config = lookup(architecture(layers.device), f"{form} {SIZES[size]} {kind}")
         if not is_aligned:
-            config = _narrowed(config)
+            config = _narrowed(config, layers.is_split)
         _configurations[key] = config
     return config
 
 
-def _narrowed(config: Config) -> Config:
-    """Smaller blocks, for features loaded element by element, whose addresses fill registers."""
+def _narrowed(config: Config, is_split: bool) -> Config:
+    """Smaller blocks, for features loaded element by element, whose addresses fill registers.
+
+    Single elements of 4 bytes are not loaded ahead, because Triton would transpose the copies, at
+    the price of 32-way bank conflicts.
+    """
     rows, columns, depth = config.backward
     gram_rows, gram_columns, gram_depth = config.gram_backward
     return config._replace(
         block_k=max(config.block_k // 4, 16),
         backward=(rows, min(columns, 64), max(depth // 2, 16)),
         gram_backward=(gram_rows, gram_columns // 2, gram_depth),
+        gram_backward_stages=1 if is_split else config.gram_backward_stages,
     )
 
 

@@ -62,7 +62,6 @@ from .device import (
     batch_of,
     features_of,
     layer_of,
-    long_rows,
     mask_of,
     over_programs,
     size,
@@ -70,7 +69,7 @@ from .device import (
 )
 from .layers import Layers
 from .raw_moments import RawMoments
-from .row_terms import sums_of_rows, weighted_sums
+from .row_terms import GROUP, WORKSPACE, sums_of_rows
 from .tiles import shared_of, sum_partials, tile_of, triangle_index
 
 
@@ -78,7 +77,7 @@ from .tiles import shared_of, sum_partials, tile_of, triangle_index
     do_not_specialize=[
         *("stride_xb", "stride_yb", "stride_mb"),
         *("column_programs", "segments", "slots", "spills"),
-        *("max_rows", "row_programs"),
+        *("max_rows", "row_groups", "group_size"),
     ]
 )
 def covariance_cka_kernel(
@@ -86,9 +85,10 @@ def covariance_cka_kernel(
     stride_xb, stride_yb, stride_mb,
     longest_ptr, tiles_ptr, sums_ptr, statistics_ptr, counters_ptr,
     values_ptr, scalars_ptr, planes_x_ptr, planes_y_ptr, shift_x_ptr, shift_y_ptr,
-    means_ptr, row_sums_ptr, products_ptr, weighted_ptr, partial_ptr,
+    means_ptr, row_sums_ptr, products_ptr, weighted_ptr, workspace_ptr, partial_ptr,
     tile_programs, shares, lengths,
-    column_programs, segments, width, slots, spills, max_rows, row_programs,
+    column_programs, segments, width, slots, spills, max_rows, row_groups,
+    group_size,
     LAYERS: tl.constexpr, HAS_MASK: tl.constexpr, DTYPE: tl.constexpr, VECTOR: tl.constexpr,
     SPLIT: tl.constexpr, NEAR: tl.constexpr, SHIFT: tl.constexpr,
     DEBIASED: tl.constexpr, DISTANCE: tl.constexpr,
@@ -138,8 +138,31 @@ def covariance_cka_kernel(
     half = (width // BLOCK) * PARTS * width
     shift_x_ptr += entry.to(tl.int64) * 2 * half
     shift_y_ptr += entry.to(tl.int64) * 2 * half
-    if program < slots * PARTS:
-        slot, part = program // PARTS, program % PARTS
+    # Row programs come first, because they take longest.
+    if program < row_groups * group_size:
+        if DEBIASED:
+            x_ptr, stride_xn, stride_xd = features_of(
+                xs, strides_xn, strides_xd, stride_xb, layer, batch, DTYPE, VECTOR
+            )
+            y_ptr, stride_yn, stride_yd = features_of(
+                ys, strides_yn, strides_yd, stride_yb, layer, batch, DTYPE, VECTOR
+            )
+            mask_ptr = mask_of(masks, stride_mb, layer, batch, x_ptr, HAS_MASK)
+            k_ptr = row_sums_ptr + entry.to(tl.int64) * 2 * max_rows
+            with_x = products_ptr + entry.to(tl.int64) * 2 * max_rows * LONGEST
+            sums = sums_of_rows(
+                x_ptr, y_ptr, stride_xn, stride_xd, stride_yn, stride_yd, mask_ptr, n, d1, d2,
+                longest_ptr, long_count, sums_x, sums_y, segments, width, n_float,
+                inverse_x, inverse_y, k_ptr, k_ptr + max_rows,
+                with_x, with_x + max_rows.to(tl.int64) * LONGEST,
+                workspace_ptr + entry.to(tl.int64) * row_groups * group_size * WORKSPACE * width,
+                weighted_ptr + entry.to(tl.int64) * row_groups * 4 * width,
+                program, row_groups, group_size,
+                STUDENT, TEACHER, HAS_MASK, VECTOR, BLOCK, BLOCK_R,
+            )  # fmt: skip
+    else:
+        index = program - row_groups * group_size
+        slot, part = index // PARTS, index % PARTS
         if slot < tiles:
             left_is_y, block_i, right_is_y, block_j = tile_of(slot, blocks_x, blocks_y, True, True)
             offsets = (part * SUB + within_i)[:, None] * BLOCK + within_j[None, :]
@@ -219,43 +242,6 @@ def covariance_cka_kernel(
                     if SHIFT:
                         row = block_i * PARTS + part
                         store_shift(shift_y_ptr, half, row * width + j, mean_i, remainder, 0)
-    elif DEBIASED:
-        run = program - slots * PARTS
-        length = tl.cdiv(tl.cdiv(n, row_programs), BLOCK_R) * BLOCK_R
-        begin, end = run * length, tl.minimum(n, (run + 1) * length)
-        x_ptr, stride_xn, stride_xd = features_of(
-            xs, strides_xn, strides_xd, stride_xb, layer, batch, DTYPE, VECTOR
-        )
-        y_ptr, stride_yn, stride_yd = features_of(
-            ys, strides_yn, strides_yd, stride_yb, layer, batch, DTYPE, VECTOR
-        )
-        mask_ptr = mask_of(masks, stride_mb, layer, batch, x_ptr, HAS_MASK)
-        longest = long_rows(longest_ptr)
-        k_ptr = row_sums_ptr + entry.to(tl.int64) * 2 * max_rows
-        l_ptr = k_ptr + max_rows
-        with_x = products_ptr + entry.to(tl.int64) * 2 * max_rows * LONGEST
-        with_y = with_x + max_rows.to(tl.int64) * LONGEST
-        sums += sums_of_rows(
-            x_ptr, y_ptr, stride_xn, stride_xd, stride_yn, stride_yd, mask_ptr, n, d1, d2,
-            longest_ptr, longest, long_count, sums_x, sums_y, segments, width, n_float,
-            inverse_x, inverse_y, k_ptr, l_ptr, with_x, with_y, begin, end,
-            HAS_MASK, BLOCK, BLOCK_R,
-        )  # fmt: skip
-        # Other threads read them.
-        tl.debug_barrier()
-        half_sums = row_programs * width
-        weighted_ptr += entry.to(tl.int64) * 4 * half_sums + run * width
-        # One loop over both sides, because registers would run out with two.
-        for side in range(0 if STUDENT else 1, 2 if TEACHER else 1):
-            is_y = side == 1
-            weighted_sums(
-                tl.where(is_y, y_ptr, x_ptr), tl.where(is_y, stride_yn, stride_xn),
-                tl.where(is_y, stride_yd, stride_xd), mask_ptr, longest, n, tl.where(is_y, d2, d1),
-                tl.where(is_y, sums_y, sums_x), segments, width, n_float,
-                tl.where(is_y, l_ptr, k_ptr), tl.where(is_y, k_ptr, l_ptr),
-                weighted_ptr + 2 * side * half_sums, half_sums,
-                begin, end, HAS_MASK, BLOCK, BLOCK_R,
-            )  # fmt: skip
     tl.store(partial_ptr + program * FIELDS + field, sums)
     if arrive(counters_ptr + entry, programs):
         tl.debug_barrier()
@@ -295,15 +281,20 @@ def launch(
     low_halves: bool,
 ) -> None:
     """Values, and what the backward needs, from raw moments."""
-    row_programs = energy_programs(layers, debiased)
+    row_groups = energy_programs(layers, debiased)
+    # Layers share the processors.
+    group_size = max(1, GROUP.value // layers.entries)
+    row_programs = row_groups * group_size
     programs = moments.slots * (config.block // config.sub) + row_programs
     partial = layers.empty(layers.entries * programs * FIELDS.value, dtype=torch.float64)
     covariance_cka_kernel[(programs, layers.entries)](
         *layers.arguments, saved.longest if debiased else None,
         moments.tiles, moments.sums, moments.statistics, moments.counters,
-        values, *saved[:-1], partial,
+        values, *saved[:-1],
+        layers.empty(layers.entries * row_programs * WORKSPACE.value * moments.width), partial,
         *moments.deal, moments.column_programs, moments.segments, moments.width,
-        moments.slots, moments.spills, layers.max_rows, row_programs,
+        moments.slots, moments.spills, layers.max_rows, row_groups,
+        group_size,
         **layers.feature_options,
         SPLIT=layers.is_split, NEAR=layers.x.widths == layers.y.widths,
         SHIFT=not layers.is_split, DEBIASED=debiased, DISTANCE=distance,

@@ -43,12 +43,13 @@ class Saved(NamedTuple):
     means: Tensor  # of columns
     row_sums: Tensor  # of K and L without the diagonal, negative
     products: Tensor  # of all rows with the long ones
-    weighted: Tensor  # column sums weighted with the row sums of either side, one a program
+    weighted: Tensor  # column sums weighted with either side's row sums, one a group of programs
     longest: Tensor  # records of longest.py
 
 
 def energy_programs(layers: Layers, debiased: bool) -> int:
-    """Programs that sum energies of rows: few, because the backward adds up what each leaves."""
+    """Groups of programs that sum energies of rows: few, because the backward adds up what each
+    leaves. See row_terms.py."""
     if not debiased:
         return 0
     return 2 if layers.device.type == "cpu" else 32

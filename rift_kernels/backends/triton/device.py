@@ -11,11 +11,13 @@ import triton
 import triton.language as tl
 
 # Debiasing keeps at most LONGEST rows apart, see longest.py. A layer's record has their indices,
-# the longest first, then -1; at LONG_COUNT their number; from CHUNKS on the chunks that hold them.
+# the longest first, then -1; at LONG_COUNT their number; from CHUNKS on the chunks that hold them;
+# from ARRIVALS on how many programs of each group have finished, see row_terms.py.
 LONGEST = tl.constexpr(8)
 LONG_COUNT = tl.constexpr(8)
 CHUNKS = tl.constexpr(16)
-LONG_FIELDS = tl.constexpr(32)
+ARRIVALS = tl.constexpr(32)
+LONG_FIELDS = tl.constexpr(64)
 # An index beyond all rows.
 NO_ROW = tl.constexpr(2**31 - 1)
 
@@ -193,15 +195,16 @@ def arrive(counter_ptr, programs):
 @triton.jit
 def over_programs(partial_ptr, programs, FIELDS: tl.constexpr):
     """Sums, in a fixed order, and maxima of the fields that every program has left."""
-    total = tl.zeros([FIELDS], tl.float64)
-    peak = tl.zeros([FIELDS], tl.float64)
-    field, lanes = tl.arange(0, FIELDS), tl.arange(0, 32)
-    for first in range(0, programs, 32):
+    LANES: tl.constexpr = 2048 // FIELDS
+    total = tl.zeros([LANES, FIELDS], tl.float64)
+    peak = tl.zeros([LANES, FIELDS], tl.float64)
+    field, lanes = tl.arange(0, FIELDS), tl.arange(0, LANES)
+    for first in range(0, programs, LANES):
         program = first + lanes
         part = tl.load(
             partial_ptr + program[:, None] * FIELDS + field[None, :],
             mask=(program < programs)[:, None], other=0.0,
         )  # fmt: skip
-        total += tl.sum(part, 0)
-        peak = tl.maximum(peak, tl.max(part, 0))
-    return total, peak
+        total += part
+        peak = tl.maximum(peak, part)
+    return tl.sum(total, 0), tl.max(peak, 0)

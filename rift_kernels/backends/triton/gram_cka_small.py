@@ -36,11 +36,14 @@ SMALL_GRAM_ROWS = 128
 @triton.jit
 def _centered_columns(ptr, stride_n, stride_d, row, valid, first, column, width, count):
     """Centered columns of all rows, exactly 0 if constant, and their energy about the first row."""
-    inside = (column < width)[None, :]
-    offsets = row.to(tl.int64)[:, None] * stride_n + column.to(tl.int64)[None, :] * stride_d
-    mask = valid[:, None] & inside
-    x = tl.load(ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-    pivot = tl.sum(tl.where((row == first)[:, None], x, 0.0), 0)
+    columns = column.to(tl.int64) * stride_d
+    mask = valid[:, None] & (column < width)[None, :]
+    x = tl.load(ptr + row.to(tl.int64)[:, None] * stride_n + columns[None, :], mask=mask, other=0.0)
+    x = x.to(tl.float32)
+    pivot = tl.load(
+        ptr + first.to(tl.int64) * stride_n + columns,
+        mask=(column < width) & (count > 0), other=0.0,
+    ).to(tl.float32)  # fmt: skip
     x = tl.where(mask, x - pivot[None, :], 0.0)
     varies = tl.sum(tl.sum(x * x, 1), 0)
     x = tl.where(mask, x - (tl.sum(x, 0) / count)[None, :], 0.0)

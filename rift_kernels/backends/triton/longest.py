@@ -46,10 +46,10 @@ LONG_ENERGY = tl.constexpr(4)
 SAMPLE = tl.constexpr(32)
 ENOUGH = tl.constexpr(8)
 ROUNDS = tl.constexpr(32)
-# Rows, or candidates, that are compared at once.
+# Rows that are compared at once, and the most programs, the longest of whose rows are compared.
 WIDE = tl.constexpr(1024)
 # Numbers that each program leaves: the energies of X and Y, and how many rows have them.
-TOTALS = tl.constexpr(4)
+TOTALS = tl.constexpr(3)
 
 
 @triton.jit
@@ -74,107 +74,146 @@ def _sample(mask_ptr, n, HAS_MASK: tl.constexpr):
 
 
 @triton.jit
-def _centre(
-    x_ptr, stride_n, stride_d, mask_ptr, sample, rounds, n, width, stride, out_ptr,
-    HAS_MASK: tl.constexpr, BLOCK: tl.constexpr,
+def _store_centre(
+    x_ptr, stride_n, stride_d, mask_ptr, sample_ptr, rounds, n, width, stride, out_ptr,
+    HAS_MASK: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Store the mean of the valid rows among ``sample`` and, in later rounds, those that follow."""
-    for first in range(0, stride, BLOCK):
-        column = first + tl.arange(0, BLOCK)
-        total = tl.zeros([BLOCK], tl.float32)
-        count = tl.zeros([SAMPLE], tl.float32)
+    """Store the mean of the valid rows among the sample and, in later rounds, those that follow."""
+    for first in range(0, stride, WIDE):
+        column = first + tl.arange(0, WIDE)
+        total = tl.zeros([WIDE], tl.float32)
+        count = tl.zeros([ROWS], tl.float32)
         for step in range(rounds):
-            rows = sample + step * SAMPLE
-            valid = valid_rows(mask_ptr, rows, n, HAS_MASK)
-            x = load_features(x_ptr, stride_n, stride_d, rows, valid, column, width)
-            total += tl.sum(x.to(tl.float32), 0)
-            count += valid.to(tl.float32)
-        tl.store(out_ptr + column, total / tl.maximum(tl.sum(count, 0), 1))
+            for start in range(0, SAMPLE, ROWS):
+                rows = tl.load(sample_ptr + start + tl.arange(0, ROWS)) + step * SAMPLE
+                valid = valid_rows(mask_ptr, rows, n, HAS_MASK)
+                x = load_features(x_ptr, stride_n, stride_d, rows, valid, column, width)
+                total += tl.sum(x.to(tl.float32), 0)
+                count += valid.to(tl.float32)
+        mean = total / tl.maximum(tl.sum(count, 0), 1)
+        tl.store(out_ptr + column, mean, mask=column < stride)
 
 
 @triton.jit
-def _better(key, row, best, best_row):
-    """The larger key and its row, which is the first one if keys are equal."""
-    top = tl.max(key, 0)
-    top_row = tl.min(tl.where(key == top, row, NO_ROW), 0)
-    is_better = (top > best) | ((top == best) & (top_row < best_row))
-    return tl.where(is_better, top, best), tl.where(is_better, top_row, best_row)
+def _longer(energy, row, best, best_row):
+    """Element by element, the row with more energy, the earlier one if they have the same."""
+    is_longer = energy > best
+    return tl.where(is_longer, energy, best), tl.where(is_longer, row, best_row)
 
 
 @triton.jit
-def _behind(key, row, last, last_row):
-    """Keys that rank behind the last one taken, 0 for all others and for NaN."""
-    is_behind = (key < last) | ((key == last) & (row > last_row))
-    return tl.where(is_behind, key, 0.0)
+def _first_longest(energy, row):
+    """The largest energy and its row, the first one if energies are equal."""
+    top = tl.max(energy, 0)
+    return top, tl.min(tl.where(energy == top, row, NO_ROW), 0)
 
 
 @triton.jit
-def _store_candidates(energy_ptr, begin, end, out_ptr):
-    """Store the rows among ``begin..end`` with most energy, the longest first, then -1."""
-    last_row = begin * 0 - 1
-    last = last_row.to(tl.float32) + float("inf")
-    for slot in range(LONGEST):
-        best_row = begin * 0 + NO_ROW
-        best = (begin * 0).to(tl.float32)
-        for start in range(begin, end, WIDE):
-            row = start + tl.arange(0, WIDE)
-            energy = tl.load(energy_ptr + row, mask=row < end, other=0.0)
-            best, best_row = _better(_behind(energy, row, last, last_row), row, best, best_row)
-        last, last_row = best, best_row
-        tl.store(out_ptr + slot, tl.where(best > 0, best_row, -1))
+def _energies(
+    x_ptr, stride_n, stride_d, mask_ptr, width, centre_ptr, out_ptr, begin, end,
+    HAS_MASK: tl.constexpr, BLOCK: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """Store energies of the rows ``begin..end``. Return their sum, the largest and its row."""
+    total = tl.zeros([BLOCK_R], tl.float64)
+    best = tl.zeros([BLOCK_R], tl.float32)
+    best_row = tl.arange(0, BLOCK_R) * 0 + NO_ROW
+    for start in range(begin, end, BLOCK_R):
+        row = start + tl.arange(0, BLOCK_R)
+        valid = valid_rows(mask_ptr, row, end, HAS_MASK)
+        energy = row_energies(
+            x_ptr, stride_n, stride_d, row, valid, width, centre_ptr, 1.0, BLOCK, BLOCK_R
+        )
+        tl.store(out_ptr + row, energy, mask=row < end)
+        total += energy.to(tl.float64)
+        best, best_row = _longer(energy, row, best, best_row)
+    top, top_row = _first_longest(best, best_row)
+    return tl.sum(total, 0), top, top_row
+
+
+@triton.jit
+def _longest_of_run(energy_ptr, begin, end, longest_ptr, taken):
+    """The largest of the energies ``begin..end`` and its row, without the first ``taken`` long
+    rows."""
+    best = tl.zeros([WIDE], tl.float32)
+    best_row = tl.arange(0, WIDE) * 0 + NO_ROW
+    for start in range(begin, end, WIDE):
+        row = start + tl.arange(0, WIDE)
+        energy = tl.load(energy_ptr + row, mask=row < end, other=0.0)
+        for slot in range(taken):
+            energy = tl.where(row == tl.load(longest_ptr + slot), 0.0, energy)
+        best, best_row = _longer(energy, row, best, best_row)
+    return _first_longest(best, best_row)
 
 
 @triton.jit
 def _choose(
-    r_ptr, q_ptr, candidates_ptr, candidates, total_x, total_y, count, longest_ptr,
-    BLOCK_K: tl.constexpr,
+    r_ptr, q_ptr, tops_ptr, top_rows_ptr, programs, length, n, total_x, total_y, count,
+    longest_ptr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Store which candidates are long. The row with the largest share of either side's energy comes
+    """Store which rows are long. The row with the largest share of either side's energy comes
     first, and others follow while they have much of the energy that is left."""
     inverse_x, inverse_y = (1 / total_x).to(tl.float32), (1 / total_y).to(tl.float32)
     most = tl.minimum((count * 0.25).to(tl.int32), LONGEST)
-    long_count = most * 0
-    last_row = long_count - 1
-    last = long_count.to(tl.float32) + float("inf")
-    is_long = most > 0
-    for slot in range(LONGEST):
-        best_row = long_count * 0 + NO_ROW
-        best = (long_count * 0).to(tl.float32)
-        if is_long:
-            for start in range(0, candidates, WIDE):
-                i = start + tl.arange(0, WIDE)
-                row = tl.load(candidates_ptr + i, mask=i < candidates, other=-1)
-                r = tl.load(r_ptr + row, mask=row >= 0, other=0.0)
-                q = tl.load(q_ptr + row, mask=row >= 0, other=0.0)
-                share = tl.maximum(r * inverse_x, q * inverse_y)
-                best, best_row = _better(_behind(share, row, last, last_row), row, best, best_row)
-        last, last_row = best, best_row
-        exists = best > 0
-        r = tl.load(r_ptr + best_row, mask=exists, other=0.0).to(tl.float64)
-        q = tl.load(q_ptr + best_row, mask=exists, other=0.0).to(tl.float64)
-        total_x -= r
-        total_y -= q
+    # With NaN or Inf, energies cannot be compared.
+    most = tl.where(total_x + total_y < float("inf"), most, 0)
+    program = tl.arange(0, WIDE)
+    exists = program < programs
+    r = tl.load(tops_ptr + program, mask=exists, other=0.0)
+    q = tl.load(tops_ptr + programs + program, mask=exists, other=0.0)
+    r_row = tl.load(top_rows_ptr + program, mask=exists, other=NO_ROW)
+    q_row = tl.load(top_rows_ptr + programs + program, mask=exists, other=NO_ROW)
+    slots = tl.arange(0, LONGEST)
+    chunks = slots * 0 - 1
+    slot = most * 0
+    goes_on = most > 0
+    while goes_on:
+        share, row = _longer(q * inverse_y, q_row, r * 0, r_row * 0 + NO_ROW)
+        share_x = r * inverse_x
+        row = tl.where((share_x == share) & (r_row < row), r_row, row)
+        share, row = _longer(share_x, r_row, share, row)
+        best, best_row = _first_longest(share, row)
+        is_row = best > 0
+        energy_x = tl.load(r_ptr + best_row, mask=is_row, other=0.0).to(tl.float64)
+        energy_y = tl.load(q_ptr + best_row, mask=is_row, other=0.0).to(tl.float64)
+        total_x -= energy_x
+        total_y -= energy_y
         others = count - slot - 1
-        stands_out = (r * others > total_x * LONG_ENERGY) | (q * others > total_y * LONG_ENERGY)
-        is_long = is_long & exists & stands_out & (slot < most)
-        # A chunk that holds several long rows is listed once.
-        chunk = best_row // BLOCK_K
-        for before in range(slot):
-            known = tl.load(longest_ptr + CHUNKS + before)
-            chunk = tl.where(known == chunk, -1, chunk)
-        tl.store(longest_ptr + slot, tl.where(is_long, best_row, -1))
-        tl.store(longest_ptr + CHUNKS + slot, tl.where(is_long, chunk, -1))
-        # All threads read what one of them stores.
-        tl.debug_barrier()
-        long_count += is_long.to(tl.int32)
-    tl.store(longest_ptr + LONG_COUNT, long_count)
+        stands_out = energy_x * others > total_x * LONG_ENERGY
+        stands_out = stands_out | (energy_y * others > total_y * LONG_ENERGY)
+        goes_on = is_row & stands_out
+        if goes_on:
+            tl.store(longest_ptr + slot, best_row)
+            # All threads read what one of them stores.
+            tl.debug_barrier()
+            # A chunk that holds several long rows is listed once.
+            chunk = best_row // BLOCK_K
+            is_known = tl.max((chunks == chunk).to(tl.int32), 0) > 0
+            chunks = tl.where((slots == slot) & (is_known == 0), chunk, chunks)
+            slot += 1
+            goes_on = slot < most
+            owner = best_row // length
+            begin, end = owner * length, tl.minimum(n, (owner + 1) * length)
+            top, top_row = _longest_of_run(r_ptr, begin, end, longest_ptr, slot)
+            r, r_row = (
+                tl.where(program == owner, top, r),
+                tl.where(program == owner, top_row, r_row),
+            )
+            top, top_row = _longest_of_run(q_ptr, begin, end, longest_ptr, slot)
+            q, q_row = (
+                tl.where(program == owner, top, q),
+                tl.where(program == owner, top_row, q_row),
+            )
+    tl.store(longest_ptr + slots, -1, mask=slots >= slot)
+    tl.store(longest_ptr + CHUNKS + slots, chunks)
+    tl.store(longest_ptr + LONG_COUNT, slot)
 
 
 @triton.jit(do_not_specialize=["stride_xb", "stride_yb", "stride_mb", "max_rows"])
 def longest_kernel(
     xs, ys, masks, rows, widths_x, widths_y, strides_xn, strides_xd, strides_yn, strides_yd,
     stride_xb, stride_yb, stride_mb,
-    centres_ptr, energies_ptr, totals_ptr, candidates_ptr, longest_ptr, counters_ptr,
+    samples_ptr, centres_ptr, energies_ptr, totals_ptr, tops_ptr, top_rows_ptr, longest_ptr,
+    counters_ptr,
     width, max_rows,
     LAYERS: tl.constexpr, HAS_MASK: tl.constexpr, DTYPE: tl.constexpr, VECTOR: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
@@ -197,7 +236,8 @@ def longest_kernel(
     r_ptr = energies_ptr + entry.to(tl.int64) * 2 * max_rows
     q_ptr = r_ptr + max_rows
     totals_ptr += entry * programs * TOTALS
-    candidates_ptr += entry * programs * (2 * LONGEST)
+    tops_ptr += entry * programs * 2
+    top_rows_ptr += entry * programs * 2
     longest_ptr += entry * LONG_FIELDS
 
     sample = _sample(mask_ptr, n, HAS_MASK)
@@ -206,30 +246,32 @@ def longest_kernel(
         if tl.sum((sample < n).to(tl.int32), 0) < ENOUGH:
             sample = first_valid_row(mask_ptr, n, HAS_MASK) + tl.arange(0, SAMPLE)
             rounds += ROUNDS - 1
-    _centre(
-        x_ptr, stride_xn, stride_xd, mask_ptr, sample, rounds, n, d1, width, centre_x,
-        HAS_MASK, BLOCK,
+    # Addresses of single elements fill registers.
+    COLUMNS: tl.constexpr = BLOCK if VECTOR > 1 else BLOCK // 2
+    # A thread has columns of its own, and loads the rows one after another.
+    sample_ptr = samples_ptr + (entry * programs + program) * SAMPLE
+    tl.store(sample_ptr + tl.arange(0, SAMPLE), sample)
+    tl.debug_barrier()
+    _store_centre(
+        x_ptr, stride_xn, stride_xd, mask_ptr, sample_ptr, rounds, n, d1, width, centre_x,
+        HAS_MASK, 8 * COLUMNS, BLOCK_R // 8,
     )  # fmt: skip
-    _centre(
-        y_ptr, stride_yn, stride_yd, mask_ptr, sample, rounds, n, d2, width, centre_y,
-        HAS_MASK, BLOCK,
+    _store_centre(
+        y_ptr, stride_yn, stride_yd, mask_ptr, sample_ptr, rounds, n, d2, width, centre_y,
+        HAS_MASK, 8 * COLUMNS, BLOCK_R // 8,
     )  # fmt: skip
     # Other threads of this program read what it has just stored, here and below.
     tl.debug_barrier()
     length = tl.cdiv(tl.cdiv(n, programs), BLOCK_R) * BLOCK_R
     begin, end = program * length, tl.minimum(n, (program + 1) * length)
-    sum_r = row_energies(
-        x_ptr, stride_xn, stride_xd, mask_ptr, mask_ptr, n, d1, centre_x, 1, width, 1.0, 1.0,
-        r_ptr, begin, end, HAS_MASK, False, BLOCK, BLOCK_R,
+    sum_r, top_r, row_r = _energies(
+        x_ptr, stride_xn, stride_xd, mask_ptr, d1, centre_x, r_ptr, begin, end,
+        HAS_MASK, COLUMNS, BLOCK_R,
     )  # fmt: skip
-    sum_q = row_energies(
-        y_ptr, stride_yn, stride_yd, mask_ptr, mask_ptr, n, d2, centre_y, 1, width, 1.0, 1.0,
-        q_ptr, begin, end, HAS_MASK, False, BLOCK, BLOCK_R,
+    sum_q, top_q, row_q = _energies(
+        y_ptr, stride_yn, stride_yd, mask_ptr, d2, centre_y, q_ptr, begin, end,
+        HAS_MASK, COLUMNS, BLOCK_R,
     )  # fmt: skip
-    tl.debug_barrier()
-    out_ptr = candidates_ptr + program * (2 * LONGEST)
-    _store_candidates(r_ptr, begin, end, out_ptr)
-    _store_candidates(q_ptr, begin, end, out_ptr + LONGEST)
     count = tl.maximum(end - begin, 0)
     if HAS_MASK:
         counts = tl.zeros([WIDE], tl.int32)
@@ -237,19 +279,25 @@ def longest_kernel(
             row = start + tl.arange(0, WIDE)
             counts += valid_rows(mask_ptr, row, end, HAS_MASK).to(tl.int32)
         count = tl.sum(counts, 0)
-    tl.store(totals_ptr + program * TOTALS, sum_r)
-    tl.store(totals_ptr + program * TOTALS + 1, sum_q)
-    tl.store(totals_ptr + program * TOTALS + 2, count.to(tl.float64))
+    tl.store(tops_ptr + program, top_r)
+    tl.store(tops_ptr + programs + program, top_q)
+    tl.store(top_rows_ptr + program, row_r)
+    tl.store(top_rows_ptr + programs + program, row_q)
+    tl.store(totals_ptr + program, sum_r)
+    tl.store(totals_ptr + programs + program, sum_q)
+    tl.store(totals_ptr + 2 * programs + program, count.to(tl.float64))
     if arrive(counters_ptr + entry, programs):
         tl.debug_barrier()
-        total_x, total_y, valid_count = sum_r * 0, sum_r * 0, sum_r * 0
-        for other in range(programs):
-            total_x += tl.load(totals_ptr + other * TOTALS)
-            total_y += tl.load(totals_ptr + other * TOTALS + 1)
-            valid_count += tl.load(totals_ptr + other * TOTALS + 2)
+        other = tl.arange(0, WIDE)
+        exists = other < programs
+        totals = tl.load(totals_ptr + other, mask=exists, other=0.0)
+        total_x = tl.sum(totals, 0)
+        totals = tl.load(totals_ptr + programs + other, mask=exists, other=0.0)
+        total_y = tl.sum(totals, 0)
+        totals = tl.load(totals_ptr + 2 * programs + other, mask=exists, other=0.0)
         _choose(
-            r_ptr, q_ptr, candidates_ptr, programs * (2 * LONGEST), total_x, total_y,
-            valid_count, longest_ptr, BLOCK_K,
+            r_ptr, q_ptr, tops_ptr, top_rows_ptr, programs, length, n, total_x, total_y,
+            tl.sum(totals, 0), longest_ptr, BLOCK_K,
         )  # fmt: skip
 
 
@@ -258,14 +306,16 @@ def launch(layers: Layers, config: Config, longest: Tensor) -> None:
     entries, width = layers.entries, padded_width(layers, config)
     # Twice as many as run at once, so that runs of rows are short.
     programs = -(-2 * processors(layers.device) // entries)
-    programs = min(programs, -(-layers.max_rows // (2 * config.block_r)))
+    programs = min(programs, -(-layers.max_rows // (2 * config.block_r)), WIDE.value)
     # New counters, for the price of a small launch; see gram_cka_small.py.
     counters = torch.zeros(entries, dtype=torch.int32, device=layers.device)
     longest_kernel[(programs, entries)](
         *layers.arguments,
+        layers.empty(entries * programs * SAMPLE.value, dtype=torch.int32),
         layers.empty(entries * programs * 2 * width), layers.empty(entries * 2 * layers.max_rows),
         layers.empty(entries * programs * TOTALS.value, dtype=torch.float64),
-        layers.empty(entries * programs * 2 * LONGEST.value, dtype=torch.int32),
+        layers.empty(entries * programs * 2),
+        layers.empty(entries * programs * 2, dtype=torch.int32),
         longest, counters, width, layers.max_rows,
         **layers.feature_options,
         BLOCK=config.block, BLOCK_K=config.block_k, BLOCK_R=config.block_r,
