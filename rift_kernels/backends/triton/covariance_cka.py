@@ -46,6 +46,7 @@ from .covariance_cka_head import (
     FIELDS,
     ROUNDING,
     ROUNDING_OF_SPLIT,
+    ROW_FIELDS,
     SQUARE_A,
     SQUARE_B,
     SQUARE_C,
@@ -85,7 +86,8 @@ def covariance_cka_kernel(
     stride_xb, stride_yb, stride_mb,
     longest_ptr, tiles_ptr, sums_ptr, statistics_ptr, counters_ptr,
     values_ptr, scalars_ptr, planes_x_ptr, planes_y_ptr, shift_x_ptr, shift_y_ptr,
-    means_ptr, row_sums_ptr, products_ptr, weighted_ptr, workspace_ptr, partial_ptr,
+    means_ptr, row_sums_ptr, products_ptr, weighted_ptr, workspace_ptr, row_partial_ptr,
+    partial_ptr,
     tile_programs, shares, lengths,
     column_programs, segments, width, slots, spills, max_rows, row_groups,
     group_size,
@@ -108,7 +110,9 @@ def covariance_cka_kernel(
     statistics_ptr += entry * STATISTICS * column_programs
     tiles_ptr += entry.to(tl.int64) * (slots + spills) * SIZE
     scalars_ptr += entry * 2 * SCALARS
-    partial_ptr += entry.to(tl.int64) * programs * FIELDS
+    row_programs = row_groups * group_size
+    partial_ptr += entry.to(tl.int64) * (programs - row_programs) * FIELDS
+    row_partial_ptr += entry.to(tl.int64) * row_programs * ROW_FIELDS
     count = statistic(statistics_ptr, COUNT, column_programs)
     inverse_x = inverse_scale(statistics_ptr, PIVOT_X, ENERGY_X, column_programs)
     inverse_y = inverse_scale(statistics_ptr, PIVOT_Y, ENERGY_Y, column_programs)
@@ -139,7 +143,7 @@ def covariance_cka_kernel(
     shift_x_ptr += entry.to(tl.int64) * 2 * half
     shift_y_ptr += entry.to(tl.int64) * 2 * half
     # Row programs come first, because they take longest.
-    if program < row_groups * group_size:
+    if program < row_programs:
         if DEBIASED:
             x_ptr, stride_xn, stride_xd = features_of(
                 xs, strides_xn, strides_xd, stride_xb, layer, batch, DTYPE, VECTOR
@@ -150,18 +154,20 @@ def covariance_cka_kernel(
             mask_ptr = mask_of(masks, stride_mb, layer, batch, x_ptr, HAS_MASK)
             k_ptr = row_sums_ptr + entry.to(tl.int64) * 2 * max_rows
             with_x = products_ptr + entry.to(tl.int64) * 2 * max_rows * LONGEST
-            sums = sums_of_rows(
+            row_sums = sums_of_rows(
                 x_ptr, y_ptr, stride_xn, stride_xd, stride_yn, stride_yd, mask_ptr, n, d1, d2,
                 longest_ptr, long_count, sums_x, sums_y, segments, width, n_float,
                 inverse_x, inverse_y, k_ptr, k_ptr + max_rows,
                 with_x, with_x + max_rows.to(tl.int64) * LONGEST,
-                workspace_ptr + entry.to(tl.int64) * row_groups * group_size * WORKSPACE * width,
+                workspace_ptr + entry.to(tl.int64) * row_programs * WORKSPACE * width,
                 weighted_ptr + entry.to(tl.int64) * row_groups * 4 * width,
                 program, row_groups, group_size,
                 STUDENT, TEACHER, HAS_MASK, VECTOR, BLOCK, BLOCK_R,
             )  # fmt: skip
+            out = row_partial_ptr + program * ROW_FIELDS + tl.arange(0, ROW_FIELDS)
+            tl.store(out, row_sums)
     else:
-        index = program - row_groups * group_size
+        index = program - row_programs
         slot, part = index // PARTS, index % PARTS
         if slot < tiles:
             left_is_y, block_i, right_is_y, block_j = tile_of(slot, blocks_x, blocks_y, True, True)
@@ -242,10 +248,11 @@ def covariance_cka_kernel(
                     if SHIFT:
                         row = block_i * PARTS + part
                         store_shift(shift_y_ptr, half, row * width + j, mean_i, remainder, 0)
-    tl.store(partial_ptr + program * FIELDS + field, sums)
+        tl.store(partial_ptr + index * FIELDS + field, sums)
     if arrive(counters_ptr + entry, programs):
         tl.debug_barrier()
-        total, _ = over_programs(partial_ptr, programs, FIELDS)
+        total, _ = over_programs(partial_ptr, programs - row_programs, FIELDS)
+        row_total, _ = over_programs(row_partial_ptr, row_programs, ROW_FIELDS)
         pivot_x = statistic(statistics_ptr, PIVOT_X, column_programs)
         pivot_y = statistic(statistics_ptr, PIVOT_Y, column_programs)
         # Squared norms of both means, for long rows alone.
@@ -261,7 +268,7 @@ def covariance_cka_kernel(
             narrow = tl.minimum(d1, d2).to(tl.float64)
             rounding = tl.maximum(rounding, (count * 0 + ROUNDING_OF_SPLIT) / narrow)
         covariance_cka_head(
-            values_ptr + entry, scalars_ptr, total, count + long_count, long_count,
+            values_ptr + entry, scalars_ptr, total, row_total, count + long_count, long_count,
             pivot_x, pivot_y, mean_x, mean_y, inverse_x, inverse_y, t_x, t_y, rounding,
             DEBIASED, DISTANCE, LOW_HALVES,
         )  # fmt: skip
@@ -282,16 +289,19 @@ def launch(
 ) -> None:
     """Values, and what the backward needs, from raw moments."""
     row_groups = energy_programs(layers, debiased)
-    # Layers share the processors.
-    group_size = max(1, GROUP.value // layers.entries)
+    # Layers share the processors, and a program has at least one block of rows.
+    group_size = -(-layers.max_rows // (config.block_r * max(row_groups, 1)))
+    group_size = max(1, min(group_size, GROUP.value // layers.entries))
     row_programs = row_groups * group_size
-    programs = moments.slots * (config.block // config.sub) + row_programs
-    partial = layers.empty(layers.entries * programs * FIELDS.value, dtype=torch.float64)
-    covariance_cka_kernel[(programs, layers.entries)](
+    tile_programs = moments.slots * (config.block // config.sub)
+    entries, float64 = layers.entries, torch.float64
+    covariance_cka_kernel[(row_programs + tile_programs, entries)](
         *layers.arguments, saved.longest if debiased else None,
         moments.tiles, moments.sums, moments.statistics, moments.counters,
         values, *saved[:-1],
-        layers.empty(layers.entries * row_programs * WORKSPACE.value * moments.width), partial,
+        layers.empty(entries * row_programs * WORKSPACE.value * moments.width),
+        layers.empty(entries * row_programs * ROW_FIELDS.value, dtype=float64),
+        layers.empty(entries * tile_programs * FIELDS.value, dtype=float64),
         *moments.deal, moments.column_programs, moments.segments, moments.width,
         moments.slots, moments.spills, layers.max_rows, row_groups,
         group_size,

@@ -19,26 +19,27 @@ import triton.language as tl
 
 from .covariance_saved import store_side
 
-# Fields of the sums that all programs leave to the last one.
+# Fields of the sums that programs of tiles leave to the last one.
 SQUARE_A = tl.constexpr(0)
 SQUARE_B = tl.constexpr(1)
 SQUARE_C = tl.constexpr(2)
 SQUARE_FX = tl.constexpr(3)
 SQUARE_FY = tl.constexpr(4)
-# Sums over all rows: of k_i, of l_i, of their squares, of their products.
-SUM_K = tl.constexpr(5)
-SUM_L = tl.constexpr(6)
-SQUARE_K = tl.constexpr(7)
-SQUARE_L = tl.constexpr(8)
-PRODUCT_KL = tl.constexpr(9)
+FIELDS = tl.constexpr(8)
+# Fields of those that row programs leave. Over all rows: k_i, l_i, their squares, their products.
+SUM_K = tl.constexpr(0)
+SUM_L = tl.constexpr(1)
+SQUARE_K = tl.constexpr(2)
+SQUARE_L = tl.constexpr(3)
+PRODUCT_KL = tl.constexpr(4)
 # Sums of K_ij L_ij over i != j with a long row, less those of K_ii L_ii over R; XX and YY likewise.
-PAIRS_XX = tl.constexpr(10)
-PAIRS_YY = tl.constexpr(11)
-PAIRS_XY = tl.constexpr(12)
+PAIRS_XX = tl.constexpr(5)
+PAIRS_YY = tl.constexpr(6)
+PAIRS_XY = tl.constexpr(7)
 # Energies of the long rows.
-LONG_X = tl.constexpr(13)
-LONG_Y = tl.constexpr(14)
-FIELDS = tl.constexpr(16)
+LONG_X = tl.constexpr(8)
+LONG_Y = tl.constexpr(9)
+ROW_FIELDS = tl.constexpr(16)
 
 # A debiased norm below this share of a block's consists of rounding: of float32 sums, or of
 # features split in two, whose rounding averages out over columns.
@@ -49,7 +50,7 @@ MEAN_ROUNDING = tl.constexpr(2.0**-42)
 
 @triton.jit
 def _field(sums, field):
-    return tl.sum(tl.where(tl.arange(0, FIELDS) == field, sums, 0.0), 0)
+    return tl.sum(tl.where(tl.arange(0, sums.shape[0]) == field, sums, 0.0), 0)
 
 
 @triton.jit
@@ -62,7 +63,7 @@ def _hsic(sums, square, pairs, first, second, product, n):
 
 @triton.jit
 def covariance_cka_head(
-    value_ptr, scalars_ptr, sums, n, long_count, pivot_x, pivot_y, mean_x, mean_y,
+    value_ptr, scalars_ptr, sums, row_sums, n, long_count, pivot_x, pivot_y, mean_x, mean_y,
     inverse_x, inverse_y, t_x, t_y, rounding,
     DEBIASED: tl.constexpr, DISTANCE: tl.constexpr, LOW_HALVES: tl.constexpr,
 ):  # fmt: skip
@@ -74,7 +75,7 @@ def covariance_cka_head(
     degenerate = ((pivot_x == 0) | (pivot_y == 0)) & (long_count < 2)
     fewest = 2
     a, b = n * 0, n * 0
-    sum_k, sum_l = _field(sums, SUM_K), _field(sums, SUM_L)
+    sum_k, sum_l = _field(row_sums, SUM_K), _field(row_sums, SUM_L)
     if DEBIASED:
         fewest = 4
         a, b = n / (n - 2), 1 / ((n - 1) * (n - 2))
@@ -82,14 +83,14 @@ def covariance_cka_head(
         square_a = tl.where(pivot_x == 0, 0.0, square_a)
         square_b = tl.where(pivot_y == 0, 0.0, square_b)
         square_c = tl.where((pivot_x == 0) | (pivot_y == 0), 0.0, square_c)
-        hxx = _hsic(sums, square_a, PAIRS_XX, SUM_K, SUM_K, SQUARE_K, n)
-        hyy = _hsic(sums, square_b, PAIRS_YY, SUM_L, SUM_L, SQUARE_L, n)
-        h = _hsic(sums, square_c, PAIRS_XY, SUM_K, SUM_L, PRODUCT_KL, n)
+        hxx = _hsic(row_sums, square_a, PAIRS_XX, SUM_K, SUM_K, SQUARE_K, n)
+        hyy = _hsic(row_sums, square_b, PAIRS_YY, SUM_L, SUM_L, SQUARE_L, n)
+        h = _hsic(row_sums, square_c, PAIRS_XY, SUM_K, SUM_L, PRODUCT_KL, n)
         # What long rows add is never subtracted again. If all other rows are alike, and all but one
         # of the long rows, it consists of the mean's rounding.
         share = n * MEAN_ROUNDING
-        degenerate = degenerate | (hxx <= mean_x * _field(sums, LONG_X) * share)
-        degenerate = degenerate | (hyy <= mean_y * _field(sums, LONG_Y) * share)
+        degenerate = degenerate | (hxx <= mean_x * _field(row_sums, LONG_X) * share)
+        degenerate = degenerate | (hyy <= mean_y * _field(row_sums, LONG_Y) * share)
         degenerate = degenerate | (hxx <= square_a * rounding) | (hyy <= square_b * rounding)
     beta = tl.where(degenerate, 0.0, 2 / tl.sqrt(tl.where(degenerate, 1.0, hxx * hyy)))
     value = 0.5 * h * beta

@@ -199,7 +199,7 @@ def over_programs(partial_ptr, programs, FIELDS: tl.constexpr):
     total = tl.zeros([LANES, FIELDS], tl.float64)
     peak = tl.zeros([LANES, FIELDS], tl.float64)
     field, lanes = tl.arange(0, FIELDS), tl.arange(0, LANES)
-    for first in range(0, programs, LANES):
+    for first in tl.range(0, programs, LANES, loop_unroll_factor=2):
         program = first + lanes
         part = tl.load(
             partial_ptr + program[:, None] * FIELDS + field[None, :],

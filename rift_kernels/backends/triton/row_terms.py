@@ -10,13 +10,13 @@ import triton
 import triton.language as tl
 
 from .covariance_cka_head import (
-    FIELDS,
     LONG_X,
     LONG_Y,
     PAIRS_XX,
     PAIRS_XY,
     PAIRS_YY,
     PRODUCT_KL,
+    ROW_FIELDS,
     SQUARE_K,
     SQUARE_L,
     SUM_K,
@@ -164,7 +164,7 @@ def _sums_for_head(
     k_ptr, l_ptr, with_x, with_y, longest_ptr, long_count, begin, end, BLOCK_R: tl.constexpr
 ):  # fmt: skip
     """What the head needs from the rows ``begin..end``, from their negative sums of K and L."""
-    field, slots = tl.arange(0, FIELDS), tl.arange(0, LONGEST)
+    field, slots = tl.arange(0, ROW_FIELDS), tl.arange(0, LONGEST)
     long = tl.load(longest_ptr + slots)
     zero = tl.zeros([BLOCK_R], tl.float64)
     sum_k, sum_l, square_k, square_l, product_kl = zero, zero, zero, zero, zero
