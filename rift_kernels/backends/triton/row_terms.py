@@ -1,7 +1,7 @@
 """What debiasing needs from single rows: energies, products with long rows, sums over rows.
 
-Bytes: the features once for energies, once more for weighted sums, and once more for products if
-rows are long, which are 32 a row.
+Bytes: the features once for energies, and again from a cache for weighted sums and, if rows are
+long, for products, which are 32 a row. Column sums once and 24 a column more per program.
 """
 
 from __future__ import annotations
