@@ -41,9 +41,8 @@ def _centered_columns(ptr, stride_n, stride_d, row, valid, first, column, width,
     x = tl.load(ptr + row.to(tl.int64)[:, None] * stride_n + columns[None, :], mask=mask, other=0.0)
     x = x.to(tl.float32)
     pivot = tl.load(
-        ptr + first.to(tl.int64) * stride_n + columns,
-        mask=(column < width) & (count > 0), other=0.0,
-    ).to(tl.float32)  # fmt: skip
+        ptr + first.to(tl.int64) * stride_n + columns, mask=column < width, other=0.0
+    ).to(tl.float32)
     x = tl.where(mask, x - pivot[None, :], 0.0)
     varies = tl.sum(tl.sum(x * x, 1), 0)
     x = tl.where(mask, x - (tl.sum(x, 0) / count)[None, :], 0.0)
@@ -139,7 +138,8 @@ def gram_cka_small_kernel(
     mask_ptr = mask_of(masks, stride_mb, layer, batch, x_ptr, HAS_MASK)
     row = tl.arange(0, ROWS)
     valid = valid_rows(mask_ptr, row, n, HAS_MASK)
-    first = first_valid_row(mask_ptr, n, HAS_MASK)
+    # Any row, if none is valid.
+    first = tl.minimum(first_valid_row(mask_ptr, n, HAS_MASK), n - 1)
     count = tl.sum(valid.to(tl.float32), 0)
     # Loads of 16 bytes need to know that this is a whole number of blocks.
     share = share // BLOCK_K * BLOCK_K

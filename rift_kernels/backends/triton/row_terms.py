@@ -233,8 +233,9 @@ def sums_of_rows(
     begin, end = program * length, tl.minimum(n, (program + 1) * length)
     first_ptr = workspace_ptr + program.to(tl.int64) * WORKSPACE * width
     if begin < end:
-        _store_means(sums_x, segments, width, count, first_ptr, WIDE)
-        _store_means(sums_y, segments, width, count, first_ptr + width, WIDE)
+        for side in range(2):
+            own_sums = tl.where(side == 1, sums_y, sums_x)
+            _store_means(own_sums, segments, width, count, first_ptr + side * width, WIDE)
     # Other threads of this program read what it has just stored, here and below.
     tl.debug_barrier()
     for start in range(begin, end, BLOCK_R):
@@ -242,16 +243,17 @@ def sums_of_rows(
         inside = row < end
         valid = valid_rows(mask_ptr, row, end, HAS_MASK)
         kept = valid & (among(row, longest) == 0)
-        _store_row_sums(
-            x_ptr, stride_xn, stride_xd, row, inside, valid, kept, longest_ptr, long_count, d1,
-            first_ptr, inverse_x, k_ptr, with_x, COLUMNS, BLOCK_R,
-        )  # fmt: skip
-        _store_row_sums(
-            y_ptr, stride_yn, stride_yd, row, inside, valid, kept, longest_ptr, long_count, d2,
-            first_ptr + width, inverse_y, l_ptr, with_y, COLUMNS, BLOCK_R,
-        )  # fmt: skip
+        # One copy of the code for both sides, here and below, because registers would run out.
+        for side in range(2):
+            is_y = side == 1
+            _store_row_sums(
+                tl.where(is_y, y_ptr, x_ptr), tl.where(is_y, stride_yn, stride_xn),
+                tl.where(is_y, stride_yd, stride_xd), row, inside, valid, kept,
+                longest_ptr, long_count, tl.where(is_y, d2, d1), first_ptr + side * width,
+                tl.where(is_y, inverse_y, inverse_x), tl.where(is_y, l_ptr, k_ptr),
+                tl.where(is_y, with_y, with_x), COLUMNS, BLOCK_R,
+            )  # fmt: skip
         tl.debug_barrier()
-        # One loop over both sides, because registers would run out with two.
         for side in range(0 if STUDENT else 1, 2 if TEACHER else 1):
             is_y = side == 1
             _add_weighted_sums(
