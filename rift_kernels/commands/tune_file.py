@@ -41,7 +41,6 @@ class TunedFile:
         """Add an entry, or replace it."""
         from rift_kernels.backends.triton.config import FIELDS
 
-        self._configs[shapes] = config
         entry = as_json(config, FIELDS[shapes.partition(" ")[0]])
         self._content.setdefault(self._arch, {})[shapes] = entry
         self._write()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -36,15 +37,11 @@ def _refuse_double_backward() -> None:
         )
 
 
-def savable(tensor: Tensor) -> Tensor:
+def savable(*tensors: Tensor) -> Sequence[Tensor]:
     """A tensor made in inference mode cannot be saved for the backward; its copy can."""
-    if (
-        torch.compiler.is_compiling()
-        or not tensor.is_inference()
-        or torch.is_inference_mode_enabled()
-    ):
-        return tensor
-    return tensor.clone()
+    if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
+        return tensors
+    return [tensor.clone() if tensor.is_inference() else tensor for tensor in tensors]
 
 
 def _forward_functions(ranks: Ranks | None) -> tuple[Any, tuple[Ranks, ...]]:
@@ -65,7 +62,7 @@ class _Measure(torch.autograd.Function):
         keeps_students, keeps_teachers = call.plan.kept_sides(needs_grad)
         kept_students = students if keeps_students else []
         kept_teachers = teachers if keeps_teachers else []
-        ctx.save_for_backward(*map(savable, (*masks, *kept_students, *kept_teachers)), *saved)
+        ctx.save_for_backward(*savable(*masks, *kept_students, *kept_teachers), *saved)
         ctx.call, ctx.needs_grad = call, needs_grad
         ctx.counts = len(masks), len(kept_students), len(kept_teachers)
         ctx.dtypes = students[0].dtype, teachers[0].dtype
@@ -206,7 +203,7 @@ class _Moments(torch.autograd.Function):
         centered_x, centered_y, mean_x, mean_y, count, *blocks = functions.moments_fwd(
             x, y, list(masks), block_names, precision, plan.backend, *group
         )
-        ctx.save_for_backward(centered_x, centered_y, count, *map(savable, masks))
+        ctx.save_for_backward(centered_x, centered_y, count, *savable(*masks))
         ctx.needs_grad, ctx.dtypes = NeedsGrad(*ctx.needs_input_grad[4:6]), (x.dtype, y.dtype)
         ctx.call = Call("moments", (), plan, precision)
         ctx.size = 1 if ranks is None else ranks.size
@@ -261,7 +258,7 @@ class _SelfHsic(torch.autograd.Function):
         mean, count, scatter, square, *saved = functions.self_hsic_fwd(
             x, list(masks), precision, plan.backend, *group
         )
-        ctx.save_for_backward(count, *saved, *map(savable, masks))
+        ctx.save_for_backward(count, *saved, *savable(*masks))
         ctx.dtypes = x.dtype, x.dtype
         ctx.call = Call("moments", (), plan, precision)
         ctx.size = 1 if ranks is None else ranks.size

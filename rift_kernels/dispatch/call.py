@@ -41,6 +41,8 @@ def measure(
 
     def check() -> Layers:
         layers = checks.layers(student, teacher, mask, equal_widths=equal_widths)
+        if rotation is None:
+            return layers
         return layers._replace(rotations=checks.rotations(rotation, layers))
 
     shared_settings = (name, *settings, rotation is not None, precision)
@@ -55,12 +57,12 @@ def measure(
         layers = layers._replace(teachers=rotated_teachers(layers, precision))
     shapes = [(*x.shape[-2:], y.shape[-1]) for x, y in layers.pairs]
     # Ranks can share moments in covariance form only.
-    gram = tuple(ranks is None and plan.use_gram(name, *shape) for shape in shapes)
+    gram = tuple([ranks is None and plan.use_gram(name, *shape) for shape in shapes])
     problem = Problem(
         measure=name if ranks is None else "moments",
         gram=gram,
-        rows=max(rows for rows, _, _ in shapes),
-        width=max(max(d1, d2) for _, d1, d2 in shapes),
+        rows=max([rows for rows, _, _ in shapes]),
+        width=max([max(d1, d2) for _, d1, d2 in shapes]),
         masked=len(layers.masks) > 0,
     )
 

@@ -70,22 +70,24 @@ def make(
     kind = None
     if backend != "eager" and not torch.compiler.is_compiling() and is_automatic(requested):
         kind = kind_of(backend, device, dtypes, problem)
-    return with_backend(backend, dtypes, problem)._replace(kind=kind)
+    return with_backend(backend, dtypes, problem, kind)
 
 
-def with_backend(backend: str, dtypes: Sequence[torch.dtype], problem: Problem) -> Plan:
+def with_backend(
+    backend: str, dtypes: Sequence[torch.dtype], problem: Problem, kind: Kind | None = None
+) -> Plan:
     """The plan of a call whose backend is known."""
     measure, gram = problem.measure, problem.gram
     fused = measure == "cka" or (measure == "covariance" and not any(gram))
     if backend == "eager" or not fused:
-        return Plan(backend, gram)
+        return Plan(backend, gram, kind=kind)
     if backend == "cuda" and all(gram):
         # These kernels compute the gradients with the values.
-        return Plan(backend, gram, fused)
+        return Plan(backend, gram, fused, kind=kind)
     crossed = measure == "cka" and not all(gram)
     # One side alone does not tell the backward that the forward computed in another dtype.
     needs_both = crossed or len(set(dtypes)) > 1
-    return Plan(backend, gram, fused, "both" if needs_both else "needs_grad")
+    return Plan(backend, gram, fused, "both" if needs_both else "needs_grad", kind)
 
 
 def is_automatic(requested: str) -> bool:

@@ -30,7 +30,7 @@ class _Rotate(torch.autograd.Function):
     def forward(
         ctx: Any, precision: str, dtype: torch.dtype, features: Tensor, rotation: Tensor
     ) -> Tensor:
-        ctx.save_for_backward(savable(features), savable(rotation))
+        ctx.save_for_backward(*savable(features, rotation))
         ctx.precision = precision
         return torch.ops.rift_kernels.matmul(features.to(dtype), rotation.to(dtype), precision)
 

@@ -29,7 +29,7 @@ if interpreter.is_active():
 class _Group(NamedTuple):
     """The layers that share launches, because they are of one form."""
 
-    indices: list[int]  # among the layers of the call
+    indices: Sequence[int]  # among the layers of the call
     gram: bool
     layers: Layers
 
@@ -41,6 +41,8 @@ def _groups(
     gram: Sequence[bool],
 ) -> list[_Group]:
     """Groups with room for the same number of layers, so that they share compiled kernels."""
+    if len(gram) <= MAX_LAYERS and (all(gram) or not any(gram)):
+        return [_Group(range(len(gram)), gram[0], pack(students, teachers, masks))]
     launches = -(-len(gram) // MAX_LAYERS)
     room = -(-len(gram) // launches)
     groups = []
@@ -50,13 +52,11 @@ def _groups(
             indices = members[first : first + room]
             x, y, valid = (_select(side, indices) for side in (students, teachers, masks))
             groups.append(_Group(indices, form, pack(x, y, valid, room)))
-    if len(groups) == 1:
-        return groups
     packed = unified([group.layers for group in groups])
     return [group._replace(layers=layers) for group, layers in zip(groups, packed, strict=True)]
 
 
-def _select(tensors: Sequence[Tensor], indices: list[int]) -> list[Tensor]:
+def _select(tensors: Sequence[Tensor], indices: Sequence[int]) -> list[Tensor]:
     """The tensors of these layers; a single mask serves all layers."""
     return [tensors[i] for i in indices] if len(tensors) > 1 else list(tensors)
 
@@ -169,7 +169,7 @@ def _backward(
     count = len(gram)
     students, teachers = students or teachers, teachers or students
     grads: list[Tensor] = [grad_values] * (2 * count)
-    incoming = grad_values.reshape(-1).contiguous()
+    incoming = grad_values.contiguous()
     first = 0
     with torch.cuda.device_of(grad_values):
         groups = _groups(students, teachers, masks, gram)
@@ -185,8 +185,10 @@ def _backward(
                     side_grads = backward(
                         group.layers, group_incoming, group_saved, side, dtypes[side]
                     )
+                    if tensors[0].dim() > 3:  # a batch with more axes than the kernels' one
+                        side_grads = (side_grads[0].view(tensors[0].shape),)
                     for i, grad in zip(group.indices, side_grads, strict=True):
-                        grads[side * count + i] = grad.view(tensors[i].shape)
+                        grads[side * count + i] = grad
     return (grads[:count] if wanted[0] else []) + (grads[count:] if wanted[1] else [])
 
 

@@ -33,7 +33,7 @@ def padded_width(layers: Layers, config: Config) -> int:
 def gradients(side: Side, layers: Layers, dtype: torch.dtype) -> tuple[tuple[Tensor, ...], int]:
     """Empty gradients of a side, and the stride of their batch."""
     features = side.tensors[: layers.layer_count]
-    grads = tuple(torch.empty(t.shape, dtype=dtype, device=layers.device) for t in features)
+    grads = tuple([torch.empty(t.shape, dtype=dtype, device=layers.device) for t in features])
     return grads, grads[0].shape[-2] * grads[0].shape[-1] if grads[0].dim() == 3 else 0
 
 
@@ -45,10 +45,10 @@ def descriptors_of(
     It loads a single bfloat16 matrix without a mask, whose rows are aligned to 16 bytes and do not
     overlap. Small matrices are not worth the microseconds that a descriptor costs.
     """
-    tensors = [side.tensors[0].squeeze(0) for side in sides]
     fits = layers.entries == len(layers.rows) == 1 and not layers.is_split and not layers.masks
     if not fits or layers.max_rows < _descriptor_rows(layers.device):
         return None
+    tensors = [side.tensors[0].squeeze(0) for side in sides]
     for tensor in tensors:
         stride_n, stride_d = tensor.stride()
         is_separate = stride_n >= tensor.shape[1]

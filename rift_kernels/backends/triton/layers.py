@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +16,8 @@ MAX_ENTRIES = 65535
 # Most layers of one launch. Compile time grows with it, and so do parameters: by about 100 bytes a
 # layer, where every driver takes 4 KiB.
 MAX_LAYERS = 24
+# Kernels take strides as int32, and larger ones would not fit once encoded.
+MAX_STRIDE = 2**29
 DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
 
@@ -28,18 +31,18 @@ def encoded(values: Iterable[int]) -> tuple[int, ...]:
 
 
 class Side(NamedTuple):
-    """Student or teacher, one tensor a layer; the last four are :func:`encoded`, or () if idle."""
+    """Student or teacher, one entry a layer; all numbers but the widths are :func:`encoded`.
+
+    Nothing is encoded if nothing is launched.
+    """
 
     tensors: tuple[Tensor, ...]
+    addresses: tuple[int, ...]
     widths: tuple[int, ...]
     stride_b: int
-    # Elements that one load takes: 16 bytes if rows are aligned, 1 if they are merely contiguous,
-    # else 0.
-    vector: int
-    addresses: tuple[int, ...]
-    columns: tuple[int, ...]  # the widths
-    strides_n: tuple[int, ...]
-    strides_d: tuple[int, ...]
+    columns: tuple[int, ...] = ()  # the widths
+    strides_n: tuple[int, ...] = ()
+    strides_d: tuple[int, ...] = ()
 
 
 class Layers(NamedTuple):
@@ -67,7 +70,8 @@ class Layers(NamedTuple):
     is_split: bool
     # Whether nothing is launched: the batch is empty, or torch.compile traces with shapes alone.
     idle: bool
-    # The smallest vector and the largest width of both sides, over all launches of the call.
+    # Elements that one load takes: 16 bytes if rows are aligned, 1 if they are merely contiguous,
+    # else 0; and the largest width. Both of both sides, over all launches of the call.
     vector: int
     widest: int
 
@@ -104,43 +108,69 @@ class Layers(NamedTuple):
         return tensors + tensors[-1:] * (len(self.rows) - len(tensors))
 
 
-def _side(tensors: Sequence[Tensor], dtype: torch.dtype, idle: bool) -> Side:
-    # Leading axes become one batch axis, with a copy only if strides do not allow a view.
-    flat = tuple(tensors)
-    if flat[0].dtype != dtype:
-        flat = tuple(t.to(dtype) for t in flat)
-    if flat[0].dim() > 3:
-        flat = tuple(t.flatten(0, -3) for t in flat)
-    stride_b = flat[0].stride(0) if flat[0].dim() == 3 else 0
-    if idle:
-        return Side(flat, tuple([t.shape[-1] for t in flat]), stride_b, 0, (), (), (), ())
-    # Kernels take strides as int32, and larger ones would not fit once encoded.
-    flat = tuple([t.contiguous() if max(t.stride()) >= 2**29 else t for t in flat])
-    stride_b = flat[0].stride(0) if flat[0].dim() == 3 else 0
-    size = flat[0].element_size()
-    vector = 16 // size
-    # Low bits stay 0 if they are 0 everywhere.
-    bits = stride_b * size
-    sizes = []
-    for t in flat:
-        width, strides, address = t.shape[-1], t.stride(), t.data_ptr()
-        bits |= address | (width | strides[-2]) * size
-        if strides[-1] != 1 and width > 1:
+class _Layout(NamedTuple):
+    """What follows from sizes and strides: fields of Side, from the widths on, and of Layers."""
+
+    x: tuple[Any, ...]
+    y: tuple[Any, ...]
+    rows: tuple[int, ...]
+    row_counts: tuple[int, ...]
+    max_rows: int
+    vector: int  # if all addresses are aligned
+    widest: int
+    max_stride: int
+
+
+# The shape and the strides of each tensor.
+_Sizes = tuple[tuple[torch.Size, tuple[int, ...]], ...]
+
+
+# A training repeats its shapes.
+@lru_cache(maxsize=256)
+def _layout(sizes_x: _Sizes, sizes_y: _Sizes, itemsize: int) -> _Layout:
+    rows = tuple([shape[-2] for shape, _ in sizes_x])
+    vector, sides = 16 // itemsize, []
+    for sizes in (sizes_x, sizes_y):
+        widths = tuple([shape[-1] for shape, _ in sizes])
+        strides_n, strides_d = ([strides[axis] for _, strides in sizes] for axis in (-2, -1))
+        stride_b = sizes[0][1][0] if len(sizes[0][0]) == 3 else 0
+        # Low bits stay 0 if they are 0 everywhere.
+        bits = stride_b
+        for number in (*widths, *strides_n):
+            bits |= number
+        if bits * itemsize % 16:
+            vector = min(vector, 1)
+        if any(step != 1 and width > 1 for step, width in zip(strides_d, widths, strict=True)):
             vector = 0
-        sizes.append((width, address, strides[-2], strides[-1]))
-    if bits % 16:
-        vector = min(vector, 1)
-    widths, addresses, strides_n, strides_d = zip(*sizes, strict=True)
-    return Side(
-        flat,
-        widths,
-        stride_b,
-        vector,
-        encoded(addresses),
-        encoded(widths),
-        encoded(strides_n),
-        encoded(strides_d),
-    )
+        sides.append((widths, stride_b, encoded(widths), encoded(strides_n), encoded(strides_d)))
+    x, y = sides
+    max_stride = max([max(strides) for _, strides in sizes_x + sizes_y])
+    return _Layout(x, y, rows, encoded(rows), max(rows), vector, max(*x[0], *y[0]), max_stride)
+
+
+def _idle_layout(xs: Sequence[Tensor], ys: Sequence[Tensor]) -> _Layout:
+    """Sizes alone, which may be symbols."""
+    widths_x, widths_y = (tuple([t.shape[-1] for t in side]) for side in (xs, ys))
+    rows = tuple([t.shape[-2] for t in xs])
+    widest = max(*widths_x, *widths_y)
+    return _Layout((widths_x, 0), (widths_y, 0), rows, (), max(rows), 0, widest, 0)
+
+
+def _matrices(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """Leading axes become one batch axis, with a copy only if strides do not allow a view."""
+    if tensors[0].dtype != dtype:
+        tensors = [t.to(dtype) for t in tensors]
+    if tensors[0].dim() > 3:
+        tensors = [t.flatten(0, -3) for t in tensors]
+    return list(tensors)
+
+
+def _sizes(tensors: Sequence[Tensor]) -> _Sizes:
+    return tuple([(t.shape, t.stride()) for t in tensors])
+
+
+def _with_short_strides(tensors: Sequence[Tensor]) -> list[Tensor]:
+    return [t.contiguous() if max(t.stride()) >= MAX_STRIDE else t for t in tensors]
 
 
 def pack(
@@ -153,40 +183,52 @@ def pack(
 
     ``slots``: how many layers the kernel has room for, by default as many as there are.
     """
-    same = students[0].dtype == teachers[0].dtype
-    dtype = students[0].dtype if same else torch.float32
+    first = students[0]
+    dtype = first.dtype if first.dtype == teachers[0].dtype else torch.float32
     count = len(students)
-    missing = (slots or count) - count
-    idle = isinstance(students[0], FakeTensor) or not students[0].numel()
-    x, y = (_side([*side, *[side[-1]] * missing], dtype, idle) for side in (students, teachers))
+    idle = isinstance(first, FakeTensor) or not first.numel()
+    xs, ys = _matrices(students, dtype), _matrices(teachers, dtype)
     flat = [mask.view(torch.uint8).reshape(-1, mask.shape[-1]).contiguous() for mask in masks]
     if len(flat) == 1:
         flat = flat * count
-    entries = x.tensors[0].shape[0] if x.tensors[0].dim() == 3 else count
+    if slots is not None and slots > count:
+        for tensors in (xs, ys, flat):
+            tensors += tensors[-1:] * (slots - count)
+    entries = xs[0].shape[0] if xs[0].dim() == 3 else count
     if entries > MAX_ENTRIES:
         raise ValueError(
             f"the Triton kernels take batches of up to {MAX_ENTRIES}; got {entries} (the leading "
             "axes of student)"
         )
-    rows = tuple([t.shape[-2] for t in x.tensors])
-    flat += flat[-1:] * missing
+    if idle:
+        layout, addresses_x, addresses_y, addresses_m = _idle_layout(xs, ys), [], [], []
+    else:
+        layout = _layout(_sizes(xs), _sizes(ys), xs[0].element_size())
+        if layout.max_stride >= MAX_STRIDE:
+            xs, ys = _with_short_strides(xs), _with_short_strides(ys)
+            layout = _layout(_sizes(xs), _sizes(ys), xs[0].element_size())
+        addresses_x, addresses_y = [t.data_ptr() for t in xs], [t.data_ptr() for t in ys]
+        addresses_m = [t.data_ptr() for t in flat]
+    bits = 0
+    for address in addresses_x + addresses_y:
+        bits |= address
     return Layers(
-        x=x,
-        y=y,
+        x=Side(tuple(xs), encoded(addresses_x), *layout.x),
+        y=Side(tuple(ys), encoded(addresses_y), *layout.y),
         masks=tuple(flat),
         stride_mb=flat[0].stride(0) if flat else 0,
-        rows=rows,
-        mask_addresses=() if idle else encoded([mask.data_ptr() for mask in flat]),
-        row_counts=() if idle else encoded(rows),
-        max_rows=max(rows),
+        rows=layout.rows,
+        mask_addresses=encoded(addresses_m),
+        row_counts=layout.row_counts,
+        max_rows=layout.max_rows,
         layer_count=count,
         entries=entries,
-        value_shape=students[0].shape[:-2] if len(rows) == 1 else (count,),
-        device=students[0].device,
+        value_shape=first.shape[:-2] if len(xs) == 1 else (count,),
+        device=first.device,
         is_split=dtype != torch.bfloat16,
         idle=idle,
-        vector=min(x.vector, y.vector),
-        widest=max(*x.widths, *y.widths),
+        vector=min(layout.vector, 1) if bits % 16 else layout.vector,
+        widest=layout.widest,
     )
 
 
