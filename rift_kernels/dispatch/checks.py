@@ -254,28 +254,28 @@ def _floating(name: str, tensor: Tensor) -> None:
 def _pair(x_name: str, y_name: str, x: Tensor, y: Tensor, is_list: bool) -> None:
     for name, tensor in ((x_name, x), (y_name, y)):
         _floating(name, tensor)
-        if is_list and tensor.dim() != 2:
-            raise ValueError(f"{name} must be (N, D) in a list; got {tuple(tensor.shape)}")
-        if tensor.dim() < 2:
-            raise ValueError(f"{name} must be (..., N, D); got {tuple(tensor.shape)}")
-        if tensor.shape[-1] == 0:
-            raise ValueError(
-                f"{name} must have at least one feature per row; got {tuple(tensor.shape)}"
-            )
+        shape = tensor.shape
+        if is_list and len(shape) != 2:
+            raise ValueError(f"{name} must be (N, D) in a list; got {tuple(shape)}")
+        if len(shape) < 2:
+            raise ValueError(f"{name} must be (..., N, D); got {tuple(shape)}")
+        if shape[-1] == 0:
+            raise ValueError(f"{name} must have at least one feature per row; got {tuple(shape)}")
     if x.device != y.device:
         raise ValueError(
             f"{x_name} and {y_name} must be on the same device; got {x.device} and {y.device}"
         )
+    if x.shape[:-1] == y.shape[:-1]:
+        return
     if x.shape[-2] != y.shape[-2]:
         raise ValueError(
             f"{x_name} and {y_name} must have the same number of rows; "
             f"got {x.shape[-2]} and {y.shape[-2]}"
         )
-    if x.shape[:-2] != y.shape[:-2]:
-        raise ValueError(
-            f"{x_name} and {y_name} must have the same leading axes; "
-            f"got {tuple(x.shape)} and {tuple(y.shape)}"
-        )
+    raise ValueError(
+        f"{x_name} and {y_name} must have the same leading axes; "
+        f"got {tuple(x.shape)} and {tuple(y.shape)}"
+    )
 
 
 def _masks(mask: Mask, is_list: bool, count: int) -> list[Tensor]:

@@ -72,9 +72,9 @@ def allocate(
         layers.empty(entries * 2 * width),
         layers.empty(debiased * entries * 2 * layers.max_rows),
         # Kernels write only where rows are long, but all of an operator's output must repeat.
-        layers.empty(debiased * entries * 2 * layers.max_rows * LONGEST.value).zero_(),
+        layers.zeros(debiased * entries * 2 * layers.max_rows * LONGEST.value),
         layers.empty(entries * 4 * energy_programs(layers, debiased) * width),
-        layers.empty(debiased * entries * LONG_FIELDS.value, dtype=torch.int32).zero_(),
+        layers.zeros(debiased * entries * LONG_FIELDS.value, dtype=torch.int32),
     )
 
 

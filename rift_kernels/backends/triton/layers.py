@@ -79,6 +79,10 @@ class Layers(NamedTuple):
         """Uninitialised memory on the device."""
         return torch.empty(size, dtype=dtype, device=self.device)
 
+    def zeros(self, *size: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Memory that is set to 0."""
+        return torch.zeros(size, dtype=dtype, device=self.device)
+
     def values(self) -> Tensor:
         """Uninitialised values, in the shape that the call returns."""
         return self.empty(*self.value_shape)
@@ -188,7 +192,7 @@ def pack(
     count = len(students)
     idle = isinstance(first, FakeTensor) or not first.numel()
     xs, ys = _matrices(students, dtype), _matrices(teachers, dtype)
-    flat = [mask.view(torch.uint8).reshape(-1, mask.shape[-1]).contiguous() for mask in masks]
+    flat = [mask.contiguous() for mask in masks]
     if len(flat) == 1:
         flat = flat * count
     if slots is not None and slots > count:
@@ -216,7 +220,7 @@ def pack(
         x=Side(tuple(xs), encoded(addresses_x), *layout.x),
         y=Side(tuple(ys), encoded(addresses_y), *layout.y),
         masks=tuple(flat),
-        stride_mb=flat[0].stride(0) if flat else 0,
+        stride_mb=flat[0].shape[-1] if flat else 0,
         rows=layout.rows,
         mask_addresses=encoded(addresses_m),
         row_counts=layout.row_counts,
