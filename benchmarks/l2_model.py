@@ -85,11 +85,12 @@ def run(launch: Launch, cached: float = L2_BYTES) -> tuple[int, int]:
     running = list(islice(waiting, PROCESSORS))
     while running:
         still = []
-        for reads in running:
-            operands = next(reads, None)
-            while operands is None and (reads := next(waiting, None)) is not None:
-                operands = next(reads, None)
-            if operands is None:
+        for program in running:
+            reads: Iterator[list[Operand]] | None = program
+            operands = None
+            while reads is not None and (operands := next(reads, None)) is None:
+                reads = next(waiting, None)
+            if reads is None or operands is None:
                 continue
             still.append(reads)
             for operand in operands:

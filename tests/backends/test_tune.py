@@ -131,7 +131,7 @@ def test_near_candidates_come_first(shapes: str) -> None:
     ],
 )
 def test_distance(changed: dict[str, Any], steps: int) -> None:
-    base = config.lookup("sm90", LARGE)
+    base = config.lookup("sm90", LARGE)._replace(backward=(128, 128, 64))
     assert distance(base, base._replace(**changed)) == steps
     assert distance(base._replace(**changed), base) == steps
 

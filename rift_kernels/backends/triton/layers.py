@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import triton.language as tl
@@ -18,6 +18,7 @@ MAX_ENTRIES = 65535
 MAX_LAYERS = 24
 # Kernels take strides as int32, and larger ones would not fit once encoded.
 MAX_STRIDE = 2**29
+Item = TypeVar("Item")
 DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
 
@@ -107,9 +108,9 @@ class Layers(NamedTuple):
             x.stride_b, y.stride_b, self.stride_mb,
         )  # fmt: skip
 
-    def padded(self, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """One tensor a layer, repeated up to the length of the other tuples."""
-        return tensors + tensors[-1:] * (len(self.rows) - len(tensors))
+    def padded(self, items: tuple[Item, ...]) -> tuple[Item, ...]:
+        """One item a layer, the last one repeated up to the length of the other tuples."""
+        return items + items[-1:] * (len(self.rows) - len(items))
 
 
 class _Layout(NamedTuple):
