@@ -36,11 +36,7 @@ class Launch(NamedTuple):
         return (self.kernel, self.grid, self.options) != (other.kernel, other.grid, other.options)
 
     def repeat(self) -> None:
-        """Launch once more; programs count their arrivals from 0."""
-        if "counters_ptr" in self.kernel.arg_names:
-            counters = self.arguments[self.kernel.arg_names.index("counters_ptr")]
-            if counters is not None:
-                counters.zero_()
+        """Launch once more."""
         self.kernel.run(*self.arguments, grid=self.grid, warmup=False, **self.options)
 
 

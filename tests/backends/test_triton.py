@@ -11,6 +11,8 @@ from functools import partial
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 import rift_kernels as rk
@@ -42,6 +44,7 @@ from rift_kernels.backends.triton import (  # noqa: E402
     products,
     raw_moments,
 )
+from rift_kernels.backends.triton.device import arrive  # noqa: E402
 
 KERNELS = [
     (longest, "longest_kernel"),
@@ -435,6 +438,20 @@ print(bool((out - a.float() @ a.float()).abs().max() > 1))
         capture_output=True, text=True, check=True,
     )  # fmt: skip
     assert result.stdout.strip() == "True"
+
+
+@triton.jit
+def arrivals_kernel(counter_ptr, last_ptr, PROGRAMS: tl.constexpr):
+    program = tl.program_id(0)
+    tl.store(last_ptr + program, arrive(counter_ptr, PROGRAMS).to(tl.int32))
+
+
+def test_arrivals_are_counted_anew_in_each_launch(device) -> None:
+    counter, last = (torch.zeros(n, dtype=torch.int32, device=device) for n in (1, 3))
+    for _ in range(2):
+        arrivals_kernel[(3,)](counter, last, 3)
+        assert last.sum() == 1
+        assert counter == 0
 
 
 class _OneRank:

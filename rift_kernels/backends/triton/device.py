@@ -186,10 +186,15 @@ def load_features(
 
 @triton.jit
 def arrive(counter_ptr, programs):
-    """Whether this program is the last of ``programs`` to arrive, which sees all their stores."""
+    """Whether this program is the last of ``programs`` to arrive, which sees all their stores.
+
+    The counter is 0 before and after, so that a launch can be repeated.
+    """
     # Scalar atomics and tensor stores are ordered only by a barrier (triton #7125).
     tl.debug_barrier()
-    return tl.atomic_add(counter_ptr, 1, sem="acq_rel") == programs - 1
+    last = tl.atomic_add(counter_ptr, 1, sem="acq_rel") == programs - 1
+    tl.store(counter_ptr, 0, mask=last)
+    return last
 
 
 @triton.jit
