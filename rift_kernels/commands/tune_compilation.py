@@ -131,6 +131,10 @@ class Compilers:
         self._threads.shutdown(wait=False, cancel_futures=True)
         for process in self._processes:
             process.kill()
+        # Threads wait for outcomes, which end with the processes.
+        self._threads.shutdown()
+        for process in self._processes:
+            process.communicate()
 
     def submit(self, job: Job) -> Future[str]:
         """Compile, unless that has been done; the result says why it fails, or is empty."""
