@@ -34,18 +34,12 @@ using Layer = std::array<long long, 12>;
 
 rift::CkaSmallLayer make_layer(const Layer& v, int rows, int width) {
   rift::CkaSmallLayer layer{};
-  layer.x = required_pointer<const void>("x", v[0]);
-  layer.y = required_pointer<const void>("y", v[1]);
+  layer.sides[0] = {required_pointer<const void>("x", v[0]), optional_pointer<void>(v[3]), v[5], v[6],
+                    check_range("width_x", v[10], width)};
+  layer.sides[1] = {required_pointer<const void>("y", v[1]), optional_pointer<void>(v[4]), v[7], v[8],
+                    check_range("width_y", v[11], width)};
   layer.mask = optional_pointer<const unsigned char>(v[2]);
-  layer.grad_x = optional_pointer<void>(v[3]);
-  layer.grad_y = optional_pointer<void>(v[4]);
-  layer.stride_xn = v[5];
-  layer.stride_xd = v[6];
-  layer.stride_yn = v[7];
-  layer.stride_yd = v[8];
   layer.rows = check_range("rows", v[9], rows);
-  layer.width_x = check_range("width_x", v[10], width);
-  layer.width_y = check_range("width_y", v[11], width);
   return layer;
 }
 
@@ -70,11 +64,11 @@ void advance(rift::CkaSmallLayer& layer, const std::array<long long, 5>& batch, 
     pointer = reinterpret_cast<Pointer>(reinterpret_cast<Address>(pointer) +
                                         static_cast<Address>(stride * entries));
   };
-  move(layer.x, batch[0] * bytes);
-  move(layer.y, batch[1] * bytes);
+  for (size_t side = 0; side < 2; ++side) {
+    move(layer.sides[side].features, batch[side] * bytes);
+    move(layer.sides[side].grad, batch[3 + side] * grad_bytes);
+  }
   move(layer.mask, batch[2]);
-  move(layer.grad_x, batch[3] * grad_bytes);
-  move(layer.grad_y, batch[4] * grad_bytes);
 }
 
 void cka_small(const rift::CkaSmallPlan& plan, const std::vector<Layer>& layers,
@@ -96,11 +90,11 @@ void cka_small(const rift::CkaSmallPlan& plan, const std::vector<Layer>& layers,
   arguments.batched = batch.has_value();
   if (batch) {
     arguments.layers[0] = make_layer(layers[0], rows, width);
-    arguments.batch_x = (*batch)[0];
-    arguments.batch_y = (*batch)[1];
+    for (size_t side = 0; side < 2; ++side) {
+      arguments.batch_features[side] = (*batch)[side];
+      arguments.batch_grads[side] = (*batch)[3 + side];
+    }
     arguments.batch_mask = (*batch)[2];
-    arguments.batch_grad_x = (*batch)[3];
-    arguments.batch_grad_y = (*batch)[4];
   }
   arguments.debiased = debiased;
   arguments.distance = distance;

@@ -104,12 +104,11 @@ def emulated_extension(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
 def emulate(monkeypatch: pytest.MonkeyPatch, emulated_extension: ModuleType):
     """Make every call run on this kind of GPU, emulated."""
 
-    def start(gpu: str = "clusters", seed: int = 0, threads: int = 64, form: str = "gram") -> None:
+    def start(gpu: str = "clusters", seed: int = 0, form: str = "gram") -> None:
         major, shared = emulated.GPUS[gpu]
         monkeypatch.setenv("RIFT_EMULATED_MAJOR", major)
         monkeypatch.setenv("RIFT_EMULATED_SHARED", shared)
         monkeypatch.setenv("RIFT_EMULATED_SEED", str(seed))
-        monkeypatch.setenv("RIFT_EMULATED_THREADS", str(threads))
         name = "sm90" if gpu == "clusters" else "sm80"
         as_gpu.patch_cuda(monkeypatch, name, emulated_extension, 3, form)
         # CPU tensors have no device index; the emulator has two devices.

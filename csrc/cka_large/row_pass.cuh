@@ -174,12 +174,12 @@ struct RowPass {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, s = lane % MAX_LONG_ROWS;
     const int value = lane / MAX_LONG_ROWS, side = lane / 16;
     const int parity = round & 1, first_warp = team * team_warps;
-    const float warp_energy = warp_sums(energies);
+    const float warp_energy = scatter_sum<1, 16>(energies);
     if (s == 0) scratch.energies[parity][warp][value] = warp_energy;
     if constexpr (HAS_LONG) {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        const float warp_product = warp_sums(products[i]);
+        const float warp_product = scatter_sum<1, 16>(products[i]);
         if (lane % 2 == 0) scratch.products[parity][warp][i * 16 + lane / 2] = warp_product;
       }
     }

@@ -10,46 +10,60 @@
 
 #include <cmath>
 
-#include "common/symmetric_tiles.h"
+#include "common/primitives.cuh"
 
 namespace rift {
 
 struct CkaSums {
-  double xx, yy, xy;     // inner products
-  float peak_x, peak_y;  // the largest diagonal element before U-centering
-  // Energies of the features about their first valid row: exactly 0 if no column varies.
-  float pivot_energy_x, pivot_energy_y;
+  double xx, yy, xy;       // inner products
+  float peak_x, peak_y;    // the largest diagonal element before U-centering
+  float trace_x, trace_y;  // before scaling: exactly 0 if no column varies
 };
 
 struct CkaResult {
   float value, own_x, own_y, other;
 };
 
-// The offset s_i of row i. U-centering subtracts s_i + s_j from K_ij, so that the rows without the
-// diagonal sum to 0.
-RIFT_HOST_DEVICE inline float u_center_offset(float row_sum, float total, float n) {
-  return (row_sum - total / (2 * (n - 1))) / (n - 2);
+// How the elements of a Gram matrix are scaled and, if debiased, U-centered: K_ij becomes
+// scale K_ij - offset(r_i) - offset(r_j), where r is a row's sum without the diagonal. The rows
+// without the diagonal then sum to 0.
+struct UCentering {
+  float scale, factor, shift;
+
+  __device__ float offset(float row_sum) const { return row_sum * factor - shift; }
+};
+
+// `total`: of the rows' sums.
+__device__ inline UCentering u_centering(float scale, float total, int n, bool debiased) {
+  const float factor = debiased ? scale / static_cast<float>(n - 2) : 0;
+  return {scale, factor, debiased ? factor * total / static_cast<float>(2 * (n - 1)) : 0};
 }
 
-RIFT_HOST_DEVICE inline CkaResult cka_head(const CkaSums& sums, int n, bool debiased,
+// 1 / sqrt(x) in float64, by a step of Newton's method: slow divisions would make all threads wait.
+__device__ inline double inverse_sqrt(double x) {
+  const double guess = rsqrtf(static_cast<float>(x));
+  return guess * (1.5 - 0.5 * x * guess * guess);
+}
+
+__device__ inline CkaResult cka_head(const CkaSums& sums, int n, bool debiased,
                                            bool distance) {
   // If a side does not vary, the similarity and its gradient are 0.
-  bool degenerate = sums.pivot_energy_x == 0 || sums.pivot_energy_y == 0;
+  bool degenerate = sums.trace_x == 0 || sums.trace_y == 0;
   if (debiased) {
     // A norm below this fraction of the longest row's energy consists of rounding errors.
     const double noise = 4.0 / (1 << 23);
-    degenerate =
-        degenerate || sqrt(sums.xx) <= sums.peak_x * noise || sqrt(sums.yy) <= sums.peak_y * noise;
+    const double floor_x = sums.peak_x * noise, floor_y = sums.peak_y * noise;
+    degenerate = degenerate || sums.xx <= floor_x * floor_x || sums.yy <= floor_y * floor_y;
   }
-  double other = degenerate ? 0.0 : 2 / sqrt(sums.xx * sums.yy);
+  const double inverse_x = degenerate ? 0.0 : inverse_sqrt(sums.xx),
+               inverse_y = degenerate ? 0.0 : inverse_sqrt(sums.yy);
+  double other = 2 * inverse_x * inverse_y;
   double value = 0.5 * sums.xy * other;
   // Propagates NaN and Inf in the features, even where nothing varies.
-  value +=
-      (sums.pivot_energy_x - sums.pivot_energy_x) + (sums.pivot_energy_y - sums.pivot_energy_y);
+  value += (sums.trace_x - sums.trace_x) + (sums.trace_y - sums.trace_y);
   if (n < (debiased ? 4 : 2)) value = NAN;
   other += value - value;
-  double own_x = degenerate ? 0.0 : -2 * value / sums.xx,
-         own_y = degenerate ? 0.0 : -2 * value / sums.yy;
+  double own_x = -2 * value * inverse_x * inverse_x, own_y = -2 * value * inverse_y * inverse_y;
   if (distance) {
     value = 1 - value;
     own_x = -own_x;

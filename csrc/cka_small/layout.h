@@ -8,15 +8,26 @@ namespace rift {
 constexpr int MAX_LAYERS = 24;
 constexpr int MAX_ROWS = 128;
 constexpr int CKA_SMALL_THREADS = 256;
-// A row is padded by 16 bytes, so that the 8 rows that ldmatrix reads lie in different banks.
+constexpr int CKA_SMALL_WARPS = CKA_SMALL_THREADS / 32;
+// A row is padded by 16 bytes, so that the 8 rows that ldmatrix reads lie in different banks. A
+// plane is padded likewise, so that one row of two planes does not lie in the same ones.
 constexpr int PLANE_PADDING = 8;
+// A tile of 16 x 16 floats, in the order in which a warp's products leave them: lane l has 4 of the
+// left half at 4 l, and 4 of the right half at 128 + 4 l.
+constexpr int TILE_FLOATS = TILE_ROWS * TILE_ROWS;
+
+// Student or teacher.
+struct CkaSmallSide {
+  const void* features;  // (rows, width), strides in elements
+  void* grad;            // (rows, width) contiguous, or null if not wanted
+  long long stride_n, stride_d;
+  int width;
+};
 
 struct CkaSmallLayer {
-  const void *x, *y;          // (rows, width), strides in elements
+  CkaSmallSide sides[2];
   const unsigned char* mask;  // (rows), or null if all rows are valid
-  void *grad_x, *grad_y;      // (rows, width) contiguous, or null if not wanted
-  long long stride_xn, stride_xd, stride_yn, stride_yd;
-  int rows, width_x, width_y;
+  int rows;
 };
 
 // Passed by value: no table has to be uploaded, and a CUDA graph can replay the launch.
@@ -24,7 +35,7 @@ struct CkaSmallArguments {
   CkaSmallLayer layers[MAX_LAYERS];
   // A batch is one layer with these strides between its entries; else each entry is a layer.
   bool batched;
-  long long batch_x, batch_y, batch_mask, batch_grad_x, batch_grad_y;
+  long long batch_features[2], batch_grads[2], batch_mask;
   bool debiased, distance;
   int block_columns;
   float* values;
@@ -33,44 +44,50 @@ struct CkaSmallArguments {
   unsigned* counters;
 };
 
+// What a block lets the others of its group write and read: offsets in floats. Tiles are numbered
+// through both matrices; block `tile % blocks` of the group owns a tile, as its tile
+// `tile / blocks`. At 0 lies each owned tile, as each block of the group has computed it.
+struct ExchangeLayout {
+  int owned;     // tiles that a block owns, at most
+  int sums;      // each owned tile, summed over the blocks
+  int row_sums;  // [side][tile column][row]: sums of the tiles' rows, without the diagonal
+  int diagonal;  // [side][row]
+  int floats;
+};
+
+RIFT_HOST_DEVICE constexpr int gram_tiles(int rows) { return 2 * tile_count(rows / TILE_ROWS); }
+
+RIFT_HOST_DEVICE constexpr ExchangeLayout exchange_layout(int rows, int blocks) {
+  ExchangeLayout layout{};
+  layout.owned = (gram_tiles(rows) + blocks - 1) / blocks;
+  layout.sums = layout.owned * blocks * TILE_FLOATS;
+  layout.row_sums = layout.sums + layout.owned * TILE_FLOATS;
+  layout.diagonal = layout.row_sums + 2 * rows * rows / TILE_ROWS;
+  layout.floats = layout.diagonal + 2 * rows;
+  return layout;
+}
+
 // Shared memory of a block: offsets in bytes from its start. Rows are rounded up to whole tiles.
 struct CkaSmallLayout {
-  int pitch;           // elements from one row of a plane to the next
-  int plane;           // elements of each plane: x high, x low, y high, y low
-  int gram;            // both Gram matrices in tiles; blocks exchange these first
-  int pivot_energies;  // float[4]: energies about the first valid row
-  int range;           // the elements that this block sums over all blocks
-  int sums;            // double[3][warps]
-  int offsets;         // float[2][rows]
-  int valid;           // char[rows]
+  int pitch;     // elements from one row of a plane to the next
+  int plane;     // elements of each plane: x high, x low, y high, y low
+  int exchange;  // of a cluster; then, in any group, the matrices that the gradients need
+  int scratch;   // SCRATCH_BYTES
   int bytes;
 };
 
-RIFT_HOST_DEVICE constexpr int gram_floats(int rows) {
-  return 2 * tile_count(rows / TILE_ROWS) * TILE_FLOATS;
-}
+// Scratch: 16 means of each warp, or some sums of it.
+constexpr int SCRATCH_BYTES = CKA_SMALL_WARPS * TILE_ROWS * 4;
 
-RIFT_HOST_DEVICE constexpr int gram_elements(int rows) {
-  return 2 * tile_count(rows / TILE_ROWS) * TILE_ROWS * TILE_ROWS;
-}
-
-// Floats that a block passes to the others: partial Gram matrices, energies, its range of the sum.
-RIFT_HOST_DEVICE constexpr int exchange_floats(int rows, int blocks) {
-  return gram_floats(rows) + 4 + gram_elements(rows) / blocks;
-}
-
-RIFT_HOST_DEVICE constexpr CkaSmallLayout cka_small_layout(int rows, int block_columns,
-                                                           int blocks) {
+RIFT_HOST_DEVICE constexpr CkaSmallLayout cka_small_layout(int rows, int block_columns, int blocks,
+                                                           bool cluster) {
   CkaSmallLayout layout{};
   layout.pitch = block_columns + PLANE_PADDING;
-  layout.plane = rows * layout.pitch;
-  layout.gram = 4 * layout.plane * 2;
-  layout.pivot_energies = layout.gram + gram_floats(rows) * 4;
-  layout.range = layout.pivot_energies + 4 * 4;
-  layout.sums = layout.range + gram_elements(rows) / blocks * 4;
-  layout.offsets = layout.sums + 3 * CKA_SMALL_THREADS / 32 * 8;
-  layout.valid = layout.offsets + 2 * rows * 4;
-  layout.bytes = layout.valid + rows;
+  layout.plane = rows * layout.pitch + PLANE_PADDING;
+  layout.exchange = 4 * layout.plane * 2;
+  layout.scratch = layout.exchange + 4 * (cluster ? exchange_layout(rows, blocks).floats
+                                                  : gram_tiles(rows) * TILE_FLOATS);
+  layout.bytes = layout.scratch + SCRATCH_BYTES;
   return layout;
 }
 
@@ -124,13 +141,13 @@ RIFT_HOST_DEVICE constexpr CkaSmallPlan cka_small_plan(int rows, int width, int 
     const bool splits =
         blocks < LARGEST_CLUSTER && 2 * blocks <= limit && width > blocks * TILE_ROWS;
     const int block_columns = columns_per_block(width, blocks);
-    const int bytes = cka_small_layout(padded, block_columns, blocks).bytes;
+    const int bytes = cka_small_layout(padded, block_columns, blocks, major >= 9).bytes;
     if (splits || bytes > shared_limit) continue;
     CkaSmallPlan plan{major >= 9, blocks, block_columns, bytes, 65535, 0, 0};
     if (!plan.cluster) {
       const int resident = processors / blocks;
       plan.entries = resident < COUNTED_ENTRIES ? resident : COUNTED_ENTRIES;
-      plan.workspace = exchange_floats(padded, blocks) * blocks;
+      plan.workspace = exchange_layout(padded, blocks).floats * blocks;
     }
     return plan;
   }

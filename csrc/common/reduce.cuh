@@ -12,21 +12,23 @@ __device__ inline T warp_sum(T x, int width = 32) {
   return x;
 }
 
-// Sums of COUNT values over a warp, in the order of warp_sum: lane l receives that of value
-// l / (32 / COUNT). Each step adds half of the values for the other half of the lanes.
-template <int COUNT>
-__device__ inline float warp_sums(float (&x)[COUNT]) {
+// Sums each of COUNT values over the lanes that differ in the bits from LOWEST to HIGHEST. Each step
+// sends half of what is left, so that a lane receives the sum of one value: of the one whose index
+// is, in binary, what the lane's highest bits are.
+template <int LOWEST, int HIGHEST, int COUNT>
+__device__ inline float scatter_sum(float (&x)[COUNT]) {
+  int count = COUNT;
 #pragma unroll
-  for (int step = 0; step < 5; ++step) {
-    const int bit = 16 >> step, count = COUNT >> (step + 1);
+  for (int bit = HIGHEST; bit >= LOWEST; bit /= 2) {
     const bool upper = threadIdx.x & bit;
+    count /= 2;
+    if (count == 0) x[0] += __shfl_xor_sync(0xffffffffu, x[0], bit);
 #pragma unroll
     for (int i = 0; i < COUNT / 2; ++i) {
-      if (i >= count) continue;
-      const float other = __shfl_xor_sync(0xffffffffu, upper ? x[i] : x[i + count], bit);
-      x[i] = (upper ? x[i + count] : x[i]) + other;
+      if (i >= count) break;
+      const float sent = upper ? x[i] : x[i + count];
+      x[i] = (upper ? x[i + count] : x[i]) + __shfl_xor_sync(0xffffffffu, sent, bit);
     }
-    if (count == 0) x[0] += __shfl_xor_sync(0xffffffffu, x[0], bit);
   }
   return x[0];
 }

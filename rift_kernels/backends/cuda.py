@@ -73,25 +73,30 @@ def fits(device: torch.device, rows: int, width: int) -> bool:
     """
     capability = torch.cuda.get_device_capability(device)
     blocks = _LARGEST_CLUSTER
-    if capability < (9, 0):
+    cluster = capability >= (9, 0)
+    if not cluster:
         # The blocks run at once, one on each processor. A part of a GPU (MIG) has few of them.
         blocks = _LARGEST_GROUP
         processors = torch.cuda.get_device_properties(device).multi_processor_count
         while blocks > processors:
             blocks //= 2
-    return shared_bytes(rows, width, blocks) <= _SHARED_BYTES.get(capability, _LEAST_SHARED_BYTES)
+    limit = _SHARED_BYTES.get(capability, _LEAST_SHARED_BYTES)
+    return shared_bytes(rows, width, blocks, cluster) <= limit
 
 
-def shared_bytes(rows: int, width: int, blocks: int) -> int:
+def shared_bytes(rows: int, width: int, blocks: int, cluster: bool) -> int:
     """Bytes of shared memory that each of ``blocks`` blocks needs for a layer of few rows."""
     padded = 16 if rows <= 16 else 32 if rows <= 32 else 64 if rows <= 64 else 128
     columns = -(-width // (blocks * _TILE_ROWS)) * _TILE_ROWS
     tiles = padded // _TILE_ROWS
-    tiles = tiles * (tiles + 1) // 2
-    planes = 4 * 2 * padded * (columns + 8)
-    grams = 2 * 4 * tiles * _TILE_ROWS * (_TILE_ROWS + 1)
-    summed = 2 * 4 * tiles * _TILE_ROWS * _TILE_ROWS // blocks
-    return planes + grams + 16 + summed + 192 + 2 * 4 * padded + padded
+    tiles = tiles * (tiles + 1)  # of both Gram matrices
+    planes = 4 * 2 * (padded * (columns + 8) + 8)
+    tile_bytes = 4 * _TILE_ROWS * _TILE_ROWS
+    exchanged = tiles * tile_bytes
+    if cluster:
+        owned = -(-tiles // blocks)
+        exchanged = owned * (blocks + 1) * tile_bytes + 4 * 2 * padded * (padded // _TILE_ROWS + 1)
+    return planes + exchanged + 512
 
 
 def _device(tensor: Tensor) -> int:

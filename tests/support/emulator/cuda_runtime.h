@@ -65,20 +65,14 @@ cudaError_t cudaGetDriverEntryPointByVersion(const char* name, void** function, 
 // Stands in for RIFT_ARCHS, the architectures that the extension was compiled for.
 const char* emulated_architectures();
 
-namespace rift {
-struct CkaSmallArguments;
-}
-
 namespace emulator {
-cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, bool any_threads,
+cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel,
                    std::function<void()> run_kernel);
 }
 
 template <typename... Parameters, typename... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
                                const Arguments&... arguments) {
-  // cka_small runs with any number of threads, and fewer of them are faster to emulate.
-  constexpr bool ANY_THREADS = (std::is_same_v<Parameters, rift::CkaSmallArguments> || ...);
-  return emulator::launch(*config, reinterpret_cast<const void*>(kernel), ANY_THREADS,
+  return emulator::launch(*config, reinterpret_cast<const void*>(kernel),
                           [&] { kernel(arguments...); });
 }

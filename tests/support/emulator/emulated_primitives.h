@@ -43,6 +43,20 @@ T __shfl_xor_sync(unsigned mask, T x, int lane_mask) {
   return __shfl_sync(mask, x, static_cast<int>(threadIdx.x % 32) ^ lane_mask);
 }
 
+inline unsigned __ballot_sync(unsigned, bool x) {
+  emulator::Warp& warp = emulator::grid->warp();
+  warp.value[threadIdx.x % 32] = x;
+  emulator::wait(warp.barrier);
+  unsigned result = 0;
+  for (unsigned lane = 0; lane < 32; ++lane) result |= (warp.value[lane] != 0) << lane;
+  emulator::wait(warp.barrier);
+  return result;
+}
+
+inline int __popc(unsigned x) { return __builtin_popcount(x); }
+inline int __popcll(unsigned long long x) { return __builtin_popcountll(x); }
+inline float rsqrtf(float x) { return 1 / std::sqrt(x); }
+
 inline unsigned atomicAdd(unsigned* counter, unsigned value) {
   emulator::Fiber& fiber = *emulator::grid->current;
   if (!fiber.fenced) {
@@ -199,6 +213,12 @@ inline const float* map_to_rank(const float* local, int rank) {
 }
 
 inline void cluster_barrier() { emulator::wait(emulator::grid->cluster()); }
+inline void cluster_arrive() {
+  emulator::grid->current->cluster_generation = emulator::arrive(emulator::grid->cluster());
+}
+inline void cluster_wait() {
+  emulator::wait(emulator::grid->cluster(), emulator::grid->current->cluster_generation);
+}
 
 inline unsigned load_acquire(const unsigned* counter) {
   emulator::yield();

@@ -97,6 +97,7 @@ struct Fiber {
   // The barrier for which it waits, and the generation in which it arrived; null while it may run.
   const Barrier* barrier = nullptr;
   int generation = 0;
+  int cluster_generation = 0;  // in which it arrived at the cluster's barrier
   // Whether a fence follows its last barrier, and whether its last atomic still needs one.
   bool fenced = false, needs_fence = false;
 

@@ -3,7 +3,6 @@
 //   RIFT_EMULATED_MAJOR       major compute capability; 8 has no clusters
 //   RIFT_EMULATED_SHARED      bytes of shared memory that a block may have
 //   RIFT_EMULATED_PROCESSORS  multiprocessors
-//   RIFT_EMULATED_THREADS     threads of a block, for kernels that take any number
 //   RIFT_EMULATED_SEED        seed of the order in which threads run
 //   RIFT_EMULATED_FAILS       function of the runtime that returns an error
 //   RIFT_EMULATED_ARCHS       architectures that the extension was compiled for
@@ -108,7 +107,7 @@ FOR_TESTS int emulated_least_allowed() {
 
 namespace emulator {
 
-cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, bool any_threads,
+cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel,
                    std::function<void()> run_kernel) {
   if (fails("cudaLaunchKernelEx"))
     return fail(cudaErrorLaunchOutOfResources, "it was told to fail");
@@ -135,10 +134,7 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, bool an
   launched_on = emulated_device();
   launched.insert(kernel);
   try {
-    const int threads =
-        any_threads ? setting("RIFT_EMULATED_THREADS", 64) : static_cast<int>(config.blockDim.x);
-    const GridShape shape{grid.x, grid.y, static_cast<unsigned>(threads), config.dynamicSmemBytes,
-                          cluster};
+    const GridShape shape{grid.x, grid.y, config.blockDim.x, config.dynamicSmemBytes, cluster};
     run(std::move(run_kernel), shape, static_cast<unsigned>(setting("RIFT_EMULATED_SEED", 0)));
   } catch (const std::exception& error) {
     return fail(cudaErrorLaunchFailure, error.what());

@@ -30,19 +30,27 @@ inline void yield() {
   setcontext(&fiber.start);
 }
 
-inline void wait(Barrier& barrier) {
+// Returns the generation that the barrier completes when all have arrived.
+inline int arrive(Barrier& barrier) {
   const int generation = barrier.generation;
   if (++barrier.arrived == barrier.expected) {
     barrier.arrived = 0;
     ++barrier.generation;
     ++grid->progress;
-    return;
   }
+  return generation;
+}
+
+// Waits until this generation is complete.
+inline void wait(Barrier& barrier, int generation) {
+  if (barrier.generation != generation) return;
   grid->current->barrier = &barrier;
   grid->current->generation = generation;
   yield();
   grid->current->barrier = nullptr;
 }
+
+inline void wait(Barrier& barrier) { wait(barrier, arrive(barrier)); }
 
 // What a fiber executes.
 inline void run_thread() {
