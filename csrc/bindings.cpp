@@ -34,10 +34,10 @@ using Layer = std::array<long long, 12>;
 
 rift::CkaSmallLayer make_layer(const Layer& v, int rows, int width) {
   rift::CkaSmallLayer layer{};
-  layer.sides[0] = {required_pointer<const void>("x", v[0]), optional_pointer<void>(v[3]), v[5], v[6],
-                    check_range("width_x", v[10], width)};
-  layer.sides[1] = {required_pointer<const void>("y", v[1]), optional_pointer<void>(v[4]), v[7], v[8],
-                    check_range("width_y", v[11], width)};
+  layer.sides[0] = {required_pointer<const void>("x", v[0]), optional_pointer<void>(v[3]), v[5],
+                    v[6], check_range("width_x", v[10], width)};
+  layer.sides[1] = {required_pointer<const void>("y", v[1]), optional_pointer<void>(v[4]), v[7],
+                    v[8], check_range("width_y", v[11], width)};
   layer.mask = optional_pointer<const unsigned char>(v[2]);
   layer.rows = check_range("rows", v[9], rows);
   return layer;

@@ -4,7 +4,8 @@
 //   grad_X = (own_x Kx + other Ky) Xc,    see head.h
 //
 // A group of blocks owns a layer, and each block owns some columns of all its rows. A block:
-//   1. copies its columns to shared memory, all at once, and centers them in float32: two bfloat16 each
+//   1. copies its columns to shared memory, all at once, centers them in float32, and stores them
+//      as two bfloat16 each
 //   2. computes what they add to Kx and Ky: upper tiles only, three products of halves
 //   3. passes each tile to its owner, who sums it over all blocks, in their order; takes all sums
 //      from their owners into registers: every block then has the same Kx and Ky to the last bit
@@ -16,11 +17,11 @@
 // Memory traffic: features and gradients once; between blocks, Kx and Ky twice.
 #pragma once
 
+#include "cka_small/features.cuh"
 #include "cka_small/grams.cuh"
 #include "cka_small/group.cuh"
 #include "cka_small/head.h"
 #include "cka_small/layout.h"
-#include "cka_small/planes.cuh"
 #include "cka_small/row_set.cuh"
 
 namespace rift {
@@ -38,62 +39,62 @@ __device__ constexpr bool matches_architecture() {
 // One block's share of one entry.
 template <typename T, typename G, int ROWS, bool CLUSTER>
 __device__ void run_cka_small(const CkaSmallArguments& arguments) {
-  constexpr int ROW_TILES = ROWS / TILE_ROWS, TILES = tile_count(ROW_TILES), WARPS = CKA_SMALL_WARPS;
+  constexpr int ROW_TILES = ROWS / TILE_ROWS, TILES = tile_count(ROW_TILES);
+  constexpr int WARPS = CKA_SMALL_WARPS;
   const int entry = blockIdx.y, blocks = gridDim.x, rank = blockIdx.x;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const CkaSmallLayer& layer = arguments.layers[arguments.batched ? 0 : entry];
   const long long batch = arguments.batched ? entry : 0;
-  const CkaSmallLayout layout = cka_small_layout(ROWS, arguments.block_columns, blocks, CLUSTER);
+  const int log2_blocks = __popc(gridDim.x - 1);
+  const CkaSmallLayout layout =
+      cka_small_layout(ROWS, arguments.block_columns, log2_blocks, CLUSTER);
   unsigned char* memory = shared_memory();
   auto* exchanged = reinterpret_cast<float*>(memory + layout.exchange);
   auto* scratch = reinterpret_cast<float*>(memory + layout.scratch);
-  const auto planes = [&](int side) {
-    uint16_t* high = reinterpret_cast<uint16_t*>(memory) + side * 2 * layout.plane;
-    return Planes<ROWS>{high, high + layout.plane, layout.pitch, arguments.block_columns};
+  const int units = arguments.block_columns / TILE_ROWS;
+  const auto features = [&](int side) {
+    return Features<ROWS>{memory + side * layout.side, units};
   };
 
   BlockGroup<ROWS, CLUSTER> group{};
   group.rank = rank;
   group.blocks = blocks;
-  group.log2_blocks = __popc(static_cast<unsigned>(blocks) - 1);
-  group.layout = exchange_layout(ROWS, blocks);
+  group.log2_blocks = log2_blocks;
   group.local = exchanged;
   if (!CLUSTER) {
     group.workspace =
-        arguments.workspace + static_cast<long long>(entry) * blocks * group.layout.floats;
+        arguments.workspace + static_cast<long long>(entry) * blocks * group.layout().floats;
     group.local = group.exchange(rank);
-    group.counter = arguments.counters + counter_at(entry, blocks);
+    group.counter = arguments.counters + counter_at(entry, log2_blocks);
   }
   group.begin();
 
   // The block requests all that it reads from global memory before it waits for any of it.
+  const int begin = rank * arguments.block_columns;
+  for (int i = warp; i < 2 * units; i += WARPS) {
+    const int is_y = i >= units, column = begin + (i - is_y * units) * TILE_ROWS;
+    const CkaSmallSide& side = layer.sides[is_y];
+    features(is_y).unit(i - is_y * units).copy(
+        static_cast<const T*>(side.features) + batch * arguments.batch_features[is_y] +
+            column * side.stride_d,
+        side.stride_n, side.stride_d, layer.rows, side.width - column);
+  }
+  commit_copies();
   unsigned char mask[(ROWS + 31) / 32];
 #pragma unroll
   for (int i = 0; i < (ROWS + 31) / 32; ++i) {
     const int row = lane + 32 * i;
-    mask[i] = row >= layer.rows ? 0 : layer.mask ? layer.mask[batch * arguments.batch_mask + row] : 1;
+    mask[i] = row < layer.rows;
+    if (layer.mask && row < layer.rows) mask[i] = layer.mask[batch * arguments.batch_mask + row];
   }
-  const int begin = rank * arguments.block_columns;
-  const int column_tiles = arguments.block_columns / TILE_ROWS;
-  for (int unit = warp; unit < 2 * column_tiles; unit += WARPS) {
-    const int is_y = unit >= column_tiles;
-    const CkaSmallSide& side = layer.sides[is_y];
-    const T* features = static_cast<const T*>(side.features) +
-                        batch * arguments.batch_features[is_y] + begin * side.stride_d;
-    planes(is_y).copy(features, side.stride_n, side.stride_d, layer.rows, side.width - begin,
-                      (unit - is_y * column_tiles) * TILE_ROWS);
-  }
-  commit_copies();
   const RowSet<ROWS> valid(mask);
   const int count = valid.count();
   const float inverse_count = 1 / static_cast<float>(count);
+  const UCenteringFactors factors(count, arguments.debiased);
   wait_copies<0>();
   __syncwarp();
-  for (int unit = warp; unit < 2 * column_tiles; unit += WARPS) {
-    const int is_y = unit >= column_tiles;
-    planes(is_y).template center<T>(valid, inverse_count,
-                                    (unit - is_y * column_tiles) * TILE_ROWS,
-                                    scratch + warp * TILE_ROWS);
+  for (int i = warp; i < 2 * units; i += WARPS) {
+    features(0).unit(i).template center<T>(valid, inverse_count, scratch + warp * TILE_ROWS);
   }
   __syncthreads();
 
@@ -102,7 +103,7 @@ __device__ void run_cka_small(const CkaSmallArguments& arguments) {
   group.wait_until_all_begin();
   for (int unit = warp; unit < 2 * ROW_TILES; unit += WARPS) {
     const int is_y = unit >= ROW_TILES;
-    planes(is_y).gram_row(is_y ? 2 * ROW_TILES - 1 - unit : unit,
+    features(is_y).gram_row(is_y ? 2 * ROW_TILES - 1 - unit : unit,
                           [&](TileCoord tile, const float(&c)[2][4]) {
                             group.send(is_y * TILES + tile_index(tile.i, tile.j), c);
                           });
@@ -115,16 +116,15 @@ __device__ void run_cka_small(const CkaSmallArguments& arguments) {
   grams.load(group);
   // What was exchanged there has been summed.
   float* offsets = exchanged;
-  GramTiles<ROWS>::sum_rows(group.local + group.layout.row_sums,
-                            group.local + group.layout.diagonal, offsets, scratch);
+  GramTiles<ROWS>::sum_rows(group.local + group.layout().row_sums,
+                            group.local + group.layout().diagonal, offsets, scratch);
   __syncthreads();
   CkaSums sums{};
   const SideTotals x = GramTiles<ROWS>::totals(scratch, 0), y = GramTiles<ROWS>::totals(scratch, 1);
   const float inverse_x = x.trace == 0 ? 1 : rsqrtf(x.trace);
   const float inverse_y = y.trace == 0 ? 1 : rsqrtf(y.trace);
-  const UCentering centering[2] = {
-      u_centering(inverse_x * inverse_x, x.rows, count, arguments.debiased),
-      u_centering(inverse_y * inverse_y, y.rows, count, arguments.debiased)};
+  const UCentering centering[2] = {factors.centering(inverse_x * inverse_x, x.rows),
+                                   factors.centering(inverse_y * inverse_y, y.rows)};
   sums.trace_x = x.trace;
   sums.trace_y = y.trace;
   sums.peak_x = x.peak * centering[0].scale;
@@ -137,15 +137,15 @@ __device__ void run_cka_small(const CkaSmallArguments& arguments) {
 
   auto* matrices = reinterpret_cast<uint16_t*>(exchanged);
   constexpr int MATRIX = 2 * TILES * TILE_FLOATS;
-  grams.store_matrix(matrices, 0, result.own_x, result.other);
-  grams.store_matrix(matrices + MATRIX, 1, result.own_y, result.other);
+  if (layer.sides[0].grad) grams.store_matrix(matrices, 0, result.own_x, result.other);
+  if (layer.sides[1].grad) grams.store_matrix(matrices + MATRIX, 1, result.own_y, result.other);
   __syncthreads();
 #pragma unroll 1
   for (int i = 0; i < 2; ++i) {
     const CkaSmallSide& side = layer.sides[i];
     if (!side.grad) continue;
     G* grad = static_cast<G*>(side.grad) + batch * arguments.batch_grads[i] + begin;
-    planes(i).gradient(matrices + i * MATRIX, i ? inverse_y : inverse_x, valid, grad, layer.rows,
+    features(i).gradient(matrices + i * MATRIX, i ? inverse_y : inverse_x, valid, grad, layer.rows,
                        side.width - begin, side.width);
   }
   group.wait_until_all_end();
@@ -153,7 +153,7 @@ __device__ void run_cka_small(const CkaSmallArguments& arguments) {
 
 // T: type of features; G: of gradients. blockIdx.y is the index of the entry.
 template <typename T, typename G, int ROWS, bool CLUSTER>
-__global__ void __launch_bounds__(CKA_SMALL_THREADS, 1)
+__global__ void __launch_bounds__(CKA_SMALL_THREADS, ROWS == 16 ? 3 : ROWS < 128 ? 2 : 1)
     cka_small_kernel(const __grid_constant__ CkaSmallArguments arguments) {
   if constexpr (matches_architecture<CLUSTER>()) run_cka_small<T, G, ROWS, CLUSTER>(arguments);
 }

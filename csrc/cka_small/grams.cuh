@@ -1,5 +1,5 @@
-// Both Gram matrices in the registers of a block of cka_small: normalized, summed, and combined into
-// the matrices of the gradients.
+// Both Gram matrices in the registers of a block of cka_small: normalized, summed, and combined
+// into the matrices of the gradients.
 #pragma once
 
 #include "cka_small/group.cuh"
@@ -87,7 +87,7 @@ struct GramTiles {
 #pragma unroll
     for (int i = 0; i < SHARE; ++i) {
       if (tile_of(i) >= TILES) break;
-      const TileCoord tile = tile_coord(tile_of(i));
+      const TileCoord tile = gram_tile_coord<ROWS>(tile_of(i));
       const uint32_t rows = valid.of_tile(tile.i) >> g, columns = valid.of_tile(tile.j) >> column;
       bool included[8];
 #pragma unroll
@@ -101,7 +101,8 @@ struct GramTiles {
       for (int side = 0; side < 2; ++side) {
         const float* row = offsets + side * ROWS + tile.i * TILE_ROWS + g;
         const float* first = offsets + side * ROWS + tile.j * TILE_ROWS + column;
-        const float row_offsets[2] = {centering[side].offset(row[0]), centering[side].offset(row[8])};
+        const float row_offsets[2] = {centering[side].offset(row[0]),
+                                      centering[side].offset(row[8])};
         const float column_offsets[4] = {
             centering[side].offset(first[0]), centering[side].offset(first[1]),
             centering[side].offset(first[8]), centering[side].offset(first[9])};
@@ -149,12 +150,21 @@ struct GramTiles {
     const Products own{warp_sum(products[0]), warp_sum(products[1]), warp_sum(products[2])};
     if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32] = own;
     __syncthreads();
+    // Two chains of additions take half as long as one. Loads of all parts at once would take more
+    // registers than there are.
+    Products sum[2] = {parts[0], parts[1]};
+#pragma unroll 1
+    for (int warp = 2; warp < CKA_SMALL_WARPS; warp += 2) {
 #pragma unroll
-    for (int warp = 0; warp < CKA_SMALL_WARPS; ++warp) {
-      sums.xx += parts[warp].xx;
-      sums.yy += parts[warp].yy;
-      sums.xy += parts[warp].xy;
+      for (int i = 0; i < 2; ++i) {
+        sum[i].xx += parts[warp + i].xx;
+        sum[i].yy += parts[warp + i].yy;
+        sum[i].xy += parts[warp + i].xy;
+      }
     }
+    sums.xx = sum[0].xx + sum[1].xx;
+    sums.yy = sum[0].yy + sum[1].yy;
+    sums.xy = sum[0].xy + sum[1].xy;
   }
 };
 

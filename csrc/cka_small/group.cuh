@@ -9,17 +9,28 @@ namespace rift {
 
 using Quad = Vector<float, 4>;
 
+// tile_coord, without a loop.
+template <int ROWS>
+__device__ TileCoord gram_tile_coord(int index) {
+  int j = 0;
+#pragma unroll
+  for (int k = 1; k < ROWS / TILE_ROWS; ++k) j += index >= tile_index(0, k);
+  return {index - tile_index(0, j), j};
+}
+
 template <int ROWS, bool CLUSTER>
 struct BlockGroup {
-  float* local;         // what this block lets the others read and write; see ExchangeLayout
-  float* workspace;     // the same of all blocks; null in a cluster
-  unsigned* counter;    // of arrivals at the barrier; null in a cluster
+  float* local;       // what this block lets the others read and write; see ExchangeLayout
+  float* workspace;   // the same of all blocks; null in a cluster
+  unsigned* counter;  // of arrivals at the barrier; null in a cluster
   int rank, blocks, log2_blocks;
-  ExchangeLayout layout;
+
+  // Not a member: its offsets would occupy registers all the time.
+  __device__ ExchangeLayout layout() const { return exchange_layout(ROWS, log2_blocks); }
 
   __device__ float* exchange(int block) const {
     return CLUSTER ? const_cast<float*>(map_to_rank(local, block))
-                   : workspace + static_cast<long long>(block) * layout.floats;
+                   : workspace + static_cast<long long>(block) * layout().floats;
   }
 
   // All blocks of the group must have begun before others access their shared memory.
@@ -70,7 +81,7 @@ struct BlockGroup {
   // Sums the tiles that this block owns over all blocks, in their order. Passes the sums of their
   // rows, and the diagonal, to all blocks.
   __device__ void sum_tiles() const {
-    for (int own = threadIdx.x / 32; own < layout.owned; own += CKA_SMALL_WARPS) {
+    for (int own = threadIdx.x / 32; own < layout().owned; own += CKA_SMALL_WARPS) {
       const int tile = own * blocks + rank;
       if (tile < gram_tiles(ROWS)) sum_tile(tile, own);
     }
@@ -78,8 +89,8 @@ struct BlockGroup {
 
   // Loads this lane's elements of a tile, once its owner has summed it.
   __device__ void receive(int tile, float (&k)[8]) const {
-    const float* sum = exchange(tile & (blocks - 1)) + layout.sums + (tile >> log2_blocks) * TILE_FLOATS +
-                       threadIdx.x % 32 * 4;
+    const float* sum = exchange(tile & (blocks - 1)) + layout().sums +
+                       (tile >> log2_blocks) * TILE_FLOATS + threadIdx.x % 32 * 4;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const Quad quad = *reinterpret_cast<const Quad*>(sum + half * TILE_FLOATS / 2);
@@ -111,16 +122,18 @@ struct BlockGroup {
         }
       }
     }
-    float* sum = local + layout.sums + own * TILE_FLOATS + 4 * lane;
+    float* sum = local + layout().sums + own * TILE_FLOATS + 4 * lane;
     *reinterpret_cast<Quad*>(sum) = {k[0], k[1], k[2], k[3]};
     *reinterpret_cast<Quad*>(sum + TILE_FLOATS / 2) = {k[4], k[5], k[6], k[7]};
 
     constexpr int TILES = tile_count(ROWS / TILE_ROWS);
     const int side = tile >= TILES;
-    const TileCoord coord = tile_coord(tile - side * TILES);
+    const TileCoord coord = gram_tile_coord<ROWS>(tile - side * TILES);
     const bool is_diagonal = coord.i == coord.j, has_diagonal = is_diagonal && g / 2 == t;
-    const float diagonal[2] = {g % 2 ? k[1] : k[0], g % 2 ? k[7] : k[6]};
+    float diagonal[2] = {};
     if (has_diagonal) {
+      diagonal[0] = g % 2 ? k[1] : k[0];
+      diagonal[1] = g % 2 ? k[7] : k[6];
       k[0] = g % 2 ? k[0] : 0;
       k[1] = g % 2 ? 0 : k[1];
       k[6] = g % 2 ? k[6] : 0;
@@ -129,17 +142,21 @@ struct BlockGroup {
     float rows[2] = {k[0] + k[1] + (k[4] + k[5]), k[2] + k[3] + (k[6] + k[7])};
     float columns[4] = {k[0] + k[2], k[1] + k[3], k[4] + k[6], k[5] + k[7]};
     const float row_sum = scatter_sum<1, 2>(rows), column_sum = scatter_sum<4, 16>(columns);
-    // Row g or, if bit 1 of the lane is set, g + 8.
+    const float diagonal_element = scatter_sum<1, 2>(diagonal);
+    // Row g or, if bit 1 of the lane is set, g + 8. Two lanes have each sum; they share out the
+    // blocks.
     const int own_row = g + lane / 2 % 2 * 8, own_column = lane / 16 * 8 + 2 * t + lane / 8 % 2;
-    for (int block = 0; block < blocks; ++block) {
-      float* target = exchange(block);
-      float* row_sums = target + layout.row_sums + side * (ROWS / TILE_ROWS) * ROWS;
-      row_sums[coord.j * ROWS + coord.i * TILE_ROWS + own_row] = row_sum;
-      if (!is_diagonal) row_sums[coord.i * ROWS + coord.j * TILE_ROWS + own_column] = column_sum;
-      if (has_diagonal) {
-        float* row = target + layout.diagonal + side * ROWS + coord.i * TILE_ROWS + g;
-        row[0] = diagonal[0];
-        row[8] = diagonal[1];
+    const int row_sums = layout().row_sums + side * (ROWS / TILE_ROWS) * ROWS;
+    const int own_rows = row_sums + coord.j * ROWS + coord.i * TILE_ROWS + own_row;
+    const int own_columns = row_sums + coord.i * ROWS + coord.j * TILE_ROWS + own_column;
+    const int on_diagonal = layout().diagonal + side * ROWS + coord.i * TILE_ROWS + own_row;
+    for (int block = 0; block < blocks; block += 2) {
+      float* target = exchange((block + lane % 2) & (blocks - 1));
+      target[own_rows] = row_sum;
+      if (is_diagonal) {
+        target[on_diagonal] = diagonal_element;
+      } else {
+        exchange((block + lane / 4 % 2) & (blocks - 1))[own_columns] = column_sum;
       }
     }
   }

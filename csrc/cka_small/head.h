@@ -33,11 +33,19 @@ struct UCentering {
   __device__ float offset(float row_sum) const { return row_sum * factor - shift; }
 };
 
-// `total`: of the rows' sums.
-__device__ inline UCentering u_centering(float scale, float total, int n, bool debiased) {
-  const float factor = debiased ? scale / static_cast<float>(n - 2) : 0;
-  return {scale, factor, debiased ? factor * total / static_cast<float>(2 * (n - 1)) : 0};
-}
+// What n rows make of it; zeros leave the matrix as it is.
+struct UCenteringFactors {
+  float of_row, of_total;
+
+  __device__ UCenteringFactors(int n, bool debiased)
+      : of_row(debiased ? 1 / static_cast<float>(n - 2) : 0),
+        of_total(debiased ? of_row / static_cast<float>(2 * (n - 1)) : 0) {}
+
+  // `total`: of the rows' sums.
+  __device__ UCentering centering(float scale, float total) const {
+    return {scale, scale * of_row, scale * total * of_total};
+  }
+};
 
 // 1 / sqrt(x) in float64, by a step of Newton's method: slow divisions would make all threads wait.
 __device__ inline double inverse_sqrt(double x) {

@@ -9,9 +9,6 @@ constexpr int MAX_LAYERS = 24;
 constexpr int MAX_ROWS = 128;
 constexpr int CKA_SMALL_THREADS = 256;
 constexpr int CKA_SMALL_WARPS = CKA_SMALL_THREADS / 32;
-// A row is padded by 16 bytes, so that the 8 rows that ldmatrix reads lie in different banks. A
-// plane is padded likewise, so that one row of two planes does not lie in the same ones.
-constexpr int PLANE_PADDING = 8;
 // A tile of 16 x 16 floats, in the order in which a warp's products leave them: lane l has 4 of the
 // left half at 4 l, and 4 of the right half at 128 + 4 l.
 constexpr int TILE_FLOATS = TILE_ROWS * TILE_ROWS;
@@ -57,9 +54,11 @@ struct ExchangeLayout {
 
 RIFT_HOST_DEVICE constexpr int gram_tiles(int rows) { return 2 * tile_count(rows / TILE_ROWS); }
 
-RIFT_HOST_DEVICE constexpr ExchangeLayout exchange_layout(int rows, int blocks) {
+// Groups have 2^log2_blocks blocks, which saves the kernel divisions.
+RIFT_HOST_DEVICE constexpr ExchangeLayout exchange_layout(int rows, int log2_blocks) {
   ExchangeLayout layout{};
-  layout.owned = (gram_tiles(rows) + blocks - 1) / blocks;
+  const int blocks = 1 << log2_blocks;
+  layout.owned = (gram_tiles(rows) + blocks - 1) >> log2_blocks;
   layout.sums = layout.owned * blocks * TILE_FLOATS;
   layout.row_sums = layout.sums + layout.owned * TILE_FLOATS;
   layout.diagonal = layout.row_sums + 2 * rows * rows / TILE_ROWS;
@@ -67,10 +66,12 @@ RIFT_HOST_DEVICE constexpr ExchangeLayout exchange_layout(int rows, int blocks) 
   return layout;
 }
 
-// Shared memory of a block: offsets in bytes from its start. Rows are rounded up to whole tiles.
+// Shared memory of 16 columns of one side; see features.cuh. Rows are rounded up to whole tiles.
+RIFT_HOST_DEVICE constexpr int unit_bytes(int rows) { return 2 * rows * TILE_ROWS * 2 + 16; }
+
+// Shared memory of a block: offsets in bytes from its start.
 struct CkaSmallLayout {
-  int pitch;     // elements from one row of a plane to the next
-  int plane;     // elements of each plane: x high, x low, y high, y low
+  int side;      // bytes of one side's features, of which both lie at 0
   int exchange;  // of a cluster; then, in any group, the matrices that the gradients need
   int scratch;   // SCRATCH_BYTES
   int bytes;
@@ -79,13 +80,12 @@ struct CkaSmallLayout {
 // Scratch: 16 means of each warp, or some sums of it.
 constexpr int SCRATCH_BYTES = CKA_SMALL_WARPS * TILE_ROWS * 4;
 
-RIFT_HOST_DEVICE constexpr CkaSmallLayout cka_small_layout(int rows, int block_columns, int blocks,
-                                                           bool cluster) {
+RIFT_HOST_DEVICE constexpr CkaSmallLayout cka_small_layout(int rows, int block_columns,
+                                                           int log2_blocks, bool cluster) {
   CkaSmallLayout layout{};
-  layout.pitch = block_columns + PLANE_PADDING;
-  layout.plane = rows * layout.pitch + PLANE_PADDING;
-  layout.exchange = 4 * layout.plane * 2;
-  layout.scratch = layout.exchange + 4 * (cluster ? exchange_layout(rows, blocks).floats
+  layout.side = block_columns / TILE_ROWS * unit_bytes(rows);
+  layout.exchange = 2 * layout.side;
+  layout.scratch = layout.exchange + 4 * (cluster ? exchange_layout(rows, log2_blocks).floats
                                                   : gram_tiles(rows) * TILE_FLOATS);
   layout.bytes = layout.scratch + SCRATCH_BYTES;
   return layout;
@@ -106,10 +106,8 @@ RIFT_HOST_DEVICE constexpr int columns_per_block(int width, int blocks) {
 // counters of its own, one per entry.
 constexpr int COUNTED_ENTRIES = 256;
 
-RIFT_HOST_DEVICE constexpr int counter_at(int entry, int blocks) {
-  int row = 0;
-  while (1 << row < blocks) ++row;
-  return row * COUNTED_ENTRIES + entry;
+RIFT_HOST_DEVICE constexpr int counter_at(int entry, int log2_blocks) {
+  return log2_blocks * COUNTED_ENTRIES + entry;
 }
 
 // The cluster size that every GPU with clusters supports. Without clusters, a group of blocks only
@@ -137,17 +135,18 @@ RIFT_HOST_DEVICE constexpr CkaSmallPlan cka_small_plan(int rows, int width, int 
   const int limit = major >= 9 ? LARGEST_CLUSTER : group;
   // Each block owns at least one tile of columns; up to 8 blocks, and more only if the layer needs
   // their shared memory.
-  for (int blocks = 1; blocks <= limit; blocks *= 2) {
+  for (int log2_blocks = 0; 1 << log2_blocks <= limit; ++log2_blocks) {
+    const int blocks = 1 << log2_blocks;
     const bool splits =
         blocks < LARGEST_CLUSTER && 2 * blocks <= limit && width > blocks * TILE_ROWS;
     const int block_columns = columns_per_block(width, blocks);
-    const int bytes = cka_small_layout(padded, block_columns, blocks, major >= 9).bytes;
+    const int bytes = cka_small_layout(padded, block_columns, log2_blocks, major >= 9).bytes;
     if (splits || bytes > shared_limit) continue;
     CkaSmallPlan plan{major >= 9, blocks, block_columns, bytes, 65535, 0, 0};
     if (!plan.cluster) {
       const int resident = processors / blocks;
       plan.entries = resident < COUNTED_ENTRIES ? resident : COUNTED_ENTRIES;
-      plan.workspace = exchange_layout(padded, blocks).floats * blocks;
+      plan.workspace = exchange_layout(padded, log2_blocks).floats * blocks;
     }
     return plan;
   }

@@ -12,9 +12,9 @@ __device__ inline T warp_sum(T x, int width = 32) {
   return x;
 }
 
-// Sums each of COUNT values over the lanes that differ in the bits from LOWEST to HIGHEST. Each step
-// sends half of what is left, so that a lane receives the sum of one value: of the one whose index
-// is, in binary, what the lane's highest bits are.
+// Sums each of COUNT values over the lanes that differ in the bits from LOWEST to HIGHEST. Each
+// step sends half of what is left, so that a lane receives the sum of one value: of the one whose
+// index is, in binary, what the lane's highest bits are.
 template <int LOWEST, int HIGHEST, int COUNT>
 __device__ inline float scatter_sum(float (&x)[COUNT]) {
   int count = COUNT;

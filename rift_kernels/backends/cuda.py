@@ -90,13 +90,13 @@ def shared_bytes(rows: int, width: int, blocks: int, cluster: bool) -> int:
     columns = -(-width // (blocks * _TILE_ROWS)) * _TILE_ROWS
     tiles = padded // _TILE_ROWS
     tiles = tiles * (tiles + 1)  # of both Gram matrices
-    planes = 4 * 2 * (padded * (columns + 8) + 8)
+    features = 2 * (columns // _TILE_ROWS) * (2 * padded * _TILE_ROWS * 2 + 16)
     tile_bytes = 4 * _TILE_ROWS * _TILE_ROWS
     exchanged = tiles * tile_bytes
     if cluster:
         owned = -(-tiles // blocks)
         exchanged = owned * (blocks + 1) * tile_bytes + 4 * 2 * padded * (padded // _TILE_ROWS + 1)
-    return planes + exchanged + 512
+    return features + exchanged + 512
 
 
 def _device(tensor: Tensor) -> int:

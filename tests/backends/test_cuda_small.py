@@ -281,7 +281,9 @@ def test_python_predicts_the_plan(
             assert (plan.blocks > 0) == cuda.fits(torch.device("cuda"), rows, width)
             if plan.blocks:
                 assert plan.entries > 0
-                assert plan.shared_bytes == cuda.shared_bytes(rows, width, plan.blocks, plan.cluster)
+                assert plan.shared_bytes == cuda.shared_bytes(
+                    rows, width, plan.blocks, plan.cluster
+                )
                 assert plan.block_columns * plan.blocks >= width
                 assert plan.cluster == (gpu == "clusters")
     assert (emulated_extension.MAX_ROWS, emulated_extension.MAX_LAYERS) == (
