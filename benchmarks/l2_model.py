@@ -85,12 +85,12 @@ def run(launch: Launch, cached: float = L2_BYTES) -> tuple[int, int]:
     running = list(islice(waiting, PROCESSORS))
     while running:
         still = []
-        for program in running:
-            reads: Iterator[list[Operand]] | None = program
-            operands = None
-            while reads is not None and (operands := next(reads, None)) is None:
-                reads = next(waiting, None)
-            if reads is None or operands is None:
+        for reads in running:
+            operands = next(reads, None)
+            if operands is None:
+                reads = next(waiting, iter(()))
+                operands = next(reads, None)
+            if operands is None:
                 continue
             still.append(reads)
             for operand in operands:

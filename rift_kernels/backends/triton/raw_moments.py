@@ -132,10 +132,12 @@ def raw_moments_kernel(
         count = n.to(tl.float32)
         if SPLIT:
             count = statistic(statistics_ptr, COUNT, column_programs).to(tl.float32)
-        turns, whole, shared, start, stop = work_of(program, tiles, chunks, programs, share, length)
+        turns, whole, shared, shared_first, shared_last = work_of(
+            program, tiles, chunks, programs, share, length
+        )
         for turn in range(turns):
             slot, first, last = piece_of(
-                turn, program, programs, chunks, turns, whole, shared, start, stop
+                turn, program, programs, chunks, turns, whole, shared, shared_first, shared_last
             )
             part = tl.where(first == 0, slot, slots + program)
             a_is_y, a_block, b_is_y, b_block = tile_of(slot, blocks_x, blocks_y, XX, YY)
@@ -244,6 +246,7 @@ def launch(
         most = RUN.value // config.block_k
     own = slice(layers.layer_count)
     dealt = deals(counts[own], chunks[own], entries, available, most)
+    dealt += dealt[-1:] * (len(shapes) - len(dealt))
     slots, spills = max(counts), max(deal.programs for deal in dealt)
     blocks = width // block
     # In Gram form the inner loop reads the means of split features, and must hold no other loop.
@@ -258,7 +261,7 @@ def launch(
         layers.empty(entries * 2 * segments * width),
         layers.empty(entries * STATISTICS.value * column_programs),
         layers.empty(entries, dtype=torch.int32),
-        tuple(map(encoded, zip(*layers.padded(tuple(dealt)), strict=True))),
+        tuple(map(encoded, zip(*dealt, strict=True))),
         column_programs,
         segments,
         width,
