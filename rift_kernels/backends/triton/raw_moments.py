@@ -114,7 +114,6 @@ def raw_moments_kernel(
         )  # fmt: skip
     else:
         program -= launch_columns
-        tiles_ptr += entry.to(tl.int64) * (slots + spills) * (BLOCK * BLOCK)
         row_sums_ptr += entry.to(tl.int64) * (slots + spills) * (2 * BLOCK + 1)
         blocks_x = tl.cdiv(n if GRAM else d1, BLOCK)
         blocks_y = tl.cdiv(n if GRAM else d2, BLOCK)
@@ -140,6 +139,7 @@ def raw_moments_kernel(
                 turn, program, programs, chunks, turns, whole, shared, shared_first, shared_last
             )
             part = tl.where(first == 0, slot, slots + program)
+            out = entry * (slots + spills) + part
             a_is_y, a_block, b_is_y, b_block = tile_of(slot, blocks_x, blocks_y, XX, YY)
             a_side, b_side = a_block * BLOCK + local, b_block * BLOCK + local
             acc = tl.zeros([BLOCK, BLOCK], tl.float32)
@@ -174,7 +174,7 @@ def raw_moments_kernel(
                     rows_before += run_rows
                     begin = stop
             offsets = local[:, None] * BLOCK + local[None, :]
-            tl.store(tiles_ptr + part.to(tl.int64) * (BLOCK * BLOCK) + offsets, acc)
+            tl.store(tiles_ptr + out.to(tl.int64) * (BLOCK * BLOCK) + offsets, acc)
             if GRAM and not XY:
                 if OFF_DIAGONAL:
                     acc = tl.where(a_side[:, None] == b_side[None, :], 0.0, acc)
