@@ -177,6 +177,7 @@ __device__ inline void store_shift_x(const CkaLargeArguments& arguments, int blo
   read_means(arguments, true, block_j * MOMENT_BLOCK + head_column(), mean_j);
   const long long half = static_cast<long long>(arguments.width / STRIP) * arguments.width;
   float* out = arguments.shift_x + block_j * arguments.width + i + head_row();
+  float sums[2 * HEAD_ROWS];
 #pragma unroll
   for (int k = 0; k < HEAD_ROWS; ++k) {
     float high = 0, low = 0;
@@ -185,13 +186,12 @@ __device__ inline void store_shift_x(const CkaLargeArguments& arguments, int blo
       high += mean_j[e] * high_half(x[k][e]);
       low += mean_j[e] * low_half(x[k][e]);
     }
-    high = warp_sum(high);
-    low = warp_sum(low);
-    if (threadIdx.x % 32 == 0) {
-      out[k] = high;
-      out[half + k] = low;
-    }
+    sums[2 * k] = high;
+    sums[2 * k + 1] = low;
   }
+  const float sum = scatter_sum<1, 16>(sums);
+  const int lane = threadIdx.x % 32;
+  if (lane % 4 == 0) out[lane / 8 + (lane / 4 % 2) * half] = sum;
 }
 
 // The same for the gradient of Y, down the strip's columns.
