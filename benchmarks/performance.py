@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from functools import cache
 from typing import NamedTuple
 
+from . import l2_model
 from .files import RESULTS
 from .tables import markdown
 
@@ -20,9 +21,9 @@ COUNTED = RESULTS / "counted.json"
 # Measured on an H200: products of bfloat16 and bytes, a second. Seconds from launch to launch.
 FLOPS, BYTES, GAP = 790e12, 4.3e12, 1e-6
 PROCESSORS, CLOCK, SCHEDULERS, WAVE = 132, 1.755e9, 4, 128
-# Of its L2 cache: what it holds, and what it serves a second. The latter is an assumption: NVIDIA's
-# paper on the A100 has 5,120 bytes a clock, and none is published for Hopper.
-L2_SIZE, L2_BYTES = 50e6, 5120 * CLOCK
+# Bytes a second of its L2 cache. An assumption: NVIDIA's paper on the A100 has 5,120 bytes a clock,
+# and none is published for Hopper.
+L2_BYTES = 5120 * CLOCK
 SECTOR = 32
 BLOCK = 128
 BACKENDS = ("triton", "cuda")
@@ -40,64 +41,99 @@ SHAPES = (
 
 
 class Need(NamedTuple):
-    """What the mathematics asks of one launch: multiply-adds, and bytes of memory."""
+    """What the mathematics asks of one launch."""
 
-    products: float
-    bytes: float
+    products: float  # multiply-adds
+    bytes: float  # that come from memory or go there
+    # How much longer than all others on average the busiest processor multiplies.
+    unevenness: float = 1
 
 
 def needs(backend: str, n: int, d: int, layers: int, debiased: bool) -> dict[str, Need]:
     """By kernel: linear CKA of bfloat16 features near the teacher's, and the student's gradient.
 
-    Symmetric products count half. Features are read again by a launch that comes later, unless all
-    of them fit into the L2 cache.
+    No row is long. Symmetric products count half.
     """
-    features, square = 2 * n * d * layers, 4 * n * n * layers
-    grams, gradient = n * (n + 1) * d * layers, n * n * d * layers
-    again = 0 if 2 * features < L2_SIZE else 2 * features
-    if n <= 128:
-        # Features are centered and split in two: three products.
-        if backend == "cuda":
-            return {
-                "cka_small": Need(3 * grams + 3 * gradient, 3 * features),
-                "scale": Need(0, 2 * features),
-            }
-        return {
-            "gram_cka_small": Need(3 * grams, 2 * features + 2 * square),
-            "gram_backward": Need(2 * gradient, 2 * features + 2 * square),
-        }
-    if n < 2 * d and backend == "triton":
+    if n <= 128 or (n < 2 * d and backend == "triton"):
+        return _gram_form(backend, n, d, layers)
+    form = _triton_covariance if backend == "triton" else _cuda_covariance
+    return form(n, d, layers, debiased)
+
+
+def _gram_form(backend: str, n: int, d: int, layers: int) -> dict[str, Need]:
+    features, grams = 2 * n * d * layers, 2 * 4 * n * n * layers
+    products, gradient = n * (n + 1) * d * layers, n * n * d * layers
+    backward = Need(2 * gradient, 2 * features + grams)
+    if n > 128:
         tiles = -(-n // BLOCK)
         partial = 4 * tiles * (tiles + 1) * BLOCK**2 * layers
+        moments, head = Need(products, 2 * features + partial), Need(0, partial + grams)
+        return {"raw_moments": moments, "gram_cka": head, "gram_backward": backward}
+    # Features are centered and split in two: three products.
+    if backend == "triton":
         return {
-            "raw_moments": Need(grams, 2 * features + partial),
-            "gram_cka": Need(0, partial + 2 * square),
-            "gram_backward": Need(2 * gradient, 2 * features + 2 * square),
+            "gram_cka_small": Need(3 * products, 2 * features + grams),
+            "gram_backward": backward,
         }
+    small = Need(3 * products + 3 * gradient, 3 * features)
+    return {"cka_small": small, "scale": Need(0, 2 * features)}
+
+
+def _triton_covariance(n: int, d: int, layers: int, debiased: bool) -> dict[str, Need]:
+    products, gradient, features, planes = _covariance(n, d, layers)
+    again = _read_again(features)
+    tiles = l2_model.launch(n, d, layers)
+    read, steps = l2_model.run(tiles)
+    partial = 4 * tiles.parts * BLOCK**2
+    # Whatever comes first brings the features into the cache: `longest`, or the column programs.
+    # These leave them to the tile programs.
+    longest = {"longest": Need(0, features)} if debiased else {}
+    moved = (again if debiased else features) + (again and read) + partial
+    # A processor holds one program at a time, of 128 x 256 where the width is a multiple.
+    columns = 2 * BLOCK if d % (2 * BLOCK) == 0 else BLOCK
+    programs = -(-n // BLOCK) * -(-d // columns) * layers
+    rounds = -(-programs // PROCESSORS)
+    return {
+        **longest,
+        "raw_moments": Need(products, moved, steps / tiles.even),
+        "covariance_cka": Need(0, partial + 2 * planes + (again if debiased else 0)),
+        "covariance_backward": Need(
+            gradient, 1.5 * features + planes, rounds * PROCESSORS / programs
+        ),
+    }
+
+
+def _cuda_covariance(n: int, d: int, layers: int, debiased: bool) -> dict[str, Need]:
+    products, gradient, features, planes = _covariance(n, d, layers)
+    again = _read_again(features)
     blocks = -(-d // BLOCK)
     partial = 4 * blocks * (2 * blocks + 1) * BLOCK**2 * layers
-    planes = 4 * (blocks * BLOCK) ** 2 * layers  # high halves, the only ones near the teacher
-    moments = n * (d * (d + 1) + d * d) * layers
-    backward = Need(2 * n * d * d * layers, 3 * features + planes)
-    rows = {"longest": Need(0, again)} if debiased else {}
-    if backend == "triton":
-        # Here, the first launch to read the features brings them into the cache.
-        first = {name: Need(0, 2 * features) for name in rows}
-        return {
-            **first,
-            "raw_moments": Need(moments, partial + (again if rows else 2 * features)),
-            "covariance_cka": Need(0, partial + 2 * planes + (again if rows else 0)),
-            "covariance_backward": backward,
-        }
-    row_terms = {"row_terms": Need(0, again)} if debiased else {}
+    # Clusters of two processors take pairs of tiles. If few are left at the end, half a pair each.
+    pairs, clusters = -(-n // (2 * BLOCK)) * -(-d // (2 * BLOCK)), PROCESSORS // 2
+    left = pairs % clusters
+    last = 0 if not left else 0.5 if 2 * left <= clusters else 1
+    rounds = pairs // clusters + last
+    rows = {"longest": Need(0, again), "row_terms": Need(0, 0)} if debiased else {}
     return {
-        "statistics": Need(0, 2 * features),
+        "statistics": Need(0, features),
+        "means": Need(0, 0),
         **rows,
-        **row_terms,
-        "moments_sm90": Need(moments, partial + again),
+        "moments_sm90": Need(products, partial + again),
         "cka_large_head": Need(0, partial + 2 * planes),
-        "backward_sm90": backward,
+        "backward_sm90": Need(gradient, 1.5 * features + planes, rounds * clusters / pairs),
     }
+
+
+def _covariance(n: int, d: int, layers: int) -> tuple[float, float, float, float]:
+    """Products of moments and gradient; bytes of both features, and of the planes' high halves,
+    all that the backward reads near the teacher."""
+    products, gradient = n * (d * (d + 1) + d * d) * layers, 2 * n * d * d * layers
+    return products, gradient, 4 * n * d * layers, 4 * (-(-d // BLOCK) * BLOCK) ** 2 * layers
+
+
+def _read_again(features: float) -> float:
+    """Bytes from memory of features that have been read before: none if all are in the cache."""
+    return 0 if features < l2_model.L2_BYTES else features
 
 
 class Key(NamedTuple):
@@ -142,7 +178,7 @@ def seconds(counted: Counts, need: Need) -> dict[str, float]:
     sectors = sum(counted[f"{kind}_sectors"] for kind in ("load", "engine", "store"))
     waves = counted["shared_waves"] + counted["operand_bytes"] / WAVE
     return {
-        "products": 2 * counted["products"] / FLOPS,
+        "products": 2 * counted["products"] / FLOPS * need.unevenness,
         "instructions": counted["instructions"] / (SCHEDULERS * PROCESSORS * CLOCK),
         "shared memory": waves / (PROCESSORS * CLOCK),
         "L2 cache": sectors * SECTOR / L2_BYTES,
