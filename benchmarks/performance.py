@@ -26,6 +26,8 @@ PROCESSORS, CLOCK, SCHEDULERS, WAVE = 132, 1.755e9, 4, 128
 L2_BYTES = 5120 * CLOCK
 SECTOR = 32
 BLOCK = 128
+# Rows from which on the covariance form is counted.
+SHORTEST = 512
 BACKENDS = ("triton", "cuda")
 UNITS = ("products", "instructions", "shared memory", "L2 cache", "memory")
 
@@ -52,9 +54,10 @@ class Need(NamedTuple):
 def needs(backend: str, n: int, d: int, layers: int, debiased: bool) -> dict[str, Need]:
     """By kernel: linear CKA of bfloat16 features near the teacher's, and the student's gradient.
 
-    No row is long. Symmetric products count half.
+    No row is long. Symmetric products count half. Runs of more than SHORTEST rows stand for longer
+    ones, which take the covariance form.
     """
-    if n <= 128 or (n < 2 * d and backend == "triton"):
+    if n < min(2 * d, SHORTEST):
         return _gram_form(backend, n, d, layers)
     form = _triton_covariance if backend == "triton" else _cuda_covariance
     return form(n, d, layers, debiased)
@@ -209,7 +212,7 @@ def _predicted(
     backend: str, n: int, d: int, layers: int, debiased: bool, target: float | None
 ) -> list[list[str]]:
     """A row for the sum of all launches; debiased, which is the default, also a row for each."""
-    if backend == "cuda" and not cuda_takes(n, d):
+    if backend == "cuda" and not cuda_takes(n):
         return []
     need = needs(backend, n, d, layers, debiased)
     rows, least, most = [], 0.0, 0.0
@@ -230,7 +233,7 @@ def compiled_code() -> str:
     rows = []
     for n, d, layers, _ in SHAPES[:3]:
         for backend in BACKENDS:
-            if backend == "cuda" and not cuda_takes(n, d):
+            if backend == "cuda" and not cuda_takes(n):
                 continue
             label = f"{shape(n, d, layers)}, {backend}"
             need = needs(backend, n, d, layers, True)
@@ -260,9 +263,9 @@ def compiled_code() -> str:
     )
 
 
-def cuda_takes(n: int, d: int) -> bool:
+def cuda_takes(n: int) -> bool:
     """Whether there are CUDA kernels for the form that such features take."""
-    return n <= 128 or n >= 2 * d
+    return n <= 128 or n >= SHORTEST
 
 
 def shape(n: int, d: int, layers: int) -> str:

@@ -31,8 +31,6 @@ RESULT = ROOT / "benchmarks" / "results" / "counted.json"
 PROCESSORS = 132
 # The name in `cka_small_kernel<Bf16, Bf16, 64, true>`.
 KERNEL = re.compile(r"(\w+)_kernel\b")
-# Runs with fewer rows take the Gram form.
-SHORTEST = 512
 # What is recorded: name -> the emulator's counters that it adds up. A sector has 32 bytes. A wave
 # is what shared memory serves at once, 128 bytes at best. `least` is what the bytes asked for take.
 COUNTERS = {
@@ -99,6 +97,7 @@ def load(folder: Path) -> tuple[ModuleType, ModuleType]:
 
 def count(run: Run, emulator: ModuleType, ptx: ModuleType) -> dict[str, dict[str, int]]:
     """What each kernel of a run executes."""
+    from benchmarks import performance
     from rift_kernels.dispatch import plan
 
     ptx.reset()
@@ -111,7 +110,7 @@ def count(run: Run, emulator: ModuleType, ptx: ModuleType) -> dict[str, dict[str
         grads=(True, False),
     )
     # The shorter of two runs may be short enough for the Gram form, which the longest is not.
-    form = mock.patch.object(plan, "use_gram", return_value=run.rows < SHORTEST)
+    form = mock.patch.object(plan, "use_gram", return_value=run.rows < performance.SHORTEST)
     options = Namespace(processors=PROCESSORS)
     with emulator.context(run.backend, run.target, case, options), form:
         emulator.execute(case, run.backend)
