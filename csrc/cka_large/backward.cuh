@@ -48,13 +48,12 @@ struct BackwardArguments {
   __device__ float combined(float own, float other) const {
     return scalar(ROW_OWN) * own + scalar(ROW_OTHER) * other;
   }
-  __device__ float row_term(int kind, int row) const {
-    return forward.row_terms[kind * static_cast<long long>(forward.rows) + row];
+  __device__ float combined(const float (&pair)[2]) const {
+    return side ? combined(pair[1], pair[0]) : combined(pair[0], pair[1]);
   }
   // The offset of a row in U-centering of alpha K + beta L.
-  __device__ float row_offset(int row) const {
-    return combined(row_term(ROW_SUM + side, row), row_term(ROW_SUM + 1 - side, row)) /
-           static_cast<float>(forward.rows - 2);
+  __device__ float row_offset(const RowTerms& terms) const {
+    return combined(terms.sums) / static_cast<float>(forward.rows - 2);
   }
   // The long row with this index, or -1.
   __device__ int long_row(int s) const {

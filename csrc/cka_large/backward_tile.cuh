@@ -199,23 +199,21 @@ struct BackwardTile {
     for (int s = 0; arguments.long_row(s) >= 0; ++s) {
       if (arguments.long_row(s) == grad_row) return 0;
     }
-    const int side = arguments.side;
-    const float energy = arguments.combined(arguments.row_term(ENERGY + side, grad_row),
-                                            arguments.row_term(ENERGY + 1 - side, grad_row));
-    return (2 * arguments.row_offset(grad_row) - energy - arguments.scalar(ROW_TOTAL)) *
+    const RowTerms terms = forward().row_terms[grad_row];
+    return (2 * arguments.row_offset(terms) - arguments.combined(terms.energies) -
+            arguments.scalar(ROW_TOTAL)) *
            arguments.scalar(INVERSE_OWN);
   }
 
   // An element of V.
   __device__ float long_weight(int s, int grad_row) const {
-    const int side = arguments.side, long_row = arguments.long_row(s);
+    const int long_row = arguments.long_row(s);
     if (long_row == grad_row) return 0;
-    const int own_term = ROW_PRODUCTS + side * MAX_LONG_ROWS + s;
-    const int other_term = ROW_PRODUCTS + (1 - side) * MAX_LONG_ROWS + s;
-    const float product = arguments.combined(arguments.row_term(own_term, grad_row),
-                                             arguments.row_term(other_term, grad_row));
-    return product - arguments.row_offset(grad_row) - arguments.row_offset(long_row) +
-           arguments.scalar(ROW_TOTAL);
+    const float* products =
+        forward().row_products + static_cast<long long>(grad_row) * (2 * MAX_LONG_ROWS) + s;
+    return arguments.combined({products[0], products[MAX_LONG_ROWS]}) -
+           arguments.row_offset(forward().row_terms[grad_row]) -
+           arguments.row_offset(forward().row_terms[long_row]) + arguments.scalar(ROW_TOTAL);
   }
 
   // The row of a 16 x 16 matrix whose address this lane passes to ldmatrix or stmatrix.

@@ -19,19 +19,19 @@ __device__ inline void unpack(const FeatureVector& vector, float (&x)[FEATURE_VE
   }
 }
 
-// Reads or writes eight floats, which begin at a multiple of 16 bytes.
+// Reads the eight floats that belong to each lane's vector of features. A pair of lanes reads the
+// sector of one and then that of the other, and they exchange what is not their own.
 __device__ inline void load_floats(const float* from, float (&x)[FEATURE_VECTOR]) {
+  const bool is_odd = threadIdx.x % 2;
+  const auto* sectors = reinterpret_cast<const Vector<float, 4>*>(from) - is_odd;
+  const Vector<float, 4> even = sectors[0], odd = sectors[2];
 #pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const auto values = reinterpret_cast<const Vector<float, 4>*>(from)[half];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) x[4 * half + i] = values.elements[i];
+  for (int i = 0; i < 4; ++i) {
+    const float sent = is_odd ? even.elements[i] : odd.elements[i];
+    const float received = __shfl_xor_sync(0xffffffffu, sent, 1);
+    x[i] = is_odd ? received : even.elements[i];
+    x[4 + i] = is_odd ? odd.elements[i] : received;
   }
-}
-__device__ inline void store_floats(float* to, const float (&x)[FEATURE_VECTOR]) {
-  auto* values = reinterpret_cast<Vector<float, 4>*>(to);
-  values[0] = {x[0], x[1], x[2], x[3]};
-  values[1] = {x[4], x[5], x[6], x[7]};
 }
 
 // The vectors of a side that begin at one column: that of the first row, and their bytes within the

@@ -120,12 +120,12 @@ __device__ inline void write_value(const CkaLargeArguments& arguments, const Uni
   sums.long_x = sums.long_y = 0;
   if (arguments.debiased) {
     const LongRows long_rows = read_long_rows(arguments);
-    const float* energies = arguments.row_terms + static_cast<long long>(ENERGY) * arguments.rows;
 #pragma unroll
     for (int s = 0; s < MAX_LONG_ROWS; ++s) {
       if (s >= long_rows.count) continue;
-      sums.long_x += energies[long_rows.rows[s]];
-      sums.long_y += energies[arguments.rows + long_rows.rows[s]];
+      const RowTerms terms = arguments.row_terms[long_rows.rows[s]];
+      sums.long_x += terms.energies[0];
+      sums.long_y += terms.energies[1];
     }
   }
   sums.pivot_energy_x = arguments.pivot_energies[0];

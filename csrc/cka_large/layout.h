@@ -60,12 +60,10 @@ enum RowSum {
   MEAN_Y,
   ROW_SUMS
 };
-// What they store for each row. Entries are pairs, X before Y.
-enum RowTerm {
-  ENERGY,            // r, q
-  ROW_SUM = 2,       // k, l
-  ROW_PRODUCTS = 4,  // products with the long rows
-  ROW_TERMS = 4 + 2 * MAX_LONG_ROWS
+// What they store for each row, in pairs, X before Y. Two rows, which one warp stores, fill a sector.
+struct alignas(16) RowTerms {
+  float energies[2];  // r, q
+  float sums[2];      // k, l
 };
 // A side's scalars for the backward pass; see backward.cuh.
 enum Scalar {
@@ -104,7 +102,8 @@ struct CkaLargeArguments {
   int* long_rows;                  // [MAX_LONG_ROWS], rows or -1
   unsigned short* long_features;   // [2][MAX_LONG_ROWS][width], those of long rows
   unsigned short* patches;         // see MomentsArguments
-  float* row_terms;                // [ROW_TERMS][rows], of scaled, centered rows
+  RowTerms* row_terms;             // [rows], of scaled, centered rows
+  float* row_products;             // [rows][2][MAX_LONG_ROWS], with the long rows
   double* row_sums;                // [ROW_SUMS][row_blocks]
   // [row_blocks][4][width]: sums over the rows of a block, of X weighted with k, X with l, Y with l
   // and Y with k.
@@ -211,7 +210,8 @@ RIFT_HOST_DEVICE constexpr CkaLargeArguments cka_large_arguments(const CkaLargeC
   arguments.shift_y = saved.take<float>(call.teacher * shift);
   arguments.means = saved.take<float>(2LL * width);
   arguments.long_rows = saved.take<int>(debiased * MAX_LONG_ROWS);
-  arguments.row_terms = saved.take<float>(debiased * ROW_TERMS * call.rows);
+  arguments.row_terms = saved.take<RowTerms>(debiased * call.rows);
+  arguments.row_products = saved.take<float>(debiased * 2 * MAX_LONG_ROWS * call.rows);
   arguments.weighted_sums = saved.take<float>(debiased * 4 * width);
   arguments.scalars = saved.take<float>(2LL * SCALARS);
   return arguments;

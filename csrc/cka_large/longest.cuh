@@ -108,8 +108,8 @@ __global__ void __launch_bounds__(ROW_THREADS)
   find_longest(
       pass.run.begin, pass.run.end,
       [&](int row) {
-        const float share = max(pass.terms(ENERGY)[row], pass.terms(ENERGY + 1)[row]);
-        return length_key(share, row, arguments.rows);
+        const RowTerms terms = arguments.row_terms[row];
+        return length_key(max(terms.energies[0], terms.energies[1]), row, arguments.rows);
       },
       [&](int s, LengthKey key) { candidates[blockIdx.x * MAX_LONG_ROWS + s] = key; },
       scratch.keys);

@@ -38,7 +38,9 @@ struct RowRun {
 };
 
 __device__ inline RowRun row_run(const CkaLargeArguments& arguments) {
-  const int length = ceil_div(arguments.rows, arguments.row_blocks);
+  // Pairs of rows stay together.
+  const int length =
+      ceil_div(ceil_div(arguments.rows, arguments.row_blocks), ROWS_AT_ONCE) * ROWS_AT_ONCE;
   const int begin = min(static_cast<int>(blockIdx.x) * length, arguments.rows);
   return {begin, min(begin + length, arguments.rows)};
 }
@@ -85,8 +87,8 @@ struct RowPass {
   __device__ int column(int chunk) const {
     return (chunk * ROW_THREADS + vector) * FEATURE_VECTOR;
   }
-  __device__ float* terms(int kind) const {
-    return arguments.row_terms + static_cast<long long>(kind) * arguments.rows;
+  __device__ float* products_of(int row) const {
+    return arguments.row_products + static_cast<long long>(row) * (2 * MAX_LONG_ROWS);
   }
 
   __device__ void fetch(int slot, int round, int chunk) const {
@@ -102,14 +104,13 @@ struct RowPass {
   }
 
   __device__ void read_means(int chunk, RowMeans& means) const {
+    const bool exists = column(chunk) < arguments.width;
+    const int first = exists ? column(chunk) : column(chunk) % (2 * FEATURE_VECTOR);
 #pragma unroll
     for (int side = 0; side < 2; ++side) {
-      if (column(chunk) < arguments.width) {
-        load_floats(arguments.means + side * arguments.width + column(chunk), means[side]);
-      } else {
+      load_floats(arguments.means + side * arguments.width + first, means[side]);
 #pragma unroll
-        for (int i = 0; i < FEATURE_VECTOR; ++i) means[side][i] = 0;
-      }
+      for (int i = 0; i < FEATURE_VECTOR; ++i) means[side][i] = exists ? means[side][i] : 0;
     }
   }
 
@@ -207,11 +208,9 @@ struct RowPass {
       sum += warp_sum(counts ? static_cast<double>(product) : 0, MAX_LONG_ROWS);
     }
     if (warp == first_warp && exists(lane_row)) {
-      if (s == 0) {
-        terms(ENERGY + side)[lane_row] = energy;
-        terms(ROW_SUM + side)[lane_row] = static_cast<float>(sum);
-      }
-      if (s < long_rows.count) terms(ROW_PRODUCTS + side * MAX_LONG_ROWS + s)[lane_row] = product;
+      auto* terms = reinterpret_cast<float*>(arguments.row_terms + lane_row);
+      if (s < 2) terms[2 * s + side] = s == 0 ? energy : static_cast<float>(sum);
+      if (HAS_LONG) products_of(lane_row)[side * MAX_LONG_ROWS + s] = product;
     }
     return exists(lane_row) && !is_long ? static_cast<float>(sum) : 0;
   }
@@ -250,14 +249,14 @@ struct RowPass {
       const int kind = i / (2 * vectors), half = i % 2, of_vector = i / 2 % vectors;
       const int first = (chunk * ROW_THREADS + of_vector) * FEATURE_VECTOR + 4 * half;
       if (first >= width) continue;
-      float x[4] = {};
+      Vector<float, 4> total = {};
       for (int other = 0; other < teams; ++other) {
         const Vector<float, 4> part =
             memory[(2 * kind + half) * ROW_THREADS + other * vectors + (of_vector ^ 4 * half)];
 #pragma unroll
-        for (int j = 0; j < 4; ++j) x[j] += part.elements[j];
+        for (int j = 0; j < 4; ++j) total.elements[j] += part.elements[j];
       }
-      *reinterpret_cast<Vector<float, 4>*>(out + kind * width + first) = {x[0], x[1], x[2], x[3]};
+      *reinterpret_cast<Vector<float, 4>*>(out + kind * width + first) = total;
     }
     __syncthreads();
   }
@@ -321,8 +320,9 @@ struct RowPass {
         for (int i = 0; i < ROWS_AT_ONCE; ++i) {
           const int next = row(round, i);
           const bool counts = exists(next) && !(HAS_LONG && long_rows.has(next));
-          weights[0][i] = counts ? terms(ROW_SUM)[next] : 0;
-          weights[1][i] = counts ? terms(ROW_SUM + 1)[next] : 0;
+          const RowTerms terms = counts ? arguments.row_terms[next] : RowTerms{};
+          weights[0][i] = terms.sums[0];
+          weights[1][i] = terms.sums[1];
         }
         RowFeatures x;
         read(round & 1, means, x);
@@ -336,39 +336,42 @@ struct RowPass {
 
   // Adds a row's terms to the sums over all rows.
   __device__ void add_terms(int row, double (&totals)[ROW_SUMS]) const {
-    const double r = terms(ENERGY)[row], q = terms(ENERGY + 1)[row];
-    const double k = terms(ROW_SUM)[row], l = terms(ROW_SUM + 1)[row];
-    const bool is_long = HAS_LONG && long_rows.has(row);
+    const RowTerms terms = arguments.row_terms[row];
+    const double r = terms.energies[0], q = terms.energies[1];
+    const double k = terms.sums[0], l = terms.sums[1];
     totals[SUM_K] += k;
     totals[SUM_L] += l;
     totals[SQUARE_K] += k * k;
     totals[SQUARE_L] += l * l;
     totals[PRODUCT_KL] += k * l;
-    if (!is_long) {
-      totals[PAIRS_XX] -= r * r;
-      totals[PAIRS_YY] -= q * q;
-      totals[PAIRS_XY] -= r * q;
-      totals[REST_X] += r;
-      totals[REST_Y] += q;
-    }
+    if (HAS_LONG && long_rows.has(row)) return;
+    totals[PAIRS_XX] -= r * r;
+    totals[PAIRS_YY] -= q * q;
+    totals[PAIRS_XY] -= r * q;
+    totals[REST_X] += r;
+    totals[REST_Y] += q;
+  }
+
+  // Adds the products of a row and a long row.
+  __device__ void add_pair(int row, int s, double (&totals)[ROW_SUMS]) const {
+    if (s >= long_rows.count || arguments.long_rows[s] == row) return;
+    const double x = products_of(row)[s], y = products_of(row)[MAX_LONG_ROWS + s];
     // A pair of a long and another row counts for both orders. A pair of long rows is visited
     // twice.
-    const double orders = is_long ? 1 : 2;
-#pragma unroll
-    for (int s = 0; HAS_LONG && s < MAX_LONG_ROWS; ++s) {
-      if (s >= long_rows.count || long_rows.rows[s] == row) continue;
-      const double x = terms(ROW_PRODUCTS + s)[row];
-      const double y = terms(ROW_PRODUCTS + MAX_LONG_ROWS + s)[row];
-      totals[PAIRS_XX] += orders * x * x;
-      totals[PAIRS_YY] += orders * y * y;
-      totals[PAIRS_XY] += orders * x * y;
-    }
+    const double orders = long_rows.has(row) ? 1 : 2;
+    totals[PAIRS_XX] += orders * x * x;
+    totals[PAIRS_YY] += orders * y * y;
+    totals[PAIRS_XY] += orders * x * y;
   }
 
   __device__ void store_sums() const {
     double totals[ROW_SUMS] = {};
     for (int row = run.begin + static_cast<int>(threadIdx.x); row < run.end; row += ROW_THREADS) {
       add_terms(row, totals);
+    }
+    const int pairs = HAS_LONG ? (run.end - run.begin) * MAX_LONG_ROWS : 0;
+    for (int pair = threadIdx.x; pair < pairs; pair += ROW_THREADS) {
+      add_pair(run.begin + pair / MAX_LONG_ROWS, pair % MAX_LONG_ROWS, totals);
     }
     // The energies of the means, from one block.
     const int width = arguments.width;

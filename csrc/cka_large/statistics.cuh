@@ -16,10 +16,15 @@ constexpr int STATISTICS_THREADS = 256;
 constexpr int STATISTICS_SLOTS = 4;
 using StatisticsStream = FeatureStream<STATISTICS_THREADS, 1, STATISTICS_SLOTS>;
 
+// Between the first and the second halves of eight columns, which lie apart: so threads that write
+// four columns, and threads that read one, use all banks.
+constexpr int PART_GAP = 16;
+constexpr int SECOND_HALVES = STATISTICS_COLUMNS / 2 + PART_GAP;
+
 union StatisticsScratch {
   unsigned char stream[StatisticsStream::BYTES];
   struct {
-    float parts[STATISTICS_THREADS / 32][5][STATISTICS_COLUMNS];
+    float parts[STATISTICS_THREADS / 32][5][STATISTICS_COLUMNS + PART_GAP];
     double sums[STATISTICS * STATISTICS_THREADS / 32];
   } end;
 };
@@ -67,8 +72,13 @@ __global__ void __launch_bounds__(STATISTICS_THREADS, 2)
     for (int i = 0; i < FEATURE_VECTOR; ++i) {
       pivots[side][i] = median(rows[0][i], rows[1][i], rows[2][i]);
     }
-    if (segment == 0 && threadIdx.x < VECTORS) {
-      store_floats(arguments.pivots + side * arguments.width + column, pivots[side]);
+    // Lanes 16 apart have the same columns: each stores half of them.
+    if (segment == 0 && warp == 0) {
+      const float(&x)[FEATURE_VECTOR] = pivots[side];
+      float* out = arguments.pivots + side * arguments.width + column + lane / VECTORS * 4;
+      *reinterpret_cast<Vector<float, 4>*>(out) =
+          lane < VECTORS ? Vector<float, 4>{x[0], x[1], x[2], x[3]}
+                         : Vector<float, 4>{x[4], x[5], x[6], x[7]};
     }
   }
   const int first = begin + static_cast<int>(threadIdx.x) / VECTORS;
@@ -97,22 +107,24 @@ __global__ void __launch_bounds__(STATISTICS_THREADS, 2)
   __syncthreads();
 #pragma unroll
   for (int kind = 0; kind < KINDS; ++kind) {
-    // Lanes 0 to 15 receive the sums of both rows of the warp.
-#pragma unroll
-    for (int i = 0; i < FEATURE_VECTOR; ++i) {
-      kinds[kind][i] += __shfl_xor_sync(0xffffffffu, kinds[kind][i], VECTORS);
-    }
-    if (lane < VECTORS) store_floats(scratch.end.parts[warp][kind] + local_column, kinds[kind]);
+    // Adds up both rows of the warp. Lanes 0 to 15 receive first halves.
+    float(&x)[FEATURE_VECTOR] = kinds[kind];
+    scatter_sum<VECTORS, VECTORS>(x);
+    const int place = lane % VECTORS * 4 + lane / VECTORS * SECOND_HALVES;
+    *reinterpret_cast<Vector<float, 4>*>(scratch.end.parts[warp][kind] + place) = {x[0], x[1], x[2],
+                                                                                   x[3]};
   }
   __syncthreads();
   double totals[STATISTICS] = {};
   if (threadIdx.x < COLUMNS) {
+    const int thread = threadIdx.x;
+    const int place = thread / 8 * 4 + thread % 4 + thread % 8 / 4 * SECOND_HALVES;
     float sums[KINDS] = {};
 #pragma unroll
     for (int kind = 0; kind < KINDS; ++kind) {
 #pragma unroll
       for (int other = 0; other < WARPS; ++other) {
-        sums[kind] += scratch.end.parts[other][kind][threadIdx.x];
+        sums[kind] += scratch.end.parts[other][kind][place];
       }
     }
     float* out = arguments.sums + segment * arguments.width + block * COLUMNS + threadIdx.x;
