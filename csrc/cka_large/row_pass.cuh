@@ -256,7 +256,8 @@ struct RowPass {
 #pragma unroll
         for (int j = 0; j < 4; ++j) total.elements[j] += part.elements[j];
       }
-      *reinterpret_cast<Vector<float, 4>*>(out + kind * width + first) = total;
+      // Indexed as vectors: else the compiler stores elements.
+      reinterpret_cast<Vector<float, 4>*>(out + kind * width)[first / 4] = total;
     }
     __syncthreads();
   }
