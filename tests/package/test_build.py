@@ -371,6 +371,8 @@ def test_what_the_kernels_compile_to(compiled) -> None:
                 assert (needs["clusters"] > 0) == has_clusters, (arch, name)
         # Features on their way take no registers, however many are under way.
         assert all(kernels[name]["copies"] for name in ("statistics", "longest", "row_terms"))
+        # Weighted columns leave as vectors, not element by element.
+        assert kernels["longest"]["vector_stores"]
         anywhere = [needs for name, needs in kernels.items() if "sm80" in name]
         assert len(anywhere) == 2
         assert all(needs["products"] and needs["copies"] for needs in anywhere)

@@ -25,6 +25,7 @@ INSTRUCTIONS = {
     "multicast": r"\sUTMALDG\.\S*MULTICAST",  # copies by the copy engine to a whole cluster
     "bulk": r"\sUTMALDG\.",  # copies by the copy engine to one block
     "copies": r"\sLDGSTS\.",  # asynchronous copies by threads
+    "vector_stores": r"\sSTG\.E\.128",  # of 16 bytes by each thread
     "local": r"\s(?:LDL|STL)\b",  # accesses to local memory
     "clusters": r"\sUCGABAR_",  # barriers of a cluster
     "fences": r"\sMEMBAR\.",  # that wait for earlier accesses to memory
