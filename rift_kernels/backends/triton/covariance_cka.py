@@ -74,6 +74,25 @@ from .row_terms import GROUP, WORKSPACE, sums_of_rows
 from .tiles import shared_of, sum_partials, tile_of, triangle_index
 
 
+@triton.jit
+def _own_rows(
+    tiles_ptr, slot, slots, shared, share, length, part, lower, BLOCK: tl.constexpr,
+    SUB: tl.constexpr,
+):  # fmt: skip
+    """SUB rows of a tile of A or B, which is the transpose of a stored one below the diagonal."""
+    SIZE: tl.constexpr = BLOCK * BLOCK
+    short = part * SUB + tl.arange(0, SUB)
+    long = tl.arange(0, BLOCK)
+    if lower:
+        # Read in the order of memory, because a sector holds several columns.
+        columns = long[:, None] * BLOCK + short[None, :]
+        rows = tl.trans(sum_partials(tiles_ptr, slot, slots, shared, share, length, columns, SIZE))
+    else:
+        offsets = short[:, None] * BLOCK + long[None, :]
+        rows = sum_partials(tiles_ptr, slot, slots, shared, share, length, offsets, SIZE)
+    return rows
+
+
 @triton.jit(
     do_not_specialize=[
         *("stride_xb", "stride_yb", "stride_mb"),
@@ -172,7 +191,6 @@ def covariance_cka_kernel(
         if slot < tiles:
             left_is_y, block_i, right_is_y, block_j = tile_of(slot, blocks_x, blocks_y, True, True)
             offsets = (part * SUB + within_i)[:, None] * BLOCK + within_j[None, :]
-            flipped_offsets = (part * SUB + within_i)[:, None] + within_j[None, :] * BLOCK
             i = block_i * BLOCK + part * SUB + within_i
             j = block_j * BLOCK + within_j
             tile = sum_partials(tiles_ptr, slot, slots, shared, share, length, offsets, SIZE)
@@ -186,7 +204,8 @@ def covariance_cka_kernel(
             scale_j = tl.where(right_is_y, inverse_y, inverse_x)
             tile = tile * scale_i * scale_j
             i64, j64 = i.to(tl.int64), j.to(tl.int64)
-            direct = i64[:, None] * width + j64[None, :]
+            # A thread that stored more columns would load float32 tiles half a sector at a time.
+            direct = tl.max_contiguous(i64[:, None] * width + j64[None, :], [1, 4])
             mirrored = j64[None, :] * width + i64[:, None]
             square = square_sum(tile)
             if left_is_y == right_is_y:
@@ -210,13 +229,12 @@ def covariance_cka_kernel(
                 sums = tl.where(field == SQUARE_C, square, sums)
                 lower = block_i > block_j
                 pair = triangle_index(tl.minimum(block_i, block_j), tl.maximum(block_i, block_j))
-                own_offsets = tl.where(lower, flipped_offsets, offsets)
                 if STUDENT:
                     # The transpose of F is C - t A.
                     remainder = tile
                     if NEAR:
-                        own = sum_partials(
-                            tiles_ptr, pair, slots, shared, share, length, own_offsets, SIZE
+                        own = _own_rows(
+                            tiles_ptr, pair, slots, shared, share, length, part, lower, BLOCK, SUB
                         )
                         if not SPLIT:
                             mean = column_mean(
@@ -233,9 +251,9 @@ def covariance_cka_kernel(
                 if TEACHER:
                     remainder = tile
                     if NEAR:
-                        own = sum_partials(
-                            tiles_ptr, count_x + pair, slots, shared, share, length,
-                            own_offsets, SIZE,
+                        own = _own_rows(
+                            tiles_ptr, count_x + pair, slots, shared, share, length, part, lower,
+                            BLOCK, SUB,
                         )  # fmt: skip
                         if not SPLIT:
                             mean = column_mean(sums_y, i, segments, width, n_float, i < width, SUB)
