@@ -87,10 +87,12 @@ def _narrowed(config: Config, is_split: bool) -> Config:
     gram_rows, gram_columns, gram_depth = config.gram_backward
     return config._replace(
         block_k=max(config.block_k // 4, 16),
+        block_r=16,
         backward=(rows, min(columns, 64), max(depth // 2, 16)),
         backward_stages=min(config.backward_stages, 2) if is_split else config.backward_stages,
         gram_backward=(gram_rows, gram_columns // 2, gram_depth),
         gram_backward_stages=1 if is_split else config.gram_backward_stages,
+        small_k=min(config.small_k, 16),
     )
 
 
