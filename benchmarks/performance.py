@@ -158,16 +158,17 @@ def recorded() -> dict[Key, dict[str, Counts]]:
 
 
 def counts(backend: str, n: int, d: int, layers: int, debiased: bool) -> dict[str, Counts]:
-    """What a run executes on an H200, by kernel.
+    """What a run executes on an H200, by kernel; nothing if that was not counted.
 
     A run that is too long for an emulator lies on the line through the two longest of its width.
     """
     wanted = Key(backend, "sm90", n, d, layers, debiased)
     if wanted in recorded():
         return recorded()[wanted]
-    shorter, longer = sorted(key for key in recorded() if key == wanted._replace(rows=key.rows))[
-        -2:
-    ]
+    same = sorted(key for key in recorded() if key == wanted._replace(rows=key.rows))
+    if len(same) < 2:
+        return {}
+    shorter, longer = same[-2:]
     first, second = recorded()[shorter], recorded()[longer]
     step = (n - longer.rows) / (longer.rows - shorter.rows)
     return {
@@ -212,11 +213,12 @@ def _predicted(
     backend: str, n: int, d: int, layers: int, debiased: bool, target: float | None
 ) -> list[list[str]]:
     """A row for the sum of all launches; debiased, which is the default, also a row for each."""
-    if backend == "cuda" and not cuda_takes(n):
+    counted_kernels = counts(backend, n, d, layers, debiased)
+    if not counted_kernels:
         return []
     need = needs(backend, n, d, layers, debiased)
     rows, least, most = [], 0.0, 0.0
-    for kernel, counted in counts(backend, n, d, layers, debiased).items():
+    for kernel, counted in counted_kernels.items():
         units = list(seconds(counted, need[kernel]).values())
         shortest, longest = max(units) + GAP, sum(units) + GAP
         least, most = least + shortest, most + longest
@@ -233,8 +235,6 @@ def compiled_code() -> str:
     rows = []
     for n, d, layers, _ in SHAPES[:3]:
         for backend in BACKENDS:
-            if backend == "cuda" and not cuda_takes(n):
-                continue
             label = f"{shape(n, d, layers)}, {backend}"
             need = needs(backend, n, d, layers, True)
             for kernel, c in counts(backend, n, d, layers, True).items():
@@ -261,11 +261,6 @@ def compiled_code() -> str:
         "waves over the least. Barriers: those that a warp waits at.\n\n"
         f"{markdown([*header, 'shared memory', 'barriers'], rows)}"
     )
-
-
-def cuda_takes(n: int) -> bool:
-    """Whether there are CUDA kernels for the form that such features take."""
-    return n <= 128 or n >= SHORTEST
 
 
 def shape(n: int, d: int, layers: int) -> str:

@@ -54,10 +54,7 @@ SLACK = 1.01
 
 
 class Run(NamedTuple):
-    """Linear CKA and its student's gradient, of bfloat16 features that are the teacher's.
-
-    The backward then multiplies no low halves, however few the rows.
-    """
+    """Linear CKA and its student's gradient, of bfloat16 features near the teacher's."""
 
     backend: str
     target: str
@@ -86,8 +83,9 @@ PREDICTED = tuple(
         *((64, 768, 1), (256, 768, 12), (12608, 768, 1)),
         *((3152, 1024, 1), (6304, 1024, 1), (512, 4096, 1), (1024, 4096, 1)),
     )
-    # In Gram form, the CUDA kernels take few rows only.
-    if (backend, shape[0]) != ("cuda", 256)
+    # In Gram form, the CUDA kernels take few rows only. Biased, fewer rows than columns are never
+    # near: the backward multiplies low halves, as it would not with many rows.
+    if (backend, shape[0]) != ("cuda", 256) and (debiased or shape[1] < 4096)
 )
 
 
@@ -109,7 +107,7 @@ def count(run: Run, emulator: ModuleType, ptx: ModuleType) -> dict[str, dict[str
         str(run),
         [(run.rows, run.width, run.width)] * run.layers,
         debiased=run.debiased,
-        near=1e-9,
+        near=1e-2,
         grads=(True, False),
     )
     # The shorter of two runs may be short enough for the Gram form, which the longest is not.
