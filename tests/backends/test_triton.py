@@ -238,6 +238,28 @@ def test_which_rows_are_long(device) -> None:
     assert long_rows(x, y, mask)[0] == []
 
 
+@pytest.mark.parametrize("block_r", [16, 1024])
+def test_rows_are_compared_about_a_sample_alone(block_r, monkeypatch, device) -> None:
+    """Whatever lies behind the sample in memory: here zeros, as if row 0 were in it again."""
+    scratch: list[Tensor] = []
+
+    def empty(self: layers.Layers, *size: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        memory = torch.zeros(size[0] + 4096, dtype=dtype, device=self.device)
+        scratch.append(memory[: size[0]])
+        return scratch[-1]
+
+    x = torch.ones(200, 16, dtype=BFLOAT16, device=device)
+    x[0] = 1000
+    packed = layers.pack([x], [x], [])
+    chosen = config.configuration(packed, "covariance")._replace(block_r=block_r)
+    monkeypatch.setattr(layers.Layers, "empty", empty)
+    longest.launch(
+        packed, chosen, torch.zeros(longest.LONG_FIELDS.value, dtype=torch.int32).to(x.device)
+    )
+    centres = scratch[1].view(-1, launch.padded_width(packed, chosen))
+    assert (centres[:, :16] == 1).all()
+
+
 def test_equally_long_rows_that_are_compared_separately(monkeypatch, device) -> None:
     """One of two programs compares 1,024 rows at once, and the first row still comes first."""
     monkeypatch.setattr(longest, "processors", lambda _: 1)

@@ -249,16 +249,17 @@ def longest_kernel(
     # Addresses of single elements fill registers.
     COLUMNS: tl.constexpr = BLOCK if VECTOR > 1 else BLOCK // 2
     # A thread has columns of its own, and loads the rows one after another.
+    ROWS: tl.constexpr = BLOCK_R // 8 if BLOCK_R < 8 * SAMPLE else SAMPLE
     sample_ptr = samples_ptr + (entry * programs + program) * SAMPLE
     tl.store(sample_ptr + tl.arange(0, SAMPLE), sample)
     tl.debug_barrier()
     _store_centre(
         x_ptr, stride_xn, stride_xd, mask_ptr, sample_ptr, rounds, n, d1, width, centre_x,
-        HAS_MASK, 8 * COLUMNS, BLOCK_R // 8,
+        HAS_MASK, 8 * COLUMNS, ROWS,
     )  # fmt: skip
     _store_centre(
         y_ptr, stride_yn, stride_yd, mask_ptr, sample_ptr, rounds, n, d2, width, centre_y,
-        HAS_MASK, 8 * COLUMNS, BLOCK_R // 8,
+        HAS_MASK, 8 * COLUMNS, ROWS,
     )  # fmt: skip
     # Other threads of this program read what it has just stored, here and below.
     tl.debug_barrier()
