@@ -21,8 +21,8 @@ COUNTED = RESULTS / "counted.json"
 # Measured on an H200: products of bfloat16 and bytes, a second. Seconds from launch to launch.
 FLOPS, BYTES, GAP = 790e12, 4.3e12, 1e-6
 PROCESSORS, CLOCK, SCHEDULERS, WAVE = 132, 1.755e9, 4, 128
-# Bytes a second of its L2 cache. An assumption: NVIDIA's paper on the A100 has 5,120 bytes a clock,
-# and none is published for Hopper.
+# Bytes a second of its L2 cache. An assumption: the A100's 5,120 bytes a clock, which table 3 of
+# PMC10448217 takes for the H100 as well. NVIDIA publishes none for Hopper.
 L2_BYTES = 5120 * CLOCK
 SECTOR = 32
 BLOCK = 128
@@ -139,8 +139,8 @@ def _read_again(features: float) -> float:
     return 0 if features < l2_model.L2_BYTES else features
 
 
-class Key(NamedTuple):
-    """A run in the file of counts."""
+class Run(NamedTuple):
+    """Linear CKA and its student's gradient, of bfloat16 features near the teacher's."""
 
     backend: str
     target: str
@@ -151,10 +151,10 @@ class Key(NamedTuple):
 
 
 @cache
-def recorded() -> dict[Key, dict[str, Counts]]:
+def recorded() -> dict[Run, dict[str, Counts]]:
     """All runs in the file of counts, with the counts of each kernel."""
     content = json.loads(COUNTED.read_text(encoding="utf-8"))
-    return {Key(**entry["run"]): entry["kernels"] for entry in content["runs"]}
+    return {Run(**entry["run"]): entry["kernels"] for entry in content["runs"]}
 
 
 def counts(backend: str, n: int, d: int, layers: int, debiased: bool) -> dict[str, Counts]:
@@ -162,10 +162,10 @@ def counts(backend: str, n: int, d: int, layers: int, debiased: bool) -> dict[st
 
     A run that is too long for an emulator lies on the line through the two longest of its width.
     """
-    wanted = Key(backend, "sm90", n, d, layers, debiased)
+    wanted = Run(backend, "sm90", n, d, layers, debiased)
     if wanted in recorded():
         return recorded()[wanted]
-    same = sorted(key for key in recorded() if key == wanted._replace(rows=key.rows))
+    same = sorted(run for run in recorded() if run == wanted._replace(rows=run.rows))
     if len(same) < 2:
         return {}
     shorter, longer = same[-2:]

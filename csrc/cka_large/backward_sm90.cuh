@@ -18,13 +18,13 @@
 #pragma once
 
 #include "cka_large/backward_tile.cuh"
+#include "cka_large/backward_units.cuh"
 #include "common/elements.cuh"
 #include "common/pipeline_state.h"
 #include "common/sm90.cuh"
 
 namespace rift {
 
-constexpr int BACKWARD_COLUMNS = CLUSTER_SIZE * MOMENT_BLOCK;
 constexpr int BACKWARD_STAGES = 3;
 constexpr int CONSUMER_WARPS = 8;
 // 64 columns of 128 rows of features, and 64 rows of 256 columns of a plane.
@@ -43,31 +43,6 @@ struct BackwardScratch {
 constexpr int BACKWARD_SHARED =
     1024 + BACKWARD_STAGES * BACKWARD_STAGE_BYTES + static_cast<int>(sizeof(BackwardScratch));
 static_assert(BACKWARD_SHARED <= 227 * 1024);
-
-// Pairs of tiles are dealt out to clusters in rounds. If at most half of all clusters would have a
-// pair in the last round, its pairs are cut in two: of each tile, only the first warpgroup computes
-// its 64 rows.
-struct BackwardUnits {
-  int clusters;
-  int whole;  // pairs that are not cut
-  int count;
-
-  RIFT_HOST_DEVICE constexpr int pair(int unit) const {
-    return is_half(unit) ? whole + (unit - whole) / 2 : unit;
-  }
-  RIFT_HOST_DEVICE constexpr bool is_half(int unit) const { return unit >= whole; }
-};
-
-RIFT_HOST_DEVICE constexpr BackwardUnits backward_units(const CkaLargeArguments& forward,
-                                                        int side) {
-  const int width = side == 0 ? forward.x.width : forward.y.width;
-  const int pairs =
-      ceil_div(forward.rows, CLUSTER_SIZE * BACKWARD_ROWS) * ceil_div(width, BACKWARD_COLUMNS);
-  const int clusters = forward.schedule.programs, last_round = pairs % clusters;
-  const bool is_cut = 2 * last_round <= clusters;
-  const int whole = is_cut ? pairs - last_round : pairs, count = 2 * pairs - whole;
-  return {count < clusters ? count : clusters, whole, count};
-}
 
 struct BackwardMaps {
   TensorMap own, other, planes;

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from benchmarks import kernel_tables, performance
-from benchmarks.performance import Key, Need
+from benchmarks.performance import Need, Run
 from tests.support import counted
 
 pytestmark = pytest.mark.eager_only
@@ -21,7 +21,7 @@ LIMITS = {
 }
 
 
-def entries(counts: dict[Key, dict[str, int]], **changes: Any) -> dict[Key, Any]:
+def entries(counts: dict[Run, dict[str, int]], **changes: Any) -> dict[Run, Any]:
     """What ``recorded`` returns: one kernel, whose counts are 0 but for those that are named."""
     return {
         key: {"kernel": {**dict.fromkeys(NAMES, 0), **named, **changes}}
@@ -49,7 +49,7 @@ def test_needs() -> None:
 
 
 def test_counts_lie_on_a_line(monkeypatch) -> None:
-    key = Key("cuda", "sm90", 100, 32, 1, debiased=True)
+    key = Run("cuda", "sm90", 100, 32, 1, debiased=True)
     runs = {key: 7, key._replace(rows=300): 10, key._replace(rows=400): 14}
     others = {key._replace(rows=390, width=16): 99, key._replace(rows=390, target="sm80"): 99}
     content = entries({key: {"products": count} for key, count in (runs | others).items()})
@@ -73,7 +73,7 @@ def test_seconds() -> None:
 
 
 @pytest.mark.parametrize("key", performance.recorded(), ids=str)
-def test_recorded_kernels(key: Key) -> None:
+def test_recorded_kernels(key: Run) -> None:
     """Sources, model and counts know the same kernels: if not, ``tests.support.counted`` is due."""
     kernels = performance.recorded()[key].keys()
     assert kernels <= {name for backend, name in kernel_tables.defined() if backend == key.backend}
@@ -92,7 +92,7 @@ def test_products_that_are_not_needed(backend: str, debiased: bool) -> None:
 
 
 @pytest.mark.parametrize("key", performance.recorded(), ids=str)
-def test_sectors_that_are_not_needed(key: Key) -> None:
+def test_sectors_that_are_not_needed(key: Run) -> None:
     for kernel, counts in performance.recorded()[key].items():
         for kind in ("load", "store"):
             limit = LIMITS.get((key.backend, kernel, kind), 1.15)

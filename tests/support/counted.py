@@ -1,6 +1,6 @@
 """Record in benchmarks/results/counted.json what the compiled kernels execute.
 
-python -m tests.support.counted EMULATOR           all runs, half an hour
+python -m tests.support.counted EMULATOR           all runs, a quarter of an hour
 python -m tests.support.counted EMULATOR --check   the small ones: exits with 1 where a count grew
 
 EMULATOR is the folder of an emulator of compiled code, whose module ``run`` executes a call of
@@ -22,13 +22,12 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 from unittest import mock
 
+from benchmarks.performance import COUNTED, PROCESSORS, SHORTEST, Run
+
 ROOT = Path(__file__).parents[2]
-RESULT = ROOT / "benchmarks" / "results" / "counted.json"
-# Of an H200. Launchers ask for it, and so the counts depend on it.
-PROCESSORS = 132
 # The name in `cka_small_kernel<Bf16, Bf16, 64, true>`.
 KERNEL = re.compile(r"(\w+)_kernel\b")
 # What is recorded: name -> the emulator's counters that it adds up. A sector has 32 bytes. A wave
@@ -51,19 +50,6 @@ COUNTERS = {
 # What must not grow, and by how much it may.
 WATCHED = ("instructions", "products", "load_sectors", "store_sectors", "shared_waves", "barriers")
 SLACK = 1.01
-
-
-class Run(NamedTuple):
-    """Linear CKA and its student's gradient, of bfloat16 features near the teacher's."""
-
-    backend: str
-    target: str
-    rows: int
-    width: int
-    layers: int
-    debiased: bool
-
-
 # What --check counts again.
 CHECKED = (
     Run("triton", "sm90", 64, 768, 1, True),
@@ -98,7 +84,6 @@ def load(folder: Path) -> tuple[ModuleType, ModuleType]:
 
 def count(run: Run, emulator: ModuleType, ptx: ModuleType) -> dict[str, dict[str, int]]:
     """What each kernel of a run executes."""
-    from benchmarks import performance
     from rift_kernels.dispatch import plan
 
     ptx.reset()
@@ -111,7 +96,7 @@ def count(run: Run, emulator: ModuleType, ptx: ModuleType) -> dict[str, dict[str
         grads=(True, False),
     )
     # The shorter of two runs may be short enough for the Gram form, which the longest is not.
-    form = mock.patch.object(plan, "use_gram", return_value=run.rows < performance.SHORTEST)
+    form = mock.patch.object(plan, "use_gram", return_value=run.rows < SHORTEST)
     options = Namespace(processors=PROCESSORS)
     with emulator.context(run.backend, run.target, case, options), form:
         emulator.execute(case, run.backend)
@@ -139,7 +124,7 @@ def growth(
         for name in WATCHED:
             before = then.get(kernel, {}).get(name)
             if before is None:
-                grown.append(f"{run}: {kernel} is not in {RESULT.name}")
+                grown.append(f"{run}: {kernel} is not in {COUNTED.name}")
                 break
             if counts[name] > before * SLACK:
                 grown.append(f"{run}: {kernel}: {counts[name]:,} {name}, once {before:,}")
@@ -152,9 +137,9 @@ def main(words: Sequence[str]) -> int:
     parser.add_argument("--check", action="store_true")
     arguments = parser.parse_args(words)
     emulator, ptx = load(arguments.emulator)
-    recorded: dict[str, Any] = json.loads(RESULT.read_text("utf-8")) if RESULT.exists() else {}
+    recorded: dict[str, Any] = json.loads(COUNTED.read_text("utf-8")) if COUNTED.exists() else {}
     if arguments.check and recorded.get("versions") != versions():
-        print(f"Not compared: {RESULT.name} is of {recorded.get('versions')}, here {versions()}")
+        print(f"Not compared: {COUNTED.name} is of {recorded.get('versions')}, here {versions()}")
         return 0
     then = {Run(**entry["run"]): entry["kernels"] for entry in recorded.get("runs", [])}
     entries, grown = [], []
@@ -174,7 +159,7 @@ def write(entries: Sequence[dict[str, Any]]) -> None:
     """The file, with a line for each run."""
     lines = ",\n".join(f"  {json.dumps(entry)}" for entry in entries)
     head = json.dumps({"processors": PROCESSORS, "versions": versions()})[:-1]
-    RESULT.write_text(f'{head},\n "runs": [\n{lines}\n ]\n}}\n', encoding="utf-8")
+    COUNTED.write_text(f'{head},\n "runs": [\n{lines}\n ]\n}}\n', encoding="utf-8")
 
 
 if __name__ == "__main__":
